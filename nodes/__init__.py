@@ -1,0 +1,17 @@
+"""The face of the pack: every node the host sees is listed here, in the order of its menu."""
+
+from comfy_api.latest import ComfyExtension, io
+
+NODES: list[type[io.ComfyNode]] = []
+
+
+class ConceptLoomExtension(ComfyExtension):
+    """What the host asks for when it loads the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return list(NODES)
+
+
+async def comfy_entrypoint() -> ConceptLoomExtension:
+    """Found by name by the host's loader."""
+    return ConceptLoomExtension()

@@ -1,0 +1,121 @@
+"""What all tests share: the name `conceptloom`, the host in this process, and a real server."""
+
+import asyncio
+import json
+import os
+import sys
+import threading
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+
+from hostserver import HostServer, Picture  # noqa: E402
+from run import alias_pack, open_host  # noqa: E402
+
+alias_pack()
+
+
+@pytest.fixture(scope="session")
+def host_path() -> Path:
+    """Where the host lies; tests that need it are skipped without one."""
+    named = os.environ.get("COMFYUI_PATH")
+    if not named:
+        pytest.skip("COMFYUI_PATH is not set (python tools/dev.py test sets it)")
+    return Path(named)
+
+
+@pytest.fixture(scope="session")
+def host(host_path):
+    """The host's `nodes` module, imported into this process on the CPU; `comfy` is importable beside it."""
+    open_host(str(host_path), cpu=True)
+    import nodes
+
+    return nodes
+
+
+@dataclass
+class Run:
+    """A finished workflow: its history entry, websocket messages in order, and pictures."""
+
+    entry: dict
+    events: list[tuple[str, dict]]
+    pictures: list[Picture]
+
+    def named(self, kind: str) -> list[dict]:
+        """The data of all messages of one kind, such as `executed` or `progress`."""
+        return [data for name, data in self.events if name == kind]
+
+    @property
+    def cached(self) -> set[str]:
+        """Ids of the nodes that the host did not run again."""
+        return {node for data in self.named("execution_cached") for node in data["nodes"]}
+
+
+@dataclass
+class Follower:
+    """Collects what the server tells one client over the websocket, on a thread of its own."""
+
+    url: str
+    client_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    events: list[tuple[str, dict]] = field(default_factory=list)
+    listening: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    async def listen(self) -> None:
+        """Reads messages until a workflow has ended."""
+        import aiohttp
+
+        address = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={self.client_id}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
+            self.listening.set()
+            async for message in socket:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    continue  # previews come as binary frames
+                event = json.loads(message.data)
+                self.events.append((event["type"], event["data"]))
+                if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                    break
+        self.ended.set()
+
+
+class Server(HostServer):
+    """The host's server as tests use it."""
+
+    def run(self, workflow: dict, timeout: float = 600) -> Run:
+        """Queues a workflow in API format and follows it to its end; PromptError if it is refused or fails."""
+        follower = Follower(self.url)
+        threading.Thread(target=lambda: asyncio.run(follower.listen()), daemon=True).start()
+        assert follower.listening.wait(30), "the server's websocket does not open"
+        prompt_id = self.submit(workflow, follower.client_id)
+        entry = self.finish(prompt_id, timeout)
+        assert follower.ended.wait(30), "the websocket never said that the workflow ended"
+        return Run(entry, follower.events, self.pictures(entry))
+
+
+@pytest.fixture(scope="session")
+def start_server(host_path, tmp_path_factory):
+    """Starts servers with an empty base directory each: `with start_server(settings=...) as server`."""
+
+    def start(**arguments) -> Server:
+        base = tmp_path_factory.mktemp("server")
+        return Server(Path(sys.executable), host_path, base, cpu=True, log=base / "server.log", **arguments)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(start_server):
+    """One real server with the pack loaded, for all tests of a session."""
+    with start_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server) -> dict:
+    """What the server says of every node it knows."""
+    return server.get("/object_info")

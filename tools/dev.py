@@ -1,0 +1,145 @@
+"""The one tool of this repository: shows, tests, serves and measures ConceptLoom.
+
+    python tools/dev.py demo [NAME...]             draw every Shapeland workflow, save the pictures in output/
+    python tools/dev.py test [pytest arguments]    the whole test suite
+    python tools/dev.py serve [--port PORT]        the host with the pack loaded, for a browser
+    python tools/dev.py eval [...]                 the Shapeland report (see --help of it)
+    python tools/dev.py bench [...]                what every system costs (see --help of it)
+
+The first call makes the environment and fetches the host (environment.py); later calls reuse them.
+Standard library only, for it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from environment import ROOT, WORK, Problem, prepare, say
+from hostserver import HostServer, PromptError
+
+SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver", "profusion", "composer")
+SERVER_MODULES = ["torch", "torchvision", "aiohttp", "einops", "safetensors"]
+MODULE_OF = {"eval": "report", "bench": "bench"}
+
+
+def plain(text: str) -> str:
+    """Letters and digits only, lower case: how system names and file names are compared."""
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def demo_workflows(names: list[str], folder: Path) -> list[Path]:
+    """The Shapeland workflows in API format, or those of the named systems."""
+    found = sorted(file for file in folder.glob("*.json") if "shapeland" in plain(file.stem))
+    return [file for file in found if not names or any(plain(name) in plain(file.stem) for name in names)]
+
+
+def demo(names: list[str]) -> int:
+    """Draws the workflows, saves their pictures, prints path and seconds of each."""
+    if not any((ROOT / "shapeland" / "weights").glob("*.safetensors")):
+        raise Problem("Shapeland's weights are not in shapeland/weights/, so there is nothing to draw with.")
+    workflows = demo_workflows(names, ROOT / "workflows" / "api")
+    if not workflows:
+        raise Problem(f"No Shapeland workflow in workflows/api/ is for: {' '.join(names) or 'any system'}.")
+    python, host = prepare(SERVER_MODULES)
+    output = ROOT / "output"
+    output.mkdir(exist_ok=True)
+    failures = 0
+    base = WORK / "demo"
+    base.mkdir(exist_ok=True, parents=True)
+    say("Starting ComfyUI ...")
+    with HostServer(python, host.path, base, log=base / "server.log") as server:
+        for file in workflows:
+            begin = time.monotonic()
+            try:
+                workflow = json.loads(file.read_text(encoding="utf-8"))
+                pictures = server.pictures(server.finish(server.submit(workflow)))
+            except PromptError as error:
+                say(f"{file.stem}: FAILED: {error}")
+                failures += 1
+                continue
+            seconds = time.monotonic() - begin
+            for number, picture in enumerate(pictures, 1):
+                place = output / f"{file.stem}_{number:02}{Path(picture.name).suffix}"
+                place.write_bytes(picture.data)
+                say(f"{place.relative_to(ROOT)}  {seconds:.1f} s")
+    return 1 if failures else 0
+
+
+def serve(port: int) -> int:
+    """Runs the host until Ctrl-C."""
+    python, host = prepare(SERVER_MODULES)
+    say("Starting ComfyUI ...")
+    with HostServer(python, host.path, WORK / "serve", port=port) as server:
+        say(f"\nConceptLoom is ready at {server.url}  (Templates > conceptloom; Ctrl-C ends it)\n")
+        return server.process.wait()
+
+
+def run_tests(arguments: list[str]) -> int:
+    """Runs pytest; skipped tests are named with their reason."""
+    python, host = prepare([*SERVER_MODULES, "pytest"])
+    environ = {**os.environ, "COMFYUI_PATH": str(host.path)}
+    return subprocess.run([python, "-m", "pytest", "-rs", *arguments], cwd=ROOT, env=environ).returncode
+
+
+def evaluate(command: str, arguments: list[str]) -> int:
+    """Runs the report or the benchmark in evaluation/."""
+    name = MODULE_OF[command]
+    if not (ROOT / "evaluation" / f"{name}.py").is_file():
+        raise Problem(f"evaluation/{name}.py is not in this checkout, so `{command}` has nothing to run.")
+    python, host = prepare(SERVER_MODULES)
+    environ = {**os.environ, "COMFYUI_PATH": str(host.path)}
+    runner = [python, ROOT / "tools" / "run.py", f"evaluation.{name}"]
+    return subprocess.run([*runner, *arguments], cwd=ROOT, env=environ).returncode
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what follows test, eval and bench is theirs to read."""
+    description, _, rest = __doc__.partition("\n")
+    result = argparse.ArgumentParser(
+        prog="dev.py", description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = result.add_subparsers(dest="command", required=True)
+    names = commands.add_parser("demo", help="draw the Shapeland workflows").add_argument
+    names("names", metavar="NAME", nargs="*", help=f"systems: {', '.join(SYSTEMS)}")
+    port = commands.add_parser("serve", help="the host with the pack loaded").add_argument
+    port("--port", type=int, default=8188, help="default: %(default)s")
+    for name, about in (("test", "pytest"), ("eval", "the report"), ("bench", "the benchmark")):
+        commands.add_parser(name, help=f"arguments go to {about}", add_help=False)
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    options, rest = parser().parse_known_args(argv)
+    if options.command in ("demo", "serve") and rest:
+        parser().error(f"unknown arguments: {' '.join(rest)}")
+    # What is passed on keeps its order, so it is cut from the line instead of collected.
+    passed_on = argv[argv.index(options.command) + 1 :]
+    if options.command == "demo":
+        for name in set(options.names) - set(SYSTEMS):
+            parser().error(f"there is no system {name!r}: choose from {', '.join(SYSTEMS)}")
+        return demo(options.names)
+    if options.command == "serve":
+        return serve(options.port)
+    if options.command == "test":
+        return run_tests(passed_on)
+    return evaluate(options.command, passed_on)
+
+
+if __name__ == "__main__":
+    # A polite kill ends the server too: the exception unwinds through its context manager.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Problem as problem:
+        sys.exit(f"dev.py: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,231 @@
+"""Runs the host as a server with this pack loaded, and talks to it. Standard library only.
+
+The server keeps everything it writes (user settings, outputs, temporary files) in its own base
+directory, so nothing of a user's ComfyUI is touched. The pack is reached through a link named
+`conceptloom`: a directory's name is the pack's name to the host, and a checkout may have any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from environment import ROOT, Problem
+
+PACK = "conceptloom"
+START_SECONDS = 300
+
+
+class PromptError(Exception):
+    """A workflow that the server refused or that failed while it ran; the text is the server's."""
+
+
+class Picture(NamedTuple):
+    """One picture of a finished workflow: the node it came from, its file name and its bytes."""
+
+    node: str
+    name: str
+    data: bytes
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int) -> None:
+    """Raises Problem if another program listens on this port."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise Problem(f"Port {port} is in use by another program: name a free one with --port.")
+
+
+def link_pack(folder: Path, pack: Path = ROOT) -> Path:
+    """Puts a link named `conceptloom` to the pack into `folder` and returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / PACK
+    if os.path.lexists(link):
+        if os.path.realpath(link) == os.path.realpath(pack):
+            return folder
+        link.rmdir() if os.name == "nt" else link.unlink()
+    if os.name == "nt":
+        import _winapi  # a junction, unlike a symbolic link, needs no rights on Windows
+
+        _winapi.CreateJunction(str(pack), str(link))
+    else:
+        link.symlink_to(pack, target_is_directory=True)
+    return folder
+
+
+def has_accelerator(python: Path) -> bool:
+    """Whether torch finds a device other than the CPU."""
+    test = (
+        "import sys, torch; xpu = getattr(torch, 'xpu', None); sys.exit(not "
+        "(torch.cuda.is_available() or torch.backends.mps.is_available() or (xpu and xpu.is_available())))"
+    )
+    return subprocess.run([str(python), "-c", test], capture_output=True).returncode == 0
+
+
+class HostServer:
+    """A ComfyUI server as a context manager: started on entry, ended on exit.
+
+    `cpu` None asks torch. `log` is the file the server's output goes to; None shows it in the
+    terminal. `settings` are written as the frontend's settings. `options` are added to the command.
+    """
+
+    def __init__(
+        self,
+        python: Path,
+        host: Path,
+        base: Path,
+        port: int | None = None,
+        cpu: bool | None = None,
+        log: Path | None = None,
+        pack: Path = ROOT,
+        settings: dict | None = None,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        if port is not None:
+            check_port(port)
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.base, self.log = base, log
+        for name in ("custom_nodes", "input", "models", "output", "temp", "user/default/workflows"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        if settings is not None:
+            (base / "user/default/comfy.settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        paths = base / "extra_model_paths.yaml"
+        # A JSON string is a YAML string too, whatever a path holds.
+        folder = json.dumps(str(link_pack(base / "pack", pack)))
+        paths.write_text(f"{PACK}:\n  custom_nodes: {folder}\n", encoding="utf-8")
+        if cpu is None:
+            cpu = not has_accelerator(python)
+        self.command = [
+            str(python),
+            str(host / "main.py"),
+            *("--port", str(self.port), "--base-directory", str(base), "--extra-model-paths-config", str(paths)),
+            *("--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes"),
+            *(("--cpu",) if cpu else ()),
+            *options,
+        ]
+        self.cwd = host
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> HostServer:
+        stream = open(self.log, "wb") if self.log else None  # noqa: SIM115 (the process owns it)
+        environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            self.command, cwd=self.cwd, env=environ, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
+        if stream:
+            stream.close()
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+
+    def _wait(self) -> None:
+        """Returns when the server answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with suppress(OSError):
+                self.get("/system_stats")
+                return
+            time.sleep(0.25)
+        what = "ended" if self.process.poll() is not None else f"did not answer within {START_SECONDS} s"
+        last = (self.log_text().strip().splitlines() or ["it wrote nothing"])[-1]
+        raise Problem(f"The ComfyUI server {what}: {last}")
+
+    def log_text(self) -> str:
+        """What the server has written so far (empty if it writes to the terminal)."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log else ""
+
+    def request(self, path: str, data: bytes | None = None, timeout: float = 60) -> bytes:
+        """The body of an answer; a POST if there is data."""
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.read()
+
+    def get(self, path: str) -> dict:
+        """An answer as JSON."""
+        return json.loads(self.request(path))
+
+    def submit(self, workflow: dict, client_id: str = PACK) -> str:
+        """Queues a workflow in API format and returns its id; raises PromptError if the server refuses it."""
+        body = json.dumps({"prompt": workflow, "client_id": client_id}).encode()
+        try:
+            return json.loads(self.request("/prompt", body))["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise PromptError(refusal(error.read().decode("utf-8", "replace"))) from None
+
+    def result(self, prompt_id: str) -> dict | None:
+        """The history entry of a finished workflow, None while it waits or runs; PromptError if it failed."""
+        entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+        if entry is None:
+            return None
+        for name, detail in entry["status"]["messages"]:
+            if name == "execution_error":
+                raise PromptError(f"{detail['node_type']}: {detail['exception_message'].strip()}")
+            if name == "execution_interrupted":
+                raise PromptError(f"interrupted at node {detail['node_id']}")
+        return entry
+
+    def finish(self, prompt_id: str, timeout: float = 3600) -> dict:
+        """Waits for a workflow and returns its history entry."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise PromptError("the server ended while the workflow ran")
+            entry = self.result(prompt_id)
+            if entry is not None:
+                return entry
+            time.sleep(0.1)
+        raise PromptError(f"not finished after {timeout:.0f} s")
+
+    def pictures(self, entry: dict) -> list[Picture]:
+        """All pictures that a finished workflow put out, saved ones and previews."""
+        found = []
+        for node, output in entry["outputs"].items():
+            for image in output.get("images", ()):
+                data = self.request("/view?" + urllib.parse.urlencode(image))
+                found.append(Picture(node, image["filename"], data))
+        return found
+
+
+def refusal(body: str) -> str:
+    """The readable part of a 400 answer: node errors first, for the general message says little."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return f"the server said: {body.strip()[:300] or 'nothing'}"
+    lines = [
+        f"node {node} ({errors['class_type']}): {error['message']}: {error['details']}"
+        for node, errors in (answer.get("node_errors") or {}).items()
+        for error in errors["errors"]
+    ]
+    return "; ".join(lines) or answer["error"]["message"]
