@@ -1,0 +1,107 @@
+"""Masks: from what a user hands over to the tokens of an attention layer.
+
+A mask is (H, W) with 1 on the subject. Nothing here assumes square pictures or a relation between the sizes
+of mask, picture and token grid: all of them show the same scene, so positions correspond by fraction.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+ASPECT_TOLERANCE = 0.02
+"""Largest relative difference of height/width between a mask and its picture."""
+
+
+def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
+    """Brings a mask to (H, W) float.
+
+    Args:
+        mask: (H, W), (1, H, W), (H, W, C) or (1, H, W, C); colours are averaged.
+        name: what the error calls it.
+
+    Raises:
+        ValueError: it holds several masks, has no area, or holds values that are not finite.
+    """
+    shape = tuple(mask.shape)
+    if mask.ndim in (3, 4) and mask.shape[-1] in (1, 3, 4) and (mask.ndim == 4 or mask.shape[0] != 1):
+        mask = mask[..., :3].mean(dim=-1)
+    if mask.ndim == 3 and mask.shape[0] == 1:
+        mask = mask[0]
+    if mask.ndim != 2 or 0 in mask.shape:
+        raise ValueError(f"{name}: one mask (height, width) is wanted, not {shape}")
+    if not torch.isfinite(mask).all():
+        raise ValueError(f"{name}: finite values are wanted, but it holds NaN or infinity")
+    return mask.float()
+
+
+def check_aspect(mask: torch.Tensor, image: torch.Tensor) -> None:
+    """Raises ValueError when a mask (H', W') cannot belong to a picture (H, W, 3) because their shapes differ.
+
+    A mask that is zero everywhere passes: the host hands out small square ones for pictures without alpha.
+    """
+    (mask_h, mask_w), (image_h, image_w) = mask.shape, image.shape[:2]
+    differs = abs(math.log(mask_h / mask_w) - math.log(image_h / image_w)) > ASPECT_TOLERANCE
+    if differs and mask.any():
+        raise ValueError(
+            f"mask: the shape of the picture ({image_w}x{image_h}) is wanted, not {mask_w}x{mask_h}, "
+            "which would be stretched over other parts of it"
+        )
+
+
+def binarize(mask: torch.Tensor | None, threshold: float, size: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    """Makes a mask (H, W) boolean: true where it is at least `threshold`. No mask means true all over `size`.
+
+    A threshold of 0 still leaves out what is exactly zero.
+    """
+    if mask is None:
+        return torch.ones(size, dtype=torch.bool)
+    return (mask >= threshold) & (mask > 0)
+
+
+def token_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Samples a boolean mask (H, W) at a layer's token grid (h, w); flat, (h*w,), boolean.
+
+    Nearest sampling at the top left of each cell, as FreeCustom's code does (arXiv 2405.13870). A subject so
+    small that this misses it altogether keeps every token it touches, because a subject that silently
+    disappears at coarse layers is never what was asked for.
+    """
+    pixels = mask[None, None].float()
+    tokens = F.interpolate(pixels, size=grid, mode="nearest")
+    if not tokens.any():
+        tokens = F.adaptive_max_pool2d(pixels, grid)
+    return tokens.flatten() > 0.5
+
+
+def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """The smallest (x, y, width, height) that holds all true pixels of a boolean mask (H, W).
+
+    Raises:
+        ValueError: no pixel is true.
+    """
+    ys, xs = torch.nonzero(mask, as_tuple=True)
+    if len(ys) == 0:
+        raise ValueError("mask: at least one pixel is wanted, but it is empty")
+    x, y = int(xs.min()), int(ys.min())
+    return x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y
+
+
+def feather(mask: torch.Tensor, radius: float) -> torch.Tensor:
+    """Softens the edge of a mask (H, W) inwards by a Gaussian of standard deviation `radius` / 2 pixels.
+
+    Inwards, so that nothing from outside the subject becomes visible. Radius 0 returns the mask.
+    """
+    if radius <= 0:
+        return mask
+    sigma = radius / 2
+    reach = max(1, math.ceil(2 * sigma))
+    offsets = torch.arange(-reach, reach + 1, dtype=mask.dtype, device=mask.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = F.pad(mask[None, None], (reach,) * 4)
+    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
+    blurred = F.conv2d(rows, kernel.view(1, 1, -1, 1))[0, 0]
+    # A straight edge blurs to 1/2, so this is 0 at the edge and reaches 1 inside.
+    return mask * (2 * blurred - 1).clamp(0, 1)

@@ -1,0 +1,277 @@
+"""Multi-reference self-attention (FreeCustom, arXiv 2405.13870): a picture attends to its references.
+
+In a self-attention layer the target's queries see, beside the target's own keys, those keys of every
+reference that lie on its subject. With s = q k^T / sqrt(d), weight w_i and token mask m_i of subject i:
+
+- `official` (the published code): softmax over [s_own, s_i + w_i where m_i = 1]; masked keys do not exist.
+- `paper` (section 3.3): softmax over [s_own, w_i m_i s_i]; a masked key keeps the logit 0 and its share.
+- `paper_drop`: the paper's product inside the mask, masked keys do not exist.
+
+All three are computed here as ordinary attention over fewer keys: a key that does not exist is not gathered, a
+product with w is a product of the key with w, and the masked keys of `paper`, all of logit 0, are one zero key
+whose bias is the logarithm of their number and whose value is their mean.
+
+Attention itself is passed in: `attend(q, k, v, bias)` with q (B, Lq, C), k and v (B, Lk, C), bias (1, 1, 1, Lk)
+added to the logits of all heads and queries, or None; it returns (B, Lq, C). Heads are its own affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+FORMULAS = ("official", "paper", "paper_drop")
+
+MAX_BALANCE_BOOST = 3.0
+"""Most that balancing adds to a small subject's log-odds, so that a speck does not take over the picture."""
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """What the M reference keys of one layer mean; the same for every step and for keys of any content.
+
+    Attributes:
+        bias: (M,) float, added to the keys' logits.
+        owner: (M,) long, the subject each key belongs to.
+        tokens: (M,) float, size of the token grid of the reference that each key comes from.
+    """
+
+    bias: torch.Tensor
+    owner: torch.Tensor
+    tokens: torch.Tensor
+
+    @staticmethod
+    def join(layouts: Sequence[KeyLayout]) -> KeyLayout:
+        """The layout of several sets of keys laid end to end."""
+        return KeyLayout(*(torch.cat([getattr(x, name) for x in layouts]) for name in ("bias", "owner", "tokens")))
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+
+@dataclass(frozen=True)
+class KeyPlan:
+    """How to take the keys of one layer out of a batch of R references with L tokens each.
+
+    Attributes:
+        gather: (G,) long, positions in the flattened (R * L) tokens.
+        scale: (G,) float or None, factor of each gathered key.
+        pool: (S, R * L) float or None; row s averages the masked tokens of a subject into its one zero key.
+        layout: meaning of the G + S keys.
+    """
+
+    gather: torch.Tensor
+    scale: torch.Tensor | None
+    pool: torch.Tensor | None
+    layout: KeyLayout
+
+    def collect(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes keys and values, each (G + S, C), from the references' k and v, each (R, L, C)."""
+        keys = k.flatten(0, 1).index_select(0, self.gather)
+        flat_values = v.flatten(0, 1)
+        values = flat_values.index_select(0, self.gather)
+        if self.scale is not None:
+            keys = keys * self.scale.to(keys.dtype)[:, None]
+        if self.pool is not None:
+            means = (self.pool @ flat_values.float()).to(values.dtype)
+            keys = torch.cat([keys, keys.new_zeros(means.shape)])
+            values = torch.cat([values, means])
+        return keys, values
+
+
+def plan_keys(
+    token_masks: torch.Tensor,
+    rows: Sequence[int],
+    n_rows: int,
+    weights: Sequence[float],
+    biases: Sequence[float],
+    owners: Sequence[int],
+    formula: str,
+    device: torch.device | str = "cpu",
+) -> KeyPlan:
+    """Plans which keys of a batch of references the target sees at one layer.
+
+    Args:
+        token_masks: (S, L) boolean, the tokens of each of S subjects.
+        rows: the row of the batch that shows each subject; several subjects may share one.
+        n_rows: R, rows of the batch.
+        weights: w_i of each subject, positive.
+        biases: further log-odds of each subject (balance); zeros for the published behaviour.
+        owners: index of each subject among all subjects of the picture.
+        formula: one of FORMULAS.
+        device: where the plan's tensors shall live.
+
+    Raises:
+        ValueError: the formula is unknown.
+    """
+    if formula not in FORMULAS:
+        raise ValueError(f"formula: one of {', '.join(FORMULAS)} is wanted, not {formula!r}")
+    n_tokens = token_masks.shape[1]
+    gather, scale, bias, owner, pools = [], [], [], [], []
+    sink_bias, sink_owner = [], []
+    for mask, row, weight, extra, index in zip(token_masks, rows, weights, biases, owners, strict=True):
+        kept = torch.nonzero(mask.cpu()).flatten()
+        gather.append(kept + row * n_tokens)
+        scale.append(torch.full(kept.shape, float(weight)))
+        bias.append(torch.full(kept.shape, float(extra) + (weight if formula == "official" else 0.0)))
+        owner.append(torch.full(kept.shape, index, dtype=torch.long))
+        n_masked = n_tokens - len(kept)
+        if formula == "paper" and n_masked:
+            pool = torch.zeros(n_rows, n_tokens)
+            pool[row] = (~mask.cpu()).float() / n_masked
+            pools.append(pool.flatten())
+            sink_bias.append(math.log(n_masked) + float(extra))
+            sink_owner.append(index)
+    layout = KeyLayout(
+        bias=torch.cat([*bias, torch.tensor(sink_bias)]).to(device),
+        owner=torch.cat([*owner, torch.tensor(sink_owner, dtype=torch.long)]).to(device),
+        tokens=torch.full((sum(map(len, gather)) + len(pools),), float(n_tokens), device=device),
+    )
+    return KeyPlan(
+        gather=torch.cat(gather).to(device),
+        scale=None if formula == "official" else torch.cat(scale).to(device),
+        pool=torch.stack(pools).to(device) if pools else None,
+        layout=layout,
+    )
+
+
+def bias_row(layout: KeyLayout, n_own: int, own_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """The bias of all keys of a layer, (1, 1, 1, n_own + M): own keys first, at 0.
+
+    A reference with more tokens than the target would weigh more for its size alone; ln(own / reference tokens)
+    takes that back, so that a weight means the same at every resolution. Equal sizes add exactly 0.
+
+    Args:
+        layout: of the M reference keys.
+        n_own: number of the target's own keys.
+        own_tokens: size of the target's token grid.
+        dtype: of the queries.
+    """
+    references = layout.bias + torch.log(own_tokens / layout.tokens)
+    return torch.cat([references.new_zeros(n_own), references]).to(dtype).view(1, 1, 1, -1)
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries that see the same subjects: positions of queries (long) and of all keys they see (long)."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+
+def query_groups(target_masks: torch.Tensor, owner: torch.Tensor, n_own: int) -> list[QueryGroup]:
+    """Splits the queries by the subjects they may see, so that regions need no (Lq, Lk) bias.
+
+    Args:
+        target_masks: (N, Lq) boolean, where each subject may appear.
+        owner: (M,) long, the subject of each reference key.
+        n_own: number of the target's own keys, which every query sees.
+    """
+    sets, member = torch.unique(target_masks.cpu().T, dim=0, return_inverse=True)
+    own = torch.arange(n_own, device=owner.device)
+    groups = []
+    for index, visible in enumerate(sets.to(owner.device)):
+        keys = torch.cat([own, torch.nonzero(visible[owner]).flatten() + n_own])
+        groups.append(QueryGroup(torch.nonzero(member == index).flatten().to(owner.device), keys))
+    return groups
+
+
+def multi_reference_attention(
+    attend: Attend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    groups: Sequence[QueryGroup] | None = None,
+) -> torch.Tensor:
+    """Attention of the target over its own and the references' keys; (B, Lq, C).
+
+    Args:
+        attend: see the module's text.
+        q, k, v: the target's, (B, Lq, C) and (B, Lk, C).
+        keys, values: the references', (M, C), shared by the whole batch.
+        bias: (1, 1, 1, Lk + M) from `bias_row`.
+        groups: queries by what they may see; None lets all see all.
+    """
+    k = torch.cat([k, keys.expand(len(k), -1, -1)], dim=1)
+    v = torch.cat([v, values.expand(len(v), -1, -1)], dim=1)
+    return _attend_in_groups(attend, q, k, v, bias, groups)
+
+
+def subject_shares(
+    attend: Attend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    keys: torch.Tensor,
+    bias: torch.Tensor,
+    owner: torch.Tensor,
+    n_subjects: int,
+    heads: int,
+    groups: Sequence[QueryGroup] | None = None,
+) -> torch.Tensor:
+    """How much of each query's attention goes to the picture itself and to every subject.
+
+    Averaged over heads; (B, Lq, 1 + n_subjects), the picture first, every query's shares sum to 1. It is
+    the same attention with one-hot values that say whose key it is, so any kernel can compute it and the
+    (Lq, Lk) matrix need not exist.
+
+    Args:
+        q, k: the target's, (B, Lq, C) and (B, Lk, C).
+        keys, bias, groups: as in `multi_reference_attention`.
+        owner: (M,) long, the subject of each reference key.
+        heads: number of heads that C is divided into.
+    """
+    batch, n_own, channels = k.shape
+    width = channels // heads
+    whose = torch.cat([owner.new_zeros(n_own), owner + 1])
+    k = torch.cat([k, keys.expand(batch, -1, -1)], dim=1)
+    shares = []
+    for first in range(0, 1 + n_subjects, width):
+        marks = (whose[:, None] == torch.arange(first, first + width, device=whose.device)).to(q.dtype)
+        out = _attend_in_groups(attend, q, k, marks.repeat(1, heads).expand(batch, -1, -1), bias, groups)
+        shares.append(out.unflatten(-1, (heads, width)).float().mean(dim=-2))
+    return torch.cat(shares, dim=-1)[..., : 1 + n_subjects]
+
+
+def _attend_in_groups(attend, q, k, v, bias, groups):
+    if groups is None:
+        return attend(q, k, v, bias)
+    out = torch.empty_like(q)
+    for group in groups:
+        seen = group.keys
+        out[:, group.queries] = attend(q[:, group.queries], k[:, seen], v[:, seen], bias[..., seen])
+    return out
+
+
+def keep_style(plain: torch.Tensor, mixed: torch.Tensor, style_fidelity: float) -> torch.Tensor:
+    """Output of the unconditional branch: (1 - sf) * multi-reference + sf * plain attention, as in the code."""
+    return (1.0 - style_fidelity) * mixed + style_fidelity * plain
+
+
+def balance_biases(coverages: Sequence[float], strength: float) -> list[float]:
+    """Log-odds that lift subjects which cover little of their reference, and lower those that cover much.
+
+    strength * ln(mean coverage / coverage), at most MAX_BALANCE_BOOST. Without it the odds of a subject grow with its
+    number of keys: a necklace beside a dog has 1/43 of the dog's.
+
+    Args:
+        coverages: share of each reference that its subject covers, positive.
+        strength: 0 (off, as published) to 1 (sizes do not matter).
+    """
+    mean = sum(coverages) / len(coverages)
+    return [min(MAX_BALANCE_BOOST, strength * math.log(mean / c)) for c in coverages]
+
+
+def crowding(coverages: Sequence[float], weights: Sequence[float]) -> float:
+    """Attention odds of all references against the picture itself when all logits are equal: sum of c_i e^w_i.
+
+    The picture keeps the share 1 / (1 + crowding).
+    """
+    return sum(c * math.exp(w) for c, w in zip(coverages, weights, strict=True))

@@ -1,0 +1,74 @@
+"""A subject: one thing that shall appear in a picture, and all that the systems know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .masks import as_mask, check_aspect
+
+MAX_WEIGHT = 10.0
+"""Largest weight. e^10 in attention odds already silences all else, and the logits stay safe in half precision."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One subject, the same for every system.
+
+    Compared and hashed by identity: two subjects of equal content are still two subjects.
+
+    Attributes:
+        image: reference picture, (H, W, 3), values 0..1.
+        noun: what the subject is called in a prompt ("dog").
+        mask: (H', W'), 1 on the subject, same aspect as the image; None means the whole picture.
+        prompt: describes the reference picture; empty means made from the noun.
+        weight: how strongly the subject is drawn on, 0..10; 0 switches it off.
+        target_mask: (h, w), where in the new picture the subject may appear; None means anywhere.
+        encodings: what encoders made of the subject, by the encoder's name.
+
+    Raises:
+        ValueError: an attribute has a wrong shape or range, or holds values that are not finite.
+    """
+
+    image: torch.Tensor
+    noun: str
+    mask: torch.Tensor | None = None
+    prompt: str = ""
+    weight: float = 3.0
+    target_mask: torch.Tensor | None = None
+    encodings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        image = self.image
+        if image.ndim != 3 or image.shape[-1] not in (3, 4) or 0 in image.shape:
+            raise ValueError(f"image: one colour picture (height, width, 3) is wanted, not {tuple(image.shape)}")
+        if not torch.isfinite(image).all():
+            raise ValueError("image: finite values are wanted, but it holds NaN or infinity")
+        noun = self.noun.strip()
+        if not noun:
+            raise ValueError("noun: a word for the subject is wanted (such as dog), not an empty text")
+        if not 0.0 <= self.weight <= MAX_WEIGHT:
+            raise ValueError(f"weight: a number from 0 (off) to {MAX_WEIGHT:g} is wanted, not {self.weight:g}")
+        mask = None if self.mask is None else as_mask(self.mask)
+        if mask is not None:
+            check_aspect(mask, image)
+        target_mask = None if self.target_mask is None else as_mask(self.target_mask, name="target_mask")
+        object.__setattr__(self, "image", image[..., :3])
+        object.__setattr__(self, "noun", noun)
+        object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "target_mask", target_mask)
+        object.__setattr__(self, "prompt", self.prompt.strip() or describe(noun))
+        object.__setattr__(self, "encodings", MappingProxyType(dict(self.encodings)))
+
+    def with_encoding(self, encoder: str, value: Any) -> Subject:
+        """The same subject with what `encoder` made of it added."""
+        return replace(self, encodings={**self.encodings, encoder: value})
+
+
+def describe(noun: str) -> str:
+    """The prompt of a reference picture of which only the noun is known: "a dog", "an owl"."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
