@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import sys
 import threading
 import uuid
@@ -98,20 +99,21 @@ class Server(HostServer):
 
 
 @pytest.fixture(scope="session")
-def start_server(host_path, tmp_path_factory):
-    """Starts servers with an empty base directory each: `with start_server(settings=...) as server`."""
-
-    def start(**arguments) -> Server:
-        base = tmp_path_factory.mktemp("server")
-        return Server(Path(sys.executable), host_path, base, cpu=True, log=base / "server.log", **arguments)
-
-    return start
+def toy_folder(tmp_path_factory) -> Path:
+    """A copy of the toy pack, to which tests may add templates."""
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    shutil.copytree(ROOT / "tests" / "toy_pack", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "workflows").mkdir()
+    return folder
 
 
 @pytest.fixture(scope="session")
-def server(start_server):
-    """One real server with the pack loaded, for all tests of a session."""
-    with start_server() as running:
+def server(host_path, toy_folder, tmp_path_factory):
+    """One real server for all tests, with an empty base directory, this pack and the toy pack."""
+    base = tmp_path_factory.mktemp("server")
+    with Server(
+        Path(sys.executable), host_path, base, cpu=True, log=base / "server.log", more_packs={"toy": toy_folder}
+    ) as running:
         yield running
 
 

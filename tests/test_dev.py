@@ -226,7 +226,7 @@ class TestServer:
     def test_link_carries_the_packs_name_and_follows_a_moved_checkout(self, tmp_path):
         for pack in (tmp_path / "first", tmp_path / "second"):
             pack.mkdir()
-            hostserver.link_pack(tmp_path / "packs", pack)
+            hostserver.link_pack(tmp_path / "packs", "conceptloom", pack)
             assert os.path.realpath(tmp_path / "packs" / "conceptloom") == str(pack)
 
     def test_server_that_ends_at_once_is_reported_with_its_last_words(self, tmp_path):

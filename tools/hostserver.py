@@ -15,8 +15,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from environment import ROOT, Problem
@@ -52,13 +54,13 @@ def check_port(port: int) -> None:
             raise Problem(f"Port {port} is in use by another program: name a free one with --port.")
 
 
-def link_pack(folder: Path, pack: Path = ROOT) -> Path:
-    """Puts a link named `conceptloom` to the pack into `folder` and returns the folder."""
+def link_pack(folder: Path, name: str, pack: Path) -> None:
+    """Puts a link of this name to a pack into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    link = folder / PACK
+    link = folder / name
     if os.path.lexists(link):
         if os.path.realpath(link) == os.path.realpath(pack):
-            return folder
+            return
         link.rmdir() if os.name == "nt" else link.unlink()
     if os.name == "nt":
         import _winapi  # a junction, unlike a symbolic link, needs no rights on Windows
@@ -66,7 +68,6 @@ def link_pack(folder: Path, pack: Path = ROOT) -> Path:
         _winapi.CreateJunction(str(pack), str(link))
     else:
         link.symlink_to(pack, target_is_directory=True)
-    return folder
 
 
 def has_accelerator(python: Path) -> bool:
@@ -82,7 +83,7 @@ class HostServer:
     """A ComfyUI server as a context manager: started on entry, ended on exit.
 
     `cpu` None asks torch. `log` is the file the server's output goes to; None shows it in the
-    terminal. `settings` are written as the frontend's settings. `options` are added to the command.
+    terminal. `more_packs` are loaded beside this pack, by the names they get.
     """
 
     def __init__(
@@ -93,9 +94,7 @@ class HostServer:
         port: int | None = None,
         cpu: bool | None = None,
         log: Path | None = None,
-        pack: Path = ROOT,
-        settings: dict | None = None,
-        options: tuple[str, ...] = (),
+        more_packs: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         if port is not None:
             check_port(port)
@@ -104,11 +103,11 @@ class HostServer:
         self.base, self.log = base, log
         for name in ("custom_nodes", "input", "models", "output", "temp", "user/default/workflows"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        if settings is not None:
-            (base / "user/default/comfy.settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        for name, pack in {PACK: ROOT, **more_packs}.items():
+            link_pack(base / "packs", name, pack)
         paths = base / "extra_model_paths.yaml"
         # A JSON string is a YAML string too, whatever a path holds.
-        folder = json.dumps(str(link_pack(base / "pack", pack)))
+        folder = json.dumps(str(base / "packs"))
         paths.write_text(f"{PACK}:\n  custom_nodes: {folder}\n", encoding="utf-8")
         if cpu is None:
             cpu = not has_accelerator(python)
@@ -118,7 +117,6 @@ class HostServer:
             *("--port", str(self.port), "--base-directory", str(base), "--extra-model-paths-config", str(paths)),
             *("--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes"),
             *(("--cpu",) if cpu else ()),
-            *options,
         ]
         self.cwd = host
         self.process: subprocess.Popen | None = None

@@ -4,10 +4,8 @@ Every warp thread (upright) is a subject with its own colour, every weft thread 
 picture that takes them all in; they pass over and under each other in a twill.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
+from environment import ROOT
 from PIL import Image
 
 SIZE = 400
@@ -63,7 +61,7 @@ def draw() -> Image.Image:
 
 
 if __name__ == "__main__":
-    place = Path(os.path.abspath(__file__)).parents[1] / "assets" / "icon.png"
+    place = ROOT / "assets" / "icon.png"
     place.parent.mkdir(exist_ok=True)
     draw().save(place, optimize=True)
     print(place)

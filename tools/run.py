@@ -9,9 +9,9 @@ import importlib
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
-ROOT = Path(os.path.abspath(__file__)).parents[1]
+from environment import ROOT
+
 PACK = "conceptloom"
 
 

@@ -1,0 +1,112 @@
+"""The contract with saved workflows, and the text that makes nodes understandable."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import schema
+from conftest import ROOT
+from make_locales import FOLDER, locale_files, node_texts
+
+HINT = f"look at the difference; if it is meant: {sys.executable} tools/{{}}"
+
+
+@pytest.fixture(scope="module")
+def info(host):
+    return schema.pack_info()
+
+
+@pytest.fixture(scope="module")
+def toys(host):
+    """`/object_info` of the toy pack."""
+    spec = importlib.util.spec_from_file_location("toy_pack", Path(__file__).parent / "toy_pack" / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in module.NODES}
+
+
+def test_schema_is_the_frozen_one(info):
+    frozen = json.loads(schema.SNAPSHOT.read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(schema.frozen(info))) == frozen, HINT.format("schema.py")
+
+
+def test_names(info):
+    for name, node in info.items():
+        assert name.startswith("ConceptLoom")
+        assert node["category"].startswith("ConceptLoom/")
+        assert "ConceptLoom" not in node["display_name"]
+        assert node["description"]
+
+
+def test_every_input_has_a_tooltip(info):
+    silent = [f"{name}.{field.name}" for name, node in info.items() for field in without_tooltip(node)]
+    assert not silent
+
+
+def test_every_output_has_a_tooltip(info):
+    for name, node in info.items():
+        assert all(node["output_tooltips"]), name
+
+
+def without_tooltip(node: dict) -> list[schema.Field]:
+    """Inputs that say nothing about themselves."""
+    return [field for field in schema.all_fields(node) if not field.options.get("tooltip")]
+
+
+def test_locale_files_are_up_to_date(info):
+    for name, content in locale_files(info).items():
+        assert (FOLDER / name).read_text(encoding="utf-8") == content, HINT.format("make_locales.py")
+
+
+def test_every_node_has_a_help_page(info):
+    pages = {file.stem for file in (ROOT / "nodes" / "web" / "docs").glob("*.md")}
+    assert set(info) == pages
+
+
+class TestReading:
+    """The reader of schemas, on nodes with every kind of input."""
+
+    def test_live_inputs_follow_the_values(self, toys):
+        names = [field.name for field in schema.live_fields(toys["ToyWeave"], {"binding": "twill"})]
+        assert names == [
+            *("yarns.yarn0", "yarns.yarn1", "yarns.yarn2", "yarns.yarn3"),
+            *("size", "binding", "binding.shift", "binding.region", "label"),
+        ]
+        plain = {field.name: field for field in schema.live_fields(toys["ToyWeave"], {})}
+        assert "binding.shift" not in plain
+        assert plain["yarns.yarn0"].required and not plain["yarns.yarn1"].required
+        assert plain["binding"].default == "plain"
+
+    def test_unknown_option_is_named(self, toys):
+        with pytest.raises(ValueError, match="binding has no option 'satin': it offers plain, twill"):
+            schema.live_fields(toys["ToyWeave"], {"binding": "satin"})
+
+    def test_old_style_combo(self):
+        (field,) = schema.fields({"required": {"ink": [["red", "blue"]]}})
+        assert (field.type, field.choices, field.default, field.is_widget) == ("COMBO", ["red", "blue"], "red", True)
+
+    def test_missing_tooltip_is_seen_at_every_depth(self, toys):
+        node = json.loads(json.dumps(toys["ToyWeave"]))
+        del node["input"]["required"]["size"][1]["tooltip"]
+        del node["input"]["required"]["binding"][1]["options"][1]["inputs"]["optional"]["region"][1]["tooltip"]
+        del node["input"]["required"]["yarns"][1]["template"]["input"]["required"]["yarn"][1]["tooltip"]
+        silent = {field.name for field in without_tooltip(node)}
+        assert silent == {"size", "binding.region", *(f"yarns.yarn{index}" for index in range(4))}
+
+    def test_locale_keys(self, toys):
+        assert set(node_texts(toys)["ToyWeave"]["inputs"]) == {
+            *("yarns_yarn0", "yarns_yarn1", "yarns_yarn2", "yarns_yarn3"),
+            *("binding_shift", "binding_region"),
+        }
+        assert "ToyYarn" not in node_texts(toys)
+
+    def test_snapshot_sees_changes_and_ignores_files(self, toys):
+        node = json.loads(json.dumps(toys["ToyWeave"]))
+        before = schema.frozen({"ToyWeave": node})
+        node["input"]["required"]["file"] = ["COMBO", {"options": ["none", "v1.5", "a.safetensors"]}]
+        after = schema.frozen({"ToyWeave": node})
+        assert before != after
+        added = next(field for field in after["ToyWeave"]["inputs"] if field["name"] == "file")
+        assert added["choices"] == ["none", "v1.5"]

@@ -1,0 +1,218 @@
+"""The builder and the checker of workflows, on the toy pack and nodes of the host."""
+
+import copy
+import json
+
+import pytest
+from workflow_builder import Workflow
+from workflow_format import api_problems, layout_problems, to_api, types_fit, ui_problems
+
+
+def weave(info: dict) -> Workflow:
+    """A workflow with every kind of input."""
+    flow = Workflow(info, "weave")
+    first = flow.add("ToyYarn", {"shade": 3, "colour": "#ff0000"}, title="First yarn")
+    second = flow.add("ToyYarn", {"seed": 7})
+    flow.note("## Two yarns\nPress **Run**.")
+    region = flow.add("SolidMask", {"width": 8}, column=1)
+    weaving = flow.add(
+        "ToyWeave",
+        {
+            "yarns": [first["yarn"], second[0]],
+            "binding": "twill",
+            "binding.region": region[0],
+            "binding.shift": 2,
+            "label": "x",
+        },
+        column=2,
+    )
+    flow.add("PreviewImage", {"images": weaving["image"]}, column=3)
+    flow.group("Yarns", [first, second])
+    return flow
+
+
+@pytest.fixture
+def ui(object_info) -> dict:
+    return weave(object_info).ui()
+
+
+API = {
+    "1": {
+        "inputs": {"shade": 3, "seed": 0, "colour": "#ff0000"},
+        "class_type": "ToyYarn",
+        "_meta": {"title": "First yarn"},
+    },
+    "2": {
+        "inputs": {"shade": 1, "seed": 7, "colour": "#22cc88"},
+        "class_type": "ToyYarn",
+        "_meta": {"title": "Yarn"},
+    },
+    "4": {
+        "inputs": {"value": 1.0, "width": 8, "height": 512},
+        "class_type": "SolidMask",
+        "_meta": {"title": "Create Solid Mask"},
+    },
+    "5": {
+        "inputs": {
+            "yarns.yarn0": ["1", 0],
+            "yarns.yarn1": ["2", 0],
+            "size": 64,
+            "binding": "twill",
+            "binding.shift": 2,
+            "binding.region": ["4", 0],
+            "label": "x",
+        },
+        "class_type": "ToyWeave",
+        "_meta": {"title": "Weave"},
+    },
+    "6": {"inputs": {"images": ["5", 0]}, "class_type": "PreviewImage", "_meta": {"title": "Preview Image"}},
+}
+
+
+def test_api_is_exactly_what_was_described(ui, object_info):
+    assert to_api(ui, object_info) == API
+
+
+def test_description_is_deterministic_and_without_fault(ui, object_info):
+    assert json.dumps(weave(object_info).ui()) == json.dumps(ui)
+    assert ui_problems(ui, object_info) == []
+
+
+def test_what_was_built_runs(ui, object_info, server):
+    run = server.run(to_api(ui, object_info))
+    assert {picture.node for picture in run.pictures} == {"5", "6"}
+
+
+def test_stored_form(ui):
+    nodes = {node["id"]: node for node in ui["nodes"]}
+    assert nodes[1]["widgets_values"] == [3, 0, "fixed", "#ff0000"]
+    # One empty socket more than are linked, for the next yarn.
+    names = [(entry["name"], entry["link"] is None) for entry in nodes[5]["inputs"]]
+    assert names == [
+        ("yarns.yarn0", False),
+        ("yarns.yarn1", False),
+        ("yarns.yarn2", True),
+        ("binding.region", False),
+    ]
+    assert nodes[5]["widgets_values"] == [64, "twill", 2, "x"]
+    assert nodes[5]["properties"]["cnr_id"] == "toy" and nodes[4]["properties"]["cnr_id"] == "comfy-core"
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "sentence"),
+    [
+        ("NoSuchNode", {}, "no node NoSuchNode"),
+        ("ToyYarn", {"thickness": 1}, "no input 'thickness'"),
+        ("ToyWeave", {"binding": "satin"}, "no option 'satin'"),
+        ("ToyWeave", {"binding.shift": 1}, "no input 'binding.shift' here"),
+        ("ToyWeave", {}, "yarns.yarn0 needs a link"),
+        ("PreviewImage", {"images": "yarn"}, "takes IMAGE, not the TOY_YARN of ToyYarn"),
+        ("ToyWeave", {"yarns": ["yarn"] * 5}, "at most 4, not 5"),
+    ],
+)
+def test_wrong_description_is_refused(object_info, kind, inputs, sentence):
+    flow = Workflow(object_info, "wrong")
+    yarn = flow.add("ToyYarn")[0]
+    linked = {name: yarn if value == "yarn" else value for name, value in inputs.items()}
+    linked = {name: [yarn] * len(value) if isinstance(value, list) else value for name, value in linked.items()}
+    with pytest.raises(ValueError, match=sentence):
+        flow.add(kind, linked)
+
+
+def test_unknown_output_is_named(object_info):
+    with pytest.raises(ValueError, match="has no output 'wool': it has yarn"):
+        Workflow(object_info, "wrong").add("ToyYarn")["wool"]
+
+
+def change(workflow: dict, path: str, value) -> dict:
+    """A copy with one entry set, or removed for a value of None."""
+    result = copy.deepcopy(workflow)
+    *parents, last = [int(step) if step.isdigit() and step != "0" else step for step in path.split("/")]
+    place = result
+    for step in parents:
+        place = place[step if step in place else str(step)]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("5/class_type", "Gone", "no such node"),
+        ("5/_meta", {}, "no _meta title"),
+        ("5/inputs/size", None, "lacks its required input size"),
+        ("5/inputs/yarns.yarn0", None, "lacks its required input yarns.yarn0"),
+        ("5/inputs/yarns.yarn0", ["9", 0], "linked to node 9, which is not there"),
+        ("5/inputs/yarns.yarn0", ["1", 3], "linked to output 3 of node 1, which has 1"),
+        ("5/inputs/yarns.yarn0", ["4", 0], "takes TOY_YARN and is linked to MASK"),
+        ("5/inputs/yarns.yarn0", 3, "takes a link to TOY_YARN"),
+        ("5/inputs/wool", 1, "has no input wool"),
+        ("5/inputs/size", 4, "outside 8 to 512"),
+        ("5/inputs/size", "64", "which is no INT"),
+        ("5/inputs/size", True, "which is no INT"),
+        ("5/inputs/binding", "satin", "no option 'satin'"),
+    ],
+)
+def test_faults_of_api_workflows_are_found(object_info, path, value, sentence):
+    assert api_problems(API, object_info) == []
+    problems = api_problems(change(API, path, value), object_info)
+    assert any(sentence in problem for problem in problems), problems
+
+
+def test_workflow_without_output_is_found(object_info):
+    assert api_problems({"1": API["1"]}, object_info) == ["no node puts anything out"]
+
+
+def test_absent_model_file_is_no_fault(object_info):
+    api = {**API, "7": {"class_type": "CheckpointLoaderSimple", "_meta": {"title": "x"}, "inputs": {}}}
+    api["7"]["inputs"]["ckpt_name"] = "sd15.safetensors"
+    assert api_problems(api, object_info) == []
+    api["7"]["inputs"]["ckpt_name"] = "sd15"
+    assert len(api_problems(api, object_info)) == 1
+
+
+def node(ui: dict, number: int) -> dict:
+    return next(node for node in ui["nodes"] if node["id"] == number)
+
+
+def test_faults_of_ui_workflows_are_found(ui, object_info):
+    def problems(edit) -> str:
+        broken = copy.deepcopy(ui)
+        edit(broken)
+        return " | ".join(ui_problems(broken, object_info))
+
+    assert "has no Gone" in problems(lambda ui: node(ui, 1).update(type="Gone"))
+    assert "bypassed" in problems(lambda ui: node(ui, 1).update(mode=4))
+    assert "no cnr_id" in problems(lambda ui: node(ui, 1)["properties"].pop("cnr_id"))
+    assert "does not end" in problems(lambda ui: node(ui, 5)["inputs"][0].update(link=None))
+    assert "does not begin" in problems(lambda ui: node(ui, 1)["outputs"][0].update(links=[]))
+    assert "stores no value for colour" in problems(lambda ui: node(ui, 1)["widgets_values"].pop())
+    assert "no widget takes: [1]" in problems(lambda ui: node(ui, 1)["widgets_values"].append(1))
+    assert "outside 0 to 9" in problems(lambda ui: node(ui, 1).update(widgets_values=[10, 0, "fixed", "#ff0000"]))
+    assert "rescale" in problems(lambda ui: ui["extra"].update(workflowRendererVersion="Vue"))
+    model = {"name": "a.safetensors", "url": "x", "directory": "loras"}
+    assert "does not use it" in problems(lambda ui: node(ui, 1)["properties"].update(models=[model]))
+
+
+def test_layout_faults_are_found(ui, object_info):
+    assert layout_problems(ui, object_info) == []
+    node(ui, 2)["pos"] = list(node(ui, 1)["pos"])
+    assert any("overlap" in problem for problem in layout_problems(ui, object_info))
+    node(ui, 2)["pos"] = [9000, 0]
+    assert layout_problems(ui, object_info) == ["link 2 runs backwards, from node 2 to node 5"]
+    # A picture appears under the preview's controls: what is there must leave room for it.
+    node(ui, 6)["size"][1] = 40
+    left, top = node(ui, 6)["pos"]
+    node(ui, 2)["pos"] = [left - 2000, 0]
+    node(ui, 4)["pos"] = [left, top + 200]
+    assert any(
+        "(PreviewImage) overlap" in problem or "PreviewImage" in problem for problem in layout_problems(ui, object_info)
+    )
+
+
+def test_types():
+    assert types_fit("IMAGE", "IMAGE,MASK") and types_fit("IMAGE", "*") and types_fit("COMFY_MATCHTYPE_V3", "MASK")
+    assert not types_fit("IMAGE", "MASK")

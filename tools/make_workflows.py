@@ -1,0 +1,86 @@
+"""Writes the shipped workflows: `python tools/make_workflows.py [PART OF A NAME...]`
+
+Every workflow is described by a function that takes a builder (workflow_builder.py shows how) and
+is listed in WORKFLOWS under its file name. The name is all that a template's card shows: number it
+for its place in the list, and use letters, digits, dots, hyphens and underscores alone, so that it
+can stand in a link. For each, three files are written:
+
+    workflows/NAME.json      what a person opens
+    workflows/api/NAME.json  what a script posts
+    workflows/NAME.jpg       its card: the last picture it draws, cut to a square; written only if
+                             the workflow can be run here (its weights are present)
+
+A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from environment import ROOT, WORK, Problem, choose_host, say
+from hostserver import HostServer, PromptError
+from PIL import Image, ImageOps
+from workflow_builder import Workflow
+from workflow_format import to_api, ui_problems
+
+FOLDER = ROOT / "workflows"
+CARD_SIDE = 400
+
+WORKFLOWS: dict[str, Callable[[Workflow], None]] = {}
+
+
+def save_json(file: Path, content: dict) -> None:
+    """Writes JSON as it is committed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_card(file: Path, picture: bytes) -> None:
+    """Writes the picture of a template's card; small drawn pictures are enlarged without blur."""
+    with Image.open(io.BytesIO(picture)) as image:
+        scale = Image.Resampling.NEAREST if max(image.size) < CARD_SIDE else Image.Resampling.LANCZOS
+        ImageOps.fit(image.convert("RGB"), (CARD_SIDE, CARD_SIDE), scale).save(file, quality=88)
+
+
+def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow], None]) -> None:
+    """Writes one workflow's files."""
+    flow = Workflow(info, name)
+    describe(flow)
+    ui = flow.ui()
+    problems = ui_problems(ui, info)
+    if problems:
+        raise Problem(f"{name}: {'; '.join(problems)}")
+    api = to_api(ui, info)
+    save_json(FOLDER / f"{name}.json", ui)
+    save_json(FOLDER / "api" / f"{name}.json", api)
+    say(f"{name}: written")
+    try:
+        pictures = server.pictures(server.finish(server.submit(api)))
+    except PromptError as error:
+        say(f"{name}: no new card, it cannot be run here: {error}")
+    else:
+        save_card(FOLDER / f"{name}.jpg", pictures[-1].data)
+
+
+def main(parts: list[str]) -> None:
+    """Writes all workflows, or those whose names contain one of the given parts."""
+    base = WORK / "make_workflows"
+    base.mkdir(parents=True, exist_ok=True)
+    host = choose_host(os.environ)
+    with HostServer(Path(sys.executable), host.path, base, log=base / "server.log") as server:
+        info = server.get("/object_info")
+        for name, describe in WORKFLOWS.items():
+            if not parts or any(part.lower() in name.lower() for part in parts):
+                make(server, info, name, describe)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Problem as problem:
+        sys.exit(f"make_workflows.py: {problem}")
