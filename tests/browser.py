@@ -1,0 +1,166 @@
+"""Drives the host's frontend in Chromium, as a person would who opens a template and presses Run."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hostserver import HostServer
+
+# Settings that say "first-run dialogs were dismissed"; the frontend stores these on the server.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Locale": "en",
+    "Comfy.Minimap.Visible": False,
+    "Comfy.RightSidePanel.IsOpen": False,
+}
+RENDERERS = {"classic": False, "nodes2": True}
+
+# Chromium as root, without a GPU, and without its own calls to hosts that a closed network refuses.
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+# What the frontend writes to the console by itself, on an empty host with no pack of ours.
+HOST_NOISE = (
+    "user.css",
+    "userdata",
+    "comfy.templates.json",
+    "comfyapp graph accessed before initialization",
+    "legacy queue/history menu",
+    "open_maskeditor is deprecated",
+    "content security policy",
+    "api.comfy.org",
+)
+
+TROUBLE = "[data-testid=error-overlay], [data-testid^=error-group-], [data-testid=missing-node-card]"
+
+
+def chromium() -> str | None:
+    """Where a Chromium lies that can be driven."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+@contextmanager
+def open_browser(folder: Path) -> Iterator:
+    """A browser with a profile of its own below `folder`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(folder),
+            executable_path=chromium(),
+            headless=True,
+            args=list(FLAGS),
+            viewport={"width": 1600, "height": 1000},
+        )
+        try:
+            yield context
+        finally:
+            context.close()
+
+
+@dataclass
+class Visit:
+    """What was seen while a template was opened and run."""
+
+    problems: list[str] = field(default_factory=list)
+    api: dict = field(default_factory=dict)
+    pictures: int = 0
+
+
+def run_template(browser, server: HostServer, pack: str, template: str, renderer: str, screenshot: Path) -> Visit:
+    """Opens a template of a pack by its card, presses Run, waits for the pictures, and notes all trouble."""
+    for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": RENDERERS[renderer]}.items():
+        server.request(f"/settings/{name}", json.dumps(value).encode())
+    page = browser.new_page()
+    visit = Visit()
+    watch(page, pack, visit.problems)
+    try:
+        page.goto(server.url)
+        page.wait_for_function("window.app?.vueAppReady && window.app.isGraphReady", timeout=60000)
+        open_template(page, pack, template, visit.problems)
+        visit.problems += seen_trouble(page)
+        visit.api = page.evaluate("app.graphToPrompt().then(result => result.output)")
+        visit.pictures = press_run(page, visit.problems)
+        page.screenshot(path=screenshot)
+    finally:
+        page.close()
+    return visit
+
+
+def watch(page, pack: str, problems: list[str]) -> None:
+    """Notes exceptions, console errors and failed requests for files of the pack."""
+
+    def console(message) -> None:
+        text = f"{message.text} {message.location.get('url', '')}"
+        if message.type == "error" and not any(noise in text.lower() for noise in HOST_NOISE):
+            problems.append(f"console: {text.strip()}")
+
+    def response(answer) -> None:
+        if answer.status >= 400 and f"/{pack}/" in answer.url:
+            problems.append(f"HTTP {answer.status}: {answer.url}")
+
+    page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
+    page.on("console", console)
+    page.on("response", response)
+
+
+def open_template(page, pack: str, template: str, problems: list[str]) -> None:
+    """Chooses a template's card in the Templates dialog and waits until its graph is loaded."""
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_test_id("template-workflows-content").wait_for()
+    page.get_by_role("button", name=pack, exact=True).click()
+    picture = page.wait_for_function(
+        """name => {
+            const picture = document.querySelector(`[data-testid="template-workflow-${name}"] img`)
+            return picture?.naturalWidth > 0 && picture.src
+        }""",
+        arg=template,
+    ).json_value()
+    if "default-template" in picture:
+        problems.append(f"the card of {template} shows a placeholder: its .jpg is missing")
+    page.get_by_test_id(f"template-workflow-{template}").click()
+    page.wait_for_function(
+        "path => app.extensionManager.workflow.activeWorkflow?.path === path", arg=f"workflows/{template}.json"
+    )
+    page.wait_for_timeout(1500)  # the frontend looks for missing models and media after loading
+
+
+def seen_trouble(page) -> list[str]:
+    """Error overlays, error groups and nodes marked red."""
+    shown = [f"shown: {text}" for text in page.locator(TROUBLE).all_inner_texts()]
+    red = page.evaluate("app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
+    return shown + [f"marked red: {kind}" for kind in red]
+
+
+def press_run(page, problems: list[str]) -> int:
+    """Presses Run, waits for the end and until every picture is on its node; returns how many nodes show one."""
+    page.evaluate(
+        """() => {
+            window.loomEnd = null
+            window.loomPictures = []
+            app.api.addEventListener('executed', event => {
+                if (event.detail.output?.images) loomPictures.push(event.detail.display_node)
+            })
+            for (const end of ['execution_success', 'execution_error', 'execution_interrupted'])
+                app.api.addEventListener(end, event => { loomEnd = [end, event.detail.exception_message ?? ''] })
+        }"""
+    )
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("window.loomEnd || document.querySelector('[data-testid=error-overlay]')", timeout=300000)
+    end = page.evaluate("loomEnd")
+    if not end or end[0] != "execution_success":
+        problems.append(f"did not run: {end}")
+        problems += seen_trouble(page)
+        return 0
+    page.wait_for_function(
+        "() => loomPictures.every(id => app.graph.getNodeById(id)?.imgs?.[0]?.naturalWidth > 0)", timeout=30000
+    )
+    problems += seen_trouble(page)
+    return page.evaluate("loomPictures.length")

@@ -1,0 +1,71 @@
+"""Templates in a real browser: found, opened, run, and the picture seen, in both renderers."""
+
+import json
+
+import pytest
+from browser import RENDERERS, chromium, open_browser, run_template
+from conftest import ROOT
+from hostserver import PACK
+from PIL import Image
+from test_workflow_tools import weave
+from workflow_format import to_api
+
+TEMPLATES = sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if "shapeland" in file.stem.lower())
+NO_TEMPLATE = pytest.param("none", marks=pytest.mark.skip(reason="workflows/ has no Shapeland template yet"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if chromium() is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    pytest.importorskip("playwright", reason="the Python package playwright is not installed")
+    with open_browser(tmp_path_factory.mktemp("profile")) as context:
+        yield context
+
+
+@pytest.fixture
+def visit(browser, server, tmp_path):
+    """Opens and runs a template; the screenshot lies in pytest's temporary folder of the test."""
+
+    def run(pack: str, template: str, renderer: str):
+        return run_template(browser, server, pack, template, renderer, tmp_path / f"{template}_{renderer}.png")
+
+    return run
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("template", TEMPLATES or [NO_TEMPLATE])
+def test_template(visit, template, renderer):
+    if not any((ROOT / "shapeland" / "weights").glob("*.safetensors")):
+        pytest.skip("Shapeland's weights are not in shapeland/weights/")
+    seen = visit(PACK, template, renderer)
+    assert seen.problems == []
+    assert seen.pictures
+    assert seen.api == json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
+
+
+class TestToyTemplate:
+    """The same on the toy pack: what our tools build loads, runs and converts, and trouble is seen."""
+
+    def publish(self, folder, name: str, ui: dict, card: bool = True) -> None:
+        (folder / "workflows" / f"{name}.json").write_text(json.dumps(ui), encoding="utf-8")
+        if card:
+            Image.new("RGB", (64, 64), "teal").save(folder / "workflows" / f"{name}.jpg")
+
+    @pytest.mark.parametrize("renderer", RENDERERS)
+    def test_good_template(self, visit, toy_folder, object_info, renderer):
+        ui = weave(object_info).ui()
+        self.publish(toy_folder, "good", ui)
+        seen = visit("toy", "good", renderer)
+        assert seen.problems == []
+        assert seen.pictures == 2
+        assert seen.api == to_api(ui, object_info), "the frontend converts it differently"
+
+    def test_trouble_is_seen(self, visit, toy_folder, object_info):
+        ui = weave(object_info).ui()
+        del ui["nodes"][4]["widgets_values"]
+        ui["nodes"][4]["type"] = "ToyGone"
+        self.publish(toy_folder, "broken", ui, card=False)
+        problems = " | ".join(visit("toy", "broken", "classic").problems)
+        assert "placeholder" in problems
+        assert "shown: " in problems and "ToyGone" in problems
