@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browser import RENDERERS, chromium, open_browser, run_template
-from conftest import ROOT
+from environment import ROOT
 from hostserver import PACK
 from PIL import Image
 from test_workflow_tools import weave

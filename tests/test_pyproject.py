@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from environment import ROOT
 from PIL import Image
 
 tomllib = pytest.importorskip("tomllib", reason="tomllib needs Python 3.11")

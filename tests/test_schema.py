@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import schema
-from conftest import ROOT
+from environment import ROOT
 from make_locales import FOLDER, locale_files, node_texts
 
 HINT = f"look at the difference; if it is meant: {sys.executable} tools/{{}}"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from environment import ROOT
 from PIL import Image
 from workflow_format import MODEL_FILE, api_problems, to_api, ui_problems
 
