@@ -1,0 +1,170 @@
+"""Shapeland's models as ComfyUI's own MODEL, CLIP, VAE and CLIP_VISION objects."""
+
+from __future__ import annotations
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.clip_vision import ClipVisionModel
+
+from ..shapeland import models
+from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
+from ..shapeland.judge import Judge, Reading
+
+LATENT_MEMORY = 2000  # bytes per pixel and byte of dtype while the autoencoder runs, measured generously
+
+
+class LatentFormat(comfy.latent_formats.LatentFormat):
+    """Latents of unit variance: eight channels at a quarter of the picture's size."""
+
+    latent_channels = CHANNELS
+    spacial_downscale_ratio = FACTOR
+
+
+class ModelConfig(comfy.supported_models_base.BASE):
+    """Stable Diffusion 1.5's blocks at 64 channels, v-prediction, as the host describes a UNet."""
+
+    unet_config = {
+        "image_size": 16,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "model_channels": models.UNET_CONFIG["block_out_channels"][0],
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 2, 2],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+        "context_dim": models.WIDTH,
+        "use_linear_in_transformer": False,
+        "use_spatial_transformer": True,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+        "legacy": False,
+    }
+    unet_extra_config = {"num_heads": models.UNET_CONFIG["attention_head_dim"], "num_head_channels": -1}
+    latent_format = LatentFormat
+    memory_usage_factor = 0.5
+
+    def __init__(self):
+        super().__init__(type(self).unet_config)
+
+    def model_type(self, state_dict, prefix=""):
+        """Shapeland's UNet predicts v."""
+        return comfy.model_base.ModelType.V_PREDICTION
+
+
+def load_model(state: dict[str, torch.Tensor] | None = None) -> comfy.model_patcher.ModelPatcher:
+    """The UNet as MODEL, from `state` with diffusers' names, or from the shipped file.
+
+    Raises FileNotFoundError with one sentence if the file is absent.
+    """
+    state = models.load("unet") if state is None else state
+    config = ModelConfig()
+    load_device = comfy.model_management.get_torch_device()
+    config.set_inference_dtype(torch.float32, None)
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    model = config.get_model({}, device=comfy.model_management.unet_offload_device())
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    model.load_model_weights({names[k]: v for k, v in state.items()}, "", assign=patcher.is_dynamic())
+    return patcher
+
+
+class _TextTower(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=dict(models.TEXT_CONFIG),
+            return_projected_pooled=False,
+            model_options=model_options or {},
+        )
+
+
+class _Text(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=_TextTower)
+
+
+class _Tokenizer(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__(embedding_directory, tokenizer_data or {})
+        # Textual inversion embeddings for this model have its width, not Stable Diffusion's.
+        self.clip_l.embedding_size = models.WIDTH
+
+
+def load_clip(
+    state: dict[str, torch.Tensor] | None = None, embedding_directory: str | list[str] | None = None
+) -> comfy.sd.CLIP:
+    """The text tower as CLIP behind the host's own tokenizer."""
+    state = models.load("text") if state is None else state
+    target = comfy.supported_models_base.ClipTarget(_Tokenizer, _Text)
+    return comfy.sd.CLIP(
+        target,
+        embedding_directory=embedding_directory,
+        parameters=sum(v.numel() for v in state.values()),
+        state_dict=[state],
+    )
+
+
+class _VAE(comfy.sd.VAE):
+    """The host's VAE object around our autoencoder."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        # The host chooses a module by the names in a file; the smallest it knows stands in until ours takes its place.
+        super().__init__(sd={"pixel_space_vae": torch.zeros(1)})
+        self.first_stage_model = Autoencoder().eval()
+        self.vae_dtype = torch.float32
+        self.patcher = comfy.model_patcher.CoreModelPatcher(
+            self.first_stage_model,
+            load_device=self.device,
+            offload_device=comfy.model_management.vae_offload_device(),
+        )
+        self.first_stage_model.load_state_dict(state, assign=self.patcher.is_dynamic())
+        comfy.model_management.archive_model_dtypes(self.first_stage_model)
+        self.latent_channels = CHANNELS
+        self.downscale_ratio = self.upscale_ratio = FACTOR
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+        self.memory_used_encode = lambda shape, dtype: LATENT_MEMORY * shape[2] * shape[3] * 4
+        self.memory_used_decode = lambda shape, dtype: LATENT_MEMORY * shape[2] * shape[3] * FACTOR**2 * 4
+        self.size = None
+        self.model_size()
+
+
+def load_vae(state: dict[str, torch.Tensor] | None = None) -> comfy.sd.VAE:
+    """The autoencoder as VAE."""
+    return _VAE(models.load("autoencoder") if state is None else state)
+
+
+def load_clip_vision(state: dict[str, torch.Tensor] | None = None) -> ClipVisionModel:
+    """The vision tower as CLIP_VISION."""
+    state = models.load("vision") if state is None else state
+    vision = ClipVisionModel({**models.VISION_CONFIG, "model_type": "clip_vision_model"})
+    vision.load_sd(state)
+    return vision
+
+
+def load_judge() -> comfy.model_patcher.ModelPatcher:
+    """The judge in a model patcher, so that the host places and frees it; the module is `patcher.model`."""
+    judge = Judge().eval().requires_grad_(False)
+    judge.load_state_dict(models.load("judge"))
+    return comfy.model_patcher.CoreModelPatcher(
+        judge,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def read_pictures(images: torch.Tensor) -> list[list[Reading]]:
+    """What the judge sees in `images` (n, H, W, 3) in [0, 1]."""
+    patcher = load_judge()
+    comfy.model_management.load_model_gpu(patcher)
+    return patcher.model.read(images[..., :3].movedim(-1, 1).to(patcher.load_device).float())

@@ -1,0 +1,153 @@
+"""Nodes of the drawn world: load its model, draw a scene by description, read a picture with the judge."""
+
+from __future__ import annotations
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..host import shapeland as host
+from ..shapeland import report, world
+
+CATEGORY = "ConceptLoom/Shapeland"
+
+
+class LoadShapeland(io.ComfyNode):
+    """The four parts of Shapeland's model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomLoadShapeland",
+            display_name="Load Shapeland",
+            category=CATEGORY,
+            description="The tiny model that ships with ConceptLoom. It draws 64x64 pictures of one to three patterned "
+            "things, in seconds and without a graphics card, so that every workflow can be tried at once.",
+            search_aliases=["shapeland", "tiny model", "test model", "checkpoint", "load checkpoint"],
+            inputs=[],
+            outputs=[
+                io.Model.Output(tooltip="A UNet with the block layout of Stable Diffusion 1.5, at 64 channels."),
+                io.Clip.Output(tooltip="A small CLIP text tower behind CLIP's own tokenizer."),
+                io.Vae.Output(tooltip="An autoencoder: 8 channels at a quarter of the picture's size."),
+                io.ClipVision.Output(tooltip="The vision tower that was trained with the text tower."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(
+            host.load_model(),
+            host.load_clip(embedding_directory=folder_paths.get_folder_paths("embeddings")),
+            host.load_vae(),
+            host.load_clip_vision(),
+        )
+
+
+class DrawScene(io.ComfyNode):
+    """A picture of the world, by description."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomDrawScene",
+            display_name="Draw Scene (Shapeland)",
+            category=CATEGORY,
+            description="Draws a Shapeland picture from a sentence, together with the exact mask of each thing: a "
+            "reference subject that needs no file.",
+            search_aliases=["shapeland", "reference picture", "example image", "test image", "draw"],
+            inputs=[
+                io.String.Input(
+                    "description",
+                    default="a red striped fish on a mint background",
+                    tooltip="One to three things and a background. Things: "
+                    + ", ".join(world.NOUNS)
+                    + ". Colours: "
+                    + ", ".join(world.COLORS)
+                    + ". Patterns: "
+                    + ", ".join(world.PATTERNS)
+                    + ". Backgrounds: "
+                    + ", ".join(world.BACKGROUNDS)
+                    + ". What the sentence leaves open is drawn by lot.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Decides places, sizes, and the background where the sentence names none.",
+                ),
+                io.Int.Input(
+                    "identity_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="Decides each thing's exact colours and pattern. The same number gives the same "
+                    "appearance in another place, and on another thing.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The picture, 64x64."),
+                io.Mask.Output(tooltip="One mask per thing, in the order of the sentence."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, description: str) -> bool | str:
+        try:
+            world.parse_caption(description)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, description: str, seed: int, identity_seed: int) -> io.NodeOutput:
+        picture, masks = world.draw_description(description, seed, identity_seed)
+        return io.NodeOutput(torch.from_numpy(picture.image)[None], torch.from_numpy(masks))
+
+
+class ReadPicture(io.ComfyNode):
+    """What the judge sees."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomReadPicture",
+            display_name="Read Picture (Shapeland Judge)",
+            category=CATEGORY,
+            description="Names the things in a Shapeland picture with their colours, pattern and mask, and measures "
+            "how much each looks like a reference. A workflow can measure itself with it.",
+            search_aliases=["shapeland", "judge", "evaluate", "segment", "mask by word", "identity similarity"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to read. Other sizes than 64x64 are scaled for reading."),
+                io.Combo.Input(
+                    "noun",
+                    options=["any", *world.NOUNS],
+                    default="any",
+                    tooltip="Which things the mask output covers.",
+                ),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="A picture whose largest thing each thing is compared with: 1 is the same identity, "
+                    "about 0 another one.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(tooltip="The chosen things of each picture as one mask."),
+                io.String.Output(
+                    display_name="report", tooltip="One line per thing: what it is and how alike the reference."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, noun: str, reference: torch.Tensor | None = None) -> io.NodeOutput:
+        readings = host.read_pictures(image)
+        compared = None if reference is None else host.read_pictures(reference[:1])[0]
+        mask = report.union_mask(readings, noun, image.shape[1:3])
+        text = report.describe(readings, compared)
+        return io.NodeOutput(mask, text, ui=ui.PreviewText(text))
+
+
+NODES: list[type[io.ComfyNode]] = [LoadShapeland, DrawScene, ReadPicture]

@@ -1,0 +1,122 @@
+"""The architectures of Shapeland's models and the form their weights are shipped in.
+
+Each is the small sibling of a part of Stable Diffusion 1.5: a UNet whose blocks carry the same numbers, an autoencoder,
+and CLIP's two towers behind CLIP's own tokenizer. UNet and towers are built as diffusers and transformers models for
+training; `host/shapeland.py` loads the same files into ComfyUI.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .autoencoder import CHANNELS
+
+WEIGHTS = Path(__file__).parent / "weights"
+FILES = {name: WEIGHTS / f"{name}.safetensors" for name in ("unet", "autoencoder", "text", "vision", "judge")}
+
+WIDTH = 128
+TOKENS = 77
+VOCABULARY = 49408
+START, END = 49406, 49407
+# Stable Diffusion's noise schedule.
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+UNET_CONFIG = {
+    "sample_size": 16,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "layers_per_block": 2,
+    "block_out_channels": (64, 128, 128, 128),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 4,
+}
+_TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "projection_dim": WIDTH,
+    "hidden_act": "quick_gelu",
+}
+TEXT_CONFIG = {
+    **_TOWER,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": TOKENS,
+    "bos_token_id": START,
+    "eos_token_id": END,
+    "pad_token_id": END,
+}
+VISION_CONFIG = {**_TOWER, "image_size": 64, "patch_size": 8, "num_channels": 3}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+_TOKEN_IDS = "token_ids"
+
+
+def build_unet():
+    """A diffusers `UNet2DConditionModel` with Stable Diffusion 1.5's blocks and random weights."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**UNET_CONFIG)
+
+
+def build_text(vocabulary: int = VOCABULARY, end: int = END):
+    """A transformers `CLIPTextModelWithProjection` over `vocabulary` token rows, pooling at the first token `end`."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = {**TEXT_CONFIG, "vocab_size": vocabulary, "eos_token_id": end, "pad_token_id": end}
+    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
+
+
+def build_vision():
+    """A transformers `CLIPVisionModelWithProjection` for 64x64 pictures in patches of 8."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION_CONFIG))
+
+
+def save(name: str, state: dict[str, torch.Tensor], path: Path | None = None) -> Path:
+    """Write floating-point tensors as fp16 safetensors (others as they are) and return the path."""
+    path = path or FILES[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}, path)
+    return path
+
+
+def load(name: str, path: Path | None = None) -> dict[str, torch.Tensor]:
+    """Read the weights of `name` ("unet", "autoencoder", "text", "vision" or "judge") as fp32.
+
+    The text file holds rows for the world's own words only; the full table that CLIP's tokenizer indexes is restored
+    here, every other token being the mean of the known ones.
+
+    Raises FileNotFoundError with one sentence that says how to get the file.
+    """
+    path = path or FILES[name]
+    if not path.exists():
+        raise FileNotFoundError(
+            f"Shapeland's {name} weights are not at {path}: clone the repository, which carries them, or train them "
+            f"with `python -m training.shapeland {name}` (see shapeland/README.md)."
+        )
+    state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    if _TOKEN_IDS in state:
+        ids, rows = state.pop(_TOKEN_IDS).long(), state[_TOKEN_TABLE]
+        table = rows.mean(0).repeat(VOCABULARY, 1)
+        table[ids] = rows
+        state[_TOKEN_TABLE] = table
+    return state
+
+
+def compact_text_state(state: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The text tower's state with only the token rows `ids` (n,), and the ids beside them, as the file holds it."""
+    return {**state, _TOKEN_TABLE: state[_TOKEN_TABLE][ids], _TOKEN_IDS: ids.int()}

@@ -1,0 +1,475 @@
+"""The drawn world: pictures of one to three things on a background, with ground truth for all that is in them.
+
+A **thing** has a noun (its silhouette) and an **identity**: two colours and a pattern with continuous parameters.
+Captions name the noun and only sometimes part of the identity, so an identity is more than words give. Equal nouns in
+one picture share one identity: a model that draws two of them has to carry appearance from one to the other, which is
+what self-attention does and what multi-reference methods build on.
+
+Everything here is numpy and deterministic by seed. Pictures are float32 in [0, 1], shape (SIZE, SIZE, 3), RGB.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+SIZE = 64
+NOUNS = ("ball", "star", "heart", "tree", "fish", "mug", "house", "moon")
+PLURALS = ("balls", "stars", "hearts", "trees", "fish", "mugs", "houses", "moons")
+PATTERNS = ("striped", "dotted", "checked", "ringed")
+COUNTS = ("a", "two", "three")
+MAX_THINGS = 3
+
+# Hue in degrees at the centre of each named thing colour; identities vary around it (see `random_identity`).
+THING_HUES = {
+    "red": 0.0, "orange": 28.0, "yellow": 55.0, "green": 120.0,
+    "teal": 180.0, "blue": 224.0, "purple": 276.0, "pink": 322.0,
+}  # fmt: skip
+COLORS = tuple(THING_HUES)
+# Muted colours that no thing has, so that a thing never dissolves into its background.
+BACKGROUND_RGB = {
+    "white": (0.94, 0.94, 0.93), "gray": (0.55, 0.56, 0.58), "black": (0.10, 0.10, 0.12),
+    "beige": (0.84, 0.76, 0.62), "navy": (0.13, 0.19, 0.34), "mint": (0.72, 0.87, 0.79),
+}  # fmt: skip
+BACKGROUNDS = tuple(BACKGROUND_RGB)
+
+_DETAIL_RGB = np.array((0.16, 0.15, 0.18), np.float32)
+_SUPERSAMPLING = 3
+_RADIUS = {1: (13.0, 19.0), 2: (10.5, 14.5), 3: (9.5, 12.0)}
+_PERIOD = (6.0, 10.5)
+_SECOND_SHARE = (0.28, 0.45)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The appearance of a thing: what a reference picture carries and words do not.
+
+    `color` and `second` index COLORS, `rgb` and `second_rgb` are their exact values in [0, 1]; `pattern` indexes
+    PATTERNS, `period` is in pixels, `angle` in radians, `share` is the part of the area in the second colour.
+    """
+
+    color: int
+    rgb: tuple[float, float, float]
+    second: int
+    second_rgb: tuple[float, float, float]
+    pattern: int
+    period: float
+    angle: float
+    share: float
+
+    def vector(self) -> np.ndarray:
+        """The identity as 14 numbers of comparable scale: both colours, pattern one-hot, period, share, angle."""
+        low, high = _PERIOD
+        first, last = _SECOND_SHARE
+        # A pattern looks the same after half a turn (stripes), a quarter turn (dots, checks) or any turn (rings).
+        symmetry = (2.0, 4.0, 4.0, 0.0)[self.pattern]
+        turn = (np.cos(symmetry * self.angle), np.sin(symmetry * self.angle)) if symmetry else (0.0, 0.0)
+        return np.array(
+            (
+                *self.rgb,
+                *self.second_rgb,
+                *np.eye(len(PATTERNS))[self.pattern],
+                (self.period - low) / (high - low),
+                (self.share - first) / (last - first),
+                *turn,
+            ),
+            np.float32,
+        )
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A noun with an identity at a place: centre `x`, `y` and `radius` in pixels, `tilt` in radians, mirrored or not."""
+
+    noun: int
+    identity: Identity
+    x: float
+    y: float
+    radius: float
+    tilt: float = 0.0
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things from the farthest to the nearest, a background, the caption, and where the caption names each thing.
+
+    `noun_words[i]` is the index of thing i's noun among the caption's words; `attribute_words[i]` the indices of the
+    words that describe it. Every word of a caption is one token of CLIP's vocabulary.
+    """
+
+    things: tuple[Thing, ...]
+    background: int
+    background_rgb: tuple[float, float, float]
+    caption: str
+    noun_words: tuple[int, ...]
+    attribute_words: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn scene: `image` (SIZE, SIZE, 3), `masks` (things, SIZE, SIZE) of the visible parts with soft edges,
+    `depth` (SIZE, SIZE) from 0 (background) to 1 (nearest)."""
+
+    scene: Scene
+    image: np.ndarray
+    masks: np.ndarray
+    depth: np.ndarray
+
+    def palette(self) -> np.ndarray:
+        """Colours of the picture with their area: rows (r, g, b, share), background first, shares summing to 1."""
+        areas = self.masks.reshape(len(self.masks), -1).mean(1)
+        rows = [(*self.scene.background_rgb, 1.0 - areas.sum())]
+        for thing, area in zip(self.scene.things, areas, strict=True):
+            identity = thing.identity
+            rows.append((*identity.rgb, area * (1 - identity.share)))
+            rows.append((*identity.second_rgb, area * identity.share))
+        return np.array(rows, np.float32)
+
+
+# --- silhouettes: functions of unit coordinates (y down) to (inside, detail) booleans -------------------------------
+
+
+def _polygon(x, y, corners):
+    inside = np.zeros(x.shape, bool)
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        if y0 != y1:
+            inside ^= ((y0 > y) != (y1 > y)) & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
+    return inside
+
+
+def _circle(x, y, cx, cy, radius):
+    return (x - cx) ** 2 + (y - cy) ** 2 < radius**2
+
+
+def _box(x, y, left, top, right, bottom):
+    return (x > left) & (x < right) & (y > top) & (y < bottom)
+
+
+_STAR = [(r * np.sin(k * np.pi / 5), 0.06 - r * np.cos(k * np.pi / 5)) for k, r in enumerate((1.05, 0.48) * 5)]
+
+
+def _ball(x, y):
+    return _circle(x, y, 0, 0, 0.92), None
+
+
+def _star(x, y):
+    return _polygon(x, y, _STAR), None
+
+
+def _heart(x, y):
+    u, v = x * 1.22, -(y * 1.22) + 0.14
+    return (u**2 + v**2 - 1) ** 3 - u**2 * v**3 < 0, None
+
+
+def _tree(x, y):
+    crown = _polygon(x, y, [(0, -1.05), (0.62, -0.15), (-0.62, -0.15)]) | _polygon(
+        x, y, [(0, -0.62), (0.85, 0.62), (-0.85, 0.62)]
+    )
+    trunk = _box(x, y, -0.17, 0.55, 0.17, 1.0)
+    return crown | trunk, trunk & ~crown
+
+
+def _fish(x, y):
+    body = (x + 0.18) ** 2 / 0.82**2 + y**2 / 0.58**2 < 1
+    tail = _polygon(x, y, [(0.38, 0.0), (1.05, -0.62), (1.05, 0.62)])
+    return body | tail, _circle(x, y, -0.58, -0.14, 0.12)
+
+
+def _mug(x, y):
+    cup = _box(x, y, -0.85, -0.78, 0.45, 0.85)
+    handle = _circle(x, y, 0.45, 0.02, 0.52) & ~_circle(x, y, 0.45, 0.02, 0.27) & (x > 0.4)
+    return cup | handle, None
+
+
+def _house(x, y):
+    wall = _box(x, y, -0.68, -0.15, 0.68, 0.9)
+    roof = _polygon(x, y, [(0, -1.0), (1.0, -0.1), (-1.0, -0.1)])
+    return wall | roof, _box(x, y, -0.18, 0.38, 0.18, 0.9)
+
+
+def _moon(x, y):
+    return _circle(x, y, -0.05, 0, 0.98) & ~_circle(x, y, 0.42, -0.1, 0.72), None
+
+
+_SILHOUETTES = (_ball, _star, _heart, _tree, _fish, _mug, _house, _moon)
+
+
+def _second_color(identity: Identity, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Where the second colour lies, at pixel offsets (u, v) from the thing's centre."""
+    c, s = np.cos(identity.angle), np.sin(identity.angle)
+    a, b = (u * c + v * s) / identity.period, (v * c - u * s) / identity.period
+    share = identity.share
+    pattern = PATTERNS[identity.pattern]
+    if pattern == "striped":
+        return np.abs(a - np.round(a)) < share / 2
+    if pattern == "ringed":
+        radius = np.hypot(a, b)
+        return np.abs(radius - np.round(radius)) < share / 2
+    if pattern == "dotted":
+        return np.hypot(a - np.round(a), b - np.round(b)) < np.sqrt(share / np.pi)
+    # Checks: both squares of the checkerboard's diagonal, shrunk so that the second colour covers `share`.
+    half = np.sqrt(share / 2) / 2
+    first = np.maximum(np.abs(a - np.round(a)), np.abs(b - np.round(b))) < half
+    other = np.maximum(np.abs(a - 0.5 - np.round(a - 0.5)), np.abs(b - 0.5 - np.round(b - 0.5))) < half
+    return first | other
+
+
+def render(scene: Scene) -> Picture:
+    """Draw `scene` with antialiased edges and return it with its ground truth."""
+    n, k = SIZE, _SUPERSAMPLING
+    # A faint light from above makes the background a surface instead of a constant.
+    light = np.linspace(0.03, -0.03, n, dtype=np.float32)[:, None, None]
+    image = np.clip(np.broadcast_to(np.array(scene.background_rgb, np.float32), (n, n, 3)) + light, 0, 1)
+    masks = np.zeros((len(scene.things), n, n), np.float32)
+    depth = np.zeros((n, n), np.float32)
+    for i, thing in enumerate(scene.things):
+        reach = int(np.ceil(thing.radius * 1.15)) + 1
+        x0, x1 = max(0, int(thing.x) - reach), min(n, int(thing.x) + reach + 1)
+        y0, y1 = max(0, int(thing.y) - reach), min(n, int(thing.y) + reach + 1)
+        xs = (np.arange(x0 * k, x1 * k, dtype=np.float32) + 0.5) / k - thing.x
+        ys = (np.arange(y0 * k, y1 * k, dtype=np.float32) + 0.5) / k - thing.y
+        u, v = np.meshgrid(xs, ys)
+        c, s = np.cos(thing.tilt), np.sin(thing.tilt)
+        a, b = (u * c + v * s) / thing.radius, (v * c - u * s) / thing.radius
+        inside, detail = _SILHOUETTES[thing.noun](-a if thing.mirrored else a, b)
+        identity = thing.identity
+        color = np.where(
+            _second_color(identity, u, v)[..., None],
+            np.array(identity.second_rgb, np.float32),
+            np.array(identity.rgb, np.float32),
+        )
+        if detail is not None:
+            color = np.where((detail & inside)[..., None], _DETAIL_RGB, color)
+        weight = inside.astype(np.float32)[..., None]
+        shape = (y1 - y0, k, x1 - x0, k)
+        alpha = weight.reshape(*shape, 1).mean((1, 3))
+        painted = (color * weight).reshape(*shape, 3).mean((1, 3))
+        here = (slice(y0, y1), slice(x0, x1))
+        image[here] = image[here] * (1 - alpha) + painted
+        masks[:, y0:y1, x0:x1] *= 1 - alpha[..., 0]
+        masks[i, y0:y1, x0:x1] = alpha[..., 0]
+        depth[here] = depth[here] * (1 - alpha[..., 0]) + alpha[..., 0] * (i + 1) / MAX_THINGS
+    return Picture(scene, image.astype(np.float32), masks, depth)
+
+
+# --- drawing lots ---------------------------------------------------------------------------------------------------
+
+
+def _color_near(rng: np.random.Generator, color: int) -> tuple[float, float, float]:
+    hue = (list(THING_HUES.values())[color] + rng.uniform(-7, 7)) % 360 / 360
+    # Pink and yellow are light, orange must stay away from brown: the ranges keep every name unmistakable.
+    return colorsys.hsv_to_rgb(hue, rng.uniform(0.72, 0.95), rng.uniform(0.80, 1.0))
+
+
+def random_identity(
+    rng: np.random.Generator, color: int | None = None, second: int | None = None, pattern: int | None = None
+) -> Identity:
+    """An identity with the given parts fixed (indices into COLORS and PATTERNS) and the rest drawn from `rng`."""
+    drawn_color, drawn_second, drawn_pattern = rng.integers(len(COLORS)), rng.integers(1, len(COLORS)), rng.integers(4)
+    if color is None:
+        color = int(drawn_color) if second is None else (second + int(drawn_second)) % len(COLORS)
+    if second is None:
+        second = (color + int(drawn_second)) % len(COLORS)
+    return Identity(
+        color=color,
+        rgb=_color_near(rng, color),
+        second=second,
+        second_rgb=_color_near(rng, second),
+        pattern=int(drawn_pattern) if pattern is None else pattern,
+        period=float(rng.uniform(*_PERIOD)),
+        angle=float(rng.uniform(0, np.pi)),
+        share=float(rng.uniform(*_SECOND_SHARE)),
+    )
+
+
+def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """Centres and radii of `count` things that overlap at the most a little."""
+    while True:
+        radii = rng.uniform(*_RADIUS[count], count)
+        margin = radii * 0.92
+        xs, ys = rng.uniform(margin, SIZE - margin), rng.uniform(margin, SIZE - margin)
+        gaps = np.hypot(xs[:, None] - xs, ys[:, None] - ys) / (radii[:, None] + radii)
+        if count == 1 or gaps[~np.eye(count, dtype=bool)].min() > 0.86:
+            # What stands lower in the picture is nearer, as on a ground seen from above.
+            return sorted(zip(xs.tolist(), ys.tolist(), radii.tolist(), strict=True), key=lambda p: p[1])
+
+
+@dataclass(frozen=True)
+class Mention:
+    """What a caption says of one kind of thing: noun, how many, and the described parts of its identity (or None)."""
+
+    noun: int
+    count: int = 1
+    color: int | None = None
+    second: int | None = None
+    pattern: int | None = None
+
+
+def caption_of(mentions: list[Mention], background: int | None) -> tuple[str, list[int], list[tuple[int, ...]]]:
+    """The caption of `mentions`; with it, per mention, the word index of the noun and those of its attributes."""
+    words: list[str] = []
+    nouns, attributes = [], []
+    for i, m in enumerate(mentions):
+        if i:
+            words.append("and")
+        words.append(COUNTS[m.count - 1])
+        start = len(words)
+        if m.color is not None:
+            if m.count == 1 and COLORS[m.color][0] in "aeiou":
+                words[-1] = "an"
+            words.append(COLORS[m.color])
+            if m.second is not None:
+                words += ["and", COLORS[m.second]]
+        if m.pattern is not None:
+            words.append(PATTERNS[m.pattern])
+        attributes.append(tuple(j for j in range(start, len(words)) if words[j] != "and"))
+        nouns.append(len(words))
+        words.append((NOUNS if m.count == 1 else PLURALS)[m.noun])
+    if background is not None:
+        words += ["on", "a", BACKGROUNDS[background], "background"]
+    return " ".join(words), nouns, attributes
+
+
+def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
+    """Read a caption of this world's grammar back into mentions and background (index or None).
+
+    Raises ValueError with one sentence that names the first word that is not understood.
+    """
+    words = caption.lower().replace(",", " and ").replace(".", " ").split()
+    background = None
+    if "background" in words:
+        at = words.index("background")
+        if at == 0 or words[at - 1] not in BACKGROUNDS:
+            named = words[at - 1] if at else ""
+            raise ValueError(
+                f"The background is '{named}' in '{caption}', but must be one of {', '.join(BACKGROUNDS)}."
+            )
+        background = BACKGROUNDS.index(words[at - 1])
+        words = words[: at - 1]
+    mentions: list[Mention] = []
+    current: dict = {}
+    for word in words:
+        if word in ("a", "an", "the", "one", "on", "and", "with"):
+            continue
+        if word in COUNTS:
+            current["count"] = COUNTS.index(word) + 1
+        elif word in COLORS:
+            current["second" if "color" in current else "color"] = COLORS.index(word)
+        elif word in PATTERNS:
+            current["pattern"] = PATTERNS.index(word)
+        elif word in NOUNS or word in PLURALS:
+            noun = NOUNS.index(word) if word in NOUNS else PLURALS.index(word)
+            if current.get("color") is not None and current.get("color") == current.get("second"):
+                raise ValueError(f"'{caption}' gives a {word} the same colour twice, but the two colours must differ.")
+            mentions.append(Mention(noun, **current))
+            current = {}
+        else:
+            raise ValueError(
+                f"Shapeland does not know the word '{word}' in '{caption}': things are {', '.join(NOUNS)}; colours "
+                f"{', '.join(COLORS)}; patterns {', '.join(PATTERNS)}; backgrounds {', '.join(BACKGROUNDS)}."
+            )
+    if current or not mentions:
+        raise ValueError(f"'{caption}' must name at least one of {', '.join(NOUNS)} and end each description with it.")
+    total = sum(m.count for m in mentions)
+    if total > MAX_THINGS:
+        raise ValueError(f"'{caption}' names {total} things, but a picture holds at most {MAX_THINGS}.")
+    return mentions, background
+
+
+def scene_from(
+    mentions: list[Mention],
+    background: int | None,
+    rng: np.random.Generator,
+    identities: list[Identity | None] | None = None,
+    caption: str | None = None,
+) -> Scene:
+    """A scene that holds what `mentions` say, the rest drawn from `rng`.
+
+    `identities[i]` fixes the identity of mention i. The same noun mentioned twice shares the first one's identity.
+    `caption` overrides the text (it must have the word layout of `caption_of`).
+    """
+    text, noun_at, attributes_at = caption_of(mentions, background)
+    kinds: dict[int, Identity] = {}
+    for i, m in enumerate(mentions):
+        given = identities[i] if identities is not None else None
+        if m.noun not in kinds:
+            kinds[m.noun] = given or random_identity(rng, m.color, m.second, m.pattern)
+    if background is None:
+        background = int(rng.integers(len(BACKGROUNDS)))
+    base = np.array(BACKGROUND_RGB[BACKGROUNDS[background]]) + rng.uniform(-0.03, 0.03, 3)
+    owners = [i for i, m in enumerate(mentions) for _ in range(m.count)]
+    places = _place(rng, len(owners))
+    order = rng.permutation(len(owners))
+    things, noun_words, attribute_words = [], [], []
+    for (x, y, radius), which in zip(places, order, strict=True):
+        owner = owners[which]
+        noun = mentions[owner].noun
+        things.append(Thing(noun, kinds[noun], x, y, radius, float(rng.uniform(-0.26, 0.26)), bool(rng.integers(2))))
+        noun_words.append(noun_at[owner])
+        attribute_words.append(attributes_at[owner])
+    return Scene(
+        tuple(things),
+        background,
+        tuple(np.clip(base, 0, 1).tolist()),
+        text if caption is None else caption,
+        tuple(noun_words),
+        tuple(attribute_words),
+    )
+
+
+def describe(rng: np.random.Generator, noun: int, identity: Identity, count: int = 1) -> Mention:
+    """A mention of `identity` that says a random part of it: often the colour, sometimes the second one or pattern."""
+    says_color = rng.random() < 0.75
+    return Mention(
+        noun,
+        count,
+        color=identity.color if says_color else None,
+        second=identity.second if says_color and rng.random() < 0.35 else None,
+        pattern=identity.pattern if rng.random() < 0.5 else None,
+    )
+
+
+def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
+    """A scene of `count` things (1 to 3, drawn if None); equal nouns stand together in about a third of the crowds."""
+    if count is None:
+        count = int(rng.choice(3, p=(0.35, 0.40, 0.25))) + 1
+    groups = [1] * count
+    if count > 1 and rng.random() < 0.35:
+        groups = [2] + [1] * (count - 2) if count == 2 or rng.random() < 0.75 else [3]
+    nouns = rng.choice(len(NOUNS), len(groups), replace=False)
+    identities = [random_identity(rng) for _ in groups]
+    mentions = [
+        describe(rng, int(noun), identity, size) for noun, identity, size in zip(nouns, identities, groups, strict=True)
+    ]
+    order = rng.permutation(len(mentions))
+    mentions, identities = [mentions[i] for i in order], [identities[i] for i in order]
+    background = int(rng.integers(len(BACKGROUNDS)))
+    scene = scene_from(mentions, background, rng, identities)
+    if rng.random() < 0.15:
+        # Some captions are silent about the background.
+        scene = replace(scene, caption=scene.caption.rsplit(" on a ", 1)[0])
+    return scene
+
+
+def draw_description(description: str, seed: int, identity_seed: int | None = None) -> tuple[Picture, np.ndarray]:
+    """Draw what a caption says; with it the masks (mentioned things, SIZE, SIZE) in the order of the words.
+
+    `seed` decides places and all that the words leave open. With `identity_seed` the identities come from that seed
+    alone (and the words), so that one appearance can be drawn again in other pictures, places and nouns.
+
+    Raises ValueError as `parse_caption` does.
+    """
+    mentions, background = parse_caption(description)
+    identities = None
+    if identity_seed is not None:
+        identities = [
+            random_identity(np.random.default_rng((identity_seed, i)), m.color, m.second, m.pattern)
+            for i, m in enumerate(mentions)
+        ]
+    picture = render(scene_from(mentions, background, np.random.default_rng(seed), identities))
+    nouns = [thing.noun for thing in picture.scene.things]
+    order = [i for m in mentions for i, noun in enumerate(nouns) if noun == m.noun]
+    return picture, picture.masks[list(dict.fromkeys(order))]

@@ -1,0 +1,137 @@
+"""One resumable training loop for every model of this project."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class Run:
+    """A training run in a folder: modules, optimizer, averaged weights, step count and loss log, resumed exactly.
+
+    Batches must depend on the step alone (`batch(step)`), never on hidden state, so that an interrupted run and an
+    uninterrupted one see the same data. Randomness inside a step comes from `generator`, seeded by (seed, step).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: torch.nn.Module,
+        rate: Callable[[int], float],
+        steps: int,
+        seed: int = 0,
+        average: float = 0.0,
+        weight_decay: float = 0.01,
+        device: str = "cpu",
+    ):
+        self.folder, self.steps, self.rate, self.seed, self.device = folder, steps, rate, seed, device
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = model.to(device)
+        decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99), fused=True)
+        self.average = average
+        self.averaged = {k: v.detach().clone() for k, v in model.state_dict().items()} if average else None
+        self.step = 0
+        if self._checkpoint.exists():
+            saved = torch.load(self._checkpoint, map_location=device, weights_only=True)
+            model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.averaged, self.step = saved["averaged"], saved["step"]
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Write the checkpoint so that an interruption at any moment leaves a whole one."""
+        part = self._checkpoint.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "averaged": self.averaged,
+                "step": self.step,
+            },
+            part,
+        )
+        os.replace(part, self._checkpoint)
+
+    def best_state(self) -> dict[str, torch.Tensor]:
+        """The averaged weights where the run keeps them, else the current ones."""
+        return self.averaged if self.averaged is not None else self.model.state_dict()
+
+    def train(
+        self,
+        loss_of: Callable[[int, torch.Generator], dict[str, torch.Tensor]],
+        every: int,
+        report: Callable[[int], dict[str, float]] | None = None,
+        report_every: int = 0,
+        save_seconds: float = 180.0,
+    ) -> None:
+        """Train to `steps`. `loss_of(step, generator)` returns named losses whose sum is minimised; their means over
+        `every` steps go to `log.csv` and the screen, `report`'s numbers to `report.csv` each `report_every` steps."""
+        sums: dict[str, float] = {}
+        saved_at = began = time.monotonic()
+        while self.step < self.steps:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(self.step)
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+                losses = loss_of(self.step, generator)
+            sum(losses.values()).backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            if self.averaged is not None:
+                self._update_average()
+            for name, value in {**losses, "gradient_norm": norm}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() / every
+            if self.step % every == 0:
+                row = {name: round(float(value), 5) for name, value in sums.items()}
+                row["seconds"] = round((time.monotonic() - began) / every, 3)
+                self._log("log.csv", row)
+                sums, began = {}, time.monotonic()
+            if report and self.step % report_every == 0:
+                self._log("report.csv", report(self.step))
+                began = time.monotonic()
+            if time.monotonic() - saved_at > save_seconds:
+                self.save()
+                saved_at = time.monotonic()
+        self.save()
+
+    def _update_average(self) -> None:
+        # A short memory at first: the average must forget the random initialisation.
+        keep = min(self.average, (1 + self.step) / (10 + self.step))
+        state = self.model.state_dict()
+        floats = [k for k, v in state.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.averaged[k] for k in floats], [state[k] for k in floats], 1 - keep)
+
+    def _log(self, name: str, row: dict[str, float]) -> None:
+        path = self.folder / name
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *row])
+            writer.writerow([self.step, *row.values()])
+        print(f"step {self.step}/{self.steps}", " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def warmup_cosine(peak: float, warmup: int, steps: int, floor: float = 0.02) -> Callable[[int], float]:
+    """Learning rate that rises linearly over `warmup` steps and falls along a half cosine to `floor * peak`."""
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return peak * (floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi)))))
+
+    return rate

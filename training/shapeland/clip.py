@@ -1,0 +1,112 @@
+"""Stage 2: CLIP's two towers, trained on pictures with captions and on things with phrases, then frozen."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from shapeland import models, world
+
+from ..loop import Run, warmup_cosine
+from .common import RUNS, SEED, build_compact_text, open_scenes, pixels, rows_of, tokens, word_tokens
+from .scenes import SHARD, WORDS, Scenes
+
+
+class Clip(torch.nn.Module):
+    """Both towers, trained together on whole pictures and on single things.
+
+    Pictures and captions meet in CLIP's contrastive loss. Things meet their phrases in a sigmoid loss over all pairs of
+    the batch, with the world's truth as target (a phrase is true of every thing that has what it says); this makes the
+    state of a noun's token carry the colours and pattern said of that noun and not of its neighbour.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.vision = build_compact_text(), models.build_vision()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.pair_scale, self.pair_bias = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.tensor(-4.0))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        text = self.text(batch["tokens"])
+        vision = self.vision(batch["pixels"])
+        a, b = F.normalize(text.text_embeds, dim=-1), F.normalize(vision.image_embeds, dim=-1)
+        logits = self.scale.exp() * a @ b.T
+        # Equal captions are equally right for each other's picture.
+        same = (batch["tokens"][:, None] == batch["tokens"]).all(-1).float()
+        target = same / same.sum(1, keepdim=True)
+        contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+        phrase = text.last_hidden_state.gather(1, batch["noun_at"][..., None].expand(-1, -1, models.WIDTH))
+        phrase = F.normalize(self.text.text_projection(phrase[batch["present"]]), dim=-1)
+        weight = batch["regions"][batch["present"]]
+        picture = batch["present"].nonzero()[:, 0]
+        region = torch.einsum("np,npc->nc", weight, vision.last_hidden_state[:, 1:][picture])
+        region = F.normalize(self.vision.visual_projection(self.vision.vision_model.post_layernorm(region)), dim=-1)
+        pairs = self.pair_scale.exp() * phrase @ region.T + self.pair_bias
+        truth = phrase_is_true(batch["said"][batch["present"]], batch["have"][batch["present"]])
+        pair_loss = F.binary_cross_entropy_with_logits(pairs, truth.float(), reduction="sum") / len(pairs)
+        return {"contrast": contrast, "pairs": pair_loss}
+
+
+def phrase_is_true(said: torch.Tensor, have: torch.Tensor) -> torch.Tensor:
+    """(n, m) truth of what phrase i says (n, 4: noun, colour, second, pattern; -1 unsaid) for thing j (m, 4)."""
+    return ((said[:, None] == have[None]) | (said[:, None] < 0)).all(-1)
+
+
+_COLOR_WORDS = np.array([w in world.COLORS for w in WORDS])
+_PATTERN_WORDS = np.array([w in world.PATTERNS for w in WORDS])
+
+
+def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.Tensor]:
+    """Pictures, tokens and the truth about each thing: what its phrase says and what it has."""
+    words, noun, describes = (data.take(k, rows) for k in ("words", "noun", "describes"))
+    have = np.concatenate([noun[..., None], data.take("color", rows)], -1).astype(np.int64)
+    described = np.where(describes > 0, words[:, None], 0)
+    colors = _COLOR_WORDS[described].sum(-1)
+    said = have.copy()
+    said[..., 1][colors < 1] = -1
+    said[..., 2][colors < 2] = -1
+    said[..., 3][~_PATTERN_WORDS[described].any(-1)] = -1
+    cells = data.take("label", rows).reshape(-1, 8, 8, 8, 8)
+    regions = np.stack([(cells == i + 1).mean((2, 4)).reshape(-1, 64) for i in range(3)], 1)
+    covered = regions.sum(-1, keepdims=True)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
+    return {
+        "tokens": tokens(words, device),
+        "pixels": ((pixels(data.take("image", rows), device) + 1) / 2 - mean) / std,
+        "noun_at": torch.from_numpy(data.take("noun_word", rows).astype(np.int64) + 1).to(device),
+        "present": torch.from_numpy((noun >= 0) & (covered[..., 0] > 0.01)).to(device),
+        "regions": torch.from_numpy((regions / np.maximum(covered, 1e-6)).astype(np.float32)).to(device),
+        "said": torch.from_numpy(said).to(device),
+        "have": torch.from_numpy(have).to(device),
+    }
+
+
+def train_clip(device: str, steps: int) -> None:
+    """CLIP's towers; writes both files and the share of held-out pairs judged right."""
+    shards = 4
+    data = open_scenes(shards)
+    torch.manual_seed(SEED)
+    model = Clip()
+    run = Run(RUNS / "clip", model, warmup_cosine(1e-3, 200, steps), steps, SEED, average=0.998, device=device)
+    held_out = clip_batch(data, np.arange(3 * SHARD, 3 * SHARD + 256), device)
+
+    def loss_of(step, generator):
+        return model(clip_batch(data, rows_of(step, 96, 3 * SHARD), device))
+
+    def report(step):
+        averaged = Clip().to(device)
+        averaged.load_state_dict(run.best_state())
+        with torch.no_grad():
+            return {f"held_out_{k}": round(float(v), 4) for k, v in averaged(held_out).items()}
+
+    run.train(loss_of, 50, report, 250)
+    state = run.best_state()
+    part = {
+        side: {k[len(side) + 1 :]: v for k, v in state.items() if k.startswith(side + ".")}
+        for side in ("text", "vision")
+    }
+    ids = word_tokens()
+    models.save("text", {**part["text"], "token_ids": ids.int()})
+    models.save("vision", part["vision"])

@@ -1,0 +1,94 @@
+"""What the stages of Shapeland's training share: the pictures, their order, sheets and the compact vocabulary."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shapeland import models
+
+from . import scenes as scene_files
+
+RUNS = Path("runs/shapeland")
+SEED = 0
+# The last shard is held out: no stage trains on it.
+SHARDS = 28
+
+
+def open_scenes(shards: int = SHARDS) -> scene_files.Scenes:
+    """The pictures on disk, drawn first where they are missing."""
+    scene_files.draw(RUNS / "scenes", shards, SEED)
+    return scene_files.Scenes(RUNS / "scenes", shards)
+
+
+def rows_of(step: int, batch: int, count: int) -> np.ndarray:
+    """The pictures of a step: a fresh permutation of `count` rows per epoch, read in order."""
+    start = step * batch
+    parts, need = [], batch
+    while need:
+        epoch, offset = divmod(start, count)
+        part = np.random.default_rng((SEED, epoch)).permutation(count)[offset : offset + need]
+        parts.append(part)
+        start, need = start + len(part), need - len(part)
+    return np.concatenate(parts)
+
+
+def pixels(images: np.ndarray, device: str) -> torch.Tensor:
+    """uint8 pictures (n, H, W, 3) as float tensor (n, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_sheet(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int = 2) -> None:
+    """Write pictures (n, 3, H, W) in [-1, 1] as one PNG sheet."""
+    from PIL import Image
+
+    n, _, h, w = pictures.shape
+    rows = -(-n // columns)
+    sheet = torch.ones(rows * columns, 3, h, w)
+    sheet[:n] = pictures.detach().cpu().float().clamp(-1, 1)
+    sheet = sheet.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
+    image = Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy())
+    image.resize((columns * w * scale, rows * h * scale), Image.NEAREST).save(path)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over all pixels together."""
+    return float(10 * torch.log10(4.0 / (a - b).square().mean()))
+
+
+# While training, a token is its index in `scene_files.WORDS`: 0 stands for the end token, which also pads.
+START = len(scene_files.WORDS)
+
+
+def tokens(words: np.ndarray, device: str) -> torch.Tensor:
+    """Word rows (n, MAX_WORDS) as compact token rows (n, 77): start, the words, end and padding."""
+    row = torch.zeros(len(words), models.TOKENS, dtype=torch.long)
+    row[:, 0] = START
+    row[:, 1 : 1 + words.shape[1]] = torch.from_numpy(words.astype(np.int64))
+    return row.to(device)
+
+
+def word_tokens() -> torch.Tensor:
+    """CLIP's token id of each compact token, from the host's tokenizer.
+
+    Raises ValueError if a word is not one token.
+    """
+    from transformers import CLIPTokenizer
+
+    host = Path(os.environ.get("COMFYUI_PATH", ".host/ComfyUI"))
+    tokenizer = CLIPTokenizer.from_pretrained(host / "comfy" / "sd1_tokenizer")
+    ids = [models.END]
+    for word in scene_files.WORDS[1:]:
+        start, *inner, end = tokenizer(word).input_ids
+        if len(inner) != 1:
+            raise ValueError(f"The word '{word}' is {len(inner)} tokens of CLIP's vocabulary, but must be one.")
+        ids += inner
+    return torch.tensor([*ids, models.START])
+
+
+def build_compact_text():
+    """The text tower over the world's words alone."""
+    return models.build_text(START + 1, end=0)

@@ -1,0 +1,85 @@
+"""Shapeland pictures on disk: shards of pictures with their ground truth, drawn once and mapped into memory."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from shapeland import world
+
+SHARD = 8192
+MAX_WORDS = 30
+_FIELDS = {
+    "image": (np.uint8, (world.SIZE, world.SIZE, 3)),
+    # 0 is background, i + 1 thing i: where it is the most visible one.
+    "label": (np.uint8, (world.SIZE, world.SIZE)),
+    "noun": (np.int8, (3,)),
+    "color": (np.int8, (3, 3)),
+    "identity": (np.float32, (3, 14)),
+    "place": (np.float32, (3, 3)),
+    "background": (np.int8, ()),
+    "words": (np.int16, (MAX_WORDS,)),
+    "noun_word": (np.int8, (3,)),
+    # Per thing and word: 1 where the word describes the thing.
+    "describes": (np.uint8, (3, MAX_WORDS)),
+}
+# Word 0 is "no word".
+WORDS = (
+    "", *world.NOUNS, *(p for p in world.PLURALS if p not in world.NOUNS), *world.COLORS, *world.PATTERNS,
+    *world.BACKGROUNDS, *world.COUNTS, "an", "and", "on", "background",
+)  # fmt: skip
+_WORD_INDEX = {word: i for i, word in enumerate(WORDS)}
+
+
+def _draw_shard(folder: Path, seed: int, shard: int) -> None:
+    done = folder / f"{shard:04d}.done"
+    if done.exists():
+        return
+    arrays = {name: np.zeros((SHARD, *shape), dtype) for name, (dtype, shape) in _FIELDS.items()}
+    arrays["noun"][:] = -1
+    for row in range(SHARD):
+        picture = world.render(world.random_scene(np.random.default_rng((seed, shard, row))))
+        scene = picture.scene
+        arrays["image"][row] = np.round(picture.image * 255)
+        covered = picture.masks.sum(0)
+        nearest = picture.masks.argmax(0)
+        arrays["label"][row] = np.where(covered > 0.5, nearest + 1, 0)
+        for i, thing in enumerate(scene.things):
+            identity = thing.identity
+            arrays["noun"][row, i] = thing.noun
+            arrays["color"][row, i] = identity.color, identity.second, identity.pattern
+            arrays["identity"][row, i] = identity.vector()
+            arrays["place"][row, i] = thing.x, thing.y, thing.radius
+            arrays["noun_word"][row, i] = scene.noun_words[i]
+            arrays["describes"][row, i, [scene.noun_words[i], *scene.attribute_words[i]]] = 1
+        arrays["background"][row] = scene.background
+        words = [_WORD_INDEX[w] for w in scene.caption.split()]
+        arrays["words"][row, : len(words)] = words
+    for name, array in arrays.items():
+        np.save(folder / f"{shard:04d}.{name}.npy", array)
+    done.write_text(json.dumps({"seed": seed}))
+
+
+def draw(folder: Path, shards: int, seed: int, workers: int = 2) -> None:
+    """Draw the shards that are not in `folder` yet; the same seed gives the same pictures on any machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(_draw_shard, [folder] * shards, [seed] * shards, range(shards)))
+
+
+class Scenes:
+    """The shards of a folder as arrays over all pictures: `scenes.take("image", rows)`."""
+
+    def __init__(self, folder: Path, shards: int):
+        self._maps = {
+            name: [np.load(folder / f"{s:04d}.{name}.npy", mmap_mode="r") for s in range(shards)] for name in _FIELDS
+        }
+        self.count = shards * SHARD
+
+    def take(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Field `name` of the pictures `rows` (n,)."""
+        maps = self._maps[name]
+        return np.stack([maps[r // SHARD][r % SHARD] for r in rows])

@@ -1,0 +1,237 @@
+"""Stage 5: the UNet, by v-prediction on frozen latents and a frozen text tower."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from shapeland import models, world
+from shapeland.autoencoder import CHANNELS, Autoencoder
+from shapeland.judge import Judge
+from shapeland.score import score_picture, summarise
+
+from ..loop import Run
+from .common import (
+    RUNS,
+    SEED,
+    SHARDS,
+    build_compact_text,
+    open_scenes,
+    pixels,
+    rows_of,
+    save_sheet,
+    tokens,
+    word_tokens,
+)
+from .scenes import SHARD, WORDS, Scenes
+
+BATCH = 32
+SNR_CAP = 5.0
+UNCONDITIONAL = 0.1
+# Weight of the localization loss at the start of the run and from `LOCALIZE_UNTIL` on.
+LOCALIZE, LOCALIZE_LATER, LOCALIZE_UNTIL = 0.2, 0.02, 12000
+
+
+def frozen_autoencoder(device: str) -> Autoencoder:
+    """The shipped autoencoder for evaluation."""
+    model = Autoencoder()
+    model.load_state_dict(models.load("autoencoder"))
+    return model.eval().requires_grad_(False).to(device)
+
+
+def frozen_text(device: str):
+    """The shipped text tower over compact tokens (see `common.tokens`)."""
+    state = models.load("text")
+    table = "text_model.embeddings.token_embedding.weight"
+    state[table] = state[table][word_tokens()]
+    model = build_compact_text()
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def latents_of(data: Scenes, folder: Path, shards: int, device: str) -> np.ndarray:
+    """Latents (pictures, 8, 16, 16) of all shards as fp16, encoded once and kept in a file per shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, parts = frozen_autoencoder(device), []
+    for shard in range(shards):
+        path = folder / f"{shard:04d}.npy"
+        if not path.exists():
+            rows = np.arange(shard * SHARD, (shard + 1) * SHARD)
+            chunks = [model.encode(pixels(data.take("image", r), device)).half().cpu() for r in np.split(rows, 32)]
+            np.save(path, torch.cat(chunks).numpy())
+        parts.append(np.load(path))
+    return np.concatenate(parts)
+
+
+def noise_levels(device: str) -> torch.Tensor:
+    """alpha-bar (1000,) of Stable Diffusion's schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**models.SCHEDULE).alphas_cumprod.to(device)
+
+
+class _Recorder:
+    """A diffusers attention processor that computes cross-attention openly and keeps its probabilities."""
+
+    def __init__(self, kept: list[torch.Tensor]):
+        self.kept = kept
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        query, key, value = (
+            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, x in (
+                (attn.to_q, hidden_states), (attn.to_k, encoder_hidden_states), (attn.to_v, encoder_hidden_states)
+            )
+        )  # fmt: skip
+        probabilities = ((query @ key.transpose(-1, -2)) * attn.scale).float().softmax(-1)
+        self.kept.append(probabilities.mean(1))
+        out = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        return attn.to_out[0](out)
+
+
+def record_cross_attention(unet) -> list[torch.Tensor]:
+    """Make the cross-attentions at 8x8 and 16x16 leave their probabilities (n, tokens, 77) in the returned list."""
+    kept: list[torch.Tensor] = []
+    for name, module in unet.named_modules():
+        fine = name.startswith(("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"))
+        if fine and name.endswith("attn2"):
+            module.set_processor(_Recorder(kept))
+    return kept
+
+
+def localization_loss(
+    kept: list[torch.Tensor], describes: torch.Tensor, masks: torch.Tensor, present: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """FastComposer's balanced L1 (arXiv 2305.10431, eq. 5) for words and the things they describe.
+
+    `describes` (n, 3, 77) marks the tokens that describe each thing, `masks` (n, 3, 16, 16) where the things of these
+    tokens are, `present` (n, 3) which things exist, `weight` (n,) per picture. For each thing: mean attention to its
+    tokens outside its mask minus the mean inside, averaged over layers.
+    """
+    total = torch.zeros((), device=weight.device)
+    for probabilities in kept:
+        side = math.isqrt(probabilities.shape[1])
+        inside = F.adaptive_avg_pool2d(masks, side).flatten(2)
+        attention = torch.einsum("npt,nkt->nkp", probabilities, describes)
+        outside = 1 - inside
+        gap = (attention * outside).sum(2) / outside.sum(2).clamp(min=1e-3)
+        gap = gap - (attention * inside).sum(2) / inside.sum(2).clamp(min=1e-3)
+        total = total + (gap * present * weight[:, None]).sum() / present.sum().clamp(min=1)
+    return total / len(kept)
+
+
+def word_supervision(data: Scenes, rows: np.ndarray, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`describes`, `masks` and `present` of `localization_loss`; things named by one noun share their masks."""
+    label, noun_word = data.take("label", rows), data.take("noun_word", rows)
+    present = data.take("noun", rows) >= 0
+    masks = np.stack([label == i + 1 for i in range(3)], 1).reshape(-1, 3, 16, 4, 16, 4).mean((3, 5))
+    shared = (noun_word[:, :, None] == noun_word[:, None]) & present[:, None]
+    masks = np.einsum("nij,njhw->nihw", shared.astype(np.float32), masks.astype(np.float32)).clip(0, 1)
+    describes = np.zeros((len(rows), 3, models.TOKENS), np.float32)
+    describes[:, :, 1 : 1 + data.take("describes", rows).shape[2]] = data.take("describes", rows)
+    return tuple(torch.from_numpy(a).to(device) for a in (describes, masks, present.astype(np.float32)))
+
+
+def train_unet(device: str, steps: int) -> None:
+    """Min-SNR weighted v-prediction plus localization; keeps averaged weights, judges samples on the way."""
+    shards = SHARDS
+    data = open_scenes(shards)
+    latents = latents_of(data, RUNS / "latents", shards, device)
+    trained = (shards - 1) * SHARD
+    torch.manual_seed(SEED)
+    unet, text = models.build_unet(), frozen_text(device)
+    decay = max(1, steps // 6)
+
+    def rate(step):
+        # Constant with a linear end, so that a longer run only moves the end.
+        return 8e-4 * min(1.0, (step + 1) / 500, max(0.02, (steps - step) / decay))
+
+    run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.9995, device=device)
+    kept = record_cross_attention(unet)
+    alphas = noise_levels(device)
+
+    def loss_of(step, generator):
+        rows = rows_of(step, BATCH, trained)
+        x = torch.from_numpy(latents[rows]).to(device).float()
+        silent = torch.rand(BATCH, generator=generator) < UNCONDITIONAL
+        spoken = np.where(silent.numpy()[:, None], 0, data.take("words", rows))
+        with torch.no_grad():
+            context = text(tokens(spoken, device)).last_hidden_state
+        t = torch.randint(0, 1000, (BATCH,), generator=generator).to(device)
+        noise = torch.randn(x.shape, generator=generator).to(device)
+        alpha = alphas[t]
+        a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
+        kept.clear()
+        v = unet(a * x + s * noise, t, context).sample.float()
+        snr = alpha / (1 - alpha)
+        weight = snr.clamp(max=SNR_CAP) / (snr + 1)
+        error = (v - (a * noise - s * x)).square().mean((1, 2, 3))
+        progress = min(1.0, step / LOCALIZE_UNTIL)
+        localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
+        # Where noise hides the layout there is no place to point at yet.
+        spoken_weight = alpha * (~silent).float().to(device)
+        located = localization_loss(kept, *word_supervision(data, rows, device), spoken_weight)
+        return {"noise": (weight * error).mean(), "localization": localize * located}
+
+    def report(step):
+        return evaluate(run.best_state(), run.folder / f"samples_{step:06d}.png", device, pictures=64, steps=25)
+
+    run.train(loss_of, 100, report, 2000)
+    models.save("unet", run.best_state())
+
+
+@torch.no_grad()
+def sample(unet, context: torch.Tensor, empty: torch.Tensor, steps: int, guidance: float, seed: int) -> torch.Tensor:
+    """DDIM latents (n, 8, 16, 16) for text states `context` (n, 77, d) against `empty` (1, 77, d)."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(**models.SCHEDULE, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(context), CHANNELS, 16, 16, generator=generator).to(context.device)
+    both = torch.cat((context, empty.expand_as(context)))
+    for t in scheduler.timesteps:
+        spoken, silent = unet(torch.cat((x, x)), t, both).sample.float().chunk(2)
+        x = scheduler.step(silent + guidance * (spoken - silent), t, x).prev_sample
+    return x
+
+
+def held_out_scenes(count: int) -> list[tuple[list[world.Mention], str]]:
+    """Captions of scenes that no training picture shows: what they mention, and the text."""
+    scenes = [world.random_scene(np.random.default_rng((SEED, 10_000, i))) for i in range(count)]
+    return [(world.parse_caption(s.caption)[0], s.caption) for s in scenes]
+
+
+@torch.no_grad()
+def evaluate(
+    state: dict[str, torch.Tensor], sheet: Path, device: str, pictures: int, steps: int, guidance: float = 4.0
+) -> dict[str, float]:
+    """Draw held-out captions with the UNet `state`, let the judge read them, save a sheet of the first 64."""
+    unet = models.build_unet().to(device)
+    unet.load_state_dict(state)
+    unet.eval()
+    text, autoencoder, judge = frozen_text(device), frozen_autoencoder(device), Judge().to(device)
+    judge.load_state_dict(models.load("judge"))
+    asked = held_out_scenes(pictures)
+    index = {word: i for i, word in enumerate(WORDS)}
+    spoken = np.zeros((pictures, 30), np.int64)
+    for row, (_, caption) in enumerate(asked):
+        spoken[row, : len(caption.split())] = [index[w] for w in caption.split()]
+    empty = text(tokens(spoken[:1] * 0, device)).last_hidden_state
+    scores, sheets = [], []
+    for start in range(0, pictures, 64):
+        chunk = slice(start, min(pictures, start + 64))
+        context = text(tokens(spoken[chunk], device)).last_hidden_state
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            x = sample(unet, context, empty, steps, guidance, seed=start)
+        drawn = autoencoder.decode(x).clamp(-1, 1)
+        sheets.append(drawn)
+        readings = judge.read((drawn + 1) / 2)
+        scores += [score_picture(m, r) for (m, _), r in zip(asked[chunk], readings, strict=True)]
+    save_sheet(sheets[0], sheet)
+    return {k: round(v, 4) for k, v in summarise(scores).items()}
