@@ -266,6 +266,13 @@ class TestCommands:
         monkeypatch.setattr(dev, "evaluate", lambda command, arguments: [command, *arguments])
         assert dev.main(["bench", "freecustom", "--json", "x"]) == ["bench", "freecustom", "--json", "x"]
 
+    def test_taken_port_is_said_before_the_set_up(self, root):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            with pytest.raises(Problem, match="in use"):
+                dev.main(["serve", "--port", str(taken.getsockname()[1])])
+
     @pytest.mark.parametrize("command", ["eval", "bench"])
     def test_absent_evaluation_is_said(self, root, command):
         with pytest.raises(Problem, match="not in this checkout"):

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from environment import ROOT, WORK, Problem, prepare, say
-from hostserver import HostServer, PromptError
+from hostserver import HostServer, PromptError, check_port
 
 SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver", "profusion", "composer")
 SERVER_MODULES = ["torch", "torchvision", "aiohttp", "einops", "safetensors"]
@@ -75,6 +75,7 @@ def demo(names: list[str]) -> int:
 
 def serve(port: int) -> int:
     """Runs the host until Ctrl-C."""
+    check_port(port)  # before a set-up that may take minutes
     python, host = prepare(SERVER_MODULES)
     say("Starting ComfyUI ...")
     with HostServer(python, host.path, WORK / "serve", port=port) as server:

@@ -96,8 +96,6 @@ class HostServer:
         log: Path | None = None,
         more_packs: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
-        if port is not None:
-            check_port(port)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.base, self.log = base, log
