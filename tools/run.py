@@ -1,4 +1,4 @@
-"""Runs a module of this pack outside the host: `python tools/run.py training.shapeland --help`.
+"""Runs a module of this pack outside the host: `python tools/run.py evaluation.report --help`.
 
 The pack has no importable name of its own (the host loads it by path), and importing its root
 needs the host. So the name `conceptloom` is bound here to a bare package that only knows where
