@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import folder_paths
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host import shapeland as host
 from ..shapeland import report, world
@@ -146,8 +146,7 @@ class ReadPicture(io.ComfyNode):
         readings = host.read_pictures(image)
         compared = None if reference is None else host.read_pictures(reference[:1])[0]
         mask = report.union_mask(readings, noun, image.shape[1:3])
-        text = report.describe(readings, compared)
-        return io.NodeOutput(mask, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(mask, report.describe(readings, compared))
 
 
 NODES: list[type[io.ComfyNode]] = [LoadShapeland, DrawScene, ReadPicture]

@@ -1,8 +1,8 @@
 """The judge: reads noun, colours, pattern, identity and mask of each thing in a picture.
 
-Trained on the world's ground truth alone, on pictures that no generator made. It works in two steps. `Segmenter` says of
-every pixel which noun it belongs to and where that thing's centre lies; pixels that vote for one centre are one thing.
-`Reader` then looks at each thing by itself, at its own scale, with everything around it blanked out.
+Trained on the world's ground truth alone, on pictures that no generator made. It works in two steps. `Segmenter` says
+of every pixel which noun it belongs to and where that thing's centre lies; pixels that vote for one centre are one
+thing. `Reader` then looks at each thing by itself, at its own scale, with everything around it blanked out.
 """
 
 from __future__ import annotations

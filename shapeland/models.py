@@ -115,8 +115,3 @@ def load(name: str, path: Path | None = None) -> dict[str, torch.Tensor]:
         table[ids] = rows
         state[_TOKEN_TABLE] = table
     return state
-
-
-def compact_text_state(state: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The text tower's state with only the token rows `ids` (n,), and the ids beside them, as the file holds it."""
-    return {**state, _TOKEN_TABLE: state[_TOKEN_TABLE][ids], _TOKEN_IDS: ids.int()}

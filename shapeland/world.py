@@ -81,7 +81,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Thing:
-    """A noun with an identity at a place: centre `x`, `y` and `radius` in pixels, `tilt` in radians, mirrored or not."""
+    """A noun with an identity at a place: centre `x`, `y`, `radius` in pixels, `tilt` in radians, mirrored or not."""
 
     noun: int
     identity: Identity

@@ -28,14 +28,12 @@ class Run:
         average: float = 0.0,
         weight_decay: float = 0.01,
         device: str = "cpu",
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         self.folder, self.steps, self.rate, self.seed, self.device = folder, steps, rate, seed, device
         folder.mkdir(parents=True, exist_ok=True)
         self.model = model.to(device)
-        decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99), fused=True)
+        self.optimizer = optimizer or adamw(model, weight_decay)
         self.average = average
         self.averaged = {k: v.detach().clone() for k, v in model.state_dict().items()} if average else None
         self.step = 0
@@ -123,6 +121,56 @@ class Run:
                 writer.writerow(["step", *row])
             writer.writerow([self.step, *row.values()])
         print(f"step {self.step}/{self.steps}", " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def adamw(model: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and none on biases and norms."""
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99), fused=True)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices inside a model, AdamW for the rest, behind one learning rate.
+
+    Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest semi-orthogonal matrix; scaled to AdamW's
+    update size (arXiv 2502.16982, eq. 4) both share the rate. Convolution kernels count as matrices of their output
+    channels. `outside` names the parameters of the first and last layers, which stay with AdamW.
+    """
+
+    def __init__(self, model: torch.nn.Module, weight_decay: float, outside: tuple[str, ...]):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        inner = [p for n, p in named if p.ndim > 1 and not n.startswith(outside)]
+        chosen = {id(p) for p in inner}
+        rest = [p for _, p in named if id(p) not in chosen]
+        # Flat views share the kernels' storage, so that an update of one is an update of the other.
+        self._flat = [(p, torch.nn.Parameter(p.detach().view(p.shape[0], -1))) for p in inner]
+        self._parts = (
+            torch.optim.Muon(
+                [flat for _, flat in self._flat], lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+        )
+        super().__init__([p for _, p in named], {"lr": 1.0})
+
+    def step(self) -> None:
+        """Update all parameters from their gradients at the learning rate of the first parameter group."""
+        for parameter, flat in self._flat:
+            flat.grad = parameter.grad.reshape(flat.shape)
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = self.param_groups[0]["lr"]
+            part.step()
+
+    def state_dict(self) -> dict:
+        """Both optimizers' states."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` gave."""
+        for part, saved in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
 
 
 def warmup_cosine(peak: float, warmup: int, steps: int, floor: float = 0.02) -> Callable[[int], float]:

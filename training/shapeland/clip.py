@@ -10,7 +10,7 @@ from shapeland import models, world
 
 from ..loop import Run, warmup_cosine
 from .common import RUNS, SEED, build_compact_text, open_scenes, pixels, rows_of, tokens, word_tokens
-from .scenes import SHARD, WORDS, Scenes
+from .scenes import MAX_WORDS, SHARD, WORDS, Scenes
 
 
 class Clip(torch.nn.Module):
@@ -73,7 +73,8 @@ def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.T
     covered = regions.sum(-1, keepdims=True)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
     return {
-        "tokens": tokens(words, device),
+        # Attention is causal: the padding behind the longest caption changes nothing before it.
+        "tokens": tokens(words, device)[:, : MAX_WORDS + 2],
         "pixels": ((pixels(data.take("image", rows), device) + 1) / 2 - mean) / std,
         "noun_at": torch.from_numpy(data.take("noun_word", rows).astype(np.int64) + 1).to(device),
         "present": torch.from_numpy((noun >= 0) & (covered[..., 0] > 0.01)).to(device),

@@ -47,7 +47,7 @@ def pair_crops(pairs: list[tuple[world.Picture, world.Picture]]) -> torch.Tensor
 
 
 def things_of(data: Scenes, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """The visible things of pictures: `picture` (index into the batch), `noun`, `color`, `identity`, `place`, `mask`."""
+    """The visible things of pictures: `picture` (index in the batch), `noun`, `color`, `identity`, `place`, `mask`."""
     label = torch.from_numpy(data.take("label", rows))
     noun = torch.from_numpy(data.take("noun", rows).astype(np.int64))
     masks = torch.stack([label == i + 1 for i in range(3)], 1)

@@ -14,7 +14,7 @@ from shapeland.autoencoder import CHANNELS, Autoencoder
 from shapeland.judge import Judge
 from shapeland.score import score_picture, summarise
 
-from ..loop import Run
+from ..loop import MuonAdamW, Run
 from .common import (
     RUNS,
     SEED,
@@ -30,7 +30,6 @@ from .common import (
 from .scenes import SHARD, WORDS, Scenes
 
 BATCH = 32
-SNR_CAP = 5.0
 UNCONDITIONAL = 0.1
 # Weight of the localization loss at the start of the run and from `LOCALIZE_UNTIL` on.
 LOCALIZE, LOCALIZE_LATER, LOCALIZE_UNTIL = 0.2, 0.02, 12000
@@ -138,7 +137,7 @@ def word_supervision(data: Scenes, rows: np.ndarray, device: str) -> tuple[torch
 
 
 def train_unet(device: str, steps: int) -> None:
-    """Min-SNR weighted v-prediction plus localization; keeps averaged weights, judges samples on the way."""
+    """v-prediction plus localization; keeps averaged weights, judges samples on the way."""
     shards = SHARDS
     data = open_scenes(shards)
     latents = latents_of(data, RUNS / "latents", shards, device)
@@ -151,7 +150,8 @@ def train_unet(device: str, steps: int) -> None:
         # Constant with a linear end, so that a longer run only moves the end.
         return 8e-4 * min(1.0, (step + 1) / 500, max(0.02, (steps - step) / decay))
 
-    run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.9995, device=device)
+    optimizer = MuonAdamW(unet, 0.02, ("conv_in", "conv_out", "time_embedding"))
+    run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.9995, device=device, optimizer=optimizer)
     kept = record_cross_attention(unet)
     alphas = noise_levels(device)
 
@@ -168,15 +168,13 @@ def train_unet(device: str, steps: int) -> None:
         a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
         kept.clear()
         v = unet(a * x + s * noise, t, context).sample.float()
-        snr = alpha / (1 - alpha)
-        weight = snr.clamp(max=SNR_CAP) / (snr + 1)
-        error = (v - (a * noise - s * x)).square().mean((1, 2, 3))
+        error = (v - (a * noise - s * x)).square().mean()
         progress = min(1.0, step / LOCALIZE_UNTIL)
         localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
         # Where noise hides the layout there is no place to point at yet.
         spoken_weight = alpha * (~silent).float().to(device)
         located = localization_loss(kept, *word_supervision(data, rows, device), spoken_weight)
-        return {"noise": (weight * error).mean(), "localization": localize * located}
+        return {"noise": error, "localization": localize * located}
 
     def report(step):
         return evaluate(run.best_state(), run.folder / f"samples_{step:06d}.png", device, pictures=64, steps=25)
