@@ -106,7 +106,7 @@ def load(name: str, path: Path | None = None) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(
             f"Shapeland's {name} weights are not at {path}: clone the repository, which carries them, or train them "
-            f"with `python -m training.shapeland {name}` (see shapeland/README.md)."
+            f"with `python tools/run.py training.shapeland {name}` (see shapeland/README.md)."
         )
     state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     if _TOKEN_IDS in state:

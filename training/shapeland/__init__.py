@@ -1,5 +1,41 @@
-"""Train Shapeland's models: `python -m training.shapeland STAGE`, the same on a CPU and a GPU.
+"""Train Shapeland's models: `python tools/run.py training.shapeland STAGE`, the same on a CPU and a GPU.
 
-Stages, in the order in which each needs the one before: scenes, autoencoder, clip, judge, latents, unet. Every stage is
-deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, and continues where it stopped.
+Stages, in the order in which each needs the ones before: scenes, autoencoder, clip, judge, unet. Every stage is
+deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped, and
+writes its weights to `shapeland/weights/` at its end.
 """
+
+from __future__ import annotations
+
+import argparse
+
+
+def main(argv: list[str]) -> None:
+    """Run the stage named by the command line."""
+    import torch
+
+    parser = argparse.ArgumentParser(prog="training.shapeland", description=__doc__)
+    parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
+    options = parser.parse_args(argv)
+    if options.stage == "scenes":
+        from .common import open_scenes
+
+        open_scenes()
+    elif options.stage == "autoencoder":
+        from .autoencoder import train_autoencoder
+
+        train_autoencoder(options.device, options.steps or 3000)
+    elif options.stage == "clip":
+        from .clip import train_clip
+
+        train_clip(options.device, options.steps or 1600)
+    elif options.stage == "judge":
+        from .judge import train_judge
+
+        train_judge(options.device, options.steps or 2500)
+    else:
+        from .unet import train_unet
+
+        train_unet(options.device, options.steps or 60000)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from shapeland import models
-from shapeland.autoencoder import Autoencoder
-
+from ...shapeland import models
+from ...shapeland.autoencoder import Autoencoder
 from ..loop import Run, warmup_cosine
 from .common import RUNS, SEED, open_scenes, pixels, psnr, rows_of, save_sheet
 from .scenes import SHARD

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shapeland import models, world
-
+from ...shapeland import models, world
 from ..loop import Run, warmup_cosine
 from .common import RUNS, SEED, build_compact_text, open_scenes, pixels, rows_of, tokens, word_tokens
 from .scenes import MAX_WORDS, SHARD, WORDS, Scenes

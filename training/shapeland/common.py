@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shapeland import models
-
+from ...shapeland import models
 from . import scenes as scene_files
 
 RUNS = Path("runs/shapeland")

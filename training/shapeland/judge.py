@@ -8,9 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shapeland import models, world
-from shapeland.judge import Judge, crop_thing
-
+from ...shapeland import models, world
+from ...shapeland.judge import Judge, crop_thing
 from ..loop import Run, warmup_cosine
 from .common import RUNS, SEED, open_scenes, rows_of
 from .scenes import SHARD, Scenes

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 
-from shapeland import world
+from ...shapeland import world
 
 SHARD = 8192
 MAX_WORDS = 30
@@ -35,9 +35,6 @@ _WORD_INDEX = {word: i for i, word in enumerate(WORDS)}
 
 
 def _draw_shard(folder: Path, seed: int, shard: int) -> None:
-    done = folder / f"{shard:04d}.done"
-    if done.exists():
-        return
     arrays = {name: np.zeros((SHARD, *shape), dtype) for name, (dtype, shape) in _FIELDS.items()}
     arrays["noun"][:] = -1
     for row in range(SHARD):
@@ -60,14 +57,20 @@ def _draw_shard(folder: Path, seed: int, shard: int) -> None:
         arrays["words"][row, : len(words)] = words
     for name, array in arrays.items():
         np.save(folder / f"{shard:04d}.{name}.npy", array)
-    done.write_text(json.dumps({"seed": seed}))
+    (folder / f"{shard:04d}.done").write_text(json.dumps({"seed": seed}))
 
 
 def draw(folder: Path, shards: int, seed: int, workers: int = 2) -> None:
     """Draw the shards that are not in `folder` yet; the same seed gives the same pictures on any machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(_draw_shard, [folder] * shards, [seed] * shards, range(shards)))
+    missing = [s for s in range(shards) if not (folder / f"{s:04d}.done").exists()]
+    if "fork" not in multiprocessing.get_all_start_methods():
+        # A spawned process could not import this pack, which has no importable name of its own.
+        for shard in missing:
+            _draw_shard(folder, seed, shard)
+    elif missing:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            pool.starmap(_draw_shard, [(folder, seed, shard) for shard in missing], chunksize=1)
 
 
 class Scenes:

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shapeland import models, world
-from shapeland.autoencoder import CHANNELS, Autoencoder
-from shapeland.judge import Judge
-from shapeland.score import score_picture, summarise
-
+from ...shapeland import models, world
+from ...shapeland.autoencoder import CHANNELS, Autoencoder
+from ...shapeland.judge import Judge
+from ...shapeland.score import score_picture, summarise
 from ..loop import MuonAdamW, Run
 from .common import (
     RUNS,

@@ -1,0 +1,66 @@
+"""An interrupted run and an uninterrupted one are the same run."""
+
+import numpy as np
+import pytest
+import torch
+from conceptloom.training.loop import MuonAdamW, Run, warmup_cosine
+
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten())
+
+
+def train(folder, steps, optimizer):
+    net = model()
+    chosen = MuonAdamW(net, 0.01, ("0.",)) if optimizer == "muon" else None
+    run = Run(folder, net, warmup_cosine(1e-2, 3, 12), steps, seed=4, average=0.9, optimizer=chosen)
+
+    def loss_of(step, generator):
+        x = torch.randn(2, 3, 8, 8, generator=generator)
+        return {"error": (net(x) - step / 10).square().mean()}
+
+    run.train(loss_of, every=4)
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_bit_identical(tmp_path, optimizer):
+    whole = train(tmp_path / "whole", 12, optimizer)
+    train(tmp_path / "parts", 5, optimizer)
+    resumed = train(tmp_path / "parts", 12, optimizer)
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.best_state().values(), resumed.best_state().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_moves_kernels_by_updates_of_one_size():
+    net = model()
+    optimizer = MuonAdamW(net, 0.0, ("0.",))
+    optimizer.param_groups[0]["lr"] = 0.1
+    before = [p.detach().clone() for p in net.parameters()]
+    net(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    update = (net[2].weight - before[2]).view(8, -1)
+    # Orthogonalised: all directions of the kernel move alike, whatever the gradient's size.
+    spread = torch.linalg.svdvals(update.detach())
+    assert spread.max() / spread.min() < 2
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_learning_rate_rises_and_falls():
+    rate = warmup_cosine(1.0, 10, 110, floor=0.1)
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(10) == pytest.approx(1.0)
+    assert rate(60) == pytest.approx(0.55)
+    assert rate(110) == pytest.approx(0.1)
+
+
+def test_every_picture_is_seen_once_an_epoch():
+    from conceptloom.training.shapeland.common import rows_of
+
+    seen = np.concatenate([rows_of(step, 7, 20) for step in range(20)])
+    for epoch in seen.reshape(7, 20):
+        assert sorted(epoch) == list(range(20))
+    assert not np.array_equal(seen[:20], seen[20:40])
