@@ -85,9 +85,18 @@ class DrawScene(io.ComfyNode):
                     tooltip="Decides each thing's exact colours and pattern. The same number gives the same "
                     "appearance in another place, and on another thing.",
                 ),
+                io.Int.Input(
+                    "size",
+                    default=world.SIZE,
+                    min=world.SIZE,
+                    max=16 * world.SIZE,
+                    step=world.SIZE,
+                    tooltip="Side of the picture in pixels. 64 is what Shapeland's model draws; 512 and 1024 make "
+                    "references for Stable Diffusion 1.5 and XL.",
+                ),
             ],
             outputs=[
-                io.Image.Output(tooltip="The picture, 64x64."),
+                io.Image.Output(tooltip="The picture, a square."),
                 io.Mask.Output(tooltip="One mask per thing, in the order of the sentence."),
             ],
         )
@@ -101,8 +110,8 @@ class DrawScene(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, description: str, seed: int, identity_seed: int) -> io.NodeOutput:
-        picture, masks = world.draw_description(description, seed, identity_seed)
+    def execute(cls, description: str, seed: int, identity_seed: int, size: int) -> io.NodeOutput:
+        picture, masks = world.draw_description(description, seed, identity_seed, size // world.SIZE)
         return io.NodeOutput(torch.from_numpy(picture.image)[None], torch.from_numpy(masks))
 
 

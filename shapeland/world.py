@@ -217,9 +217,9 @@ def _second_color(identity: Identity, u: np.ndarray, v: np.ndarray) -> np.ndarra
     return first | other
 
 
-def render(scene: Scene) -> Picture:
-    """Draw `scene` with antialiased edges and return it with its ground truth."""
-    n, k = SIZE, _SUPERSAMPLING
+def render(scene: Scene, enlarge: int = 1) -> Picture:
+    """Draw `scene` with antialiased edges and return it with its ground truth, `enlarge` times the world's size."""
+    n, k = SIZE * enlarge, _SUPERSAMPLING
     # A faint light from above makes the background a surface instead of a constant.
     light = np.linspace(0.03, -0.03, n, dtype=np.float32)[:, None, None]
     image = np.clip(np.broadcast_to(np.array(scene.background_rgb, np.float32), (n, n, 3)) + light, 0, 1)
@@ -227,10 +227,10 @@ def render(scene: Scene) -> Picture:
     depth = np.zeros((n, n), np.float32)
     for i, thing in enumerate(scene.things):
         reach = int(np.ceil(thing.radius * 1.15)) + 1
-        x0, x1 = max(0, int(thing.x) - reach), min(n, int(thing.x) + reach + 1)
-        y0, y1 = max(0, int(thing.y) - reach), min(n, int(thing.y) + reach + 1)
-        xs = (np.arange(x0 * k, x1 * k, dtype=np.float32) + 0.5) / k - thing.x
-        ys = (np.arange(y0 * k, y1 * k, dtype=np.float32) + 0.5) / k - thing.y
+        x0, x1 = (enlarge * v for v in (max(0, int(thing.x) - reach), min(SIZE, int(thing.x) + reach + 1)))
+        y0, y1 = (enlarge * v for v in (max(0, int(thing.y) - reach), min(SIZE, int(thing.y) + reach + 1)))
+        xs = (np.arange(x0 * k, x1 * k, dtype=np.float32) + 0.5) / (k * enlarge) - thing.x
+        ys = (np.arange(y0 * k, y1 * k, dtype=np.float32) + 0.5) / (k * enlarge) - thing.y
         u, v = np.meshgrid(xs, ys)
         c, s = np.cos(thing.tilt), np.sin(thing.tilt)
         a, b = (u * c + v * s) / thing.radius, (v * c - u * s) / thing.radius
@@ -454,8 +454,11 @@ def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     return scene
 
 
-def draw_description(description: str, seed: int, identity_seed: int | None = None) -> tuple[Picture, np.ndarray]:
-    """Draw what a caption says; with it the masks (mentioned things, SIZE, SIZE) in the order of the words.
+def draw_description(
+    description: str, seed: int, identity_seed: int | None = None, enlarge: int = 1
+) -> tuple[Picture, np.ndarray]:
+    """Draw what a caption says, `enlarge` times the world's size; with it the masks of the mentioned things
+    (things, height, width) in the order of the words.
 
     `seed` decides places and all that the words leave open. With `identity_seed` the identities come from that seed
     alone (and the words), so that one appearance can be drawn again in other pictures, places and nouns.
@@ -469,7 +472,7 @@ def draw_description(description: str, seed: int, identity_seed: int | None = No
             random_identity(np.random.default_rng((identity_seed, i)), m.color, m.second, m.pattern)
             for i, m in enumerate(mentions)
         ]
-    picture = render(scene_from(mentions, background, np.random.default_rng(seed), identities))
+    picture = render(scene_from(mentions, background, np.random.default_rng(seed), identities), enlarge)
     nouns = [thing.noun for thing in picture.scene.things]
     order = [i for m in mentions for i, noun in enumerate(nouns) if noun == m.noun]
     return picture, picture.masks[list(dict.fromkeys(order))]

@@ -105,6 +105,15 @@ def test_one_identity_seed_gives_one_appearance_in_any_picture():
     assert third.scene.things[0].identity != second.scene.things[0].identity
 
 
+def test_an_enlarged_picture_shows_the_same_scene():
+    small, masks = world.draw_description("a star and a ball on a mint background", seed=4, identity_seed=0)
+    large, large_masks = world.draw_description("a star and a ball on a mint background", 4, 0, enlarge=4)
+    assert large.image.shape == (256, 256, 3)
+    shrunk = large.image.reshape(64, 4, 64, 4, 3).mean((1, 3))
+    assert np.abs(shrunk - small.image).mean() < 0.01
+    assert np.abs(large_masks.reshape(2, 64, 4, 64, 4).mean((2, 4)) - masks).mean() < 0.005
+
+
 def test_masks_of_a_description_come_in_the_order_of_its_words():
     picture, masks = world.draw_description("a star and a ball and a fish", seed=4, identity_seed=0)
     nouns = [thing.noun for thing in picture.scene.things]

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     elif options.stage == "clip":
         from .clip import train_clip
 
-        train_clip(options.device, options.steps or 1600)
+        train_clip(options.device, options.steps or 1400)
     elif options.stage == "judge":
         from .judge import train_judge
 

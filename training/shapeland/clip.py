@@ -93,7 +93,7 @@ def train_clip(device: str, steps: int) -> None:
     held_out = clip_batch(data, np.arange(3 * SHARD, 3 * SHARD + 256), device)
 
     def loss_of(step, generator):
-        return model(clip_batch(data, rows_of(step, 96, 3 * SHARD), device))
+        return model(clip_batch(data, rows_of(step, 64, 3 * SHARD), device))
 
     def report(step):
         averaged = Clip().to(device)

@@ -1,0 +1,11 @@
+"""Descriptions of the shipped workflows, a module per system; `tools/make_workflows.py` writes their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from workflow_builder import Workflow
+
+from . import freecustom
+
+WORKFLOWS: dict[str, Callable[[Workflow], None]] = {**freecustom.WORKFLOWS}
