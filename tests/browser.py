@@ -1,6 +1,7 @@
 """Drives the host's frontend in Chromium, as a person would who opens a template and presses Run."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ def open_template(page, pack: str, template: str, problems: list[str]) -> None:
     """Chooses a template's card in the Templates dialog and waits until its graph is loaded."""
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_test_id("template-workflows-content").wait_for()
-    page.get_by_role("button", name=pack, exact=True).click()
+    # Listed by the pack's directory, or by the title its locale file gives it.
+    page.get_by_role("button", name=re.compile(f"^{re.escape(pack)}$", re.IGNORECASE)).click()
     picture = page.wait_for_function(
         """name => {
             const picture = document.querySelector(`[data-testid="template-workflow-${name}"] img`)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browser import RENDERERS, chromium, open_browser, run_template
-from environment import ROOT
+from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
 from test_workflow_tools import weave
@@ -36,8 +36,8 @@ def visit(browser, server, tmp_path):
 @pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("template", TEMPLATES or [NO_TEMPLATE])
 def test_template(visit, template, renderer):
-    if not any((ROOT / "shapeland" / "weights").glob("*.safetensors")):
-        pytest.skip("Shapeland's weights are not in shapeland/weights/")
+    if absent_weights():
+        pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
     seen = visit(PACK, template, renderer)
     assert seen.problems == []
     assert seen.pictures

@@ -163,6 +163,15 @@ def test_lock_file_holds_pins_and_nothing_else():
         assert "://" not in line and "@" not in line, line
 
 
+def test_parts_of_shapeland_are_those_its_loader_reads():
+    pytest.importorskip("torch")
+    from conceptloom.shapeland.models import FILES
+
+    assert list(FILES.values()) == [
+        environment.SHAPELAND / f"{part}.safetensors" for part in environment.SHAPELAND_PARTS
+    ]
+
+
 class TestPython:
     def test_this_python_will_do(self):
         assert environment.find_python() == [sys.executable]
@@ -278,14 +287,14 @@ class TestCommands:
         with pytest.raises(Problem, match="not in this checkout"):
             dev.main([command])
 
-    def test_absent_weights_are_said(self, root):
-        with pytest.raises(Problem, match="weights"):
+    def test_absent_weights_are_said(self, root, monkeypatch):
+        monkeypatch.setattr(environment, "SHAPELAND", root)
+        (root / "judge.safetensors").touch()
+        with pytest.raises(Problem, match="lacks unet, autoencoder, text, vision[.]"):
             dev.main(["demo"])
 
-    def test_demo_without_workflow_is_said(self, root):
-        weights = root / "shapeland" / "weights"
-        weights.mkdir(parents=True)
-        (weights / "model.safetensors").touch()
+    def test_demo_without_workflow_is_said(self, root, monkeypatch):
+        monkeypatch.setattr(dev, "absent_weights", lambda: "")
         with pytest.raises(Problem, match="freecustom"):
             dev.main(["demo", "freecustom"])
 

@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from environment import ROOT
+from environment import ROOT, absent_weights
 from PIL import Image
 from workflow_format import MODEL_FILE, api_problems, to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
 UI_FILES = sorted(FOLDER.glob("*.json"))
 API_FILES = sorted((FOLDER / "api").glob("*.json"))
-WEIGHTS = ROOT / "shapeland" / "weights"
 
 
 def each(files: list[Path], folder: str):
@@ -57,8 +56,8 @@ def test_api_workflow_is_valid(file, object_info):
 @each(API_FILES, "workflows/api/")
 def test_api_workflow_runs(file, server, object_info):
     api = read(file)
-    if "shapeland" in file.stem.lower() and not any(WEIGHTS.glob("*.safetensors")):
-        pytest.skip("Shapeland's weights are not in shapeland/weights/")
+    if "shapeland" in file.stem.lower() and absent_weights():
+        pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
     absent = absent_models(api, object_info)
     if absent:
         pytest.skip(f"the server has no {', '.join(absent)}")

@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from environment import ROOT, WORK, Problem, prepare, say
+from environment import ROOT, WORK, Problem, absent_weights, prepare, say
 from hostserver import HostServer, PromptError, check_port
 
 SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver", "profusion", "composer")
@@ -43,8 +43,8 @@ def demo_workflows(names: list[str], folder: Path) -> list[Path]:
 
 def demo(names: list[str]) -> int:
     """Draws the workflows, saves their pictures, prints path and seconds of each."""
-    if not any((ROOT / "shapeland" / "weights").glob("*.safetensors")):
-        raise Problem("Shapeland's weights are not in shapeland/weights/, so there is nothing to draw with.")
+    if absent_weights():
+        raise Problem(f"Shapeland's weights are incomplete: shapeland/weights/ lacks {absent_weights()}.")
     workflows = demo_workflows(names, ROOT / "workflows" / "api")
     if not workflows:
         raise Problem(f"No Shapeland workflow in workflows/api/ is for: {' '.join(names) or 'any system'}.")
@@ -79,7 +79,7 @@ def serve(port: int) -> int:
     python, host = prepare(SERVER_MODULES)
     say("Starting ComfyUI ...")
     with HostServer(python, host.path, WORK / "serve", port=port) as server:
-        say(f"\nConceptLoom is ready at {server.url}  (Templates > conceptloom; Ctrl-C ends it)\n")
+        say(f"\nConceptLoom is ready at {server.url}  (Templates > ConceptLoom; Ctrl-C ends it)\n")
         return server.process.wait()
 
 

@@ -36,6 +36,9 @@ HOST_PACKAGE_VERSION = "2.6.0"
 HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 HOST_FOLDER = "vendor/ComfyUI"
 
+SHAPELAND = ROOT / "shapeland" / "weights"
+SHAPELAND_PARTS = ("unet", "autoencoder", "text", "vision", "judge")
+
 OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 14)
 SPACE_NEEDED = 9 * 2**30
@@ -55,6 +58,11 @@ class Host(NamedTuple):
 def say(text: str) -> None:
     """Tells what is being done, at once."""
     print(text, flush=True)
+
+
+def absent_weights() -> str:
+    """The parts of Shapeland's model that are not in this checkout, empty if it is complete."""
+    return ", ".join(part for part in SHAPELAND_PARTS if not (SHAPELAND / f"{part}.safetensors").is_file())
 
 
 # --- the host -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Writes the shipped workflows: `python tools/make_workflows.py [PART OF A NAME...]`
 
 Every workflow is described by a function that takes a builder (workflow_builder.py shows how) and
-is listed in WORKFLOWS under its file name. The name is all that a template's card shows: number it
+is listed in tools/templates under its file name. The name is all that a template's card shows: number it
 for its place in the list, and use letters, digits, dots, hyphens and underscores alone, so that it
 can stand in a link. For each, three files are written:
 
@@ -25,13 +25,12 @@ from pathlib import Path
 from environment import ROOT, WORK, Problem, choose_host, say
 from hostserver import HostServer, PromptError
 from PIL import Image, ImageOps
+from templates import WORKFLOWS
 from workflow_builder import Workflow
 from workflow_format import to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
 CARD_SIDE = 400
-
-WORKFLOWS: dict[str, Callable[[Workflow], None]] = {}
 
 
 def save_json(file: Path, content: dict) -> None:
