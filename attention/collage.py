@@ -7,12 +7,14 @@ give far better pictures than isolated ones, and that a simple paste is enough.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .masks import binarize, bounding_box, feather
+from .subject import Subject, describe
 
 
 class Box(NamedTuple):
@@ -22,6 +24,57 @@ class Box(NamedTuple):
     y: float
     width: float
     height: float
+
+
+def place(
+    context: torch.Tensor, subjects: Sequence[Subject], placement, prompt: str = "", threshold: float = 0.5, **style
+) -> tuple[torch.Tensor, torch.Tensor, tuple[Subject, ...]]:
+    """Pastes subjects and makes the collage their new reference picture.
+
+    Args:
+        context: (H, W, 3), values 0..1.
+        subjects: from back to front.
+        placement: masks (N, h, w), boxes in pixels as {x, y, width, height}, or None for side by side.
+        prompt: describes the collage; empty joins the nouns.
+        threshold: mask value from which a pixel belongs to a subject or placement.
+        style: scale, flip and feather_radius of `paste`.
+
+    Returns:
+        The collage (H, W, 3), what is seen of each subject (N, H, W), and the subjects in it.
+
+    Raises:
+        ValueError: there is no subject, or no right number of placements.
+    """
+    if not subjects:
+        raise ValueError("subjects: at least one is wanted, but none is connected")
+    height, width = context.shape[:2]
+    if placement is None:
+        boxes = row_of_boxes(len(subjects), height, width)
+    elif torch.is_tensor(placement):
+        boxes = [_box_of(mask, threshold, height, width) for mask in placement.view(-1, *placement.shape[-2:])]
+    else:
+        boxes = [Box(*(float(box[side]) for side in Box._fields)) for box in _flat(placement)]
+    cutouts = [(subject.image, subject.mask) for subject in subjects]
+    picture, masks = paste(context, cutouts, boxes, threshold=threshold, **style)
+    prompt = prompt.strip() or " and ".join(describe(subject.noun) for subject in subjects)
+    placed = (
+        replace(subject, image=picture, mask=mask, prompt=prompt) for subject, mask in zip(subjects, masks, strict=True)
+    )
+    return picture, masks, tuple(placed)
+
+
+def _box_of(mask: torch.Tensor, threshold: float, height: int, width: int) -> Box:
+    """The box of a mask in pixels of a picture of another size."""
+    down, across = height / mask.shape[0], width / mask.shape[1]
+    x, y, w, h = bounding_box(binarize(mask, threshold))
+    return Box(x * across, y * down, w * across, h * down)
+
+
+def _flat(boxes) -> list[dict]:
+    """One box, boxes, or boxes per picture of a batch, as the host has them, as a list."""
+    if isinstance(boxes, dict):
+        return [boxes]
+    return [box for entry in boxes for box in _flat(entry)]
 
 
 def row_of_boxes(count: int, height: int, width: int) -> list[Box]:

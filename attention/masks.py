@@ -105,3 +105,11 @@ def feather(mask: torch.Tensor, radius: float) -> torch.Tensor:
     blurred = F.conv2d(rows, kernel.view(1, 1, -1, 1))[0, 0]
     # A straight edge blurs to 1/2, so this is 0 at the edge and reaches 1 inside.
     return mask * (2 * blurred - 1).clamp(0, 1)
+
+
+def spotlight(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The picture (H, W, 3) with all outside its mask (H', W') darkened, to look at."""
+    if mask is None:
+        return image
+    shape = F.interpolate(mask[None, None], size=image.shape[:2], mode="bilinear")[0, 0].clamp(0, 1)
+    return image * (0.25 + 0.75 * shape[..., None].to(image))

@@ -1,0 +1,60 @@
+"""Heat maps: a share between 0 and 1 at each place of a picture, made visible on the picture."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# Dark blue over violet and orange to pale yellow: brightness rises all the way, so it also reads in grey.
+_SCALE = ((0.05, 0.03, 0.30), (0.45, 0.05, 0.55), (0.80, 0.25, 0.40), (0.97, 0.58, 0.20), (0.98, 0.95, 0.65))
+
+
+def colours(values: torch.Tensor) -> torch.Tensor:
+    """Colours (..., 3) of values (...) between 0 and 1."""
+    scale = torch.tensor(_SCALE, device=values.device)
+    place = values.clamp(0, 1) * (len(_SCALE) - 1)
+    below = place.floor().long().clamp(max=len(_SCALE) - 2)
+    return torch.lerp(scale[below], scale[below + 1], (place - below)[..., None])
+
+
+def stretch(maps: torch.Tensor) -> torch.Tensor:
+    """Stretches each map (..., h, w) to the full range from 0 to 1; a flat one becomes 0."""
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    return (maps - low) / span.clamp(min=1e-6)
+
+
+def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resizes maps (B, h, w) to (B, H, W)."""
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def overlay(pictures: torch.Tensor, maps: torch.Tensor, opacity: float) -> torch.Tensor:
+    """Lays maps (B, H, W) over the grey of pictures (B, H, W, 3); opacity 0 shows the picture, 1 the map alone."""
+    grey = pictures.mean(dim=-1, keepdim=True).expand_as(pictures)
+    return torch.lerp(grey if opacity > 0 else pictures, colours(maps), opacity)
+
+
+def share_pictures(
+    shares: torch.Tensor, pictures: torch.Tensor, opacity: float, stretched: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heat maps of all subjects on all pictures.
+
+    Args:
+        shares: (B, 1 + N, h, w), the picture's own first, as `mrsa.subject_shares` orders them.
+        pictures: (B, H, W, 3), values 0..1.
+        opacity: see `overlay`.
+        stretched: whether each map is stretched to the full range.
+
+    Returns:
+        Overlays (B * N, H, W, 3) and plain shares (B * N, H, W).
+
+    Raises:
+        ValueError: there are not as many pictures as the record has.
+    """
+    if len(pictures) != len(shares):
+        raise ValueError(f"image: the {len(shares)} pictures of the latent are wanted, not {len(pictures)}")
+    n_subjects = shares.shape[1] - 1
+    maps = resize(shares[:, 1:].flatten(0, 1), tuple(pictures.shape[1:3]))
+    repeated = pictures[..., :3].repeat_interleave(n_subjects, dim=0)
+    return overlay(repeated, stretch(maps) if stretched else maps, opacity), maps

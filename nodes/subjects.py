@@ -1,0 +1,148 @@
+"""Nodes that make subjects: Reference Subject and Concept Collage."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..attention.collage import place
+from ..attention.masks import spotlight
+from ..attention.subject import MAX_WEIGHT, Subject
+from .types import SubjectSocket, gather_subjects, one_picture, speaking_for, subject_inputs
+
+
+class ReferenceSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomReferenceSubject",
+            display_name="Reference Subject",
+            category="ConceptLoom/Subjects",
+            description="One subject from a reference picture: what all ConceptLoom systems put into new pictures.",
+            search_aliases=["subject", "concept", "reference image", "identity", "multi subject", "personalization"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip="One picture that shows the subject, best in use: a hat that is worn, a cup that is held.",
+                ),
+                io.String.Input(
+                    "noun", default="", tooltip='What the subject is called in your prompt, such as "dog" or "hat".'
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip='Describes the whole reference picture. Empty means "a" and the noun.',
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=3.0,
+                    min=0.0,
+                    max=MAX_WEIGHT,
+                    step=0.1,
+                    tooltip="How strongly the subject is drawn on: attention odds times e^weight. 3 is the published "
+                    "value, 2 is gentler, 0 switches the subject off.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White on the subject, in the shape of the picture. Without it the whole picture is drawn "
+                    "on, background included.",
+                ),
+                io.Mask.Input(
+                    "target_mask",
+                    optional=True,
+                    tooltip="White where the subject may appear in the new picture, which keeps subjects from mixing. "
+                    "Without it the subject may appear anywhere.",
+                ),
+            ],
+            outputs=[SubjectSocket.Output("subject", tooltip="The subject, for any ConceptLoom system.")],
+        )
+
+    @classmethod
+    def execute(cls, image, noun, prompt, weight, mask=None, target_mask=None) -> io.NodeOutput:
+        with speaking_for(cls):
+            subject = Subject(one_picture(image), noun, mask, prompt, weight, target_mask)
+        return io.NodeOutput(subject, ui=ui.PreviewImage(spotlight(subject.image, subject.mask)[None], cls=cls))
+
+
+class ConceptCollage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomConceptCollage",
+            display_name="Concept Collage",
+            category="ConceptLoom/Subjects",
+            description="Pastes subjects onto a context picture (context interaction): references that show a subject "
+            "in use work far better than isolated ones, and subjects of one collage share one reference pass.",
+            search_aliases=["context interaction", "paste", "composite", "cut out", "FreeCustom"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Image.Input("context", tooltip="The picture to paste onto, such as a person for a hat."),
+                subject_inputs("The subjects to paste, from back to front."),
+                io.MultiType.Input(
+                    "placement",
+                    [io.Mask, io.BoundingBox, io.BoundingBoxes],
+                    optional=True,
+                    tooltip="Where they go: a batch of masks (their outlines' boxes count) or boxes in pixels, one per "
+                    "subject. Without it they stand side by side.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip='Describes the collage, such as "a man who wears a hat". Empty joins the nouns.',
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=0.05,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Size of the subjects; 1 fills their boxes as far as their proportions allow.",
+                ),
+                io.Boolean.Input("flip", default=False, tooltip="Mirrors the subjects left to right."),
+                io.Float.Input(
+                    "feather",
+                    default=2.0,
+                    min=0.0,
+                    max=64.0,
+                    step=0.5,
+                    tooltip="Width of the soft edge in pixels of the context.",
+                ),
+                io.Float.Input(
+                    "mask_threshold",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Mask value from which a pixel of a subject belongs to it.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The collage."),
+                io.Mask.Output("masks", tooltip="What is seen of each subject, one mask per subject."),
+                SubjectSocket.Output("subject", tooltip="All pasted subjects, now with the collage as their picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, context, subjects, prompt, scale, flip, feather, mask_threshold, placement=None) -> io.NodeOutput:
+        with speaking_for(cls):
+            picture, masks, placed = place(
+                one_picture(context, "context")[..., :3],
+                gather_subjects(subjects),
+                placement,
+                prompt,
+                scale=scale,
+                flip=flip,
+                feather_radius=feather,
+                threshold=mask_threshold,
+            )
+        return io.NodeOutput(picture[None], masks, placed, ui=ui.PreviewImage(picture[None], cls=cls))
+
+
+NODES: list[type[io.ComfyNode]] = [ReferenceSubject, ConceptCollage]

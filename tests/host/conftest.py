@@ -1,0 +1,143 @@
+"""A toy with SD 1.5's exact block topology, and the drivers that sample with it as the host does."""
+
+import pytest
+import torch
+
+
+class ToyVAE:
+    """Eight pixels a side make one cell of a latent of four fixed mixtures of the mean colour."""
+
+    latent_channels = 4
+
+    def __init__(self):
+        self.mix = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+        self.encoded = []
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, pixels):
+        self.encoded.append(tuple(pixels.shape))
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1) * 2 - 1, 8)
+        return torch.einsum("bchw,cd->bdhw", small, self.mix)
+
+
+class ToyCLIP:
+    """A text's context is noise seeded by the text; `tokens` sets its length."""
+
+    def __init__(self, width=64, tokens=7):
+        self.width, self.tokens = width, tokens
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, text):
+        seed = sum((i + 1) * ord(c) for i, c in enumerate(text))
+        length = self.tokens * (2 if len(text) > 60 else 1)
+        context = torch.randn(1, length, self.width, generator=torch.Generator().manual_seed(seed))
+        return [[context, {"pooled_output": context.mean(1)}]]
+
+
+class Toy:
+    """A model with random weights, its VAE and CLIP, and a sampling that counts evaluations."""
+
+    def __init__(self, unet_config=None, sampling_settings=None):
+        import comfy.latent_formats
+        import comfy.model_base
+        import comfy.model_patcher
+        import comfy.supported_models
+
+        config = comfy.supported_models.SD15(
+            {
+                "image_size": 32,
+                "in_channels": 4,
+                "out_channels": 4,
+                "model_channels": 32,
+                "num_res_blocks": [2, 2, 2, 2],
+                "channel_mult": [1, 2, 4, 4],
+                "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+                "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+                "transformer_depth_middle": 1,
+                "context_dim": 64,
+                "use_linear_in_transformer": False,
+                "use_spatial_transformer": True,
+                "legacy": False,
+                "dtype": torch.float32,
+                **(unet_config or {}),
+            }
+        )
+        config.unet_config.update({"num_heads": 4, "num_head_channels": -1})
+        self.base = comfy.model_base.BaseModel(config, device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, p in self.base.diffusion_model.named_parameters():
+                if p.ndim > 1:
+                    p.copy_(torch.randn(p.shape, generator=generator) * (1.4 / p[0].numel() ** 0.5))
+                else:
+                    p.fill_(1.0 if name.endswith("weight") else 0.0)
+        self.model = comfy.model_patcher.ModelPatcher(self.base, torch.device("cpu"), torch.device("cpu"))
+        self.vae, self.clip = ToyVAE(), ToyCLIP()
+        self.positive = self.clip.encode_from_tokens_scheduled("a dog and a hat")
+        self.negative = self.clip.encode_from_tokens_scheduled("blurry")
+        self.rows = []
+        self.base.diffusion_model.register_forward_pre_hook(lambda _, args: self.rows.append(len(args[0])))
+
+    def sample(self, model=None, steps=3, cfg=5.0, seed=3, size=(16, 16), batch=1, sampler="euler", **options):
+        """A finished latent; `self.rows` then holds the rows of every model call."""
+        import comfy.sample
+
+        self.rows.clear()
+        latent = torch.zeros(batch, 4, *size)
+        return comfy.sample.sample(
+            self.model if model is None else model,
+            comfy.sample.prepare_noise(latent, seed),
+            steps,
+            cfg,
+            sampler,
+            options.pop("scheduler", "normal"),
+            options.pop("positive", self.positive),
+            options.pop("negative", self.negative),
+            latent,
+            seed=seed,
+            disable_pbar=True,
+            **options,
+        )
+
+    def subject(self, seed=0, size=(128, 128), mask="part", **changes):
+        """A subject of random colours; its mask covers a quarter of it."""
+        from conceptloom.attention.subject import Subject
+
+        image = torch.rand(*size, 3, generator=torch.Generator().manual_seed(seed))
+        if mask == "part":
+            mask = torch.zeros(size)
+            mask[: size[0] // 2, : size[1] // 2] = 1
+        return Subject(image, changes.pop("noun", f"thing{seed}"), mask=mask, **changes)
+
+    def apply(self, *subjects, model=None, **settings):
+        """The model with FreeCustom; bank off unless asked for, so that runs count their passes."""
+        from conceptloom.host.freecustom import Settings, apply
+
+        settings = {"bank_mib": 0, **settings}
+        return apply(self.model if model is None else model, self.vae, self.clip, subjects, Settings(**settings))
+
+
+@pytest.fixture(scope="session")
+def toy_type(host):
+    """The class, for tests that need another model."""
+    return Toy
+
+
+@pytest.fixture(scope="session")
+def toy_shared(toy_type):
+    with torch.inference_mode():
+        return toy_type()
+
+
+@pytest.fixture
+def toy(toy_shared):
+    """The toy, in inference mode as under the host; on one thread, since so small a model only waits for others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield toy_shared
+    torch.set_num_threads(threads)
