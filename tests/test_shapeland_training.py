@@ -1,0 +1,115 @@
+"""Losses and batches of Shapeland's training against hand-made cases."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
+
+from conceptloom.shapeland import models, world  # noqa: E402
+from conceptloom.training.shapeland import clip, scenes, unet  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A shard of 48 pictures."""
+    folder = tmp_path_factory.mktemp("scenes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "SHARD", 48)
+        scenes.draw(folder, 1, seed=3, workers=1)
+        yield scenes.Scenes(folder, 1)
+
+
+def test_shards_hold_the_worlds_truth(data):
+    for row in range(48):
+        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row))))
+        scene = picture.scene
+        words = [scenes.WORDS[w] for w in data.take("words", np.array([row]))[0] if w]
+        assert " ".join(words) == scene.caption
+        assert np.abs(data.take("image", np.array([row]))[0] / 255 - picture.image).max() < 0.003
+        nouns = data.take("noun", np.array([row]))[0]
+        assert [n for n in nouns if n >= 0] == [t.noun for t in scene.things]
+        describes = data.take("describes", np.array([row]))[0]
+        for i, at in enumerate(scene.noun_words):
+            assert set(np.flatnonzero(describes[i])) == {at, *scene.attribute_words[i]}
+
+
+def test_what_a_phrase_says_is_read_from_its_words(data):
+    batch = clip.clip_batch(data, np.arange(48), "cpu")
+    for row in range(48):
+        scene = world.random_scene(np.random.default_rng((3, 0, row)))
+        mentions = {m.noun: m for m in world.parse_caption(scene.caption)[0]}
+        for i, thing in enumerate(scene.things):
+            m = mentions[thing.noun]
+            said = [thing.noun, *(-1 if v is None else v for v in (m.color, m.second, m.pattern))]
+            assert batch["said"][row, i].tolist() == said
+            identity = thing.identity
+            assert batch["have"][row, i].tolist() == [thing.noun, identity.color, identity.second, identity.pattern]
+
+
+def test_a_phrase_is_true_of_every_thing_that_has_what_it_says():
+    said = torch.tensor([[1, 2, -1, -1], [1, -1, -1, 3], [0, -1, -1, -1]])
+    have = torch.tensor([[1, 2, 5, 3], [1, 4, 2, 3]])
+    assert clip.phrase_is_true(said, have).tolist() == [[True, False], [True, True], [False, False]]
+
+
+def test_localization_loss_counts_attention_outside_minus_inside():
+    masks = torch.zeros(1, 3, 16, 16)
+    masks[0, 0, :8] = 1
+    describes = torch.zeros(1, 3, models.TOKENS)
+    describes[0, 0, [4, 5]] = 1
+    present = torch.tensor([[1.0, 0.0, 0.0]])
+    attention = torch.zeros(1, 256, models.TOKENS)
+    attention[0, :128, 4], attention[0, :128, 5] = 0.5, 0.25
+    attention[0, 128:, 4] = 0.125
+    loss = unet.localization_loss([attention], describes, masks, present, torch.tensor([2.0]))
+    assert float(loss) == pytest.approx(2 * (0.125 - 0.75))
+
+
+def test_things_of_one_noun_share_their_words_place(data):
+    rows = np.arange(48)
+    describes, masks, present = unet.word_supervision(data, rows, "cpu")
+    pairs = 0
+    for row in range(48):
+        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row))))
+        label = data.take("label", np.array([row]))[0]
+        for i, thing in enumerate(picture.scene.things):
+            same = [j for j, other in enumerate(picture.scene.things) if other.noun == thing.noun]
+            union = np.isin(label, [j + 1 for j in same]).reshape(16, 4, 16, 4).mean((1, 3))
+            assert np.allclose(masks[row, i], union)
+            pairs += len(same) > 1
+            # The start token stands before the first word.
+            assert describes[row, i, 0] == 0
+            assert describes[row, i, 1 + picture.scene.noun_words[i]] == 1
+        assert present[row].sum() == len(picture.scene.things)
+    assert pairs > 4
+
+
+def test_recorded_attention_is_the_models_own():
+    torch.manual_seed(0)
+    model = models.build_unet().eval()
+    x, t, context = torch.randn(2, 8, 16, 16), torch.tensor([5, 600]), torch.randn(2, models.TOKENS, models.WIDTH)
+    with torch.no_grad():
+        plain = model(x, t, context).sample
+        kept = unet.record_cross_attention(model)
+        recorded = model(x, t, context).sample
+    assert torch.allclose(plain, recorded, atol=1e-5)
+    assert sorted({k.shape[1] for k in kept}) == [64, 256]
+    assert len(kept) == 2 + 2 + 3 + 3
+    assert all(torch.allclose(k.sum(-1), torch.ones(k.shape[:2]), atol=1e-4) for k in kept)
+
+
+def test_sampler_with_a_perfect_model_gives_the_picture():
+    """v of a known latent, solved by DDIM with guidance, ends at that latent."""
+    target = torch.randn(1, 8, 16, 16)
+    alphas = unet.noise_levels("cpu")
+
+    class Perfect:
+        def __call__(self, x, t, context):
+            a, s = alphas[t] ** 0.5, (1 - alphas[t]) ** 0.5
+            noise = (x - a * target) / s
+            return type("Out", (), {"sample": a * noise - s * target})()
+
+    empty = torch.zeros(1, models.TOKENS, models.WIDTH)
+    out = unet.sample(Perfect(), empty.expand(2, -1, -1), empty, steps=10, guidance=3.0, seed=0)
+    assert torch.allclose(out, target.expand(2, -1, -1, -1), atol=1e-3)
