@@ -2,7 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-NODES: list[type[io.ComfyNode]] = []
+from . import freecustom, shapeland, subjects
+
+NODES: list[type[io.ComfyNode]] = [*subjects.NODES, *freecustom.NODES, *shapeland.NODES]
 
 
 class ConceptLoomExtension(ComfyExtension):
