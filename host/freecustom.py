@@ -358,11 +358,13 @@ class ReferenceRun:
     def _attend(self, site, device, parts, seen, evaluation, call: AttentionCall) -> torch.Tensor:
         """Attention of the picture at one site."""
         if call.previous is not None:
-            self._warn(f"another node replaces self-attention at {site.key}; there it wins and references are not seen")
+            self._warn(
+                "another node replaces self-attention at layers of ours; there it wins and references are not seen"
+            )
             return call.unpatched()
         q, k, v = call.q, call.k, call.v
         if len(q) != len(k) or len(q) != len(evaluation.x):
-            self._warn(f"another node tiles or reorders the batch at {site.key}, so references are not seen there")
+            self._warn("another node tiles or reorders the batch at layers of ours; references are not seen there")
             return call.unpatched()
         out = None
         for part in parts:

@@ -200,9 +200,10 @@ class ReferencePasses:
         rows = len(batch.members)
         sigma = evaluation.sigma[:1].repeat(rows)
         step = 0 if self.run.system.settings.reference_noise == FIXED else evaluation.step
-        noise = torch.cat(
-            [reference_noise(self.run.noise_seed, step, i, batch.latents.shape[1:]) for i in batch.members]
-        )
+        shape = batch.latents.shape[1:]
+        # Named by its first subject, so that switching another subject off does not change this one's noise.
+        names = [self.run.system.references[i].subjects[0] for i in batch.members]
+        noise = torch.cat([reference_noise(self.run.noise_seed, step, name, shape) for name in names])
         x = model.model_sampling.noise_scaling(sigma, noise.to(self.device), batch.latents.to(noise.dtype))
         options = {name: evaluation.options[name] for name in _OPTIONS_FOR_REFERENCES if name in evaluation.options}
         options.update(
@@ -254,9 +255,9 @@ class ReferencePasses:
         return self._groups[key]
 
 
-def reference_noise(seed: int, step: int, reference: int, shape: Sequence[int]) -> torch.Tensor:
-    """Noise (1, *shape) of one reference at one step, drawn apart from the sampler's random numbers."""
-    name = hashlib.blake2b(f"{seed} {step} {reference}".encode(), digest_size=7).digest()
+def reference_noise(seed: int, step: int, subject: int, shape: Sequence[int]) -> torch.Tensor:
+    """Noise (1, *shape) of a subject's reference at one step, drawn apart from the sampler's random numbers."""
+    name = hashlib.blake2b(f"{seed} {step} {subject}".encode(), digest_size=7).digest()
     return torch.randn((1, *shape), generator=torch.Generator().manual_seed(int.from_bytes(name, "little")))
 
 

@@ -103,6 +103,15 @@ class Toy:
             **options,
         )
 
+    @staticmethod
+    def lora(model):
+        """The model with a weight change such as a LoRA makes, ahead of all layers that see references."""
+        model = model.clone()
+        key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight"
+        shape = model.model.state_dict()[key].shape
+        model.add_patches({key: (torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.3,)})
+        return model
+
     def subject(self, seed=0, size=(128, 128), mask="part", **changes):
         """A subject of random colours; its mask covers a quarter of it."""
         from conceptloom.attention.subject import Subject

@@ -251,16 +251,16 @@ class TestBank:
         assert toy.sample(model) is not None and toy.rows.count(3) == 0
 
     def test_lora_makes_its_own_entries(self, toy):
-        model = toy.apply(*(toy.subject(i) for i in range(3)), bank_mib=64)
-        toy.sample(model)
-        lora = with_lora(model)
-        assert torch.equal(
-            toy.sample(lora), toy.sample(toy.apply(*(toy.subject(i) for i in range(3)), model=with_lora(toy.model)))
-        )
-        toy.sample(lora)
-        assert toy.rows.count(3) == 0
-        toy.sample(model)
-        assert toy.rows.count(3) == 0
+        subjects = [toy.subject(i) for i in range(3)]
+        model = toy.apply(*subjects, bank_mib=64)
+        without = toy.sample(model)
+        lora = toy.lora(model)
+        picture = toy.sample(lora)
+        assert toy.rows.count(3) == 3 and differs(picture, without)
+        assert torch.equal(picture, toy.sample(toy.apply(*subjects, model=toy.lora(toy.model))))
+        for known in (lora, model):
+            toy.sample(known)
+            assert toy.rows.count(3) == 0
 
     def test_other_sampling_of_the_model_makes_its_own_entries(self, toy):
         from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
@@ -315,15 +315,6 @@ class TestBank:
         group = bank.open(("d",), ())
         bank.put(group, (2,), {0: torch.zeros(80, dtype=torch.uint8)})
         assert list(group.entries) == [(1,)]
-
-
-def with_lora(model):
-    """The model with a weight change such as a LoRA makes, on a layer ahead of all references."""
-    model = model.clone()
-    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight"
-    weight = model.model.state_dict()[key]
-    model.add_patches({key: (torch.ones_like(weight) * 0.05,)})
-    return model
 
 
 class TestFreed:
