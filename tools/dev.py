@@ -122,8 +122,6 @@ def main(argv: list[str]) -> int:
     options, rest = parser().parse_known_args(argv)
     if options.command in ("demo", "serve") and rest:
         parser().error(f"unknown arguments: {' '.join(rest)}")
-    # What is passed on keeps its order, so it is cut from the line instead of collected.
-    passed_on = argv[argv.index(options.command) + 1 :]
     if options.command == "demo":
         for name in set(options.names) - set(SYSTEMS):
             parser().error(f"there is no system {name!r}: choose from {', '.join(SYSTEMS)}")
@@ -131,8 +129,8 @@ def main(argv: list[str]) -> int:
     if options.command == "serve":
         return serve(options.port)
     if options.command == "test":
-        return run_tests(passed_on)
-    return evaluate(options.command, passed_on)
+        return run_tests(rest)
+    return evaluate(options.command, rest)
 
 
 if __name__ == "__main__":
