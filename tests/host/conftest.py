@@ -34,20 +34,20 @@ class ToyCLIP:
     def encode_from_tokens_scheduled(self, text):
         seed = sum((i + 1) * ord(c) for i, c in enumerate(text))
         length = self.tokens * (2 if len(text) > 60 else 1)
-        context = torch.randn(1, length, self.width, generator=torch.Generator().manual_seed(seed))
-        return [[context, {"pooled_output": context.mean(1)}]]
+        generator = torch.Generator().manual_seed(seed)
+        context = torch.randn(1, length, self.width, generator=generator)
+        return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
 
 
 class Toy:
     """A model with random weights, its VAE and CLIP, and a sampling that counts evaluations."""
 
-    def __init__(self, unet_config=None, sampling_settings=None):
-        import comfy.latent_formats
+    def __init__(self, unet_config=None, family="SD15", base="BaseModel", **kind):
         import comfy.model_base
         import comfy.model_patcher
         import comfy.supported_models
 
-        config = comfy.supported_models.SD15(
+        config = getattr(comfy.supported_models, family)(
             {
                 "image_size": 32,
                 "in_channels": 4,
@@ -67,7 +67,7 @@ class Toy:
             }
         )
         config.unet_config.update({"num_heads": 4, "num_head_channels": -1})
-        self.base = comfy.model_base.BaseModel(config, device="cpu")
+        self.base = getattr(comfy.model_base, base)(config, device="cpu", **kind)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, p in self.base.diffusion_model.named_parameters():

@@ -315,6 +315,33 @@ class TestChaining:
 
 
 class TestOtherModels:
+    def test_sdxl(self, toy_type):
+        """Ten blocks deep, and its references bring the vector of sizes and pooled text that it asks for."""
+        shape = {
+            "channel_mult": [1, 2, 4],
+            "num_res_blocks": [2, 2, 2],
+            "transformer_depth": [0, 0, 1, 1, 2, 2],
+            "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+            "transformer_depth_middle": 2,
+            "use_linear_in_transformer": True,
+            "adm_in_channels": 2816,
+            "num_classes": "sequential",
+        }
+        with torch.inference_mode():
+            toy = toy_type(shape, "SDXL", "SDXL")
+            subjects = [toy.subject(i) for i in range(3)]
+            model = toy.apply(*subjects, bank_mib=64)
+            first = toy.sample(model)
+            assert toy.rows == [3, 2] * 3 and differs(first, toy.sample())
+            assert torch.equal(toy.sample(model), first) and toy.rows == [2, 2, 2]
+
+    def test_v_prediction(self, toy_type):
+        from comfy.model_base import ModelType
+
+        with torch.inference_mode():
+            toy = toy_type({"use_linear_in_transformer": True}, "SD20", model_type=ModelType.V_PREDICTION)
+            assert differs(toy.sample(toy.apply(toy.subject(), toy.subject(1))), toy.sample())
+
     def test_inpainting_models_see_whole_references(self, toy_type):
         with torch.inference_mode():
             toy = toy_type({"in_channels": 9})

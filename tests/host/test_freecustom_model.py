@@ -169,6 +169,16 @@ class TestPasses:
             assert len(entries[0][name]) == 3
             assert all(torch.equal(kv, entries[1][name][site]) for site, kv in entries[0][name].items())
 
+    def test_references_stop_at_the_last_layer_that_needs_them(self, toy):
+        rows = {8: [], 9: []}
+        blocks = toy.base.diffusion_model.output_blocks
+        # The host calls a block's layers one by one, so the watch stands on their first.
+        hooks = [blocks[i][0].register_forward_pre_hook(lambda _, a, i=i: rows[i].append(len(a[0]))) for i in rows]
+        toy.sample(toy.apply(*(toy.subject(i) for i in range(3)), blocks="10-12"))
+        for hook in hooks:
+            hook.remove()
+        assert rows[8].count(3) == 3 and rows[9].count(3) == 0 and rows[9].count(2) == 3
+
     @pytest.mark.parametrize(("sampler", "passes"), [("euler", 6), ("heun", 6), ("dpmpp_2m", 6)])
     def test_one_pass_per_noise_level(self, toy, sampler, passes):
         model = toy.apply(*(toy.subject(i) for i in range(3)))
