@@ -7,8 +7,8 @@ can stand in a link. For each, three files are written:
 
     workflows/NAME.json      what a person opens
     workflows/api/NAME.json  what a script posts
-    workflows/NAME.jpg       its card: the last picture it draws, cut to a square; written only if
-                             the workflow can be run here (its weights are present)
+    workflows/NAME.jpg       its card: the last picture it draws, cut to a square; where it cannot be
+                             run (its weights are absent), the reference pictures it starts from
 
 A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from environment import ROOT, WORK, Problem, choose_host, say
 from hostserver import HostServer, PromptError
 from PIL import Image, ImageOps
+from run import alias_pack
 from templates import WORKFLOWS
 from workflow_builder import Workflow
 from workflow_format import to_api, ui_problems
@@ -46,6 +47,23 @@ def save_card(file: Path, picture: bytes) -> None:
         ImageOps.fit(image.convert("RGB"), (CARD_SIDE, CARD_SIDE), scale).save(file, quality=88)
 
 
+def drawn_references(api: dict) -> Image.Image:
+    """The reference pictures that a workflow draws, overlapping on a square card."""
+    alias_pack()
+    from conceptloom.shapeland import world
+
+    drawings = [node["inputs"] for node in api.values() if node["class_type"] == "ConceptLoomDrawScene"]
+    card = Image.new("RGB", (CARD_SIDE, CARD_SIDE), "#26272b")
+    side = CARD_SIDE * 5 // 8
+    steps = max(1, len(drawings) - 1)
+    for i, given in enumerate(drawings):
+        picture, _ = world.draw_description(given["description"], given["seed"], given["identity_seed"], enlarge=4)
+        image = Image.fromarray((picture.image * 255).round().astype("uint8")).resize((side, side))
+        offset = 16 + (CARD_SIDE - side - 32) * i // steps
+        card.paste(image, (offset, offset))
+    return card
+
+
 def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow], None]) -> None:
     """Writes one workflow's files."""
     flow = Workflow(info, name)
@@ -61,7 +79,9 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
     try:
         pictures = server.pictures(server.finish(server.submit(api)))
     except PromptError as error:
-        say(f"{name}: no new card, it cannot be run here: {error}")
+        say(f"{name}: it cannot be run here: {error}")
+        if "shapeland" not in name:
+            drawn_references(api).save(FOLDER / f"{name}.jpg", quality=88)
     else:
         save_card(FOLDER / f"{name}.jpg", pictures[-1].data)
 

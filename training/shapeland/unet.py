@@ -147,7 +147,7 @@ def train_unet(device: str, steps: int) -> None:
 
     def rate(step):
         # Constant with a linear end, so that a longer run only moves the end.
-        return 8e-4 * min(1.0, (step + 1) / 500, max(0.02, (steps - step) / decay))
+        return 1e-3 * min(1.0, (step + 1) / 500, max(0.02, (steps - step) / decay))
 
     optimizer = MuonAdamW(unet, 0.02, ("conv_in", "conv_out", "time_embedding"))
     run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.9995, device=device, optimizer=optimizer)
