@@ -1,0 +1,77 @@
+"""Draws and reads pictures in this process, by the host's own sampler and with Shapeland's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import torch
+
+from ..host import shapeland
+from ..shapeland.judge import Judge, Reading, centres_of, crop_thing
+from ..shapeland.world import SIZE
+
+SAMPLER = "dpmpp_2m"
+SCHEDULER = "sgm_uniform"
+STEPS = 20
+CFG = 4.0
+NEGATIVE_PROMPT = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Studio:
+    """Shapeland's models as a workflow has them, and the judge. MODELs from `model` may be patched freely."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    judge: Judge
+    device: torch.device
+
+    @classmethod
+    def open(cls) -> Studio:
+        """Loads the shipped weights.
+
+        Raises:
+            FileNotFoundError: one of the files is absent; says which in one sentence.
+        """
+        judge = shapeland.load_judge()
+        model, clip, vae = shapeland.load_model(), shapeland.load_clip(), shapeland.load_vae()
+        comfy.model_management.load_model_gpu(judge)
+        return cls(model, clip, vae, judge.model, judge.load_device)
+
+    def encode(self, prompt: str) -> list:
+        """A prompt as the host's conditioning."""
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+
+    def draw(self, model, prompt: str, seed: int, count: int) -> torch.Tensor:
+        """`count` pictures (count, SIZE, SIZE, 3) in [0, 1], as a KSampler with a batch and VAE Decode give them."""
+        side = SIZE // self.vae.spacial_compression_decode()
+        empty = torch.zeros(count, self.vae.latent_channels, side, side)
+        latents = comfy.sample.sample(
+            model,
+            comfy.sample.prepare_noise(empty, seed),
+            STEPS,
+            CFG,
+            SAMPLER,
+            SCHEDULER,
+            self.encode(prompt),
+            self.encode(NEGATIVE_PROMPT),
+            empty,
+            disable_pbar=True,
+            seed=seed,
+        )
+        return self.vae.decode(latents).float().cpu()
+
+    def read(self, pictures: torch.Tensor) -> list[list[Reading]]:
+        """What the judge sees in pictures (n, H, W, 3)."""
+        return self.judge.read(pictures.movedim(-1, 1).to(self.device))
+
+    def embed(self, pictures: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Identity embeddings (n, d) of the things at exact `masks` (n, SIZE, SIZE) of pictures (n, SIZE, SIZE, 3), so
+        that no misread silhouette spoils a reference."""
+        inside = masks > 0.5
+        crops = crop_thing(pictures.movedim(-1, 1), inside, centres_of(inside))
+        return self.judge.reader(crops.to(self.device))["embedding"]

@@ -1,0 +1,38 @@
+"""Measures the memory of one session on the CPU, in a process of its own so that nothing is left of others.
+
+    python tools/run.py evaluation.memory SYSTEM ARCH SUBJECTS
+
+prints JSON: per variant the MiB by which resident memory grew, at its peak, over what the loaded model takes.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from .bench import sessions_of
+from .benches import Session
+from .meters import ResidentPeak
+from .rigs import PLANS, Rig
+
+
+def growth(session: Session) -> dict[str, float]:
+    """Peak MiB of each variant above the level before the first."""
+    samplings = session.begin()
+    before = ResidentPeak().resident()
+    peaks = {}
+    for variant, sample in samplings.items():
+        with ResidentPeak() as watch:
+            sample()
+        peaks[variant] = (watch.peak - before) / 2**20
+    return peaks
+
+
+def main(argv: list[str]) -> None:
+    """Prints the growth of one session."""
+    system, arch, subjects = argv
+    with torch.inference_mode():
+        rig = Rig.build(PLANS[arch, "cpu"])
+        chosen = next(s for s in sessions_of(system, rig) if s.subjects == int(subjects))
+        print(json.dumps(growth(chosen)))

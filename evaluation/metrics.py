@@ -1,0 +1,165 @@
+"""What the report measures: pure functions of what the judge reads in a picture, and means with their intervals.
+
+Intervals are t-intervals over the means of *cases*. Pictures of one case share their references and are no independent
+trials, so 16 cases of 4 pictures are 16 observations; a case of one picture is the ordinary interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..shapeland.judge import Reading
+from ..shapeland.score import assign, score_picture
+from ..shapeland.world import Mention
+
+LEAD = "_lead"
+"""Ends the name of a metric's paired difference: the default's value less this variant's, picture by picture."""
+
+_CLEAR_OF_THINGS = 5  # side in pixels of the square by which masks are widened before the background is looked at
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a metric of one variant of a system, its 95% interval, and over how many pictures.
+
+    `subjects` 0 stands for pictures of any number of things.
+    """
+
+    system: str
+    variant: str
+    subjects: int
+    metric: str
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def as_json(self) -> dict:
+        """The row as plain data."""
+        return asdict(self)
+
+
+def identity(mentions: Sequence[Mention], readings: list[Reading], references: torch.Tensor, chance: float) -> float:
+    """Mean cosine between each subject's thing in the picture and its reference.
+
+    Args:
+        mentions: one per subject.
+        readings: the judge's, of one picture.
+        references: (N, d), unit embeddings of the references' things.
+        chance: what a thing that is missing counts as, the mean cosine of unrelated identities: it tells nothing.
+    """
+    found = _embeddings(mentions, readings)
+    values = [chance if e is None else float(e @ r) for e, r in zip(found, references, strict=True)]
+    return sum(values) / len(values)
+
+
+def leakage(mentions: Sequence[Mention], readings: list[Reading], references: torch.Tensor, chance: float) -> float:
+    """Mean cosine between each subject's thing and the *other* subjects' references; arguments as in `identity`.
+
+    `chance` is what a picture without leakage scores. Wants at least two subjects.
+    """
+    found = _embeddings(mentions, readings)
+    values = [
+        chance if e is None else float(e @ reference)
+        for i, e in enumerate(found)
+        for j, reference in enumerate(references)
+        if i != j
+    ]
+    return sum(values) / len(values)
+
+
+def _embeddings(mentions: Sequence[Mention], readings: list[Reading]) -> list[torch.Tensor | None]:
+    """The embedding of the largest thing of each mention's noun, or None."""
+    return [things[0].embedding if things else None for things in assign(list(mentions), readings)]
+
+
+def prompt(mentions: Sequence[Mention], readings: list[Reading]) -> float:
+    """1 if every noun stands there as often as it was asked for and nothing else does, else 0."""
+    return float(score_picture(list(mentions), readings).nouns_right)
+
+
+def background(picture: torch.Tensor, readings: list[Reading], asked: torch.Tensor, reference: torch.Tensor) -> float:
+    """How far the background has moved from the colour asked for (0) to that of the references (1).
+
+    The median colour outside all things (of the whole picture if they cover it) is projected on the line between both
+    colours and clipped to its ends.
+
+    Args:
+        picture: (H, W, 3) in [0, 1].
+        readings: the judge's, with masks (H, W).
+        asked, reference: colours (3,), different from each other.
+    """
+    covered = torch.zeros(picture.shape[:2])
+    for reading in readings:
+        covered[reading.mask.cpu()] = 1.0
+    wide = F.max_pool2d(covered[None, None], _CLEAR_OF_THINGS, 1, _CLEAR_OF_THINGS // 2)[0, 0] > 0
+    free = picture[~wide | wide.all()]
+    line = reference - asked
+    share = (free.median(0).values - asked) @ line / (line @ line)
+    return float(share.clamp(0, 1))
+
+
+def interval(
+    values: Sequence[float], cases: Sequence[Hashable], least: float, most: float
+) -> tuple[float, float, float, int]:
+    """Mean of the cases' means, the ends of its 95% t-interval, and the number of values.
+
+    The interval is clipped to the metric's range. One case alone says nothing of the spread: its interval is the range.
+
+    Args:
+        values: one per picture.
+        cases: which case each value belongs to.
+        least, most: range of the metric.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    if not values:
+        raise ValueError("interval: at least one value is wanted, not none")
+    members: dict[Hashable, list[float]] = {}
+    for value, case in zip(values, cases, strict=True):
+        members.setdefault(case, []).append(value)
+    means = [sum(group) / len(group) for group in members.values()]
+    mean = sum(means) / len(means)
+    if len(means) == 1:
+        return mean, least, most, len(values)
+    from scipy.stats import t
+
+    variance = sum((m - mean) ** 2 for m in means) / (len(means) - 1)
+    reach = float(t.ppf(0.975, len(means) - 1)) * math.sqrt(variance / len(means))
+    return mean, max(least, mean - reach), min(most, mean + reach), len(values)
+
+
+RANGES = {"identity": (-1.0, 1.0), "leakage": (-1.0, 1.0), "background": (0.0, 1.0), "prompt": (0.0, 1.0)}
+"""Smallest and largest value of each metric above."""
+
+
+def rows_of(
+    system: str,
+    subjects: int,
+    values: dict[str, dict[str, list[float]]],
+    cases: Sequence[Hashable],
+    compared: Sequence[str],
+) -> list[Row]:
+    """The rows of one number of subjects.
+
+    Args:
+        values: per variant and metric one value per picture, pictures in the same order everywhere.
+        cases: the case of each picture.
+        compared: variants of which the paired lead of "default" is given too.
+    """
+    rows = []
+    for variant, by_metric in values.items():
+        for metric, column in by_metric.items():
+            least, most = RANGES[metric]
+            rows.append(Row(system, variant, subjects, metric, *interval(column, cases, least, most)))
+            if variant in compared:
+                lead = [a - b for a, b in zip(values["default"][metric], column, strict=True)]
+                spread = most - least
+                rows.append(Row(system, variant, subjects, metric + LEAD, *interval(lead, cases, -spread, spread)))
+    return rows

@@ -1,0 +1,106 @@
+"""`python tools/dev.py eval`: what the systems reach on Shapeland, beside plain prompting and their ablations."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import pkgutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import reports
+from .tables import report_table, write_json, write_section
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "report.md"
+PREFACE = """\
+# The Shapeland report
+
+Made by the commands below; do not edit. The judge that reads the pictures was trained on the world's ground truth alone
+and is itself measured first."""
+JUDGE = "The judge itself"
+ABOUT_JUDGE = """\
+Things of held-out pictures that have a reading on them (found), and what is right of those found; prompt is the share
+of pictures with exactly the right nouns."""
+
+
+def systems() -> list[str]:
+    """Names of the systems that have a report."""
+    return [module.name for module in pkgutil.iter_modules(reports.__path__)]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="dev.py eval", description=__doc__)
+    add = result.add_argument
+    add("systems", metavar="SYSTEM", nargs="*", help=f"of {', '.join(systems())}; all if none is named")
+    add("--json", metavar="FILE", type=Path, help="write the rows to this file")
+    add("--pictures", type=int, default=64, help="per variant and number of subjects (default: %(default)s)")
+    add("--docs", action="store_true", help="write docs/report.md")
+    return result
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keeps our log silent: ablations do on purpose what it warns of, in every picture."""
+    log = logging.getLogger("conceptloom")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def main(argv: list[str]) -> int:
+    """Measures the named systems and returns the exit code."""
+    options = parser().parse_args(argv)
+    names = options.systems or systems()
+    for name in names:
+        if name not in systems():
+            parser().error(f"there is no report of {name!r} yet: choose from {', '.join(systems())}")
+    if options.pictures < 1:
+        parser().error(f"--pictures: at least 1 is wanted, not {options.pictures}")
+    # Only now, for the modules below need the host, and asking for help does not.
+    from .draw import CFG, SAMPLER, SCHEDULER, STEPS, Studio
+    from .judging import PICTURES, measure_judge
+
+    begin = time.monotonic()
+
+    def tell(sentence: str) -> None:
+        print(f"{time.monotonic() - begin:6.0f} s  {sentence}", file=sys.stderr, flush=True)
+
+    with torch.inference_mode(), without_warnings():
+        try:
+            studio = Studio.open()
+        except FileNotFoundError as error:
+            print(f"dev.py eval: {error}", file=sys.stderr)
+            return 1
+        trust = measure_judge(studio)
+        rows = list(trust.rows)
+        sections = {JUDGE: f"{ABOUT_JUDGE}\n\n{report_table(trust.rows)}"}
+        print(f"{JUDGE}, on {PICTURES} held-out pictures\n{report_table(trust.rows)}", flush=True)
+        for name in names:
+            module = importlib.import_module(f".reports.{name}", __package__)
+            result = module.report(studio, options.pictures, trust.chance, tell)
+            rows += result.rows
+            table = report_table(result.rows)
+            sheet = ROOT / "output" / f"eval_{name}.jpg"
+            sheet.parent.mkdir(exist_ok=True)
+            result.sheet.save(sheet, quality=92)
+            command = f"python tools/dev.py eval {name} --pictures {options.pictures} --docs"
+            how = f"`{command}`: {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {CFG:g}."
+            sections[name] = f"{how}\n\n{result.about}\n\n{table}"
+            print(f"\n{name}\n{table}\n{sheet.relative_to(ROOT)}", flush=True)
+    if options.json:
+        write_json(options.json, [row.as_json() for row in rows])
+    if options.docs:
+        for title, body in sections.items():
+            write_section(DOCUMENT, PREFACE, title, body)
+    return 0

@@ -1,0 +1,27 @@
+"""One module per system, named like it, with `report(studio, pictures, chance, tell) -> Report`.
+
+A new system is a new file here; `report.py` finds it by its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..metrics import Row
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a system's module hands back.
+
+    Attributes:
+        rows: the measurements.
+        about: what was measured and how, in a few sentences for the document.
+        sheet: the contact sheet.
+    """
+
+    rows: list[Row]
+    about: str
+    sheet: Image.Image

@@ -1,0 +1,102 @@
+"""The fixed cases of the report: what is asked for, and the references, always the same for the same number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..shapeland import world
+
+_LOT = 7_310_521  # apart from all seeds of training
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One thing on a background, as a person would photograph a subject.
+
+    Attributes:
+        noun: its word.
+        prompt: describes the reference picture without its identity.
+        image: (SIZE, SIZE, 3), values 0..1.
+        mask: (SIZE, SIZE), exact, with soft edges.
+        identity: the appearance it carries.
+    """
+
+    noun: str
+    prompt: str
+    image: torch.Tensor
+    mask: torch.Tensor
+    identity: world.Identity
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One set of references, and the picture asked for: the same nouns, no word of their looks, another background.
+
+    Attributes:
+        seed: of the pictures' noise.
+        prompt: names nouns and the new background.
+        mentions: what the prompt names, one per reference.
+        background: index of the new background's colour.
+        asked, left: the colours (3,) of the new background and of the references' (they share theirs).
+    """
+
+    seed: int
+    prompt: str
+    mentions: tuple[world.Mention, ...]
+    references: tuple[Reference, ...]
+    background: int
+    asked: torch.Tensor
+    left: torch.Tensor
+
+    def draw(self, count: int, identities: Sequence[world.Identity] | None) -> torch.Tensor:
+        """The world's own pictures (count, SIZE, SIZE, 3) of what is asked for, with these or any identities."""
+        scenes = [
+            world.scene_from(list(self.mentions), self.background, _lot(self.seed, i), identities) for i in range(count)
+        ]
+        return torch.from_numpy(np.stack([world.render(scene).image for scene in scenes]))
+
+
+def _lot(*numbers: int) -> np.random.Generator:
+    return np.random.default_rng((_LOT, *numbers))
+
+
+def make_case(subjects: int, index: int) -> Case:
+    """Case `index` of those with this many subjects (1 to 3)."""
+    rng = _lot(subjects, index)
+    nouns = [int(noun) for noun in rng.choice(len(world.NOUNS), subjects, replace=False)]
+    left, asked = (int(b) for b in rng.choice(len(world.BACKGROUNDS), 2, replace=False))
+    mentions = tuple(world.Mention(noun) for noun in nouns)
+    return Case(
+        seed=subjects * 1000 + index,
+        prompt=world.caption_of(list(mentions), asked)[0],
+        mentions=mentions,
+        references=tuple(_reference(rng, mention, left) for mention in mentions),
+        background=asked,
+        asked=_color_of(asked),
+        left=_color_of(left),
+    )
+
+
+def _color_of(background: int) -> torch.Tensor:
+    return torch.tensor(world.BACKGROUND_RGB[world.BACKGROUNDS[background]])
+
+
+def _reference(rng: np.random.Generator, mention: world.Mention, background: int) -> Reference:
+    identity = world.random_identity(rng)
+    picture = world.render(world.scene_from([mention], background, rng, [identity]))
+    return Reference(
+        noun=world.NOUNS[mention.noun],
+        prompt=picture.scene.caption,
+        image=torch.from_numpy(picture.image),
+        mask=torch.from_numpy(picture.masks[0]),
+        identity=identity,
+    )
+
+
+def held_out(count: int) -> list[world.Picture]:
+    """Pictures of one to three things that no training has seen, for measuring the judge."""
+    return [world.render(world.random_scene(_lot(0, i))) for i in range(count)]

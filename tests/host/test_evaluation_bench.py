@@ -1,0 +1,124 @@
+"""The benchmark on the tiny architecture: its rows, and what it counts."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+ROW = {"system", "variant", "arch", "subjects", "ratio", "seconds", "peak_mib", "unet_evaluations"}
+
+
+@pytest.fixture
+def quick(host, monkeypatch, tmp_path):
+    """The benchmark with one reference, two steps, one round, and memory measured in this process."""
+    from conceptloom.evaluation import bench, memory, rigs
+    from conceptloom.evaluation.benches import freecustom
+
+    plan = replace(rigs.PLANS["tiny", "cpu"], steps=2, rounds=1)
+    monkeypatch.setitem(rigs.PLANS, ("tiny", "cpu"), plan)
+    monkeypatch.setattr(freecustom, "SUBJECTS", (1,))
+    monkeypatch.setattr(bench, "peak_memory", lambda system, session, arch, device: memory.growth(session))
+    monkeypatch.setattr(bench, "DOCUMENT", tmp_path / "bench.md")
+    return bench
+
+
+def test_rows_and_document(quick, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert quick.main(["freecustom", "--device", "cpu", "--json", str(file), "--docs"]) == 0
+    rows = json.loads(file.read_text())
+    assert all(set(row) == ROW for row in rows)
+    assert [(r["system"], r["variant"], r["subjects"]) for r in rows] == [
+        ("host", "plain", 0),
+        ("freecustom", "default", 1),
+        ("freecustom", "banked", 1),
+    ]
+    plain, first, banked = rows
+    # Two steps of cond and uncond; the reference's row stops after the last layer in use.
+    assert plain["unet_evaluations"] == banked["unet_evaluations"] == 4.0
+    assert 5.5 < first["unet_evaluations"] < 6.0
+    assert plain["ratio"] == 1.0 and all(row["ratio"] > 0 and row["seconds"] > 0 for row in rows)
+    page = (tmp_path / "bench.md").read_text()
+    assert "## tiny on cpu" in page and "| 1.55 " in page and "| 1.10 " in page
+    assert page.count("| freecustom") == capsys.readouterr().out.count("| freecustom") == 2
+
+
+def test_memory_is_measured_in_a_process_of_its_own(host):
+    from conceptloom.evaluation import bench
+    from conceptloom.evaluation.benches import Session
+
+    cpu = torch.device("cpu")
+    peaks = bench.peak_memory("freecustom", Session(1, dict), "tiny", cpu)
+    assert list(peaks) == ["default", "banked"]
+    assert all(0 < peak < 2000 for peak in peaks.values())
+
+
+def test_over_budget_is_marked(host):
+    from conceptloom.evaluation.bench import Cost, cost_table
+
+    rows = [Cost("freecustom", v, "tiny", 1, 1.3, 1.0, 5.0, 4.0) for v in ("default", "banked")]
+    table = cost_table(rows, {("freecustom", "default", 1): 1.55, ("freecustom", "banked", 1): 1.1})
+    default, banked = table.splitlines()[2:]
+    assert "1.30 " in default and "over" not in default
+    assert "1.30 over" in banked
+
+
+@pytest.mark.parametrize("arch", ["tiny", "sd15", "sdxl"])
+def test_architectures_are_the_true_ones(host, arch):
+    """Layers and widths as the papers count them, without building the large ones' weights."""
+    from conceptloom.evaluation.rigs import PLANS
+    from conceptloom.host.patching import LAST_TWO_STAGES, UNetFamily, choose_sites
+
+    config = PLANS[arch, "cuda"].config()
+    config.set_inference_dtype(torch.float16, None)
+    with torch.device("meta"):
+        unet = config.get_model({}, device=torch.device("meta")).diffusion_model
+    sites = UNetFamily().sites(unet)
+    counts = {"tiny": 16, "sd15": 16, "sdxl": 70}
+    assert sum(site.kind == "self" for site in sites) == counts[arch]
+    chosen = [site.index for site in choose_sites(sites, LAST_TWO_STAGES)]
+    assert chosen == {"tiny": [*range(10, 16)], "sd15": [*range(10, 16)], "sdxl": [*range(34, 70)]}[arch]
+    millions = sum(p.numel() for p in unet.parameters()) / 1e6
+    assert round(millions) == {"tiny": round(millions), "sd15": 860, "sdxl": 2567}[arch]
+
+
+class TestCalls:
+    def test_whole_calls_count_rows_and_ended_ones_their_part(self):
+        from conceptloom.evaluation.meters import counted_calls
+
+        class Model(torch.nn.Sequential):
+            def forward(self, x, stop=False):
+                x = self[0](x)
+                if stop:
+                    raise StopIteration
+                return self[1](x)
+
+        model = Model(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+        with counted_calls(model) as counted:
+            model(torch.ones(2, 4))
+            with pytest.raises(StopIteration):
+                model(torch.ones(3, 4), stop=True)
+            model(torch.ones(2, 4))
+        per_row = counted.flops_per_row()
+        assert per_row == 2 * (4 * 4 * 2)
+        assert [call.rows for call in counted.calls] == [2, 3, 2]
+        assert counted.evaluations(per_row) == 2 + 3 / 2 + 2
+
+    def test_the_model_is_left_as_it_was(self):
+        from conceptloom.evaluation.meters import counted_calls
+
+        model = torch.nn.Linear(2, 2)
+        with counted_calls(model):
+            pass
+        assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_resident_peak_sees_a_passing_tensor():
+    from conceptloom.evaluation.meters import ResidentPeak
+
+    before = ResidentPeak().resident()
+    with ResidentPeak() as watch:
+        for part in pairwise([torch.zeros(0), *(torch.ones(1 << 22) for _ in range(4))]):
+            assert len(part) == 2
+    assert 48 * 2**20 < watch.peak - before < 400 * 2**20
