@@ -142,6 +142,7 @@ class ReferencePasses:
             tuple(run.sampling.noise.shape[-2:]),
             run.sampling.sigmas,
             run.noise_seed,
+            tuple(batch.members for batch in self._batches),
             None if run.negative is None else _digest_of(run.negative),
         )
         group = bank.open(key, tuple(x for _, x in changing))

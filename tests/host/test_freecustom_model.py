@@ -296,6 +296,16 @@ class TestBank:
         toy.sample(model, negative=toy.clip.encode_from_tokens_scheduled("ugly"))
         assert toy.rows.count(3) == 6
 
+    def test_less_memory_in_between_splits_the_passes_and_changes_nothing(self, toy, monkeypatch):
+        """The order of keys follows the batches, so entries of both must not meet."""
+        model = toy.apply(*(toy.subject(i, weight=1.5) for i in range(3)), bank_mib=64, formula="paper")
+        together = toy.sample(model)
+        with monkeypatch.context() as tight:
+            tight.setattr(toy.base, "memory_required", lambda shape, **_: 1e15 if shape[0] > 2 else 0)
+            apart = toy.sample(model)
+            assert toy.rows == [2, 1, 2] * 3
+        assert close(apart, together)
+
     def test_limit_holds_and_the_rest_is_computed(self, toy):
         from conceptloom.host.freecustom import KEY
 
@@ -372,8 +382,9 @@ class TestFreed:
                 raise KeyboardInterrupt
 
         options = repr(model.model_options)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             toy.sample(model, callback=fail)
+        assert caught.tb is not None, "the host keeps the traceback for a while, and with it all frames"
         assert self.alive(tensors) == 0
         assert repr(model.model_options) == options
         assert torch.equal(toy.sample(model), whole)
