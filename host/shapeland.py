@@ -54,6 +54,10 @@ class ModelConfig(comfy.supported_models_base.BASE):
     def __init__(self):
         super().__init__(type(self).unet_config)
 
+    def inpaint_model(self):
+        """The host takes more than four channels for a mask's; ours are latents."""
+        return False
+
     def model_type(self, state_dict, prefix=""):
         """Shapeland's UNet predicts v."""
         return comfy.model_base.ModelType.V_PREDICTION

@@ -87,6 +87,21 @@ def test_unet_predicts_v_on_stable_diffusions_schedule(loading):
     assert torch.allclose(denoised, x0, atol=1e-4)
 
 
+def test_the_hosts_sampler_runs_the_unet(loading):
+    import comfy.sample
+    from conceptloom.shapeland import models
+
+    torch.manual_seed(0)
+    patcher = loading.load_model(models.build_unet().state_dict())
+    conditioning = [[torch.randn(1, models.TOKENS, models.WIDTH), {}]]
+    # A stock Empty Latent Image counts in eighths of the picture and four channels; the host fits it to the model.
+    latent = comfy.sample.fix_empty_latent_channels(patcher, torch.zeros(1, 4, 8, 8), 8)
+    assert latent.shape == (1, 8, 16, 16)
+    noise = comfy.sample.prepare_noise(latent, 0)
+    out = comfy.sample.sample(patcher, noise, 2, 4.0, "euler", "normal", conditioning, conditioning, latent, seed=0)
+    assert out.shape == latent.shape and torch.isfinite(out).all()
+
+
 def test_text_tower_is_the_same_behind_the_hosts_tokenizer(loading):
     from conceptloom.shapeland import models
 

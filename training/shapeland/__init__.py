@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     elif options.stage == "judge":
         from .judge import train_judge
 
-        train_judge(options.device, options.steps or 2500)
+        train_judge(options.device, options.steps or 2800)
     else:
         from .unet import train_unet
 

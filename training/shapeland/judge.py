@@ -15,7 +15,7 @@ from .common import RUNS, SEED, open_scenes, rows_of
 from .scenes import SHARD, Scenes
 
 TEMPERATURE = 0.1
-PAIRS = 6144
+PAIRS = 4096
 
 
 def draw_pairs(count: int, seed: int) -> list[tuple[world.Picture, world.Picture]]:
@@ -78,7 +78,7 @@ def train_judge(device: str, steps: int) -> None:
     grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy"))
 
     def loss_of(step, generator):
-        rows = rows_of(step, 32, 3 * SHARD)
+        rows = rows_of(step, 24, 3 * SHARD)
         pictures = torch.from_numpy(data.take("image", rows)).permute(0, 3, 1, 2).float() / 255
         # Generated pictures are never as clean as drawn ones: learn to read through a little noise and blur.
         pictures = (pictures + 0.03 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
@@ -97,7 +97,7 @@ def train_judge(device: str, steps: int) -> None:
             crop_thing(pictures[things["picture"]], things["mask"], things["place"][:, :2] + shift).to(device)
         )
         truth = {k: things[k].to(device) for k in ("noun", "color", "identity")}
-        chosen = torch.randint(len(crops[0]), (48,), generator=generator)
+        chosen = torch.randint(len(crops[0]), (24,), generator=generator)
         pair = [judge.reader(side[chosen].to(device))["embedding"] for side in crops]
         return {
             "segments": F.cross_entropy(logits.float(), nouns.to(device)),
@@ -115,7 +115,7 @@ def train_judge(device: str, steps: int) -> None:
         averaged.load_state_dict(run.best_state())
         return measure(averaged, data, np.arange(3 * SHARD, 3 * SHARD + 1024), device)
 
-    run.train(loss_of, 50, report, 500)
+    run.train(loss_of, 50, report, 400)
     judge.load_state_dict(run.best_state())
     models.save("judge", judge.state_dict())
     result = measure(judge, data, np.arange(3 * SHARD, 4 * SHARD), device)

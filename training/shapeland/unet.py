@@ -28,10 +28,10 @@ from .common import (
 )
 from .scenes import SHARD, WORDS, Scenes
 
-BATCH = 32
+BATCH = 16
 UNCONDITIONAL = 0.1
 # Weight of the localization loss at the start of the run and from `LOCALIZE_UNTIL` on.
-LOCALIZE, LOCALIZE_LATER, LOCALIZE_UNTIL = 0.2, 0.02, 12000
+LOCALIZE, LOCALIZE_LATER, LOCALIZE_UNTIL = 0.2, 0.02, 20000
 
 
 def frozen_autoencoder(device: str) -> Autoencoder:
@@ -60,7 +60,8 @@ def latents_of(data: Scenes, folder: Path, shards: int, device: str) -> np.ndarr
         path = folder / f"{shard:04d}.npy"
         if not path.exists():
             rows = np.arange(shard * SHARD, (shard + 1) * SHARD)
-            chunks = [model.encode(pixels(data.take("image", r), device)).half().cpu() for r in np.split(rows, 32)]
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                chunks = [model.encode(pixels(data.take("image", r), device)).half().cpu() for r in np.split(rows, 128)]
             np.save(path, torch.cat(chunks).numpy())
         parts.append(np.load(path))
     return np.concatenate(parts)
@@ -147,7 +148,7 @@ def train_unet(device: str, steps: int) -> None:
 
     def rate(step):
         # Constant with a linear end, so that a longer run only moves the end.
-        return 1e-3 * min(1.0, (step + 1) / 500, max(0.02, (steps - step) / decay))
+        return 1e-3 * min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
 
     optimizer = MuonAdamW(unet, 0.02, ("conv_in", "conv_out", "time_embedding"))
     run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.9995, device=device, optimizer=optimizer)
