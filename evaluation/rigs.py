@@ -85,20 +85,13 @@ class Plan:
     rounds: int
 
 
-def _shapeland():
-    config = ModelConfig()
-    # More than four latent channels mean an inpainting model to the host, but these draw from noise alone.
-    config.inpaint_model = lambda: False
-    return config
-
-
 def _sd15():
     return comfy.supported_models.SD15(dict(_SD15_UNET))
 
 
 PLANS = {
-    ("tiny", "cpu"): Plan("tiny", _shapeland, 16, 10, 5),
-    ("tiny", "cuda"): Plan("tiny", _shapeland, 16, 10, 5),
+    ("tiny", "cpu"): Plan("tiny", ModelConfig, 16, 10, 5),
+    ("tiny", "cuda"): Plan("tiny", ModelConfig, 16, 10, 5),
     # On a CPU a small latent and few steps: minutes instead of hours.
     ("sd15", "cpu"): Plan("sd15", _sd15, 32, 3, 3),
     ("sd15", "cuda"): Plan("sd15", _sd15, 64, 20, 5),
