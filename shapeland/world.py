@@ -38,8 +38,8 @@ BACKGROUNDS = tuple(BACKGROUND_RGB)
 _DETAIL_RGB = np.array((0.16, 0.15, 0.18), np.float32)
 _SUPERSAMPLING = 3
 _RADIUS = {1: (13.0, 19.0), 2: (10.5, 14.5), 3: (9.5, 12.0)}
-_PERIOD = (6.0, 10.5)
-_SECOND_SHARE = (0.28, 0.45)
+_PERIOD = (7.0, 12.0)
+_SECOND_SHARE = (0.33, 0.45)
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,9 @@ def _second_color(identity: Identity, u: np.ndarray, v: np.ndarray) -> np.ndarra
         return np.abs(radius - np.round(radius)) < share / 2
     if pattern == "dotted":
         return np.hypot(a - np.round(a), b - np.round(b)) < np.sqrt(share / np.pi)
-    # Checks: both squares of the checkerboard's diagonal, shrunk so that the second colour covers `share`.
-    half = np.sqrt(share / 2) / 2
-    first = np.maximum(np.abs(a - np.round(a)), np.abs(b - np.round(b))) < half
-    other = np.maximum(np.abs(a - 0.5 - np.round(a - 0.5)), np.abs(b - 0.5 - np.round(b - 0.5))) < half
-    return first | other
+    # Checks are a grid of lines: squares, which one would expect, cannot be told from dots at this size.
+    width = 1 - np.sqrt(1 - share)
+    return (np.abs(a - np.round(a)) < width / 2) | (np.abs(b - np.round(b)) < width / 2)
 
 
 def render(scene: Scene, enlarge: int = 1) -> Picture:
