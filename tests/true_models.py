@@ -1,0 +1,126 @@
+"""Checkpoints with the key names, shapes and dtype of the published ones, and random values.
+
+UNets, CLIP-L and autoencoders get their names from the host's own modules, which keep the published ones; CLIP-G stands
+in SDXL's file under the names of OpenCLIP, written out here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+_UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_spatial_transformer": True,
+    "use_temporal_attention": False,
+    "legacy": False,
+}
+SD15_UNET = {
+    **_UNET,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 768,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "num_heads": 8,
+}
+# SDXL at the reduced depth of Segmind Vega, which the host reads as SDXL: 10 transformer blocks become 2, 2 become 1.
+SDXL_UNET = {
+    **_UNET,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+    "transformer_depth_middle": -1,
+    "context_dim": 2048,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "num_head_channels": 64,
+}
+
+
+def _unet(config: dict) -> dict[str, torch.Size]:
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    model = UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    return {f"model.diffusion_model.{name}": tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _autoencoder() -> dict[str, torch.Size]:
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    config = {
+        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = AutoencoderKL(ddconfig=config, embed_dim=4)
+    return {f"first_stage_model.{name}": tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _clip_l(prefix: str) -> dict[str, torch.Size]:
+    import comfy.ops
+    from comfy.clip_model import CLIPTextModel
+
+    config = {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407,
+    }  # fmt: skip
+    model = CLIPTextModel(config, torch.float16, "meta", comfy.ops.disable_weight_init)
+    names = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith("text_proj")}
+    return {f"{prefix}{name}": shape for name, shape in names.items()}
+
+
+def _clip_g(prefix: str) -> dict[str, torch.Size]:
+    width = 1280
+    shapes = {
+        "token_embedding.weight": (49408, width),
+        "positional_embedding": (77, width),
+        "text_projection": (width, width),
+        "ln_final.weight": (width,),
+        "ln_final.bias": (width,),
+        "logit_scale": (),
+    }
+    for layer in range(32):
+        block = f"transformer.resblocks.{layer}."
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"{block}{norm}.weight": (width,), f"{block}{norm}.bias": (width,)}
+        for linear, out, into in (
+            ("attn.in_proj_", 3 * width, width),
+            ("attn.out_proj.", width, width),
+            ("mlp.c_fc.", 4 * width, width),
+            ("mlp.c_proj.", width, 4 * width),
+        ):
+            shapes |= {f"{block}{linear}weight": (out, into), f"{block}{linear}bias": (out,)}
+    return {f"{prefix}{name}": torch.Size(shape) for name, shape in shapes.items()}
+
+
+def shapes_of(kind: str) -> dict[str, torch.Size]:
+    """Names and shapes of a checkpoint's tensors; `kind` is sd15 or sdxl (of reduced depth)."""
+    if kind == "sd15":
+        return _unet(SD15_UNET) | _autoencoder() | _clip_l("cond_stage_model.transformer.")
+    clips = _clip_l("conditioner.embedders.0.transformer.") | _clip_g("conditioner.embedders.1.model.")
+    return _unet(SDXL_UNET) | _autoencoder() | clips
+
+
+def write_checkpoint(kind: str, path: Path) -> None:
+    """Writes a checkpoint in fp16. All tensors repeat one block of random values, which is quick to make."""
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).half() * 0.02
+
+    def values(name: str, shape: torch.Size) -> torch.Tensor:
+        count = shape.numel()
+        filled = block.repeat(-(-count // len(block)))[:count].reshape(shape)
+        # Norms at their neutral scale keep activations finite through the depth.
+        return torch.ones(shape).half() if "norm" in name and name.endswith("weight") else filled
+
+    save_file({name: values(name, shape) for name, shape in shapes_of(kind).items()}, path)
