@@ -66,7 +66,7 @@ def demo(names: list[str]) -> int:
                 failures += 1
                 continue
             seconds = time.monotonic() - begin
-            for number, picture in enumerate(pictures, 1):
+            for number, picture in enumerate((picture for picture in pictures if picture.saved), 1):
                 place = output / f"{file.stem}_{number:02}{Path(picture.name).suffix}"
                 place.write_bytes(picture.data)
                 say(f"{place.relative_to(ROOT)}  {seconds:.1f} s")

@@ -32,11 +32,13 @@ class PromptError(Exception):
 
 
 class Picture(NamedTuple):
-    """One picture of a finished workflow: the node it came from, its file name and its bytes."""
+    """One picture of a finished workflow: the node it came from, its file name, its bytes, and whether the workflow
+    saves it (or only shows it)."""
 
     node: str
     name: str
     data: bytes
+    saved: bool
 
 
 def free_port() -> int:
@@ -209,7 +211,7 @@ class HostServer:
         for node, output in entry["outputs"].items():
             for image in output.get("images", ()):
                 data = self.request("/view?" + urllib.parse.urlencode(image))
-                found.append(Picture(node, image["filename"], data))
+                found.append(Picture(node, image["filename"], data, image["type"] == "output"))
         return found
 
 

@@ -7,7 +7,7 @@ can stand in a link. For each, three files are written:
 
     workflows/NAME.json      what a person opens
     workflows/api/NAME.json  what a script posts
-    workflows/NAME.jpg       its card: the last picture it draws, cut to a square; where it cannot be
+    workflows/NAME.jpg       its card: the picture of its last node, cut to a square; where it cannot be
                              run (its weights are absent), the reference pictures it starts from
 
 A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
@@ -83,7 +83,7 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
         if "shapeland" not in name:
             drawn_references(api).save(FOLDER / f"{name}.jpg", quality=88)
     else:
-        save_card(FOLDER / f"{name}.jpg", pictures[-1].data)
+        save_card(FOLDER / f"{name}.jpg", max(pictures, key=lambda picture: int(picture.node)).data)
 
 
 def main(parts: list[str]) -> None:

@@ -92,18 +92,25 @@ def shapeland(flow: Workflow) -> None:
     )
     judged = flow.add("ConceptLoomReadPicture", {"image": shown["subjects"][0], "reference": fish[0][0]}, column=5)
     flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the fish")
+    row = fish[0][0]
+    for image in (star[0][0], shown["plain"][0], shown["subjects"][0]):
+        row = flow.add(
+            "ImageStitch",
+            {"image1": row, "image2": image, "direction": "right", "match_image_size": True, "spacing_width": 4},
+            column=6,
+        )[0]
     for title, kind, image in (
-        ("Without", "PreviewImage", shown["plain"][0]),
         ("Attention share: fish, star", "PreviewImage", shares[0]),
+        ("References, without, with", "SaveImage", row),
         ("With the subjects", "SaveImage", shown["subjects"][0]),
     ):
         larger = flow.add(
-            "ImageScaleBy", {"image": image, "upscale_method": "nearest-exact", "scale_by": 6.0}, column=6
+            "ImageScaleBy", {"image": image, "upscale_method": "nearest-exact", "scale_by": 6.0}, column=7
         )
         inputs = {"images": larger[0]}
         if kind == "SaveImage":
             inputs["filename_prefix"] = "conceptloom/freecustom"
-        flow.add(kind, inputs, column=7, title=title)
+        flow.add(kind, inputs, column=8, title=title)
     flow.group("1. Subjects", [*fish, *star])
     flow.group("2. Model and prompt", [patched, record, positive, negative, latent])
 
