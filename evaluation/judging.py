@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..host.studio import Studio
 from ..shapeland.judge import Reading
 from ..shapeland.world import Picture
-from .draw import Studio
 from .metrics import Row, interval
 from .scenes import held_out
 

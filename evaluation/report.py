@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     if options.pictures < 1:
         parser().error(f"--pictures: at least 1 is wanted, not {options.pictures}")
     # Only now, for the modules below need the host, and asking for help does not.
-    from .draw import CFG, SAMPLER, SCHEDULER, STEPS, Studio
+    from ..host.studio import CFG, SAMPLER, SCHEDULER, STEPS, Studio
     from .judging import PICTURES, measure_judge
 
     begin = time.monotonic()

@@ -168,7 +168,11 @@ def load_judge() -> comfy.model_patcher.ModelPatcher:
 
 
 def read_pictures(images: torch.Tensor) -> list[list[Reading]]:
-    """What the judge sees in `images` (n, H, W, 3) in [0, 1]."""
-    patcher = load_judge()
-    comfy.model_management.load_model_gpu(patcher)
-    return patcher.model.read(images[..., :3].movedim(-1, 1).to(patcher.load_device).float())
+    """What the shipped judge sees in `images` (n, H, W, 3) in [0, 1]."""
+    return read_with(load_judge(), images)
+
+
+def read_with(judge: comfy.model_patcher.ModelPatcher, images: torch.Tensor) -> list[list[Reading]]:
+    """What a loaded judge sees in `images` (n, H, W, 3) in [0, 1]."""
+    comfy.model_management.load_model_gpu(judge)
+    return judge.model.read(images[..., :3].movedim(-1, 1).to(judge.load_device).float())

@@ -11,41 +11,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-_UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "use_spatial_transformer": True,
-    "use_temporal_attention": False,
-    "legacy": False,
-}
-SD15_UNET = {
-    **_UNET,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "transformer_depth_middle": 1,
-    "context_dim": 768,
-    "use_linear_in_transformer": False,
-    "adm_in_channels": None,
-    "num_heads": 8,
-}
-# SDXL at the reduced depth of Segmind Vega, which the host reads as SDXL: 10 transformer blocks become 2, 2 become 1.
-SDXL_UNET = {
-    **_UNET,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 1, 1, 2, 2],
-    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
-    "transformer_depth_middle": -1,
-    "context_dim": 2048,
-    "use_linear_in_transformer": True,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-    "num_head_channels": 64,
-}
+
+def _unet_config(kind: str) -> dict:
+    """SD 1.5's UNet, or SDXL's at the reduced depth of Segmind Vega, which the host reads as SDXL: 10 transformer
+    blocks become 2, 2 become 1, and the middle has none."""
+    from conceptloom.host.rigs import SD15_UNET, sdxl_unet
+
+    if kind == "sd15":
+        return {**SD15_UNET, "num_heads": 8}
+    depth = {
+        "transformer_depth": [0, 0, 1, 1, 2, 2],
+        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+        "transformer_depth_middle": -1,
+    }
+    return {**sdxl_unet(2), **depth, "num_head_channels": 64}
 
 
 def _unet(config: dict) -> dict[str, torch.Size]:
@@ -108,9 +87,9 @@ def _clip_g(prefix: str) -> dict[str, torch.Size]:
 def shapes_of(kind: str) -> dict[str, torch.Size]:
     """Names and shapes of a checkpoint's tensors; `kind` is sd15 or sdxl (of reduced depth)."""
     if kind == "sd15":
-        return _unet(SD15_UNET) | _autoencoder() | _clip_l("cond_stage_model.transformer.")
+        return _unet(_unet_config("sd15")) | _autoencoder() | _clip_l("cond_stage_model.transformer.")
     clips = _clip_l("conditioner.embedders.0.transformer.") | _clip_g("conditioner.embedders.1.model.")
-    return _unet(SDXL_UNET) | _autoencoder() | clips
+    return _unet(_unet_config("sdxl")) | _autoencoder() | clips
 
 
 def write_checkpoint(kind: str, path: Path) -> None:

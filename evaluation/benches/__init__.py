@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ..rigs import Rig
+from ...host.rigs import Rig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...host.freecustom import Settings, apply
-from ..rigs import Rig
+from ...host.rigs import Rig
 from . import Session
 
 SUBJECTS = (1, 2, 3)

@@ -9,8 +9,8 @@ import torch
 from ...attention.subject import Subject
 from ...host import freecustom
 from ...host.patching import ALL_BLOCKS
+from ...host.studio import Studio
 from .. import metrics
-from ..draw import Studio
 from ..scenes import Case, make_case
 from ..sheet import SheetRow, contact_sheet
 from . import Report

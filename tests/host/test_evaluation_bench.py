@@ -13,8 +13,9 @@ ROW = {"system", "variant", "arch", "subjects", "ratio", "seconds", "peak_mib", 
 @pytest.fixture
 def quick(host, monkeypatch, tmp_path):
     """The benchmark with one reference, two steps, one round, and memory measured in this process."""
-    from conceptloom.evaluation import bench, memory, rigs
+    from conceptloom.evaluation import bench, memory
     from conceptloom.evaluation.benches import freecustom
+    from conceptloom.host import rigs
 
     plan = replace(rigs.PLANS["tiny", "cpu"], steps=2, rounds=1)
     monkeypatch.setitem(rigs.PLANS, ("tiny", "cpu"), plan)
@@ -66,8 +67,8 @@ def test_over_budget_is_marked(host):
 @pytest.mark.parametrize("arch", ["tiny", "sd15", "sdxl"])
 def test_architectures_are_the_true_ones(host, arch):
     """Layers and widths as the papers count them, without building the large ones' weights."""
-    from conceptloom.evaluation.rigs import PLANS
     from conceptloom.host.patching import LAST_TWO_STAGES, UNetFamily, choose_sites
+    from conceptloom.host.rigs import PLANS
 
     config = PLANS[arch, "cuda"].config()
     config.set_inference_dtype(torch.float16, None)

@@ -24,8 +24,8 @@ class ToyCLIP:
 def shapeland(host):
     """The module that loads Shapeland, with random weights in place of files."""
     import comfy.model_patcher
-    from conceptloom.evaluation.rigs import PLANS, Rig
     from conceptloom.host import shapeland
+    from conceptloom.host.rigs import PLANS, Rig
     from conceptloom.shapeland.autoencoder import Autoencoder
     from conceptloom.shapeland.judge import Judge
 
@@ -49,10 +49,11 @@ def shapeland(host):
 @pytest.fixture
 def report(shapeland, tmp_path, monkeypatch):
     """The report of one and two subjects, writing into an empty folder, with one step and few pictures to judge."""
-    from conceptloom.evaluation import draw, judging, report
+    from conceptloom.evaluation import judging, report
     from conceptloom.evaluation.reports import freecustom
+    from conceptloom.host import studio
 
-    monkeypatch.setattr(draw, "STEPS", 1)
+    monkeypatch.setattr(studio, "STEPS", 1)
     monkeypatch.setattr(freecustom, "SUBJECTS", (1, 2))
     monkeypatch.setattr(judging, "PICTURES", 4)
     monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -90,24 +91,23 @@ def test_rows_table_sheet_and_document(report, tmp_path, capsys):
 
 def test_plain_is_the_untouched_host(report, host, shapeland):
     """Bit for bit what the host's own KSampler and VAE Decode give, before and after the other variants ran."""
-    from conceptloom.evaluation import draw
     from conceptloom.evaluation.reports.freecustom import draw_variants
     from conceptloom.evaluation.scenes import make_case
+    from conceptloom.host import studio
 
     case = make_case(2, 0)
     with torch.inference_mode():
-        studio = draw.Studio.open()
-        drawn = draw_variants(studio, case, 2)
+        drawn = draw_variants(studio.Studio.open(), case, 2)
         model, clip, vae = shapeland.load_model(), ToyCLIP(), shapeland.load_vae()
         (latent,) = host.common_ksampler(
             model,
             case.seed,
-            draw.STEPS,
-            draw.CFG,
-            draw.SAMPLER,
-            draw.SCHEDULER,
+            studio.STEPS,
+            studio.CFG,
+            studio.SAMPLER,
+            studio.SCHEDULER,
             clip.encode_from_tokens_scheduled(case.prompt),
-            clip.encode_from_tokens_scheduled(draw.NEGATIVE_PROMPT),
+            clip.encode_from_tokens_scheduled(studio.NEGATIVE_PROMPT),
             {"samples": torch.zeros(2, 8, 16, 16)},
         )
         expected = vae.decode(latent["samples"])
@@ -116,11 +116,11 @@ def test_plain_is_the_untouched_host(report, host, shapeland):
 
 
 def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
-    from conceptloom.evaluation.draw import Studio
     from conceptloom.evaluation.reports.freecustom import VARIANTS, patched
     from conceptloom.evaluation.scenes import make_case
     from conceptloom.host.freecustom import KEY, Settings
     from conceptloom.host.patching import ALL_BLOCKS, attached
+    from conceptloom.host.studio import Studio
 
     studio, case = Studio.open(), make_case(2, 0)
     systems = {name: attached(patched(studio, case, *c), KEY) for name, c in VARIANTS.items() if c is not None}

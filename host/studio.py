@@ -9,9 +9,9 @@ import comfy.model_management
 import comfy.sample
 import torch
 
-from ..host import shapeland
-from ..shapeland.judge import Judge, Reading, centres_of, crop_thing
+from ..shapeland.judge import Reading, centres_of, crop_thing
 from ..shapeland.world import SIZE
+from . import shapeland
 
 SAMPLER = "dpmpp_2m"
 SCHEDULER = "sgm_uniform"
@@ -22,13 +22,12 @@ NEGATIVE_PROMPT = ""
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """Shapeland's models as a workflow has them, and the judge. MODELs from `model` may be patched freely."""
+    """Shapeland's models as a workflow has them, and the judge in its patcher. MODELs from `model` may be patched."""
 
     model: Any
     clip: Any
     vae: Any
-    judge: Judge
-    device: torch.device
+    judge: Any
 
     @classmethod
     def open(cls) -> Studio:
@@ -38,9 +37,7 @@ class Studio:
             FileNotFoundError: one of the files is absent; says which in one sentence.
         """
         judge = shapeland.load_judge()
-        model, clip, vae = shapeland.load_model(), shapeland.load_clip(), shapeland.load_vae()
-        comfy.model_management.load_model_gpu(judge)
-        return cls(model, clip, vae, judge.model, judge.load_device)
+        return cls(shapeland.load_model(), shapeland.load_clip(), shapeland.load_vae(), judge)
 
     def encode(self, prompt: str) -> list:
         """A prompt as the host's conditioning."""
@@ -67,11 +64,12 @@ class Studio:
 
     def read(self, pictures: torch.Tensor) -> list[list[Reading]]:
         """What the judge sees in pictures (n, H, W, 3)."""
-        return self.judge.read(pictures.movedim(-1, 1).to(self.device))
+        return shapeland.read_with(self.judge, pictures)
 
     def embed(self, pictures: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Identity embeddings (n, d) of the things at exact `masks` (n, SIZE, SIZE) of pictures (n, SIZE, SIZE, 3), so
         that no misread silhouette spoils a reference."""
         inside = masks > 0.5
         crops = crop_thing(pictures.movedim(-1, 1), inside, centres_of(inside))
-        return self.judge.reader(crops.to(self.device))["embedding"]
+        comfy.model_management.load_model_gpu(self.judge)
+        return self.judge.model.reader(crops.to(self.judge.load_device))["embedding"]

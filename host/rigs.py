@@ -18,14 +18,14 @@ import comfy.supported_models
 import torch
 
 from ..attention.subject import Subject
-from ..host.shapeland import ModelConfig
+from .shapeland import ModelConfig
 
 SAMPLER, SCHEDULER, CFG = "euler", "normal", 5.0
 COVERAGE = 0.22  # of a reference by its mask: the mean of the published data set
 _TOKENS = 77
 _POOLED = 1280
 
-_SD15_UNET = {
+SD15_UNET = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
@@ -44,7 +44,7 @@ _SD15_UNET = {
 }
 
 
-def _sdxl_unet(depth: int) -> dict:
+def sdxl_unet(depth: int) -> dict:
     """SDXL's UNet with `depth` transformer blocks (10 in truth) at its coarsest places."""
     return {
         "image_size": 32,
@@ -86,7 +86,7 @@ class Plan:
 
 
 def _sd15():
-    return comfy.supported_models.SD15(dict(_SD15_UNET))
+    return comfy.supported_models.SD15(dict(SD15_UNET))
 
 
 PLANS = {
@@ -95,8 +95,8 @@ PLANS = {
     # On a CPU a small latent and few steps: minutes instead of hours.
     ("sd15", "cpu"): Plan("sd15", _sd15, 32, 3, 3),
     ("sd15", "cuda"): Plan("sd15", _sd15, 64, 20, 5),
-    ("sdxl", "cpu"): Plan("sdxl (depth 1 of 10)", lambda: comfy.supported_models.SDXL(_sdxl_unet(1)), 32, 2, 3),
-    ("sdxl", "cuda"): Plan("sdxl", lambda: comfy.supported_models.SDXL(_sdxl_unet(10)), 128, 20, 3),
+    ("sdxl", "cpu"): Plan("sdxl (depth 1 of 10)", lambda: comfy.supported_models.SDXL(sdxl_unet(1)), 32, 2, 3),
+    ("sdxl", "cuda"): Plan("sdxl", lambda: comfy.supported_models.SDXL(sdxl_unet(10)), 128, 20, 3),
 }
 
 
