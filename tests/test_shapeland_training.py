@@ -85,13 +85,13 @@ def test_things_of_one_noun_share_their_words_place(data):
     assert pairs > 4
 
 
-def test_recorded_attention_is_the_models_own():
+def test_open_attention_is_the_models_own():
     torch.manual_seed(0)
     model = models.build_unet().eval()
     x, t, context = torch.randn(2, 8, 16, 16), torch.tensor([5, 600]), torch.randn(2, models.TOKENS, models.WIDTH)
     with torch.no_grad():
         plain = model(x, t, context).sample
-        kept = unet.record_cross_attention(model)
+        kept = unet.open_attention(model)
         recorded = model(x, t, context).sample
     assert torch.allclose(plain, recorded, atol=1e-5)
     assert sorted({k.shape[1] for k in kept}) == [64, 256]

@@ -18,6 +18,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
+    parser.add_argument("--batch", type=int, default=16, help="pictures per step of the unet; a GPU wants 256 or more")
     options = parser.parse_args(argv)
     if options.stage == "scenes":
         from .common import open_scenes
@@ -38,4 +39,4 @@ def main(argv: list[str]) -> None:
     else:
         from .unet import train_unet
 
-        train_unet(options.device, options.steps or 60000)
+        train_unet(options.device, options.steps or 60000, options.batch)

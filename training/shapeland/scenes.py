@@ -60,8 +60,9 @@ def _draw_shard(folder: Path, seed: int, shard: int) -> None:
     (folder / f"{shard:04d}.done").write_text(json.dumps({"seed": seed}))
 
 
-def draw(folder: Path, shards: int, seed: int, workers: int = 2) -> None:
-    """Draw the shards that are not in `folder` yet; the same seed gives the same pictures on any machine."""
+def draw(folder: Path, shards: int, seed: int, workers: int | None = None) -> None:
+    """Draw the shards that are not in `folder` yet, on `workers` cores (all by default); the same seed gives the same
+    pictures on any machine."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [s for s in range(shards) if not (folder / f"{s:04d}.done").exists()]
     if "fork" not in multiprocessing.get_all_start_methods():
