@@ -46,22 +46,13 @@ class Toy:
         import comfy.model_base
         import comfy.model_patcher
         import comfy.supported_models
+        from conceptloom.host.rigs import SD15_UNET
 
         config = getattr(comfy.supported_models, family)(
             {
-                "image_size": 32,
-                "in_channels": 4,
-                "out_channels": 4,
+                **SD15_UNET,
                 "model_channels": 32,
-                "num_res_blocks": [2, 2, 2, 2],
-                "channel_mult": [1, 2, 4, 4],
-                "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-                "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-                "transformer_depth_middle": 1,
                 "context_dim": 64,
-                "use_linear_in_transformer": False,
-                "use_spatial_transformer": True,
-                "legacy": False,
                 "dtype": torch.float32,
                 **(unet_config or {}),
             }

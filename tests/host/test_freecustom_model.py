@@ -426,26 +426,10 @@ class TestBlocks:
     def sites(self, name):
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
         from conceptloom.host.patching import UNetFamily
+        from conceptloom.host.rigs import SD15_UNET
 
         changes, _, _ = self.CONFIGS[name]
-        config = {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "num_res_blocks": [2, 2, 2, 2],
-            "channel_mult": [1, 2, 4, 4],
-            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-            "transformer_depth_middle": 1,
-            "context_dim": 768,
-            "use_linear_in_transformer": False,
-            "use_spatial_transformer": True,
-            "legacy": False,
-            "num_heads": -1,
-            "num_head_channels": 64,
-            **changes,
-        }
+        config = {**SD15_UNET, "num_heads": -1, "num_head_channels": 64, **changes}
         import comfy.ops
 
         return UNetFamily().sites(UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init))
