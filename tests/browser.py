@@ -131,6 +131,8 @@ def open_template(page, pack: str, template: str, problems: list[str]) -> None:
     page.wait_for_function(
         "path => app.extensionManager.workflow.activeWorkflow?.path === path", arg=f"workflows/{template}.json"
     )
+    # Pictures appear on nodes that are drawn, and only those in view are.
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(1500)  # the frontend looks for missing models and media after loading
 
 
@@ -161,8 +163,13 @@ def press_run(page, problems: list[str]) -> int:
         problems.append(f"did not run: {end}")
         problems += seen_trouble(page)
         return 0
+    # The classic renderer keeps pictures on the node, Nodes 2.0 shows several of one node in the page alone.
     page.wait_for_function(
-        "() => loomPictures.every(id => app.graph.getNodeById(id)?.imgs?.[0]?.naturalWidth > 0)", timeout=30000
+        """() => loomPictures.every(id => {
+            const shown = document.querySelector(`[data-node-id="${id}"] img`)
+            return (app.graph.getNodeById(id)?.imgs?.[0] ?? shown)?.naturalWidth > 0
+        })""",
+        timeout=30000,
     )
     problems += seen_trouble(page)
     return page.evaluate("loomPictures.length")
