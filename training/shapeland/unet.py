@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from ...shapeland import models, world
 from ...shapeland.autoencoder import CHANNELS, Autoencoder
@@ -24,7 +25,6 @@ from .common import (
     rows_of,
     save_sheet,
     tokens,
-    word_tokens,
 )
 from .scenes import SHARD, WORDS, Scenes
 
@@ -44,7 +44,8 @@ def frozen_text(device: str):
     """The shipped text tower over compact tokens (see `common.tokens`)."""
     state = models.load("text")
     table = "text_model.embeddings.token_embedding.weight"
-    state[table] = state[table][word_tokens()]
+    # The file lists its tokens in the order of compact ones.
+    state[table] = state[table][load_file(models.FILES["text"])["token_ids"].long()]
     model = build_compact_text()
     model.load_state_dict(state)
     return model.eval().requires_grad_(False).to(device)
@@ -140,10 +141,9 @@ def word_supervision(data: Scenes, rows: np.ndarray, device: str) -> tuple[torch
 
 def train_unet(device: str, steps: int, batch: int) -> None:
     """v-prediction plus localization; keeps averaged weights, judges samples on the way."""
-    shards = SHARDS
-    data = open_scenes(shards)
-    latents = latents_of(data, RUNS / "latents", shards, device)
-    trained = (shards - 1) * SHARD
+    data = open_scenes()
+    latents = latents_of(data, RUNS / "latents", SHARDS, device)
+    trained = (SHARDS - 1) * SHARD
     torch.manual_seed(SEED)
     unet, text = models.build_unet(), frozen_text(device)
     decay = max(1, steps // 6)
