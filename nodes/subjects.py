@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..attention.collage import place
 from ..attention.masks import spotlight
 from ..attention.subject import MAX_WEIGHT, Subject
-from .types import SubjectSocket, gather_subjects, one_picture, speaking_for, subject_inputs
+from .types import SubjectSocket, gather_subjects, one_picture, preview, speaking_for, subject_inputs
 
 
 class ReferenceSubject(io.ComfyNode):
@@ -64,7 +64,7 @@ class ReferenceSubject(io.ComfyNode):
     def execute(cls, image, noun, prompt, weight, mask=None, target_mask=None) -> io.NodeOutput:
         with speaking_for(cls):
             subject = Subject(one_picture(image), noun, mask, prompt, weight, target_mask)
-        return io.NodeOutput(subject, ui=ui.PreviewImage(spotlight(subject.image, subject.mask)[None], cls=cls))
+        return io.NodeOutput(subject, ui=preview(cls, spotlight(subject.image, subject.mask)))
 
 
 class ConceptCollage(io.ComfyNode):
@@ -142,7 +142,7 @@ class ConceptCollage(io.ComfyNode):
                 feather_radius=feather,
                 threshold=mask_threshold,
             )
-        return io.NodeOutput(picture[None], masks, placed, ui=ui.PreviewImage(picture[None], cls=cls))
+        return io.NodeOutput(picture[None], masks, placed, ui=preview(cls, picture))
 
 
 NODES: list[type[io.ComfyNode]] = [ReferenceSubject, ConceptCollage]

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..attention.subject import Subject
+
+PREVIEW_SIDE = 256
 
 SubjectSocket = io.Custom("CONCEPTLOOM_SUBJECT")
 ShareRecordSocket = io.Custom("CONCEPTLOOM_SHARE_RECORD")
@@ -50,3 +52,11 @@ def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
         given = f"a batch of {len(image)}" if image.ndim == 4 else f"a tensor of shape {tuple(image.shape)}"
         raise ValueError(f"{name}: one picture is wanted, not {given}")
     return image[0]
+
+
+def preview(node: type[io.ComfyNode], picture: torch.Tensor) -> ui.PreviewImage:
+    """A picture (H, W, 3) shown on its node; small ones enlarged without blur, for the classic renderer shows pixels
+    at their own size."""
+    times = max(1, PREVIEW_SIDE // max(picture.shape[:2]))
+    enlarged = picture.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    return ui.PreviewImage(enlarged[None], cls=node)
