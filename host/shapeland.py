@@ -17,7 +17,7 @@ from ..shapeland import models
 from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
 from ..shapeland.judge import Judge, Reading
 
-LATENT_MEMORY = 2000  # bytes per pixel and byte of dtype while the autoencoder runs, measured generously
+LATENT_MEMORY = 2000  # a generous guess: numbers per pixel that live at once while the autoencoder runs
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):

@@ -62,6 +62,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKEN_IDS = "token_ids"
+# Both towers come from one training stage; the other parts' stages have their names.
+_STAGES = {"text": "clip", "vision": "clip"}
 
 
 def build_unet():
@@ -106,7 +108,7 @@ def load(name: str, path: Path | None = None) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(
             f"Shapeland's {name} weights are not at {path}: clone the repository, which carries them, or train them "
-            f"with `python tools/run.py training.shapeland {name}` (see shapeland/README.md)."
+            f"with `python tools/run.py training.shapeland {_STAGES.get(name, name)}` (see shapeland/README.md)."
         )
     state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     if _TOKEN_IDS in state:

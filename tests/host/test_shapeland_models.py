@@ -154,6 +154,9 @@ def test_absent_weights_get_one_sentence(loading, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="clone the repository") as error:
         loading.load_model()
     assert "\n" not in str(error.value)
+    monkeypatch.setitem(models.FILES, "vision", tmp_path / "vision.safetensors")
+    with pytest.raises(FileNotFoundError, match="training.shapeland clip"):
+        loading.load_clip_vision()
 
 
 def test_text_file_restores_the_whole_table(loading, tmp_path):
