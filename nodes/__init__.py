@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import freecustom, shapeland, subjects
+from . import fastcomposer, freecustom, shapeland, subjects
 
-NODES: list[type[io.ComfyNode]] = [*subjects.NODES, *freecustom.NODES, *shapeland.NODES]
+NODES: list[type[io.ComfyNode]] = [*subjects.NODES, *freecustom.NODES, *fastcomposer.NODES, *shapeland.NODES]
 
 
 class ConceptLoomExtension(ComfyExtension):

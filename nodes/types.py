@@ -13,6 +13,7 @@ from ..attention.subject import Subject
 PREVIEW_SIDE = 256
 
 SubjectSocket = io.Custom("CONCEPTLOOM_SUBJECT")
+FuserSocket = io.Custom("CONCEPTLOOM_FUSER")
 ShareRecordSocket = io.Custom("CONCEPTLOOM_SHARE_RECORD")
 
 

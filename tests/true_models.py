@@ -103,3 +103,76 @@ def write_checkpoint(kind: str, path: Path) -> None:
         return torch.ones(shape).half() if "norm" in name and name.endswith("weight") else filled
 
     save_file({name: values(name, shape) for name, shape in shapes_of(kind).items()}, path)
+
+
+def fastcomposer_shapes() -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Names, shapes and dtypes of FastComposer's published pytorch_model.bin (its specification, section 1.5)."""
+    from conceptloom.encoders.fuser import Fuser
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    full, half = torch.float32, torch.bfloat16
+    found = {f"unet.{name}": (shape, full) for name, shape in _diffusers_unet().items()}
+    text = {name.removeprefix("text_model."): shape for name, shape in _clip_l("").items()}
+    found |= {f"text_encoder.{name}": (shape, half) for name, shape in text.items()}
+    found["text_encoder.embeddings.position_ids"] = (torch.Size((1, 77)), torch.int64)
+    config = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+        "patch_size": 14, "projection_dim": 768, "image_size": 224,
+    }  # fmt: skip
+    with torch.device("meta"):
+        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**config)).state_dict()
+        fuser = Fuser(768, 768).state_dict()
+    trained = ("layers.22.", "layers.23.")
+    for name, tensor in vision.items():
+        if name.endswith("position_ids"):
+            continue
+        found[f"image_encoder.{name}"] = (tensor.shape, full if any(t in name for t in trained) else half)
+    found["image_encoder.vision_model.embeddings.position_ids"] = (torch.Size((1, 257)), torch.int64)
+    found |= {f"postfuse_module.{name}": (tensor.shape, full) for name, tensor in fuser.items()}
+    return found | {f"vae.{name}": (shape, half) for name, shape in _diffusers_autoencoder().items()}
+
+
+def _diffusers_unet() -> dict[str, torch.Size]:
+    """SD 1.5's UNet under diffusers' names."""
+    import comfy.utils
+
+    config = _unet_config("sd15")
+    shapes = {name.removeprefix("model.diffusion_model."): shape for name, shape in _unet(config).items()}
+    return {ours: shapes[host] for ours, host in comfy.utils.unet_to_diffusers(config).items() if host in shapes}
+
+
+def _diffusers_autoencoder() -> dict[str, torch.Size]:
+    """SD 1.5's autoencoder under the names of diffusers 0.16, which called its attention's layers by other words."""
+    from diffusers import AutoencoderKL
+
+    blocks = 4
+    with torch.device("meta"):
+        model = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+        )
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        shapes[name] = tensor.shape
+    return shapes
+
+
+def write_fastcomposer(path: Path) -> None:
+    """Writes the published file's layout with random values, as a pickle of plain tensors like the published one."""
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
+    state = {}
+    for name, (shape, dtype) in fastcomposer_shapes().items():
+        count = shape.numel()
+        if dtype == torch.int64:
+            state[name] = torch.arange(count).view(shape)
+        elif "norm" in name and name.endswith("weight"):
+            state[name] = torch.ones(shape, dtype=dtype)
+        else:
+            state[name] = block.repeat(-(-count // len(block)))[:count].reshape(shape).to(dtype)
+    torch.save(state, path)

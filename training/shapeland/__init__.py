@@ -18,7 +18,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
-    parser.add_argument("--batch", type=int, default=16, help="pictures per step of the unet; a GPU wants 256 or more")
+    parser.add_argument("--batch", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more")
+    parser.add_argument("--compile", action="store_true", help="compile the unet: minutes at the start, then a sixth faster")
     options = parser.parse_args(argv)
     if options.stage == "scenes":
         from .common import open_scenes
@@ -39,4 +40,4 @@ def main(argv: list[str]) -> None:
     else:
         from .unet import train_unet
 
-        train_unet(options.device, options.steps or 60000, options.batch)
+        train_unet(options.device, options.steps or 30000, options.batch, options.compile)

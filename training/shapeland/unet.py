@@ -139,7 +139,7 @@ def word_supervision(data: Scenes, rows: np.ndarray, device: str) -> tuple[torch
     return tuple(torch.from_numpy(a).to(device) for a in (describes, masks, present.astype(np.float32)))
 
 
-def train_unet(device: str, steps: int, batch: int) -> None:
+def train_unet(device: str, steps: int, batch: int, compiled: bool = False) -> None:
     """v-prediction plus localization; keeps averaged weights, judges samples on the way."""
     data = open_scenes()
     latents = latents_of(data, RUNS / "latents", SHARDS, device)
@@ -155,6 +155,7 @@ def train_unet(device: str, steps: int, batch: int) -> None:
     optimizer = MuonAdamW(unet, 0.02, ("conv_in", "conv_out", "time_embedding"))
     run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.9995, device=device, optimizer=optimizer)
     kept = open_attention(unet)
+    predict = torch.compile(unet) if compiled else unet
     alphas = noise_levels(device)
 
     def loss_of(step, generator):
@@ -169,7 +170,7 @@ def train_unet(device: str, steps: int, batch: int) -> None:
         alpha = alphas[t]
         a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
         kept.clear()
-        v = unet(a * x + s * noise, t, context).sample.float()
+        v = predict(a * x + s * noise, t, context).sample.float()
         error = (v - (a * noise - s * x)).square().mean()
         progress = min(1.0, step * batch / LOCALIZE_PICTURES)
         localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
@@ -181,7 +182,7 @@ def train_unet(device: str, steps: int, batch: int) -> None:
     def report(step):
         return evaluate(run.best_state(), run.folder / f"samples_{step:06d}.png", device, pictures=64, steps=25)
 
-    run.train(loss_of, 100, report, 2000)
+    run.train(loss_of, 100, report, 1000)
     models.save("unet", run.best_state())
 
 

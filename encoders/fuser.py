@@ -1,0 +1,99 @@
+"""FastComposer's fuser: a subject noun's text state and a picture's embedding become one text state.
+
+FastComposer (Xiao et al., arXiv 2305.10431), equation 3. The names of modules are those of the published weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class _FuserMLP(nn.Module):
+    """LayerNorm, Linear, exact GELU, Linear; with a residual where input and output are of one width."""
+
+    def __init__(self, width_in: int, width_out: int, residual: bool):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(width_in)
+        self.fc1 = nn.Linear(width_in, width_out)
+        self.fc2 = nn.Linear(width_out, width_out)
+        self.residual = residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc2(F.gelu(self.fc1(self.layernorm(x))))
+        return y + x if self.residual else y
+
+
+class Fuser(nn.Module):
+    """The MLP fuser, for text states of any width: 768 for Stable Diffusion 1.5, 2048 for SDXL's two encoders.
+
+    Args:
+        text_width: of a text state.
+        image_width: of a picture's embedding.
+    """
+
+    def __init__(self, text_width: int, image_width: int):
+        super().__init__()
+        self.text_width, self.image_width = text_width, image_width
+        self.mlp1 = _FuserMLP(text_width + image_width, text_width, residual=False)
+        self.mlp2 = _FuserMLP(text_width, text_width, residual=True)
+        self.layer_norm = nn.LayerNorm(text_width)
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Fused states (..., text_width) of text states (..., text_width) and embeddings (..., image_width)."""
+        fused = self.mlp1(torch.cat((text, image), dim=-1)) + text
+        return self.layer_norm(self.mlp2(fused))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> Fuser:
+        """A fuser of the widths that its weights have, in fp32.
+
+        Raises:
+            ValueError: weights are missing, or do not fit together.
+        """
+        name = "mlp1.fc1.weight"
+        if name not in state:
+            raise ValueError(f"the fuser's weights are wanted, but there is no {name} among {len(state)} tensors")
+        text_width, both = state[name].shape
+        fuser = cls(text_width, both - text_width) if both > text_width else None
+        try:
+            fuser.load_state_dict({key: value.float() for key, value in state.items()})
+        except (AttributeError, RuntimeError) as error:
+            shapes = {key: tuple(value.shape) for key, value in state.items()}
+            raise ValueError(f"the fuser's weights are wanted in shapes that fit together, not {shapes}") from error
+        return fuser.eval().requires_grad_(False)
+
+
+def fuse_rows(
+    fuser: Fuser,
+    text: torch.Tensor,
+    embeddings: torch.Tensor,
+    strength: float = 1.0,
+    emphasis: torch.Tensor | None = None,
+    neutral: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The text states that take the place of the subjects' own.
+
+    Prompt emphasis (word:1.2) moves a state away from the one that an empty prompt has at its place. The fuser ends in
+    a normalisation that would undo this, so emphasis comes after it.
+
+    Args:
+        fuser: the trained fuser.
+        text: (n, D), states of the subjects' nouns without emphasis.
+        embeddings: (n, E), of the subjects.
+        strength: 1 fuses as published, 0 keeps the text; between them a straight line.
+        emphasis: (n,), weights of the nouns in the prompt; None means 1.
+        neutral: (n, D), states of an empty prompt at the nouns' places; wanted with emphasis.
+
+    Returns:
+        (n, D) in the dtype of `text`.
+    """
+    fused = fuser(text.float(), embeddings.float())
+    rows = torch.lerp(text.float(), fused, strength)
+    if emphasis is not None:
+        weighted = neutral.float() + (rows - neutral.float()) * emphasis[:, None].float()
+        rows = torch.where(emphasis[:, None] == 1, rows, weighted)
+    return rows.to(text.dtype)

@@ -1,0 +1,75 @@
+"""Reference pictures as FastComposer's subject encoder was shown them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..attention.masks import bounding_box
+
+KEEP, NOISE, BLACK = "keep", "noise", "black"
+BACKGROUNDS = (KEEP, NOISE, BLACK)
+
+_NOISE_SEED = 0  # one noise for all pictures, so that a picture always has one embedding
+
+
+def square_reference(image: torch.Tensor, side: int) -> torch.Tensor:
+    """The whole picture on a black square, scaled to `side`, in 256 grey levels.
+
+    The published code pads both sides of the shorter edge by half the difference, rounded down, so that a picture with
+    an odd difference is squeezed by one pixel.
+
+    Args:
+        image: (H, W, 3), values 0..1.
+        side: of the result, in pixels.
+
+    Returns:
+        (side, side, 3).
+    """
+    height, width = image.shape[:2]
+    pad = abs(height - width) // 2
+    pads = (pad, pad, 0, 0) if height > width else (0, 0, pad, pad)
+    padded = F.pad(image.movedim(-1, 0)[None].float(), pads)
+    scaled = F.interpolate(padded, (side, side), mode="bilinear", antialias=True)
+    return (scaled * 255).round().clamp(0, 255).div(255)[0].movedim(0, -1)
+
+
+def set_background(image: torch.Tensor, mask: torch.Tensor, background: str) -> torch.Tensor:
+    """The picture (H, W, 3) with what lies outside its mask replaced.
+
+    Args:
+        image: (H, W, 3), values 0..1.
+        mask: (H, W), 1 on the subject.
+        background: KEEP leaves it, NOISE puts uniform noise there (what FastComposer was trained on), BLACK nothing.
+    """
+    if background == KEEP:
+        return image
+    outside = torch.zeros_like(image)
+    if background == NOISE:
+        outside = torch.rand(image.shape, generator=torch.Generator().manual_seed(_NOISE_SEED))
+    inside = mask[..., None].clamp(0, 1)
+    return image * inside + outside.to(image) * (1 - inside)
+
+
+def prepare_reference(
+    image: torch.Tensor, mask: torch.Tensor | None, side: int, background: str = KEEP, crop: bool = False
+) -> torch.Tensor:
+    """What the subject encoder sees of a subject: (side, side, 3).
+
+    Args:
+        image: (H, W, 3), values 0..1.
+        mask: (H', W') of the same aspect, 1 on the subject; None means the whole picture, whatever else is asked.
+        side: the encoder's, in pixels.
+        background: see `set_background`.
+        crop: cut the picture to the mask's bounding box first, as in training.
+
+    Raises:
+        ValueError: `crop` is asked for and the mask is empty.
+    """
+    if mask is not None:
+        mask = F.interpolate(mask[None, None].float(), image.shape[:2], mode="bilinear")[0, 0]
+        image = set_background(image, mask, background)
+        if crop:
+            x, y, width, height = bounding_box(mask > 0.5)
+            image = image[y : y + height, x : x + width]
+    return square_reference(image, side)

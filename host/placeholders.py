@@ -1,0 +1,175 @@
+"""Where subjects stand in a prompt: by marks in the text or by their nouns, down to rows of a conditioning.
+
+A mark is never seen by the text encoder. To learn which token stands before it, the prompt is tokenized a second time
+with a word in the mark's place that is one token and occurs nowhere else; both token rows must agree but for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MARK = "@subject"
+
+# Any that the tokenizer keeps as one token will do; several, for a prompt may use some of them.
+_STAND_INS = ("zebra", "violin", "tornado", "pretzel", "glacier", "walnut", "lobster", "piano")
+_ENCODERS = {"l", "g"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one subject's word stands.
+
+    Attributes:
+        chunk, index: chunk of 77 tokens, and place in it.
+        row: of the conditioning, counted over all chunks.
+        weight: emphasis of its token in the prompt.
+        word: the token as text.
+    """
+
+    chunk: int
+    index: int
+    row: int
+    weight: float
+    word: str
+
+
+def find_subjects(prompt: str, nouns: Sequence[str], mark: str = MARK) -> tuple[str, list[int]]:
+    """The prompt without marks, and for each subject the place in it, in characters, where its word ends.
+
+    With marks the first subject takes the first mark. Without marks each subject takes its noun, the second subject of
+    a noun its second occurrence; nouns count as whole words, whatever their case.
+
+    Raises:
+        ValueError: the number of marks is not that of the subjects, or a noun is absent.
+    """
+    mark = mark.strip()
+    if not mark or re.search(r"[\s()\\:]", mark):
+        raise ValueError(
+            f"placeholder: a word without spaces, colons, parentheses or backslashes is wanted, not {mark!r}"
+        )
+    pieces = re.split(rf"(?<!\w){re.escape(mark)}(?!\w)" if mark[0].isalnum() else rf"{re.escape(mark)}(?!\w)", prompt)
+    if len(pieces) > 1:
+        if len(pieces) - 1 != len(nouns):
+            raise ValueError(
+                f"prompt: one {mark} per subject is wanted, but there are {len(pieces) - 1} for {len(nouns)} subjects"
+            )
+        ends = [sum(map(len, pieces[: i + 1])) for i in range(len(nouns))]
+        return "".join(pieces), ends
+    ends, used = [], {}
+    for number, noun in enumerate(nouns, 1):
+        found = list(re.finditer(rf"(?<!\w){re.escape(noun)}(?!\w)", prompt, re.IGNORECASE))
+        nth = used[noun.lower()] = used.get(noun.lower(), -1) + 1
+        if nth >= len(found):
+            raise ValueError(
+                f"prompt: {mark} after each subject's word, or the noun of each subject is wanted in it, but {noun!r} "
+                f"of subject {number} is there {len(found)} times for {nth + 1} subjects of this noun"
+            )
+        ends.append(found[nth].end())
+    return prompt, ends
+
+
+def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], list[Place]]:
+    """The host's tokens of a plain prompt, and the token that ends at each of `ends`.
+
+    Args:
+        clip: the host's CLIP with the tokenizers of SD 1.x, SD 2.x or SDXL.
+        prompt: without marks, with emphasis and embeddings as the host reads them.
+        ends: places in characters, as `find_subjects` gives them.
+
+    Raises:
+        ValueError: the CLIP is of another kind, a place has no word before it, two share one, or an embedding in the
+            prompt does not fit the text encoder.
+    """
+    tokens = clip.tokenize(prompt, return_word_ids=True)
+    if not set(tokens) <= _ENCODERS:
+        raise ValueError(
+            f"clip: the text encoders of SD 1.x, SD 2.x or SDXL are wanted, not one with the parts {', '.join(tokens)}"
+        )
+    name = next(iter(tokens))
+    tokenizer = getattr(clip.tokenizer, f"clip_{name}")
+    stand_in, word = _stand_in(tokenizer, prompt)
+    marked = prompt
+    for end in sorted(set(ends), reverse=True):
+        marked = f"{marked[:end]} {word} {marked[end:]}"
+    plain = _words(tokens[name])
+    before, reached = [], []
+    for token, *_ in _words(clip.tokenize(marked, return_word_ids=True)[name]):
+        if isinstance(token, int) and token == stand_in:
+            reached.append(len(before))
+        else:
+            before.append(token)
+    if len(reached) != len(set(ends)) or not _same(before, [token for token, *_ in plain]):
+        raise ValueError("prompt: a placeholder right after a whole word is wanted, but one stands inside a word")
+    count_at = dict(zip(sorted(set(ends)), reached, strict=True))
+    places, taken = [], {}
+    for number, end in enumerate(ends, 1):
+        position = count_at[end] - 1
+        if position < 0:
+            raise ValueError(f"prompt: a word before the placeholder of subject {number} is wanted, not the beginning")
+        token, weight, chunk, index, row = plain[position]
+        text = "embedding" if torch.is_tensor(token) else tokenizer.inv_vocab[token].removesuffix("</w>")
+        if not any(c.isalnum() for c in text):
+            raise ValueError(f"prompt: a word before the placeholder of subject {number} is wanted, not {text!r}")
+        if position in taken:
+            raise ValueError(
+                f"prompt: a word of its own is wanted for each subject, but {text!r} has both {taken[position]} and "
+                f"{number}"
+            )
+        taken[position] = number
+        places.append(Place(chunk, index, row, weight, text))
+    _check_embeddings(clip, tokens)
+    return _without_word_ids(tokens), places
+
+
+def without_emphasis(tokens: dict[str, list], places: Sequence[Place]) -> dict[str, list]:
+    """A copy of the host's tokens in which the tokens at `places` have weight 1."""
+    here = {(place.chunk, place.index) for place in places}
+    return {
+        name: [[(t, 1.0 if (c, i) in here else w) for i, (t, w) in enumerate(chunk)] for c, chunk in enumerate(chunks)]
+        for name, chunks in tokens.items()
+    }
+
+
+def _words(chunks: list[list[tuple]]) -> list[tuple[Any, float, int, int, int]]:
+    """(token, weight, chunk, index, row) of all tokens that come from text; the host gives all others word id 0."""
+    found, row = [], 0
+    for c, chunk in enumerate(chunks):
+        found += [(token, weight, c, i, row + i) for i, (token, weight, word) in enumerate(chunk) if word]
+        row += len(chunk)
+    return found
+
+
+def _stand_in(tokenizer, prompt: str) -> tuple[int, str]:
+    """A word that the prompt does not contain and the tokenizer keeps as one token."""
+    for word in _STAND_INS:
+        own = _words(tokenizer.tokenize_with_weights(word, return_word_ids=True))
+        if len(own) == 1 and word not in prompt.lower():
+            return own[0][0], word
+    raise ValueError(f"prompt: one that does without some of the words {', '.join(_STAND_INS)} is wanted")
+
+
+def _same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(
+        torch.is_tensor(x) == torch.is_tensor(y) and (torch.equal(x, y) if torch.is_tensor(x) else x == y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _check_embeddings(clip, tokens: dict[str, list]) -> None:
+    """The host drops embeddings of a wrong width while it encodes, which would shift all rows behind them."""
+    for name, chunks in tokens.items():
+        width = getattr(clip.tokenizer, f"clip_{name}").embedding_size
+        for token in (token for chunk in chunks for token, *_ in chunk if torch.is_tensor(token)):
+            if token.shape[-1] != width:
+                raise ValueError(
+                    f"prompt: embeddings of width {width} are wanted for this text encoder, not {token.shape[-1]}"
+                )
+
+
+def _without_word_ids(tokens: dict[str, list]) -> dict[str, list]:
+    return {name: [[(t, w) for t, w, _ in chunk] for chunk in chunks] for name, chunks in tokens.items()}

@@ -1,0 +1,396 @@
+"""FastComposer in the host: placeholders, fusing, the exact switch, and files of the published layout."""
+
+import random
+
+import pytest
+import torch
+from conceptloom.attention.subject import Subject
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+@pytest.fixture(scope="module")
+def clip(host):
+    """Shapeland's text tower behind the tokenizer of SD 1.5."""
+    from conceptloom.host.shapeland import load_clip
+
+    return load_clip()
+
+
+@pytest.fixture(scope="module")
+def vision(host):
+    from conceptloom.host.shapeland import load_clip_vision
+
+    return load_clip_vision()
+
+
+@pytest.fixture(scope="module")
+def fuser(host, vision):
+    from conceptloom.encoders.fuser import Fuser
+    from conceptloom.host import fastcomposer
+
+    torch.manual_seed(0)
+    return fastcomposer._fuser(Fuser(128, 128).state_dict(), vision)
+
+
+def subject(noun, seed=0, **changes):
+    return Subject(torch.rand(40, 60, 3, generator=torch.Generator().manual_seed(seed)), noun, **changes)
+
+
+def encoded(vision, *subjects, **options):
+    from conceptloom.host.fastcomposer import encode_subjects
+
+    with torch.inference_mode():
+        return encode_subjects(vision, subjects, **options)
+
+
+def places_of(clip, prompt, nouns, mark="@subject"):
+    from conceptloom.host.placeholders import find_subjects, locate
+
+    return locate(clip, *find_subjects(prompt, nouns, mark))
+
+
+# ---- placeholders -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", ["@subject", "<|image|>", "img"])
+def test_published_example(clip, mark):
+    prompt = f"a man {mark} and a man {mark} are reading book together"
+    tokens, places = places_of(clip, prompt, ["man", "man"], mark)
+    assert [t for t, _ in tokens["l"][0]][:11] == [49406, 320, 786, 537, 320, 786, 631, 2337, 1116, 1952, 49407]
+    assert [place.row for place in places] == [2, 5]
+    assert tokens == clip.tokenize("a man and a man are reading book together")
+
+
+def test_emphasis_and_long_prompts(clip):
+    _, (place,) = places_of(clip, "(man @subject:1.2)", ["man"])
+    assert (place.row, place.weight) == (2 - 1, 1.2)
+    _, (place,) = places_of(clip, "word " * 73 + "a man @subject walking", ["man"])
+    assert place.row == 75
+    tokens, (place,) = places_of(clip, "word " * 74 + "skateboarder @subject walking", ["x"])
+    assert tokens == clip.tokenize("word " * 74 + "skateboarder walking")
+    flat = [t for chunk in tokens["l"] for t, _ in chunk]
+    assert flat[place.row] == clip.tokenize("skateboarder")["l"][0][2][0] and place.word == "boarder"
+
+
+def test_words_that_contain_a_placeholder_stay_whole(clip):
+    tokens, (place,) = places_of(clip, "a man img on imgur", ["man"], "img")
+    assert tokens == clip.tokenize("a man  on imgur") and place.word == "man"
+
+
+def test_nouns_find_themselves_in_the_order_of_subjects(clip):
+    _, places = places_of(clip, "a (Dog:1.1) with a hat and a dog, hotdog", ["hat", "dog", "dog"])
+    assert [place.word for place in places] == ["hat", "dog", "dog"]
+    rows = [place.row for place in places]
+    assert rows[1] < rows[0] < rows[2]
+    assert places[1].weight == 1.1
+
+
+def test_random_prompts_keep_the_host_s_tokens(clip):
+    """300 prompts of words, emphasis, escapes and length: the plain tokens are the host's, and the marked token is the
+    one that the host gives for the same words with nothing behind the mark."""
+    rng = random.Random(0)
+    words = "a man woman skateboarder, photorealistic \\(old\\) (red:1.3) ((deep)) [cold] on imgur 4k antidisestablishment".split()
+    for _ in range(300):
+        parts = [rng.choice(words) for _ in range(rng.randint(1, 110))]
+        nouns = [i for i, part in enumerate(parts) if part in ("man", "woman", "skateboarder,")]
+        if not nouns:
+            continue
+        chosen = sorted(rng.sample(nouns, min(len(nouns), rng.randint(1, 3))))
+        marked = list(parts)
+        for i in chosen:
+            comma = "," if parts[i].endswith(",") else ""
+            marked[i] = f"{parts[i].rstrip(',')} @subject{comma}"
+        tokens, places = places_of(clip, " ".join(marked), ["x"] * len(chosen))
+        assert tokens == clip.tokenize(" ".join(parts))
+        for i, place in zip(chosen, places, strict=True):
+            head = clip.tokenize(" ".join(parts[: i + 1]).rstrip(","), return_word_ids=True)["l"]
+            count = sum(word != 0 for chunk in head for *_, word in chunk)
+            real = [t for chunk in clip.tokenize(" ".join(parts), return_word_ids=True)["l"] for t in chunk if t[2]]
+            flat = [t for chunk in tokens["l"] for t, _ in chunk]
+            assert flat[place.row] == real[count - 1][0]
+            assert place.word == ("boarder" if "skate" in parts[i] else parts[i])
+
+
+def test_embeddings_count_with_all_their_vectors(host, tmp_path):
+    from conceptloom.host.shapeland import load_clip
+    from safetensors.torch import save_file
+
+    save_file({"emb_params": torch.randn(3, 128)}, tmp_path / "friend.safetensors")
+    save_file({"emb_params": torch.randn(1, 768)}, tmp_path / "stranger.safetensors")
+    clip = load_clip(embedding_directory=str(tmp_path))
+    tokens, (place,) = places_of(clip, "a embedding:friend @subject walks", ["x"])
+    assert place.row == 4 and place.word == "embedding"
+    assert torch.is_tensor(tokens["l"][0][4][0])
+    with pytest.raises(ValueError, match="embeddings of width 128"):
+        places_of(clip, "a man @subject by embedding:stranger", ["x"])
+
+
+@pytest.mark.parametrize(
+    "prompt, nouns, sentence",
+    [
+        ("@subject walks", ["man"], "before the placeholder of subject 1"),
+        ("a man, @subject walks", ["man"], "wanted, not ','"),
+        ("a man @subject @subject walks", ["man", "man"], "a word of its own"),
+        ("a man @subject walks", ["man", "woman"], "1 for 2 subjects"),
+        ("a man @subject and a man @subject", ["man"], "2 for 1 subjects"),
+        ("a woman walks", ["man"], "'man' of subject 1 is there 0 times"),
+        ("a man walks", ["man", "man"], "1 times for 2"),
+        ("a skate@subject boarder", ["x"], None),
+        ("a pho@subject'to", ["x"], None),
+    ],
+)
+def test_bad_places_get_their_sentence(clip, prompt, nouns, sentence):
+    if sentence is None:
+        places_of(clip, prompt, nouns)
+        return
+    with pytest.raises(ValueError, match=sentence):
+        places_of(clip, prompt, nouns)
+
+
+@pytest.mark.parametrize("mark", ["", "two words", "a:b", "(x)"])
+def test_bad_placeholders_get_their_sentence(clip, mark):
+    with pytest.raises(ValueError, match="placeholder: a word without"):
+        places_of(clip, "a man", ["man"], mark)
+
+
+# ---- fusing -------------------------------------------------------------------------------------------------------
+
+
+def fuse(clip, fuser, prompt, subjects, **options):
+    from conceptloom.host import fastcomposer
+
+    with torch.inference_mode():
+        return fastcomposer.fuse(clip, fuser, prompt, subjects, **options)
+
+
+def test_only_subject_rows_change_and_the_text_is_the_host_s(clip, fuser, vision):
+    man, woman = encoded(vision, subject("man", 1), subject("woman", 2))
+    text, fused, report = fuse(clip, fuser, "a man @subject meets a woman @subject", [man, woman])
+    native = clip.encode_from_tokens_scheduled(clip.tokenize("a man meets a woman"))
+    assert torch.equal(text[0][0], native[0][0])
+    changed = (fused[0][0] != text[0][0]).any(-1)[0].nonzero().flatten().tolist()
+    assert changed == [2, 5]
+    vector = vision.encode_image(_square(man.image)).image_embeds[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(fused[0][0][0, 2], fuser.module(text[0][0][0, 2], vector))
+    assert report.splitlines() == ["1. man: token 2 'man'", "2. woman: token 5 'woman'"]
+    assert torch.equal(fused[0][1]["pooled_output"], text[0][1]["pooled_output"])
+
+
+def _square(image):
+    from conceptloom.encoders.reference import square_reference
+
+    return square_reference(image, 64)[None]
+
+
+def test_emphasis_moves_the_fused_state_as_the_host_moves_text(clip, fuser, vision):
+    subjects = encoded(vision, subject("man", 1))
+    _, plain, _ = fuse(clip, fuser, "a man @subject walks", subjects)
+    text, loud, _ = fuse(clip, fuser, "a (man @subject:1.4) walks", subjects)
+    native = clip.encode_from_tokens_scheduled(clip.tokenize("a (man:1.4) walks"))
+    assert torch.equal(text[0][0], native[0][0])
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0][0, 2]
+    expected = empty + 1.4 * (plain[0][0][0, 2] - empty)
+    torch.testing.assert_close(loud[0][0][0, 2], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_strength_0_and_weight_0_are_the_text(clip, fuser, vision):
+    subjects = encoded(vision, subject("man", 1))
+    for options, chosen in (({"strength": 0.0}, subjects), ({}, encoded(vision, subject("man", 1, weight=0.0)))):
+        text, fused, _ = fuse(clip, fuser, "a (man @subject:1.3)", chosen, **options)
+        assert torch.equal(text[0][0], fused[0][0])
+
+
+def test_photos_of_one_subject_are_averaged(vision):
+    from conceptloom.host.fastcomposer import AVERAGED
+
+    photos = [subject("man", i) for i in range(3)]
+    single = [s.encodings["fastcomposer"].vector for s in encoded(vision, *photos)]
+    (one,) = encoded(vision, *photos, pictures=AVERAGED)
+    torch.testing.assert_close(one.encodings["fastcomposer"].vector, torch.stack(single).mean(0))
+
+
+def test_another_vision_tower_is_warned_of(clip, fuser, vision, caplog):
+    from conceptloom.host.shapeland import load_clip_vision
+    from conceptloom.shapeland import models
+
+    state = models.load("vision")
+    last = "vision_model.encoder.layers.3.mlp.fc2.weight"
+    other = load_clip_vision({**state, last: state[last] + 0.1})
+    fuse(clip, fuser, "a man @subject", encoded(vision, subject("man")))
+    assert "another vision tower" not in caplog.text
+    fuse(clip, fuser, "a man @subject", encoded(other, subject("man")))
+    assert "another vision tower" in caplog.text
+
+
+def test_bad_input_gets_its_sentence(clip, fuser, vision):
+    from conceptloom.encoders.fuser import Fuser
+    from conceptloom.host import fastcomposer
+
+    bare, ready = subject("man"), encoded(vision, subject("man"))
+    with pytest.raises(ValueError, match=r"subject 1 \(man\) has no embedding"):
+        fuse(clip, fuser, "a man @subject", [bare])
+    with pytest.raises(ValueError, match="at least one subject"):
+        fuse(clip, fuser, "a man @subject", [])
+    with pytest.raises(ValueError, match="at least one subject"):
+        encoded(vision)
+    skipping = clip.clone()
+    skipping.clip_layer(-2)
+    with pytest.raises(ValueError, match="CLIP skip"):
+        fuse(skipping, fuser, "a man @subject", ready)
+    wide = fastcomposer._fuser(Fuser(768, 128).state_dict(), vision)
+    with pytest.raises(ValueError, match="text states of width 128 is wanted for this CLIP, not 768"):
+        fuse(clip, wide, "a man @subject", ready)
+    wide = fastcomposer._fuser(Fuser(128, 768).state_dict(), vision)
+    with pytest.raises(ValueError, match="embeddings of width 128 is wanted for this CLIP_VISION, not 768"):
+        fuse(clip, wide, "a man @subject", ready)
+
+
+# ---- the switch ---------------------------------------------------------------------------------------------------
+
+SCHEDULERS = (
+    "simple", "normal", "ddim_uniform", "sgm_uniform", "karras", "exponential", "beta", "kl_optimal",
+    "linear_quadratic",
+)  # fmt: skip
+
+
+def two_conditionings(toy):
+    return toy.clip.encode_from_tokens_scheduled("text"), toy.clip.encode_from_tokens_scheduled("subject, much else")
+
+
+def plan(alpha=0.7, step=None, start=0, counting="nearest step"):
+    from conceptloom.host.delay import Delay
+
+    return Delay(alpha, step, start, counting)
+
+
+@pytest.fixture
+def trace(toy):
+    """Watches which of two conditionings the model gets: (sigma, name) per evaluation of the positive."""
+    seen = []
+    text, late = two_conditionings(toy)
+    names = {float(text[0][0].sum()): "text", float(late[0][0].sum()): "subject"}
+
+    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
+        found = [names[s] for row in c_crossattn for s in names if abs(float(row.sum()) - s) < 1e-3]
+        seen.append((float(t[0]), found, len(c_crossattn)))
+        return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    model = toy.model.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "trace", wrapper)
+    return model, seen
+
+
+def sigmas_of(toy, scheduler, steps):
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(toy.model.get_model_object("model_sampling"), scheduler, steps)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_switch_is_exact_on_every_scheduler(toy, trace, scheduler):
+    from conceptloom.host.delay import delayed
+
+    model, seen = trace
+    for steps, switch in ((4, 1), (8, 7)):
+        positive = delayed(*two_conditionings(toy), plan(step=switch))
+        count = len(sigmas_of(toy, scheduler, steps)) - 1
+        toy.sample(model, steps=steps, scheduler=scheduler, positive=positive)
+        assert [found for _, found, _ in seen] == [["text"]] * switch + [["subject"]] * (count - switch)
+        seen.clear()
+
+
+def test_boundaries_part_all_steps_of_all_schedulers(toy):
+    from conceptloom.samplers.switching import boundary_sigma
+
+    for scheduler in SCHEDULERS:
+        for steps in (4, 8, 20, 25, 30, 50, 100):
+            sigmas = sigmas_of(toy, scheduler, steps).tolist()
+            for step in range(1, len(sigmas) - 1):
+                b = boundary_sigma(sigmas, step)
+                assert all(s > b for s in sigmas[:step]) and all(s < b for s in sigmas[step:])
+
+
+def test_text_and_subject_share_their_batch_with_the_negative(toy, trace):
+    from conceptloom.host.delay import delayed
+
+    model, seen = trace
+    toy.sample(model, steps=4, positive=delayed(*two_conditionings(toy), plan(0.5)))
+    assert [rows for _, _, rows in seen] == [2] * 4
+
+
+def test_ends_are_the_plain_conditionings_bit_by_bit(toy):
+    from conceptloom.host.delay import delayed
+
+    text, late = two_conditionings(toy)
+    assert torch.equal(toy.sample(positive=delayed(text, late, plan(0.0))), toy.sample(positive=text))
+    assert torch.equal(toy.sample(positive=delayed(text, late, plan(1.0))), toy.sample(positive=late))
+    assert torch.equal(toy.sample(positive=delayed(text, late, plan(step=99))), toy.sample(positive=text))
+
+
+@pytest.mark.parametrize(
+    "sampler, switch",
+    # Two steps of text. Heun looks ahead to the next step's noise level and ancestral samplers beyond it, DPM-2 does
+    # not leave its own step.
+    [("heun", 3), ("dpmpp_2s_ancestral", 3), ("dpm_2", 4), ("dpmpp_2m", 2), ("uni_pc", 2), ("ipndm", 2), ("ddim", 2)],
+)
+def test_samplers_with_several_evaluations_switch_by_noise_level(toy, trace, sampler, switch):
+    from conceptloom.host.delay import delayed
+
+    model, seen = trace
+    toy.sample(model, steps=4, sampler=sampler, positive=delayed(*two_conditionings(toy), plan(step=2)))
+    names = [found for _, found, _ in seen]
+    assert names == [["text"]] * switch + [["subject"]] * (len(names) - switch)
+
+
+def test_advanced_ranges_and_img2img(toy, trace):
+    from conceptloom.host.delay import delayed
+
+    model, seen = trace
+    text, late = two_conditionings(toy)
+    toy.sample(model, steps=8, positive=delayed(text, late, plan(step=5, start=3)), start_step=3, last_step=7)
+    assert [found for _, found, _ in seen] == [["text"]] * 2 + [["subject"]] * 2
+    seen.clear()
+    toy.sample(model, steps=4, positive=delayed(text, late, plan(0.5)), denoise=0.5)
+    assert [found for _, found, _ in seen] == [["text"]] * 2 + [["subject"]] * 2
+
+
+def test_ranges_set_by_other_nodes_stay_in_force(toy, trace):
+    from conceptloom.host.delay import delayed
+    from nodes import ConditioningSetTimestepRange
+
+    model, seen = trace
+    positive = delayed(*two_conditionings(toy), plan(step=2))
+    (limited,) = ConditioningSetTimestepRange().set_range(positive, 0.0, 0.5)
+    toy.sample(model, steps=4, scheduler="normal", positive=limited)
+    assert [found for _, found, _ in seen] == [["text"], ["text"], [], []]
+
+
+def test_two_delays_in_one_run_and_no_trace_afterwards(toy, trace):
+    from conceptloom.host.delay import TAG, delayed
+    from nodes import ConditioningCombine
+
+    model, seen = trace
+    text, late = two_conditionings(toy)
+    first, second = delayed(text, late, plan(step=1)), delayed(text, late, plan(step=3))
+    (both,) = ConditioningCombine().combine(first, second)
+    before = [dict(extras) for _, extras in both]
+    toy.sample(model, steps=4, positive=both)
+    assert [sorted(found) for _, found, _ in seen] == [
+        ["text"] * 2, ["subject", "text"], ["subject", "text"], ["subject"] * 2,
+    ]  # fmt: skip
+    assert [dict(extras) for _, extras in both] == before and all(TAG in extras for _, extras in both)
+    plain = toy.sample(positive=text)
+    toy.sample(positive=both)
+    assert torch.equal(toy.sample(positive=text), plain)
+
+
+def test_delaying_twice_is_refused(toy):
+    from conceptloom.host.delay import delayed
+
+    text, late = two_conditionings(toy)
+    with pytest.raises(ValueError, match="subject: a conditioning that does not switch yet"):
+        delayed(text, delayed(text, late, plan()), plan())
