@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more")
-    parser.add_argument("--compile", action="store_true", help="compile the unet: minutes at the start, then a sixth faster")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the unet: minutes at the start, then a sixth faster"
+    )
     options = parser.parse_args(argv)
     if options.stage == "scenes":
         from .common import open_scenes
