@@ -165,7 +165,7 @@ def convert(path: str, target: Path, unet: str, rank: int = 64, model=None) -> s
     for file, state in files.items():
         # Under another name first: an interruption leaves no half file that looks whole.
         part = file.with_suffix(".part")
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, part)
+        save_file({key: tensor.clone() for key, tensor in state.items()}, part)
         part.replace(file)
         lines.append(f"{file.name}: {len(state)} tensors, {file.stat().st_size / 2**20:.0f} MiB")
     return "\n".join(lines)

@@ -163,16 +163,19 @@ def _diffusers_autoencoder() -> dict[str, torch.Size]:
     return shapes
 
 
-def write_fastcomposer(path: Path) -> None:
-    """Writes the published file's layout with random values, as a pickle of plain tensors like the published one."""
-    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
+def fastcomposer_state() -> dict[str, torch.Tensor]:
+    """The published file's layout with random values. All tensors of a dtype are windows on one block, which keeps
+    file and memory small."""
+    shapes = fastcomposer_shapes()
+    size = max(shape.numel() for shape, _ in shapes.values()) + 1000
+    block = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02
+    blocks = {torch.float32: block, torch.bfloat16: block.bfloat16()}
     state = {}
-    for name, (shape, dtype) in fastcomposer_shapes().items():
-        count = shape.numel()
+    for i, (name, (shape, dtype)) in enumerate(shapes.items()):
         if dtype == torch.int64:
-            state[name] = torch.arange(count).view(shape)
+            state[name] = torch.arange(shape.numel()).view(shape)
         elif "norm" in name and name.endswith("weight"):
             state[name] = torch.ones(shape, dtype=dtype)
         else:
-            state[name] = block.repeat(-(-count // len(block)))[:count].reshape(shape).to(dtype)
-    torch.save(state, path)
+            state[name] = blocks[dtype][i % 1000 :][: shape.numel()].view(shape)
+    return state
