@@ -167,8 +167,8 @@ class Rig:
         channels = base.latent_format.latent_channels
         return cls(plan, model, RandomVAE(channels), RandomCLIP(config.unet_config["context_dim"]))
 
-    def sample(self, model, seed: int) -> torch.Tensor:
-        """One picture's latent (1, C, side, side), as KSampler makes it."""
+    def sample(self, model, seed: int, positive: list | None = None) -> torch.Tensor:
+        """One picture's latent (1, C, side, side), as KSampler makes it; `positive` in place of the rig's own."""
         empty = torch.zeros(1, self.vae.latent_channels, self.plan.side, self.plan.side)
         noise = comfy.sample.prepare_noise(empty, seed)
         return comfy.sample.sample(
@@ -178,7 +178,7 @@ class Rig:
             CFG,
             SAMPLER,
             SCHEDULER,
-            self.positive,
+            self.positive if positive is None else positive,
             self.negative,
             empty,
             disable_pbar=True,

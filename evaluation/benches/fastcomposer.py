@@ -1,0 +1,31 @@
+"""FastComposer: another context tensor, so the cost of plain sampling."""
+
+from __future__ import annotations
+
+import torch
+
+from ...host.delay import Delay, delayed
+from ...host.rigs import Rig
+from ...samplers.switching import NEAREST
+from . import Session
+
+SUBJECTS = (1, 2)
+ALPHA = 0.7
+
+
+def sessions(rig: Rig) -> list[Session]:
+    """One session per number of subjects."""
+    return [_session(rig, count) for count in SUBJECTS]
+
+
+def _session(rig: Rig, count: int) -> Session:
+    def begin():
+        fused = []
+        for states, extras in rig.positive:
+            states = states.clone()
+            states[:, 2 : 2 + count] = torch.randn(len(states), count, states.shape[-1])
+            fused.append([states, dict(extras)])
+        positive = delayed(rig.positive, fused, Delay(ALPHA, None, 0, NEAREST))
+        return {"default": lambda: rig.sample(rig.model, 1, positive)}
+
+    return Session(count, begin, {"default": 1.0})

@@ -1,0 +1,184 @@
+"""The identity and prompt scores of FastComposer's evaluation, for a folder of pictures.
+
+    python tools/run.py evaluation.protocol RUNS.json --clip FOLDER [--faces WEIGHTS] [--json FILE]
+
+RUNS.json lists what was drawn: [{"picture": "a.png", "prompt": "a man ...", "references": ["ann.jpg", ...]}, ...],
+files beside it. Faces are read by facenet-pytorch with weights of your own; without --faces only prompts are scored.
+
+Xiao et al. (arXiv 2305.10431), section 5.1. A picture with several subjects scores what its worst one scores, so that a
+model which draws one person twice gains nothing. On Shapeland the same score is the report's *worst* metric, with the
+judge in the place of the face recogniser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+
+import torch
+from PIL import Image
+
+from .tables import markdown, write_json
+
+FACE_SIDE = 160
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn picture, what was asked for, and whose references went in."""
+
+    picture: Path
+    prompt: str
+    references: tuple[Path, ...]
+
+
+def greedy_minimum(similarity: torch.Tensor) -> float:
+    """Score of the worst reference after the most alike pairs have found each other.
+
+    The largest value of all makes a pair, whose row and column are then taken out, and so on: greedy as in the paper,
+    not the assignment of the largest sum. Negative likeness counts as none, and so does a reference without a face.
+
+    Args:
+        similarity: (faces, references).
+    """
+    left = similarity.clamp(min=0).clone()
+    faces, references = left.shape
+    worst = 0.0 if faces < references else float("inf")
+    for _ in range(min(faces, references)):
+        best = int(left.argmax())
+        row, column = divmod(best, references)
+        worst = min(worst, float(left[row, column]))
+        left[row, :] = left[:, column] = -1
+    return worst
+
+
+def read_runs(file: Path) -> list[Drawn]:
+    """The entries of a RUNS.json.
+
+    Raises:
+        ValueError: it is no such list, or a file it names is absent.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        runs = [
+            Drawn(file.parent / e["picture"], str(e["prompt"]), tuple(file.parent / r for r in e["references"]))
+            for e in entries
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f'{file}: a list of {{"picture", "prompt", "references"}} is wanted, but reading it says: {error!r}'
+        ) from error
+    absent = [path for run in runs for path in (run.picture, *run.references) if not path.is_file()]
+    if absent or not runs:
+        raise ValueError(f"{file}: pictures are wanted, but {absent[0] if absent else 'it'} is absent or empty")
+    return runs
+
+
+def score(
+    runs: Sequence[Drawn],
+    faces: Callable[[Image.Image], torch.Tensor] | None,
+    prompts: Callable[[Image.Image, str], float],
+) -> list[dict]:
+    """Rows {metric, subjects, mean, std, n} over all pictures of one and of several subjects.
+
+    Args:
+        runs: what was drawn.
+        faces: unit embeddings (n, d) of a picture's faces, the largest first; None leaves identity out.
+        prompts: likeness of a picture and a text.
+
+    Raises:
+        ValueError: a reference shows no face.
+    """
+    known: dict[Path, torch.Tensor] = {}
+    values: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        group = "single" if len(run.references) == 1 else "multi"
+        picture = Image.open(run.picture).convert("RGB")
+        values.setdefault(("prompt", group), []).append(prompts(picture, run.prompt))
+        if faces is None:
+            continue
+        for path in run.references:
+            if path not in known:
+                found = faces(Image.open(path).convert("RGB"))
+                if not len(found):
+                    raise ValueError(f"references: a picture that shows a face is wanted, not {path.name}")
+                known[path] = found[0]
+        references = torch.stack([known[path] for path in run.references])
+        found = faces(picture)[: len(run.references)]
+        values.setdefault(("identity", group), []).append(greedy_minimum(found @ references.mT))
+    return [
+        {"metric": metric, "subjects": group, "mean": mean(column), "std": pstdev(column), "n": len(column)}
+        for (metric, group), column in values.items()
+    ]
+
+
+def face_reader(weights: Path) -> Callable[[Image.Image], torch.Tensor]:
+    """Detector and recogniser of facenet-pytorch with the settings of the published evaluation.
+
+    Args:
+        weights: state of InceptionResnetV1 as trained on VGGFace2.
+
+    Raises:
+        ModuleNotFoundError: facenet-pytorch is not installed; says how.
+    """
+    try:
+        from facenet_pytorch import MTCNN, InceptionResnetV1
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Identity scores need facenet-pytorch: python -m pip install facenet-pytorch"
+        ) from error
+    state = torch.load(weights, weights_only=True)
+    recogniser = InceptionResnetV1(pretrained=None, classify=False)
+    # The classifier over its training identities is of no use here.
+    recogniser.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
+    recogniser.eval()
+    detector = MTCNN(image_size=FACE_SIDE, margin=0, min_face_size=20, keep_all=True)
+
+    @torch.inference_mode()
+    def read(picture: Image.Image) -> torch.Tensor:
+        crops = detector(picture)
+        return torch.zeros(0, 512) if crops is None else recogniser(crops)
+
+    return read
+
+
+def prompt_reader(folder: Path) -> Callable[[Image.Image, str], float]:
+    """Cosine of a CLIP model's picture and text embeddings, from a local folder; the paper's is ViT-L/14."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+
+    @torch.inference_mode()
+    def read(picture: Image.Image, prompt: str) -> float:
+        inputs = processor(text=[prompt], images=picture, return_tensors="pt", padding=True, truncation=True)
+        out = model(**inputs)
+        return float(torch.cosine_similarity(out.image_embeds, out.text_embeds))
+
+    return read
+
+
+def main(argv: list[str]) -> int:
+    """Scores the pictures and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="evaluation.protocol", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("runs", metavar="RUNS.json", type=Path)
+    add("--clip", metavar="FOLDER", type=Path, required=True, help="a CLIP model as transformers saves it")
+    add("--faces", metavar="WEIGHTS", type=Path, help="InceptionResnetV1's weights of VGGFace2")
+    add("--json", metavar="FILE", type=Path, help="write the rows to this file")
+    options = parser.parse_args(argv)
+    try:
+        runs = read_runs(options.runs)
+        faces = None if options.faces is None else face_reader(options.faces)
+        rows = score(runs, faces, prompt_reader(options.clip))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    lines = [[r["subjects"], r["metric"], f"{r['mean']:.4f}", f"{r['std']:.4f}", str(r["n"])] for r in rows]
+    print(markdown(["subjects", "metric", "mean", "std", "pictures"], lines))
+    if options.json:
+        write_json(options.json, rows)
+    return 0
