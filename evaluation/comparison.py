@@ -1,0 +1,110 @@
+"""The loop all reports share: the same cases and seeds drawn by every variant of a system, read by the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..host.studio import Studio
+from . import metrics
+from .metrics import Row
+from .scenes import Case, make_case
+from .sheet import SheetRow
+
+SEEDS_PER_CASE = 4
+"""Pictures of one case share a batch, and so one reference pass per step."""
+SHEET_CASES = 5
+"""Cases per number of subjects on the contact sheet, with their first seed."""
+
+Draw = Callable[[Case, int], dict[str, torch.Tensor]]
+
+METRICS = """\
+References show one thing each. The prompt names their nouns and another background, never their looks. Every variant
+draws the same seeds, {seeds} per set of references.
+
+- **identity**: cosine between the judge's embeddings of a subject's thing and its reference; a missing thing counts as
+  unrelated (chance {chance:.3f}).
+- **leakage**: for two and more subjects the cosine between a subject's thing and the *other* references; for one, how
+  far the background has moved from the colour asked for (0) to the reference's (1), which **background** gives for
+  more.
+- **prompt**: share of pictures with exactly the nouns asked for.
+- *truth* is the world's own drawing of what was asked with the references' identities, the ceiling; *unrelated* the
+  same with other identities, the floor. *plain* is the same prompt and seed on the untouched model.
+- Intervals are 95% t-intervals over sets of references. A star marks what differs from the default, by the interval of
+  the paired difference."""
+
+
+def explain(chance: float) -> str:
+    """What the shared metrics mean, for the document."""
+    return METRICS.format(seeds=SEEDS_PER_CASE, chance=chance)
+
+
+def compare(
+    system: str,
+    studio: Studio,
+    numbers: Sequence[int],
+    pictures: int,
+    chance: float,
+    tell: Callable[[str], None],
+    draw: Draw,
+    shown: Sequence[str] | None = None,
+) -> tuple[list[Row], list[SheetRow]]:
+    """Rows of all variants, and rows for the contact sheet.
+
+    Args:
+        system: name of the rows.
+        studio: models and judge.
+        numbers: of subjects.
+        pictures: per variant and number of subjects.
+        chance: mean cosine of unrelated identities.
+        tell: takes a sentence about the progress.
+        draw: pictures (count, H, W, 3) of every variant for a case, "default" and "plain" among them, with one noise.
+        shown: the variants on the contact sheet; None means all.
+    """
+    rows, sheet = [], []
+    for subjects in numbers:
+        values: dict[str, dict[str, list[float]]] = {}
+        cases: list[int] = []
+        for first in range(0, pictures, SEEDS_PER_CASE):
+            count = min(SEEDS_PER_CASE, pictures - first)
+            case = make_case(subjects, first // SEEDS_PER_CASE)
+            drawn = draw(case, count)
+            variants = list(drawn)
+            drawn["truth"] = case.draw(count, [reference.identity for reference in case.references])
+            drawn["unrelated"] = case.draw(count, None)
+            measure(studio, case, drawn, chance, values)
+            cases += [case.seed] * count
+            if first < SHEET_CASES * SEEDS_PER_CASE:
+                seen = {name: drawn[name][0] for name in shown or variants}
+                sheet.append(SheetRow(case.prompt, tuple(r.image for r in case.references), seen))
+            tell(f"{system}, {subjects} subjects: {first + count} of {pictures} pictures in {len(variants)} variants")
+        compared = [name for name in variants if name != "default"]
+        rows += metrics.rows_of(system, subjects, values, cases, compared)
+    return rows, sheet
+
+
+def measure(
+    studio: Studio,
+    case: Case,
+    drawn: dict[str, torch.Tensor],
+    chance: float,
+    values: dict[str, dict[str, list[float]]],
+) -> None:
+    """Appends the metrics of every picture to `values`, by variant and metric."""
+    references = studio.embed(
+        torch.stack([r.image for r in case.references]), torch.stack([r.mask for r in case.references])
+    )
+    for name, pictures in drawn.items():
+        columns = values.setdefault(name, {})
+        for picture, readings in zip(pictures, studio.read(pictures), strict=True):
+            moved = metrics.background(picture, readings, case.asked, case.left)
+            scores = {"identity": metrics.identity(case.mentions, readings, references, chance)}
+            if len(case.references) == 1:
+                scores["leakage"] = moved
+            else:
+                scores["leakage"] = metrics.leakage(case.mentions, readings, references, chance)
+                scores["background"] = moved
+            scores["prompt"] = metrics.prompt(case.mentions, readings)
+            for metric, value in scores.items():
+                columns.setdefault(metric, []).append(value)
