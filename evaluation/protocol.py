@@ -22,6 +22,7 @@ from statistics import mean, pstdev
 import torch
 from PIL import Image
 
+from ..training.data.greedy import greedy_match
 from .tables import markdown, write_json
 
 FACE_SIDE = 160
@@ -45,15 +46,11 @@ def greedy_minimum(similarity: torch.Tensor) -> float:
     Args:
         similarity: (faces, references).
     """
-    left = similarity.clamp(min=0).clone()
-    faces, references = left.shape
-    worst = 0.0 if faces < references else float("inf")
-    for _ in range(min(faces, references)):
-        best = int(left.argmax())
-        row, column = divmod(best, references)
-        worst = min(worst, float(left[row, column]))
-        left[row, :] = left[:, column] = -1
-    return worst
+    faces, references = similarity.shape
+    if faces < references:
+        return 0.0
+    likeness = similarity.clamp(min=0).numpy()
+    return min(float(likeness[pair]) for pair in greedy_match(likeness, threshold=0.0))
 
 
 def read_runs(file: Path) -> list[Drawn]:

@@ -58,6 +58,19 @@ def without_warnings() -> Iterator[None]:
         log.setLevel(level)
 
 
+def save_pictures(name: str, result: reports.Report, docs: bool) -> str:
+    """Saves a report's pictures in output/, or for the document beside it, and returns the lines that show them."""
+    folder = DOCUMENT.parent / "images" if docs else ROOT / "output"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ""
+    for part, picture in {"sheet": result.sheet, **result.plots}.items():
+        file = folder / f"eval_{name}_{part}.jpg"
+        picture.save(file, quality=88)
+        print(file.relative_to(ROOT), flush=True)
+        lines += f"\n\n![{name}: {part}](images/{file.name})"
+    return lines
+
+
 def main(argv: list[str]) -> int:
     """Measures the named systems and returns the exit code."""
     options = parser().parse_args(argv)
@@ -84,23 +97,27 @@ def main(argv: list[str]) -> int:
             return 1
         trust = measure_judge(studio)
         rows = list(trust.rows)
+        failed = False
         sections = {JUDGE: f"{ABOUT_JUDGE}\n\n{report_table(trust.rows)}"}
         print(f"{JUDGE}, on {PICTURES} held-out pictures\n{report_table(trust.rows)}", flush=True)
         for name in names:
             module = importlib.import_module(f".reports.{name}", __package__)
-            result = module.report(studio, options.pictures, trust.chance, tell)
+            try:
+                result = module.report(studio, options.pictures, trust.chance, tell)
+            except FileNotFoundError as error:
+                print(f"dev.py eval: {error}", file=sys.stderr)
+                failed = True
+                continue
             rows += result.rows
             table = report_table(result.rows)
-            sheet = ROOT / "output" / f"eval_{name}.jpg"
-            sheet.parent.mkdir(exist_ok=True)
-            result.sheet.save(sheet, quality=92)
+            links = save_pictures(name, result, options.docs)
             command = f"python tools/dev.py eval {name} --pictures {options.pictures} --docs"
             how = f"`{command}`: {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {CFG:g}."
-            sections[name] = f"{how}\n\n{result.about}\n\n{table}"
-            print(f"\n{name}\n{table}\n{sheet.relative_to(ROOT)}", flush=True)
+            sections[name] = f"{how}\n\n{result.about}\n\n{table}{links}"
+            print(f"\n{name}\n{table}", flush=True)
     if options.json:
         write_json(options.json, [row.as_json() for row in rows])
     if options.docs:
         for title, body in sections.items():
             write_section(DOCUMENT, PREFACE, title, body)
-    return 0
+    return int(failed)

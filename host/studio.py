@@ -43,8 +43,9 @@ class Studio:
         """A prompt as the host's conditioning."""
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
 
-    def draw(self, model, prompt: str, seed: int, count: int) -> torch.Tensor:
-        """`count` pictures (count, SIZE, SIZE, 3) in [0, 1], as a KSampler with a batch and VAE Decode give them."""
+    def draw(self, model, prompt: str, seed: int, count: int, positive: list | None = None) -> torch.Tensor:
+        """`count` pictures (count, SIZE, SIZE, 3) in [0, 1], as a KSampler with a batch and VAE Decode give them;
+        `positive` takes the place of the prompt's conditioning."""
         side = SIZE // self.vae.spacial_compression_decode()
         empty = torch.zeros(count, self.vae.latent_channels, side, side)
         latents = comfy.sample.sample(
@@ -54,7 +55,7 @@ class Studio:
             CFG,
             SAMPLER,
             SCHEDULER,
-            self.encode(prompt),
+            self.encode(prompt) if positive is None else positive,
             self.encode(NEGATIVE_PROMPT),
             empty,
             disable_pbar=True,

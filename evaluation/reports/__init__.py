@@ -5,7 +5,7 @@ A new system is a new file here; `report.py` finds it by its name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -20,8 +20,10 @@ class Report:
         rows: the measurements.
         about: what was measured and how, in a few sentences for the document.
         sheet: the contact sheet.
+        plots: further pictures by name, for the document.
     """
 
     rows: list[Row]
     about: str
     sheet: Image.Image
+    plots: dict[str, Image.Image] = field(default_factory=dict)

@@ -85,7 +85,8 @@ def test_rows_table_sheet_and_document(report, tmp_path, capsys):
         assert "no_mask" in table and "unrelated" in table
     assert "python tools/dev.py eval freecustom --pictures 2 --docs" in page and "{" not in page
     # Two references and six variants wide, one row per number of subjects.
-    sheet = Image.open(tmp_path / "output" / "eval_freecustom.jpg")
+    assert "(images/eval_freecustom_sheet.jpg)" in page
+    sheet = Image.open(tmp_path / "docs" / "images" / "eval_freecustom_sheet.jpg")
     assert sheet.width > 8 * 128 and sheet.height > 2 * 128
 
 
@@ -146,7 +147,7 @@ def test_absent_weights_are_said_in_one_sentence(report, shapeland, monkeypatch,
 def test_unknown_systems_are_named(report, capsys):
     with pytest.raises(SystemExit):
         report.main(["dreambooth"])
-    assert "choose from freecustom" in capsys.readouterr().err
+    assert "choose from fastcomposer" in capsys.readouterr().err
 
 
 class TestJudging:

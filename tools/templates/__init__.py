@@ -6,6 +6,6 @@ from collections.abc import Callable
 
 from workflow_builder import Workflow
 
-from . import freecustom
+from . import fastcomposer, freecustom
 
-WORKFLOWS: dict[str, Callable[[Workflow], None]] = {**freecustom.WORKFLOWS}
+WORKFLOWS: dict[str, Callable[[Workflow], None]] = {**freecustom.WORKFLOWS, **fastcomposer.WORKFLOWS}

@@ -1,0 +1,300 @@
+"""The folder that all stages share: its files, how they are read and checked, and how they are written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+IMAGE = ".jpg"
+CAPTION = ".caption.txt"
+PHRASES = ".phrases.json"
+SEGMENTS = ".segments.json"
+MAP = ".npy"
+MATCHED = ".json"
+SKIPPED = ".skipped.txt"
+ID_LISTS = {"all": "image_ids.txt", "train": "image_ids_train.txt", "test": "image_ids_test.txt"}
+
+# Which stage makes a file, for errors.
+_STAGES = {CAPTION: "captions", PHRASES: "phrases", SEGMENTS: "segments", MAP: "segments", MATCHED: "match"}
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A noun phrase and the offset in characters behind its end in the caption."""
+
+    text: str
+    end: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a picture: its value in the instance map, its box (x1, y1, x2, y2) whose ends are exclusive, and the
+    name of its class."""
+
+    id: int
+    bbox: tuple[int, int, int, int]
+    label: str
+
+    def record(self) -> dict:
+        """The segment as it stands in a file."""
+        return {"id": self.id, "bbox": list(self.bbox), "coco_label": self.label}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A segment that a caption names: `end` is the offset in characters behind the phrase that names it."""
+
+    segment: Segment
+    end: int
+
+
+class Folder:
+    """`root` with pictures at `<id[:5]>/<id>.jpg` and, beside each, the files that stages have made of it.
+
+    Raises FileNotFoundError with one sentence if `root` is no folder.
+    """
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"The data folder {self.root} does not exist, but must hold <id[:5]>/<id>.jpg files."
+            )
+
+    def path(self, image_id: str, suffix: str) -> Path:
+        """Where the file of this kind stands for an image."""
+        return self.root / image_id[:5] / f"{image_id}{suffix}"
+
+    def ids(self) -> list[str]:
+        """The ids of all pictures in the folder, sorted.
+
+        Raises ValueError if there is none or if one lies where its id does not lead.
+        """
+        found = sorted(self.root.glob(f"*/*{IMAGE}"), key=lambda path: path.stem)
+        if not found:
+            raise ValueError(f"No picture is at {self.root}/<id[:5]>/<id>.jpg: put some there with the stage 'images'.")
+        for path in found:
+            if path.parent.name != path.stem[:5]:
+                raise ValueError(
+                    f"The picture {path} lies in the folder '{path.parent.name}', but its id's first five characters "
+                    f"name the folder '{path.stem[:5]}'."
+                )
+        return [path.stem for path in found]
+
+    def left_to_do(self, needs: Iterable[str], makes: Iterable[str], again: bool = False) -> list[str]:
+        """The ids of pictures that have none of the files `makes` yet (all pictures if `again`).
+
+        Raises FileNotFoundError if one of them lacks a file of `needs`.
+        """
+        makes = tuple(makes)
+        ids = [i for i in self.ids() if again or not any(self.path(i, suffix).exists() for suffix in makes)]
+        for suffix in needs:
+            without = [i for i in ids if not self.path(i, suffix).exists()]
+            if without:
+                raise FileNotFoundError(
+                    f"{len(without)} of {len(ids)} pictures in {self.root} have no <id>{suffix} (the first is "
+                    f"{without[0]}): run the stage '{_STAGES[suffix]}' first or put such files there yourself."
+                )
+        return ids
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def image(self, image_id: str) -> Image.Image:
+        """The picture in RGB."""
+        with Image.open(self.path(image_id, IMAGE)) as picture:
+            return picture.convert("RGB")
+
+    def size(self, image_id: str) -> tuple[int, int]:
+        """Width and height of the picture, without decoding it."""
+        with Image.open(self.path(image_id, IMAGE)) as picture:
+            return picture.size
+
+    def caption(self, image_id: str) -> str:
+        """The text of `<id>.caption.txt`."""
+        return self.path(image_id, CAPTION).read_text(encoding="utf-8").strip()
+
+    def phrases(self, image_id: str) -> tuple[str, list[Phrase]]:
+        """The caption and the noun phrases of `<id>.phrases.json`.
+
+        Raises ValueError if the file is not of its form or a phrase does not stand where the file says.
+        """
+        path = self.path(image_id, PHRASES)
+        with _form(path, '{"caption": text, "phrases": [{"text": text, "end": offset}]}'):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            caption = str(content["caption"])
+            phrases = [Phrase(str(p["text"]), int(p["end"])) for p in content["phrases"]]
+        for phrase in phrases:
+            if not phrase.text or not caption[: max(0, phrase.end)].endswith(phrase.text) or phrase.end > len(caption):
+                raise ValueError(
+                    f"The phrase '{phrase.text}' of {path} must end at character {phrase.end} of '{caption}', but "
+                    f"there stands '{caption[: max(0, phrase.end)][-len(phrase.text) :]}'."
+                )
+        return caption, phrases
+
+    def segments(self, image_id: str) -> list[Segment]:
+        """The segments of `<id>.segments.json`.
+
+        Raises ValueError if the file is not of its form.
+        """
+        path = self.path(image_id, SEGMENTS)
+        with _form(path, '[{"id": number, "bbox": [x1, y1, x2, y2], "coco_label": text}]'):
+            segments = [_segment(s) for s in json.loads(path.read_text(encoding="utf-8"))]
+        self._check(path, image_id, segments)
+        return segments
+
+    def matched(self, image_id: str) -> tuple[str, list[Subject]]:
+        """The caption and the subjects of the published `<id>.json`.
+
+        Raises ValueError if the file is not of its form.
+        """
+        path = self.path(image_id, MATCHED)
+        segment = '{"id": number, "end": offset, "bbox": [x1, y1, x2, y2], "coco_label": text}'
+        with _form(path, f'{{"caption": text, "segments": [{segment}]}}'):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            caption = str(content["caption"])
+            subjects = [Subject(_segment(s), int(s["end"])) for s in content["segments"]]
+        for subject in subjects:
+            if not 0 < subject.end <= len(caption):
+                raise ValueError(
+                    f"A phrase of {path} ends at {subject.end}, but its caption has {len(caption)} characters."
+                )
+        self._check(path, image_id, [s.segment for s in subjects])
+        return caption, subjects
+
+    def instance_map(self, image_id: str) -> np.ndarray:
+        """The whole numbers (H, W) of `<id>.npy`: the id of the segment at each pixel.
+
+        Raises ValueError if it holds no whole numbers or has another size than the picture.
+        """
+        path = self.path(image_id, MAP)
+        ids = np.load(path, allow_pickle=False)
+        width, height = self.size(image_id)
+        if ids.shape != (height, width) or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"The instance map {path} has shape {ids.shape} and type {ids.dtype}, but must hold one whole number "
+                f"for each pixel of the picture, {(height, width)}."
+            )
+        return ids
+
+    def _check(self, path: Path, image_id: str, segments: list[Segment]) -> None:
+        width, height = self.size(image_id)
+        for segment in segments:
+            x1, y1, x2, y2 = segment.bbox
+            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+                raise ValueError(
+                    f"Segment {segment.id} of {path} has the box {list(segment.bbox)}, but a box is [x1, y1, x2, y2] "
+                    f"within the picture's {width}x{height} pixels."
+                )
+        if len({s.id for s in segments}) < len(segments):
+            raise ValueError(f"The ids of the segments in {path} must differ, but are {[s.id for s in segments]}.")
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def write_text(self, image_id: str, suffix: str, text: str) -> None:
+        """Write a text file of an image."""
+        with whole_file(self.path(image_id, suffix)) as file:
+            file.write(text.encode())
+
+    def write_json(self, image_id: str, suffix: str, content: object) -> None:
+        """Write a JSON file of an image."""
+        self.write_text(image_id, suffix, json.dumps(content, ensure_ascii=False) + "\n")
+
+    def write_map(self, image_id: str, ids: np.ndarray) -> None:
+        """Write the instance map (H, W) of an image, in the smallest type that holds its ids (none negative)."""
+        with whole_file(self.path(image_id, MAP)) as file:
+            np.save(file, ids.astype(np.min_scalar_type(int(ids.max()))), allow_pickle=False)
+
+    def write_matched(self, image_id: str, caption: str, subjects: Iterable[Subject]) -> None:
+        """Write the published `<id>.json`, subjects in the order in which the caption names them."""
+        ordered = sorted(subjects, key=lambda s: s.end)
+        records = [{**s.segment.record(), "end": s.end} for s in ordered]
+        self.write_json(image_id, MATCHED, {"caption": caption, "segments": records})
+
+    def write_ids(self, name: str, ids: Iterable[str]) -> None:
+        """Write a list of ids ("all", "train" or "test"), one per line."""
+        with whole_file(self.root / ID_LISTS[name]) as file:
+            file.write("".join(f"{i}\n" for i in ids).encode())
+
+    def read_ids(self, name: str) -> list[str]:
+        """A list of ids ("all", "train" or "test").
+
+        Raises FileNotFoundError if it is absent and ValueError if it is empty.
+        """
+        path = self.root / ID_LISTS[name]
+        if not path.exists():
+            raise FileNotFoundError(
+                f"The list {path} does not exist: run the stage 'match' first or write it, an id a line."
+            )
+        ids = path.read_text(encoding="utf-8").split()
+        if not ids:
+            raise ValueError(f"The list {path} is empty, but must name at least one picture.")
+        return ids
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when all is written: an interruption leaves none or a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The box (x1, y1, x2, y2), ends exclusive, around the true pixels of `mask` (H, W), which has one at least."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+
+
+def in_batches(ids: list[str], size: int) -> Iterator[list[str]]:
+    """`ids` in order, `size` at a time."""
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+def work_through(title: str, batches: Iterable[list[str]], count: int, work: Callable[[list[str]], None]) -> None:
+    """Call `work` with each batch of ids and show how many of `count` are done."""
+    from tqdm import tqdm
+
+    with tqdm(total=count, desc=title, unit="image") as bar:
+        for batch in batches:
+            work(batch)
+            bar.update(len(batch))
+
+
+def model_folder(path: Path, what: str) -> Path:
+    """`path` if it is a folder that holds a saved model.
+
+    Raises FileNotFoundError with one sentence that names it otherwise.
+    """
+    if not (Path(path) / "config.json").exists():
+        raise FileNotFoundError(
+            f"'{path}' is no folder with a saved {what} (a config.json and weights): download the model yourself and "
+            f"give its folder, for nothing is downloaded here."
+        )
+    return Path(path)
+
+
+def _segment(record: dict) -> Segment:
+    x1, y1, x2, y2 = (round(v) for v in record["bbox"])
+    return Segment(int(record["id"]), (x1, y1, x2, y2), str(record["coco_label"]))
+
+
+@contextmanager
+def _form(path: Path, form: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The file {path} is not of the form {form}: {error!r}.") from error

@@ -1,0 +1,58 @@
+"""Stage 'images': any pictures into the layout that all other stages read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from .folder import IMAGE, Folder, whole_file, work_through
+
+SOURCES = "image_sources.txt"
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_ORIENTATION = 0x0112
+
+
+def collect_images(root: Path, source: Path) -> None:
+    """Put every picture under `source` into `root` as `<id[:5]>/<id>.jpg` with ids of eight digits.
+
+    An upright RGB JPEG is copied byte by byte, any other picture turned upright and saved at quality 95.
+    `image_sources.txt` keeps which file became which id; files that it lists already are left out, so that a second
+    call adds what is new.
+
+    Raises FileNotFoundError or ValueError with one sentence if `source` is no folder or holds no picture.
+    """
+    source = Path(source).resolve()
+    if not source.is_dir():
+        raise FileNotFoundError(f"The folder {source} does not exist, but pictures are to be taken from it.")
+    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in _ENDINGS)
+    if not found:
+        raise ValueError(f"The folder {source} holds no picture ({', '.join(_ENDINGS)}).")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    folder, ledger = Folder(root), Path(root) / SOURCES
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.exists() else []
+    known = {line.split("\t", 1)[1] for line in lines}
+    new = [p for p in found if str(p) not in known]
+    with ledger.open("a", encoding="utf-8") as file:
+
+        def put(paths: list[Path]) -> None:
+            nonlocal number
+            for path in paths:
+                _put(path, folder.path(f"{number:08d}", IMAGE))
+                # Listed only when the picture is there: after an interruption it is written once more, under its id.
+                file.write(f"{number:08d}\t{path}\n")
+                file.flush()
+                number += 1
+
+        number = len(lines)
+        work_through("images", ([p] for p in new), len(new), put)
+
+
+def _put(source: Path, target: Path) -> None:
+    with Image.open(source) as picture, whole_file(target) as file:
+        if picture.format == "JPEG" and picture.mode == "RGB" and picture.getexif().get(_ORIENTATION, 1) == 1:
+            with source.open("rb") as original:
+                shutil.copyfileobj(original, file)
+        else:
+            ImageOps.exif_transpose(picture).convert("RGB").save(file, "JPEG", quality=95, subsampling=0)

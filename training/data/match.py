@@ -1,0 +1,230 @@
+"""Stage 'match': which segment each noun phrase names, and the published format of it all.
+
+FastComposer (arXiv 2305.10431, section 5.1) pairs noun phrases and segments greedily by the product of two scores: how
+well CLIP finds that the phrase fits the segment's pixels, and how near a sentence encoder puts the phrase to the name
+of the segment's class. The authors did not release this step; how a segment is shown to CLIP and where matching stops
+are choices made here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...shapeland.models import CLIP_MEAN
+from .folder import (
+    MAP,
+    MATCHED,
+    PHRASES,
+    SEGMENTS,
+    SKIPPED,
+    Folder,
+    Phrase,
+    Segment,
+    Subject,
+    in_batches,
+    model_folder,
+    work_through,
+)
+from .greedy import greedy_match
+
+THRESHOLD = 0.1
+HELD_OUT = 0.01
+
+# Of each picture of a batch: its phrases (P texts) and its segments' crops (S arrays (h, w, 3), uint8, square) to a
+# table of similarities (P, S).
+ClipSimilarity = Callable[[list[list[str]], list[list[np.ndarray]]], list[np.ndarray]]
+# The same of its phrases and the names of its segments' classes.
+LabelSimilarity = Callable[[list[list[str]], list[list[str]]], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A picture (H, W, 3) in uint8 with its instance map (H, W), and what was found in its caption and in it."""
+
+    pixels: np.ndarray
+    ids: np.ndarray
+    phrases: list[Phrase]
+    segments: list[Segment]
+
+    def crops(self) -> list[np.ndarray]:
+        """What CLIP is shown of each segment."""
+        return [segment_crop(self.pixels, self.ids, s) for s in self.segments]
+
+
+def segment_crop(pixels: np.ndarray, ids: np.ndarray, segment: Segment) -> np.ndarray:
+    """The box of a segment, a square (side, side, 3): all that is not the segment has CLIP's mean colour, and so have
+    the bars that make the box square, for CLIP's own preparation would cut a long box."""
+    x1, y1, x2, y2 = segment.bbox
+    side = max(x2 - x1, y2 - y1)
+    square = np.empty((side, side, 3), np.uint8)
+    # CLIP subtracts this colour, so that a pixel of it is zero to the tower.
+    square[:] = np.round(np.array(CLIP_MEAN) * 255)
+    top, left = (side - (y2 - y1)) // 2, (side - (x2 - x1)) // 2
+    inside = ids[y1:y2, x1:x2] == segment.id
+    square[top : top + y2 - y1, left : left + x2 - x1][inside] = pixels[y1:y2, x1:x2][inside]
+    return square
+
+
+def match_pictures(
+    pictures: list[Annotated],
+    clip_similarity: ClipSimilarity,
+    label_similarity: LabelSimilarity,
+    threshold: float = THRESHOLD,
+) -> list[list[Subject]]:
+    """The subjects of each picture: phrase p and segment s are paired greedily by
+    clip(p, crop of s) * max(0, similarity(p, label of s)), down to `threshold`."""
+    phrases = [[p.text for p in picture.phrases] for picture in pictures]
+    seen = clip_similarity(phrases, [picture.crops() for picture in pictures])
+    named = label_similarity(phrases, [[s.label for s in picture.segments] for picture in pictures])
+    return [
+        [Subject(picture.segments[s], picture.phrases[p].end) for p, s in greedy_match(a * b.clip(min=0), threshold)]
+        for picture, a, b in zip(pictures, seen, named, strict=True)
+    ]
+
+
+def write_matches(
+    folder: Folder,
+    clip_similarity: Callable[[], ClipSimilarity],
+    label_similarity: Callable[[], LabelSimilarity],
+    threshold: float = THRESHOLD,
+    held_out: float = HELD_OUT,
+    batch: int = 16,
+    again: bool = False,
+) -> None:
+    """Write the published `<id>.json` of every picture that has none, from its phrases and segments, then the lists of
+    ids. The two similarities are made by calling what is given, once, if there is a picture to match.
+
+    A picture in which nothing is matched, or two matched phrases end at the same character, gets an
+    `<id>.skipped.txt` that says so instead and stands in no list.
+
+    Raises FileNotFoundError or ValueError with one sentence if phrases or segments are absent or not of their form.
+    """
+    ids = folder.left_to_do((PHRASES, SEGMENTS, MAP), (MATCHED, SKIPPED), again)
+    clip_of, label_of = (clip_similarity(), label_similarity()) if ids else (None, None)
+
+    def work(some: list[str]) -> None:
+        captions, pictures = [], []
+        for image_id in some:
+            caption, phrases = folder.phrases(image_id)
+            captions.append(caption)
+            pixels = np.asarray(folder.image(image_id))
+            pictures.append(Annotated(pixels, folder.instance_map(image_id), phrases, folder.segments(image_id)))
+        # Similarities are asked only of pictures that have both sides.
+        full = [i for i, p in enumerate(pictures) if p.phrases and p.segments]
+        found: list[list[Subject]] = [[] for _ in pictures]
+        if full:
+            matched = match_pictures([pictures[i] for i in full], clip_of, label_of, threshold)
+            for i, subjects in zip(full, matched, strict=True):
+                found[i] = subjects
+        for image_id, caption, picture, subjects in zip(some, captions, pictures, found, strict=True):
+            reason = _unfit(picture, subjects)
+            stale = MATCHED if reason else SKIPPED
+            if reason:
+                folder.write_text(image_id, SKIPPED, reason + "\n")
+            else:
+                folder.write_matched(image_id, caption, subjects)
+            folder.path(image_id, stale).unlink(missing_ok=True)
+
+    work_through("match", in_batches(ids, batch), len(ids), work)
+    write_lists(folder, held_out)
+
+
+def _unfit(picture: Annotated, subjects: list[Subject]) -> str | None:
+    if not subjects:
+        return f"None of {len(picture.phrases)} phrases is matched with one of {len(picture.segments)} segments."
+    ends = [s.end for s in subjects]
+    if len(set(ends)) < len(ends):
+        return f"Two matched phrases end at the same character: {sorted(ends)}."
+    return None
+
+
+def write_lists(folder: Folder, held_out: float = HELD_OUT) -> None:
+    """Write the lists of all pictures that have an `<id>.json`, of those to train on and of those held out.
+
+    A picture is held out if the hash of its id says so, which pictures that come later do not change; of two or more
+    pictures at least one is held out and one is not.
+    """
+    ids = [i for i in folder.ids() if folder.path(i, MATCHED).exists()]
+    order = sorted(ids, key=_draw)
+    count = sum(_draw(i) < held_out for i in ids)
+    test = set(order[: min(max(count, 1), len(ids) - 1)]) if len(ids) > 1 else set()
+    folder.write_ids("all", ids)
+    folder.write_ids("train", [i for i in ids if i not in test])
+    folder.write_ids("test", [i for i in ids if i in test])
+
+
+def _draw(image_id: str) -> float:
+    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") / 2**64
+
+
+# --- the two similarities -------------------------------------------------------------------------------------------
+
+
+def tables(rows: torch.Tensor, columns: torch.Tensor, counts: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Cosines (P, S) per picture of embeddings that follow each other: `rows` (sum of P, d), `columns` (sum of S, d),
+    `counts` the P and S of each picture."""
+    rows, columns = (torch.nn.functional.normalize(x.float(), dim=-1).cpu() for x in (rows, columns))
+    parts = zip(rows.split([p for p, _ in counts]), columns.split([s for _, s in counts]), strict=True)
+    return [(a @ b.T).numpy() for a, b in parts]
+
+
+def open_clip(model: Path, device: str = "cpu") -> ClipSimilarity:
+    """The cosines of a CLIP model in a local folder, in transformers' format (arXiv 2103.00020).
+
+    Raises FileNotFoundError with one sentence if there is no such model.
+    """
+    model = model_folder(model, "CLIP model")
+    from transformers import CLIPModel, CLIPProcessor
+
+    processor = CLIPProcessor.from_pretrained(model, local_files_only=True)
+    clip = CLIPModel.from_pretrained(model, local_files_only=True, dtype=torch.float32).eval().to(device)
+    length = clip.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def similarity(phrases: list[list[str]], crops: list[list[np.ndarray]]) -> list[np.ndarray]:
+        texts, pieces = sum(phrases, []), sum(crops, [])
+        inputs = processor(
+            text=texts, images=pieces, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(device)
+        out = clip(**inputs)
+        return tables(
+            out.text_embeds, out.image_embeds, [(len(p), len(c)) for p, c in zip(phrases, crops, strict=True)]
+        )
+
+    return similarity
+
+
+def open_sentences(model: Path, device: str = "cpu") -> LabelSimilarity:
+    """The cosines of a sentence encoder in a local folder, in the format of sentence-transformers (arXiv 1908.10084).
+
+    Raises ImportError or FileNotFoundError with one sentence if the package or the model is absent.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            "The stage 'match' needs sentence-transformers: install it with `pip install sentence-transformers`."
+        ) from error
+    if not (Path(model) / "modules.json").exists():
+        raise FileNotFoundError(
+            f"'{model}' is no folder with a sentence-transformers model (a modules.json and its parts): download the "
+            f"model yourself and give its folder, for nothing is downloaded here."
+        )
+    encoder = SentenceTransformer(str(model), device=device, local_files_only=True)
+
+    def similarity(phrases: list[list[str]], labels: list[list[str]]) -> list[np.ndarray]:
+        texts = sum(phrases, []) + sum(labels, [])
+        # Class names recur in every picture, and phrases often.
+        unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        encoded = encoder.encode(list(unique), convert_to_tensor=True, show_progress_bar=False)
+        encoded = encoded[[unique[text] for text in texts]]
+        cut = sum(len(p) for p in phrases)
+        return tables(encoded[:cut], encoded[cut:], [(len(p), len(n)) for p, n in zip(phrases, labels, strict=True)])
+
+    return similarity

@@ -1,0 +1,120 @@
+"""Stage 'phrases': the noun phrases of captions by spaCy, with "two women" taken apart into "a woman and a woman"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .folder import CAPTION, PHRASES, Folder, Phrase, in_batches, work_through
+
+if TYPE_CHECKING:
+    from spacy.language import Language
+
+# A picture shows the trainer four subjects at most.
+_COUNTS = {"two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
+_COUNTED = re.compile(rf"(?:(?:the|these|those)\s+)?({'|'.join(_COUNTS)})\s+(.*)", re.IGNORECASE | re.DOTALL)
+# What stands for its own singular in a lemmatizer's tables, but not in a caption.
+_SINGULARS = {"people": "person"}
+# Words that sound otherwise than they are written: "a unicorn", "a one-eyed cat", "an hour".
+_AN = re.compile(r"(?!uni(?!n|m)|eu|one\b|us[eu])[aeiou]|hour|honest|heir|honou?r", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Characters `start` to `end` (exclusive) of a caption, and the phrases that take their place."""
+
+    start: int
+    end: int
+    phrases: tuple[str, ...]
+
+
+def take_apart(before: str, noun: str, singular: str) -> list[str]:
+    """The phrases that a counted plural stands for: `before` is the text of the noun chunk up to its noun ("the two
+    young "), `noun` the noun ("women"), `singular` its singular ("woman").
+
+    Counts of two to four give as many equal phrases ("a young woman"); any other chunk is given back as it is, in a
+    list of one (FastComposer, arXiv 2305.10431, section 5.1).
+    """
+    counted = _COUNTED.fullmatch(before)
+    # In "two women's hats" the count belongs to the women.
+    if counted is None or not singular or re.search(r"['\u2019]", before):
+        return [before + noun]
+    described = counted[2] + _SINGULARS.get(singular.lower(), singular)
+    return [f"{'an' if _AN.match(described) else 'a'} {described}"] * _COUNTS[counted[1].lower()]
+
+
+def rewrite(caption: str, chunks: Iterable[Chunk]) -> tuple[str, list[Phrase]]:
+    """The caption with each chunk's phrases in its place, joined by "and", and where these stand in it.
+
+    Chunks come in the order of the caption and do not overlap. A capital at the beginning stays one.
+    """
+    text, done, phrases = "", 0, []
+    for chunk in chunks:
+        text += caption[done : chunk.start]
+        for i, phrase in enumerate(chunk.phrases):
+            if i:
+                text += " and "
+            elif caption[chunk.start].isupper():
+                phrase = phrase[0].upper() + phrase[1:]
+            text += phrase
+            phrases.append(Phrase(phrase, len(text)))
+        done = chunk.end
+    return text + caption[done:], phrases
+
+
+def write_phrases(folder: Folder, model: str, batch: int = 256, again: bool = False) -> None:
+    """Write `<id>.phrases.json` of every picture that has none, from its caption, with the spaCy pipeline `model` (the
+    name of an installed one or a folder).
+
+    Raises ImportError, FileNotFoundError or ValueError with one sentence if spaCy or the pipeline is absent or does
+    not do what is needed.
+    """
+    ids = folder.left_to_do((CAPTION,), (PHRASES,), again)
+    if not ids:
+        return
+    pipeline = _load(model)
+
+    def work(some: list[str]) -> None:
+        captions = [folder.caption(i) for i in some]
+        for image_id, caption, doc in zip(some, captions, pipeline.pipe(captions), strict=True):
+            chunks = [
+                Chunk(c.start_char, c.end_char, _phrases_of(caption, c))
+                for c in doc.noun_chunks
+                if c.root.pos_ != "PRON"
+            ]
+            text, phrases = rewrite(caption, chunks)
+            records = [{"text": p.text, "end": p.end} for p in phrases]
+            folder.write_json(image_id, PHRASES, {"caption": text, "phrases": records})
+
+    work_through("phrases", in_batches(ids, batch), len(ids), work)
+
+
+def _phrases_of(caption: str, chunk) -> tuple[str, ...]:
+    before, noun = caption[chunk.start_char : chunk.root.idx], caption[chunk.root.idx : chunk.end_char]
+    plural = chunk.root.tag_ in ("NNS", "NNPS")
+    return tuple(take_apart(before, noun, chunk.root.lemma_)) if plural else (before + noun,)
+
+
+def _load(model: str) -> Language:
+    try:
+        import spacy
+    except ImportError as error:
+        raise ImportError("The stage 'phrases' needs spaCy: install it with `pip install spacy`.") from error
+    try:
+        pipeline = spacy.load(model)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{model}' is neither an installed spaCy pipeline nor a folder with one: install it with `python -m spacy "
+            f"download {model}` or give its folder."
+        ) from error
+    # Noun chunks come from the parse, plurals from tags, singulars from lemmas.
+    probe = pipeline("two women")
+    missing = [name for name in ("DEP", "POS", "TAG", "LEMMA") if not probe.has_annotation(name)]
+    if missing:
+        raise ValueError(
+            f"The spaCy pipeline '{model}' sets no {', '.join(missing)}, but noun phrases need a parser, a tagger and "
+            f"a lemmatizer (en_core_web_sm has all)."
+        )
+    return pipeline

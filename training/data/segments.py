@@ -1,0 +1,84 @@
+"""Stage 'segments': the things of pictures by Mask2Former's panoptic segmentation (arXiv 2112.01527)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .folder import SEGMENTS, Folder, Segment, box_of, in_batches, model_folder, work_through
+
+
+def keep_labels(
+    ids: np.ndarray, labels: dict[int, str], wanted: list[str] | None = None
+) -> tuple[np.ndarray, list[Segment]]:
+    """The instance map (H, W) of the segments of `ids` that `labels` names (id: class name), only those of the classes
+    `wanted` if given, and these segments; all other pixels are 0."""
+    kept, segments = np.zeros(ids.shape, np.int64), []
+    for segment_id, label in labels.items():
+        mask = ids == segment_id
+        if mask.any() and (wanted is None or label in wanted):
+            kept[mask] = segment_id
+            segments.append(Segment(segment_id, box_of(mask), label))
+    return kept, segments
+
+
+def write_segments(
+    folder: Folder,
+    model: Path,
+    labels: list[str] | None = None,
+    device: str = "cpu",
+    batch: int = 4,
+    again: bool = False,
+    confidence: float = 0.5,
+) -> None:
+    """Write `<id>.npy` and `<id>.segments.json` of every picture that has none, with the Mask2Former model in the
+    folder `model`; of the classes `labels` alone if given. Queries less sure than `confidence` are no segments.
+
+    Raises FileNotFoundError or ValueError with one sentence if there is no such model or it knows no such class.
+    """
+    ids = folder.left_to_do((), (SEGMENTS,), again)
+    model = model_folder(model, "Mask2Former model")
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+
+    names = Mask2FormerConfig.from_pretrained(model, local_files_only=True).id2label
+    unknown = sorted(set(labels or ()) - set(names.values()))
+    if unknown:
+        raise ValueError(
+            f"The model {model} knows no class {', '.join(unknown)}; it knows {', '.join(sorted(set(names.values())))}."
+        )
+    if not ids:
+        return
+    processor = Mask2FormerImageProcessor.from_pretrained(model, local_files_only=True)
+    segmenter = Mask2FormerForUniversalSegmentation.from_pretrained(model, local_files_only=True, dtype=torch.float32)
+    segmenter = segmenter.eval().to(device)
+
+    @torch.inference_mode()
+    def work(some: list[str]) -> None:
+        pictures = [folder.image(i) for i in some]
+        inputs = processor(images=pictures, return_tensors="pt").to(device)
+        found = processor.post_process_panoptic_segmentation(
+            segmenter(**inputs),
+            threshold=confidence,
+            # No class is fused: the library gives the segment after a fused one an id that is already taken.
+            label_ids_to_fuse=set(),
+            target_sizes=[(p.height, p.width) for p in pictures],
+        )
+        for image_id, one in zip(some, found, strict=True):
+            classes = {s["id"]: names[s["label_id"]] for s in one["segments_info"]}
+            kept, segments = keep_labels(one["segmentation"].cpu().numpy(), classes, labels)
+            folder.write_map(image_id, kept)
+            # Last, for this file says that the image is done.
+            folder.write_json(image_id, SEGMENTS, [s.record() for s in segments])
+
+    work_through("segments", _of_one_size(folder, ids, batch), len(ids), work)
+
+
+def _of_one_size(folder: Folder, ids: list[str], batch: int) -> Iterator[list[str]]:
+    """Batches of pictures of one size. Others would be padded to the largest, and the library takes the padding for
+    picture when it enlarges the masks, which moves them."""
+    for _, same in groupby(sorted(ids, key=folder.size), key=folder.size):
+        yield from in_batches(list(same), batch)

@@ -1,0 +1,164 @@
+"""Stage 'shapeland': drawn pictures in the published format, with the truth in place of what models find.
+
+All files of the other stages are written too, so that any of them can be measured: `match`, for one, by taking the
+`<id>.json` away and comparing what it finds with the truth.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...shapeland import models, world
+from ..shapeland.common import pixels as to_pixels
+from ..shapeland.common import tokens
+from ..shapeland.scenes import MAX_WORDS, WORDS
+from .folder import (
+    CAPTION,
+    IMAGE,
+    MATCHED,
+    PHRASES,
+    SEGMENTS,
+    Folder,
+    Phrase,
+    Segment,
+    Subject,
+    box_of,
+    in_batches,
+    whole_file,
+    work_through,
+)
+from .match import ClipSimilarity, tables, write_lists
+
+# What stands around the thing in a crop.
+_NO_THING = np.round(np.array(models.CLIP_MEAN) * 255).astype(np.uint8)
+
+
+def one_by_one(scene: world.Scene) -> tuple[str, list[Phrase], list[Phrase]]:
+    """The caption of `scene` with "two red stars" written as "a red star and a red star"; the phrase of each thing, in
+    the order of `scene.things`; and all noun phrases, the background's among them, in the order of the caption."""
+    mentions, background = world.parse_caption(scene.caption)
+    singles = [world.Mention(m.noun, 1, m.color, m.second, m.pattern) for m in mentions for _ in range(m.count)]
+    caption, noun_at, attributes_at = world.caption_of(singles, background)
+    words = caption.split()
+    phrases = []
+    for at, attributes in zip(noun_at, attributes_at, strict=True):
+        article = min((*attributes, at)) - 1
+        phrases.append(Phrase(" ".join(words[article : at + 1]), len(" ".join(words[: at + 1]))))
+    # A word names as many things as its count says; of these any phrase is as true as another.
+    left = list(range(len(singles)))
+    of_things = []
+    for thing in scene.things:
+        single = next(i for i in left if singles[i].noun == thing.noun)
+        left.remove(single)
+        of_things.append(phrases[single])
+    if background is not None:
+        phrases.append(Phrase(" ".join(words[-3:]), len(caption)))
+    return caption, of_things, phrases
+
+
+def shapeland_folder(root: Path, count: int, seed: int, batch: int = 64) -> None:
+    """Write scenes 0 to `count` - 1 of `seed` into `root`, which is made; those there already are left as they are.
+
+    Captions name each thing by a phrase of its own; classes are the world's nouns; a pixel belongs to the thing that is
+    nearest there if things cover more than half of it.
+    """
+    Path(root).mkdir(parents=True, exist_ok=True)
+    folder = Folder(root)
+    ids = [f"{i:08d}" for i in range(count)]
+    missing = [i for i in ids if not folder.path(i, MATCHED).exists()]
+
+    def work(some: list[str]) -> None:
+        for image_id in some:
+            _write_scene(folder, image_id, world.random_scene(np.random.default_rng((seed, int(image_id)))))
+
+    work_through("shapeland", in_batches(missing, batch), len(missing), work)
+    write_lists(folder)
+
+
+def _write_scene(folder: Folder, image_id: str, scene: world.Scene) -> None:
+    picture = world.render(scene)
+    caption, of_things, phrases = one_by_one(scene)
+    ids = np.where(picture.masks.sum(0) > 0.5, picture.masks.argmax(0) + 1, 0)
+    subjects = [
+        Subject(Segment(i + 1, box_of(ids == i + 1), world.NOUNS[thing.noun]), phrase.end)
+        for i, (thing, phrase) in enumerate(zip(scene.things, of_things, strict=True))
+        if (ids == i + 1).any()
+    ]
+    with whole_file(folder.path(image_id, IMAGE)) as file:
+        image = Image.fromarray(np.round(picture.image * 255).astype(np.uint8))
+        image.save(file, "JPEG", quality=100, subsampling=0)
+    folder.write_text(image_id, CAPTION, caption + "\n")
+    records = [{"text": p.text, "end": p.end} for p in phrases]
+    folder.write_json(image_id, PHRASES, {"caption": caption, "phrases": records})
+    folder.write_map(image_id, ids)
+    folder.write_json(image_id, SEGMENTS, [s.segment.record() for s in subjects])
+    # Last, for this file says that the picture is done.
+    folder.write_matched(image_id, caption, subjects)
+
+
+# --- similarities for `match` ---------------------------------------------------------------------------------------
+
+
+def open_towers(device: str = "cpu") -> ClipSimilarity:
+    """The cosines of Shapeland's CLIP towers; it reads phrases of the world's words and crops up to the world's size.
+
+    A thing is embedded once on each of the world's backgrounds, and the mean is taken: CLIP's mean colour is none of
+    them, and on it the towers hardly tell things apart.
+
+    Raises FileNotFoundError with one sentence if the towers' weights are absent, ValueError if a phrase or a crop is
+    not of the world.
+    """
+    from ..shapeland.unet import frozen_text
+
+    text = frozen_text(device)
+    vision = models.build_vision()
+    vision.load_state_dict(models.load("vision"))
+    vision = vision.eval().requires_grad_(False).to(device)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
+
+    @torch.inference_mode()
+    def similarity(phrases: list[list[str]], crops: list[list[np.ndarray]]) -> list[np.ndarray]:
+        seen = 0
+        for background in world.BACKGROUND_RGB.values():
+            pictures = np.stack([_on_background(c, background) for some in crops for c in some])
+            embedded = vision(((to_pixels(pictures, device) + 1) / 2 - mean) / std).image_embeds
+            seen = seen + torch.nn.functional.normalize(embedded, dim=-1)
+        said = text(tokens(np.stack([_words(p) for some in phrases for p in some]), device)).text_embeds
+        return tables(said, seen, [(len(p), len(c)) for p, c in zip(phrases, crops, strict=True)])
+
+    return similarity
+
+
+def word_overlap(phrases: list[list[str]], labels: list[list[str]]) -> list[np.ndarray]:
+    """1 where a phrase holds the label as a word, else 0: the world's nouns have no synonyms."""
+    return [
+        np.array([[float(label in phrase.split()) for label in names] for phrase in texts])
+        for texts, names in zip(phrases, labels, strict=True)
+    ]
+
+
+def _on_background(crop: np.ndarray, background: tuple[float, float, float]) -> np.ndarray:
+    """The thing of a crop in the middle of a picture of the world, not enlarged: the tower knows things of their own
+    size."""
+    side = len(crop)
+    if side > world.SIZE:
+        raise ValueError(f"A crop of {side} pixels does not fit into Shapeland's pictures of {world.SIZE}.")
+    color = np.round(np.array(background) * 255).astype(np.uint8)
+    picture, start = np.tile(color, (world.SIZE, world.SIZE, 1)), (world.SIZE - side) // 2
+    thing = (crop != _NO_THING).any(-1)
+    picture[start : start + side, start : start + side][thing] = crop[thing]
+    return picture
+
+
+def _words(phrase: str) -> np.ndarray:
+    words = phrase.lower().split()
+    unknown = [w for w in words if w not in WORDS]
+    if unknown or len(words) > MAX_WORDS:
+        raise ValueError(f"Shapeland's text tower reads up to {MAX_WORDS} words of its world, but not '{phrase}'.")
+    row = np.zeros(MAX_WORDS, np.int64)
+    row[: len(words)] = [WORDS.index(w) for w in words]
+    return row
