@@ -146,14 +146,14 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False) -> N
     trained = (SHARDS - 1) * SHARD
     torch.manual_seed(SEED)
     unet, text = models.build_unet(), frozen_text(device)
-    decay = max(1, steps // 6)
+    decay = max(1, steps // 2)
 
     def rate(step):
-        # Constant with a linear end, so that a longer run only moves the end.
+        # Constant, then linear to nothing over the second half: a run can be continued by doubling its steps.
         return 1e-3 * min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
 
     optimizer = MuonAdamW(unet, 0.02, ("conv_in", "conv_out", "time_embedding"))
-    run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.9995, device=device, optimizer=optimizer)
+    run = Run(RUNS / "unet", unet, rate, steps, SEED, average=0.999, device=device, optimizer=optimizer)
     kept = open_attention(unet)
     predict = torch.compile(unet) if compiled else unet
     alphas = noise_levels(device)
