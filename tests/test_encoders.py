@@ -116,3 +116,15 @@ def test_factors_are_the_nearest_of_their_rank(shape):
         error = (difference.flatten(1) - up.flatten(1).double() @ down.flatten(1).double()).norm()
         torch.testing.assert_close(error, values[rank:].norm(), atol=1e-5, rtol=1e-5)
     assert down.shape[1:] == difference.shape[1:]
+
+
+def test_reference_is_torchvision_s_to_one_grey_level():
+    v2 = pytest.importorskip("torchvision.transforms.v2.functional", reason="torchvision is not installed")
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((300, 200), (131, 97), (64, 250), (224, 224)):
+        pixels = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        pad = abs(height - width) // 2
+        padded = v2.pad(pixels, [pad, 0, pad, 0] if height > width else [0, pad, 0, pad])
+        expected = v2.resize(padded, [224, 224], antialias=True).int()
+        ours = (square_reference(pixels.movedim(0, -1) / 255, 224) * 255).round().int().movedim(-1, 0)
+        assert (ours - expected).abs().max() <= 1

@@ -391,6 +391,18 @@ def test_two_delays_in_one_run_and_no_trace_afterwards(toy, trace):
     assert torch.equal(toy.sample(positive=text), plain)
 
 
+def test_references_of_freecustom_work_beside_it(toy):
+    from conceptloom.host.delay import delayed
+
+    text, late = two_conditionings(toy)
+    model = toy.apply(toy.subject())
+    plain = toy.sample(model, positive=text)
+    assert torch.equal(toy.sample(model, positive=delayed(text, late, plan(0.0))), plain)
+    both = toy.sample(model, positive=delayed(text, late, plan(0.5)))
+    assert not torch.equal(both, plain)
+    assert not torch.equal(both, toy.sample(positive=delayed(text, late, plan(0.5))))
+
+
 def test_delaying_twice_is_refused(toy):
     from conceptloom.host.delay import delayed
 
