@@ -73,11 +73,11 @@ def build_unet():
     return UNet2DConditionModel(**UNET_CONFIG)
 
 
-def build_text(vocabulary: int = VOCABULARY, end: int = END):
+def build_text(vocabulary: int = VOCABULARY, start: int = START, end: int = END):
     """A transformers `CLIPTextModelWithProjection` over `vocabulary` token rows, pooling at the first token `end`."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    config = {**TEXT_CONFIG, "vocab_size": vocabulary, "eos_token_id": end, "pad_token_id": end}
+    config = {**TEXT_CONFIG, "vocab_size": vocabulary, "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
     return CLIPTextModelWithProjection(CLIPTextConfig(**config))
 
 

@@ -90,4 +90,4 @@ def word_tokens() -> torch.Tensor:
 
 def build_compact_text():
     """The text tower over the world's words alone."""
-    return models.build_text(START + 1, end=0)
+    return models.build_text(START + 1, START, end=0)

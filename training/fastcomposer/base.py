@@ -1,0 +1,186 @@
+"""The model that is trained on: Shapeland's own, or a folder with Stable Diffusion in diffusers' form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...shapeland import models, world
+from ...shapeland.autoencoder import FACTOR, Autoencoder
+from ..shapeland.common import START
+from ..shapeland.scenes import WORDS
+from ..shapeland.unet import frozen_autoencoder, frozen_text
+
+SHAPELAND = "shapeland"
+PARTS = {
+    "unet": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "vae": "config.json",
+    "scheduler": "scheduler_config.json",
+}
+SECOND_PARTS = {"text_encoder_2": "config.json", "tokenizer_2": "tokenizer_config.json"}
+LENGTH = models.TOKENS
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How one text tower sees a text: `split` gives its tokens; the ids `start`, `end` and `pad` stand around them."""
+
+    split: Callable[[str], list[int]]
+    start: int
+    end: int
+    pad: int
+
+    def row(self, text: str) -> list[int]:
+        """The 77 ids of a text; of a longer one the beginning and, other than in the published code, the end token."""
+        row = [self.start, *self.split(text)[: LENGTH - 2], self.end]
+        return row + [self.pad] * (LENGTH - len(row))
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """All parts of a model, in fp32.
+
+    Attributes:
+        unet: a diffusers `UNet2DConditionModel`.
+        towers: its text towers, one or, with SDXL's shape, two; the second has a projection.
+        vocabularies: one for each tower; both split texts alike.
+        vision: a transformers `CLIPVisionModelWithProjection`.
+        autoencoder: see `Pictures`.
+        scheduler: a diffusers `DDPMScheduler`, which says what the UNet predicts of which noise.
+        resolution: of pictures, in pixels.
+    """
+
+    unet: nn.Module
+    towers: nn.ModuleList
+    vocabularies: tuple[Vocabulary, ...]
+    vision: nn.Module
+    autoencoder: Pictures
+    scheduler: object
+    resolution: int
+
+    def __post_init__(self):
+        step = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if self.resolution < 1 or self.resolution % step:
+            raise ValueError(f"--resolution: a multiple of {step} is wanted for this base, not {self.resolution}")
+        kind = self.scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"--base: a model that predicts epsilon or v_prediction is wanted, not {kind}")
+
+    @property
+    def times(self) -> int:
+        """How many there are, from no noise to nothing else."""
+        return self.scheduler.config.num_train_timesteps
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of one picture."""
+        side = self.resolution // self.autoencoder.factor
+        return self.unet.config.in_channels, side, side
+
+
+class Pictures(nn.Module):
+    """Pictures (n, 3, H, W) in [-1, 1] to latents (n, C, H / factor, W / factor) at the UNet's scale, and back."""
+
+    def __init__(self, model: nn.Module, factor: int):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def encode(self, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Latents; where the autoencoder gives a distribution, `noise` of the latents' shape picks from it."""
+        if isinstance(self.model, Autoencoder):
+            return self.model.encode(pictures)
+        found = self.model.encode(pictures).latent_dist
+        return (found.mean + found.std * noise) * self.model.config.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures, not clamped."""
+        if isinstance(self.model, Autoencoder):
+            return self.model.decode(latents)
+        return self.model.decode(latents / self.model.config.scaling_factor).sample
+
+
+def open_base(name: str, vision: Path | None = None, resolution: int | None = None) -> Base:
+    """Shapeland's models, or those of the folder `name` with the vision tower of the folder `vision`.
+
+    Raises:
+        FileNotFoundError: weights, a folder or a part of it are absent.
+        ValueError: an option does not fit the base.
+    """
+    if name == SHAPELAND:
+        if vision is not None:
+            raise ValueError(f"--vision: none is wanted for Shapeland, which has its own tower, not {vision}")
+        return _shapeland(resolution or world.SIZE)
+    if vision is None:
+        raise ValueError(f"--vision: the folder of CLIP's vision tower is wanted with --base {name}, not none")
+    return _folder(Path(name), Path(vision), resolution)
+
+
+def _shapeland(resolution: int) -> Base:
+    from diffusers import DDPMScheduler
+
+    unet, vision = models.build_unet(), models.build_vision()
+    unet.load_state_dict(models.load("unet"))
+    vision.load_state_dict(models.load("vision"))
+    return Base(
+        unet,
+        nn.ModuleList([frozen_text("cpu")]),
+        (Vocabulary(_world_words, START, 0, 0),),
+        vision,
+        Pictures(frozen_autoencoder("cpu"), FACTOR),
+        DDPMScheduler(**models.SCHEDULE),
+        resolution,
+    )
+
+
+def _world_words(text: str) -> list[int]:
+    """The compact tokens of a caption: each of the world's words is one, as in CLIP's vocabulary.
+
+    Raises ValueError if a word is not of the world.
+    """
+    words = text.split()
+    unknown = [word for word in words if word not in WORDS]
+    if unknown:
+        raise ValueError(f"--data: captions of Shapeland's words are wanted, not {unknown[0]!r} in {text!r}")
+    return [WORDS.index(word) for word in words]
+
+
+def _folder(folder: Path, vision: Path, resolution: int | None) -> Base:
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+    twofold = (folder / "text_encoder_2").is_dir()
+    for part, file in (PARTS | SECOND_PARTS if twofold else PARTS).items():
+        if not (folder / part / file).exists():
+            raise FileNotFoundError(f"--base: a diffusers folder with {part}/{file} is wanted, not {folder}")
+    if not (vision / "config.json").exists():
+        raise FileNotFoundError(f"--vision: a folder with a saved CLIP vision tower is wanted, not {vision}")
+    local = {"local_files_only": True}
+    full = {**local, "dtype": torch.float32}
+
+    towers = [CLIPTextModel.from_pretrained(folder / "text_encoder", **full)]
+    tokenizers = [CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)]
+    if twofold:
+        towers.append(CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **full))
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder / "tokenizer_2", **local))
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, **local)
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **local)
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    return Base(
+        unet,
+        nn.ModuleList(towers),
+        tuple(Vocabulary(_splitter(t), t.bos_token_id, t.eos_token_id, t.pad_token_id) for t in tokenizers),
+        CLIPVisionModelWithProjection.from_pretrained(vision, **full),
+        Pictures(autoencoder, factor),
+        DDPMScheduler.from_pretrained(folder / "scheduler", **local),
+        resolution or unet.config.sample_size * factor,
+    )
+
+
+def _splitter(tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer(text, add_special_tokens=False).input_ids

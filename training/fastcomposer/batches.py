@@ -1,0 +1,113 @@
+"""Batches for training: where subjects stand among a caption's tokens, and what is drawn at random for a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..data.dataset import EpochBatches, SubjectPictures
+from .base import LENGTH, Vocabulary
+
+
+class Draws(NamedTuple):
+    """What is drawn for each of n pictures.
+
+    Attributes:
+        noise: (n, C, h, w), added to the latents.
+        latent: (n, C, h, w), picks the latents from the autoencoder's distribution.
+        t: (n,), int64, the time of the noise.
+        coin: (n,), in [0, 1): below a probability the noise loss looks at the subjects alone.
+    """
+
+    noise: torch.Tensor
+    latent: torch.Tensor
+    t: torch.Tensor
+    coin: torch.Tensor
+
+
+def draw(seed: int, numbers: Iterable[int], latent_shape: Sequence[int], times: int) -> Draws:
+    """The draws of the pictures with these running numbers in a training run.
+
+    A picture's draws depend on the seed and its number alone, so neither an interruption nor the number of processes
+    changes them.
+    """
+    rows = []
+    for number in numbers:
+        state = np.random.SeedSequence((seed, number)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        noise, latent = torch.randn(2, *latent_shape, generator=generator)
+        t = torch.randint(times, (), generator=generator)
+        rows.append((noise, latent, t, torch.rand((), generator=generator)))
+    return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def subject_rows(vocabulary: Vocabulary, caption: str, ends: Iterable[int]) -> list[int]:
+    """For each place in a caption, in characters, the row of the token just before it; this is the token that a
+    placeholder marks at inference.
+
+    The row is 0 where there is none to mark: before the first word, inside a word, behind the last of the 77 tokens,
+    or where an earlier place has marked it.
+    """
+    tokens, rows = vocabulary.split(caption), []
+    for end in ends:
+        before = vocabulary.split(caption[:end])
+        marks = before == tokens[: len(before)] and len(before) <= LENGTH - 2 and len(before) not in rows
+        rows.append(len(before) if marks else 0)
+    return rows
+
+
+def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[str, torch.Tensor]:
+    """n items of `SubjectPictures` as a batch: `picture`, `masks` and `objects` stacked, and
+
+    - `tokens` (n, text towers, 77), int64
+    - `rows` (n, 4), int64: see `subject_rows`
+    - `present` (n, 4), bool: which rows are of subjects; one whose token cannot be marked is text like any other
+    """
+    batch = {name: torch.stack([item[name] for item in items]) for name in ("picture", "masks", "objects")}
+    present = torch.stack([item["present"] for item in items])
+    rows = torch.zeros(present.shape, dtype=torch.long)
+    for i, item in enumerate(items):
+        # Towers split alike, so that a place is a row of all.
+        found = subject_rows(vocabularies[0], item["caption"], item["ends"][present[i]].tolist())
+        rows[i, present[i]] = torch.tensor(found, dtype=torch.long)
+    tokens = [[vocabulary.row(item["caption"]) for vocabulary in vocabularies] for item in items]
+    return {**batch, "tokens": torch.tensor(tokens), "rows": rows, "present": rows > 0}
+
+
+class Shares(torch.utils.data.Sampler):
+    """One process's part of all steps' pictures: `accumulate` batches of `batch` keys for each step.
+
+    A step's pictures go to the processes batch by batch, so that N processes see in one step what one process sees that
+    accumulates N batches.
+    """
+
+    def __init__(self, steps: EpochBatches, batch: int, accumulate: int, processes: int, process: int):
+        self.steps, self.batch, self.accumulate = steps, batch, accumulate
+        self.processes, self.process = processes, process
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for keys in self.steps:
+            for i in range(self.accumulate):
+                start = self.offset(i)
+                yield keys[start : start + self.batch]
+
+    def offset(self, i: int) -> int:
+        """Where batch `i` of this process begins among the pictures of a step."""
+        return (i * self.processes + self.process) * self.batch
+
+
+def check_subjects(data: SubjectPictures) -> None:
+    """Raises ValueError if no picture has a subject of the classes asked for."""
+    types = data.object_types
+    found = (subject.segment.label for image_id in data.ids for subject in data.folder.matched(image_id)[1])
+    if not any(types is None or label in types for label in found):
+        kind = "a subject" if types is None else f"a subject of class {', '.join(sorted(types))}"
+        raise ValueError(
+            f"--data: pictures with subjects are wanted, but none of the {len(data)} in {data.folder.root} has {kind}"
+        )

@@ -1,0 +1,148 @@
+"""FastComposer as one trainable module: subjects into text states, and the losses of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...attention.localization import localization_loss, masked_noise_loss
+from ...encoders.fuser import Fuser, fuse_rows
+from ...shapeland.models import CLIP_MEAN, CLIP_STD
+from .base import Base
+from .batches import Draws
+from .localize import MiddleAttention
+
+FULL, LORA = "full", "lora"
+_ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Composer(nn.Module):
+    """A base model, its vision tower and a fuser; what is trained of them requires gradients, nothing else does.
+
+    Args:
+        base: its modules become the composer's.
+        train: FULL is the published recipe, the whole UNet; LORA, our variant for small machines, trains low-rank
+            factors of its attention's projections instead. The fuser is trained by both.
+        rank: of the factors.
+        vision_layers: how many of the vision tower's last layers are trained; its last norm and projection never are.
+        localization: weight of the localization loss. At 0 all attention stays fused and the loss is not computed.
+        mask_probability: the share of pictures whose noise loss looks at the subjects alone.
+        seed: of the first weights of fuser and factors.
+
+    Raises:
+        ValueError: the vision tower has fewer layers, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        train: str = FULL,
+        rank: int = 16,
+        vision_layers: int = 2,
+        localization: float = 1e-3,
+        mask_probability: float = 0.5,
+        seed: int = 0,
+    ):
+        super().__init__()
+        layers = base.vision.vision_model.encoder.layers
+        if not 0 <= vision_layers <= len(layers):
+            raise ValueError(f"--vision-layers: 0 to {len(layers)} are wanted for this tower, not {vision_layers}")
+        if rank < 1:
+            raise ValueError(f"--rank: at least 1 is wanted, not {rank}")
+        if localization < 0:
+            raise ValueError(f"--localization: at least 0 is wanted, not {localization}")
+        if not 0 <= mask_probability <= 1:
+            raise ValueError(f"--mask-loss-probability: a share from 0 to 1 is wanted, not {mask_probability}")
+        self.base, self.localization, self.mask_probability = base, localization, mask_probability
+        self.unet, self.towers, self.vision, self.autoencoder = base.unet, base.towers, base.vision, base.autoencoder
+        torch.manual_seed(seed)
+        self.requires_grad_(False)
+        self.fuser = Fuser(sum(t.config.hidden_size for t in self.towers), self.vision.config.projection_dim)
+        for layer in list(layers)[len(layers) - vision_layers :]:
+            layer.requires_grad_(True)
+        if train == FULL:
+            self.unet.requires_grad_(True)
+        else:
+            from peft import LoraConfig
+
+            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_ATTENTION_LAYERS))
+        self.attention = MiddleAttention(self.unet) if localization else None
+
+    @property
+    def trainables(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def keep_frozen_in(self, dtype: torch.dtype) -> None:
+        """Stores what is not trained in half precision. The autoencoder stays as it is, for SDXL's overflows in it."""
+        for part in (self.unet, self.towers, self.vision):
+            for parameter in part.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+    def forward(self, batch: dict[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
+        """`loss` of a batch of `collate` and its parts, `noise` and, if it has a weight, `localization`."""
+        scheduler, present = self.base.scheduler, batch["present"]
+        with torch.no_grad(), torch.autocast(draws.noise.device.type, enabled=False):
+            latents = self.autoencoder.encode(batch["picture"], draws.latent)
+        noisy = scheduler.add_noise(latents, draws.noise, draws.t)
+        target = draws.noise
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, draws.noise, draws.t)
+        states = self.states(batch["tokens"], batch["objects"], batch["rows"], present)
+        masks, masked = batch["masks"], draws.coin < self.mask_probability
+        if self.attention is None:
+            noise = masked_noise_loss(self.predict(noisy, draws.t, states), target, masks, masked)
+            return {"loss": noise, "noise": noise}
+        with self.attention.collecting() as maps:
+            prediction = self.predict(noisy, draws.t, states)
+        noise = masked_noise_loss(prediction, target, masks, masked)
+        located = localization_loss(maps, batch["rows"], masks, present)
+        return {"loss": noise + self.localization * located, "noise": noise, "localization": located}
+
+    def states(
+        self, tokens: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, present: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the UNet is told: text states (n, 77, D) with the subjects fused into their rows and, with two towers,
+        the pooled state (n, P) of the second, which stays text.
+
+        Args:
+            tokens: (n, towers, 77).
+            objects: (n, subjects, 3, r, r) in [0, 1], at the vision tower's resolution.
+            rows, present: (n, subjects), the row of each subject and whether there is one.
+        """
+        with torch.no_grad():
+            text, pooled = self._read(tokens)
+        picture, subject = present.nonzero(as_tuple=True)
+        if not len(picture):
+            # Encoder and fuser take part in every step, for processes that train together wait for all gradients; what
+            # they make of this one is dropped below.
+            picture = subject = torch.zeros(1, dtype=torch.long, device=tokens.device)
+        row = rows[picture, subject]
+        own = text[picture, row]
+        fused = fuse_rows(self.fuser, own, self._embed(objects[picture, subject]))
+        fused = torch.where(present[picture, subject][:, None], fused, own)
+        return text.index_put((picture, row), fused), pooled
+
+    def predict(
+        self, noisy: torch.Tensor, t: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> torch.Tensor:
+        """The UNet's prediction (n, C, h, w) in fp32 for `states` as the method of this name gives them."""
+        context, pooled = states
+        added = None
+        if pooled is not None:
+            side = self.base.resolution
+            # Original size, corner of the cut and size of the target: a picture made at its full size.
+            sizes = torch.tensor([[side, side, 0, 0, side, side]], device=noisy.device).expand(len(noisy), -1)
+            added = {"text_embeds": pooled, "time_ids": sizes}
+        return self.unet(noisy, t, context, added_cond_kwargs=added).sample.float()
+
+    def _read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len(self.towers) == 1:
+            return self.towers[0](tokens[:, 0]).last_hidden_state.float(), None
+        seen = [tower(tokens[:, i], output_hidden_states=True) for i, tower in enumerate(self.towers)]
+        return torch.cat([s.hidden_states[-2].float() for s in seen], -1), seen[-1].text_embeds.float()
+
+    def _embed(self, objects: torch.Tensor) -> torch.Tensor:
+        mean, std = (torch.tensor(v, device=objects.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        return self.vision((objects - mean) / std).image_embeds

@@ -1,0 +1,73 @@
+"""Sheets of samples that show, while a run goes on, what it has learnt."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..data.dataset import SubjectPictures
+from ..data.folder import ID_LISTS
+from ..shapeland.common import save_sheet
+from .batches import collate
+from .model import Composer
+
+PICTURES, STEPS, GUIDANCE = 8, 25, 5.0
+# The share of steps that see the subjects, as published.
+ALPHA = 0.7
+_SCALED_TO = 128
+
+
+def open_sheet(root: Path, composer: Composer):
+    """A function of a path that writes a sheet there: see `draw_sheet`.
+
+    Its pictures are held out, if the data hold any out, and among these the ones with two subjects.
+    """
+    held_out = Path(root) / ID_LISTS["test"]
+    names = "test" if held_out.exists() and held_out.read_text(encoding="utf-8").split() else "train"
+    base = composer.base
+    data = SubjectPictures(
+        root, names, base.resolution, base.vision.config.image_size, uncondition=0, object_appear=1, augment=False
+    )
+    counts = [min(2, len(data.folder.matched(image_id)[1])) for image_id in data.ids]
+    chosen = sorted(range(len(data)), key=lambda row: -counts[row])[:PICTURES]
+    return partial(draw_sheet, composer, collate([data[row] for row in chosen], base.vocabularies))
+
+
+@torch.no_grad()
+def draw_sheet(composer: Composer, batch: dict[str, torch.Tensor], path: Path) -> None:
+    """A row for each picture of the batch: its first two subjects, itself, a sample of its caption alone, and one with
+    the subjects, which the last steps see alone (delayed subject conditioning, arXiv 2305.10431, section 4.3)."""
+    device, base = next(composer.parameters()).device, composer.base
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    given = batch["tokens"], batch["objects"], batch["rows"]
+    text = composer.states(*given, torch.zeros_like(batch["present"]))
+    subjects = composer.states(*given, batch["present"])
+    empty = torch.tensor([[vocabulary.row("") for vocabulary in base.vocabularies]], device=device)
+    silent = composer.states(empty.expand_as(given[0]), *given[1:], torch.zeros_like(batch["present"]))
+    plain, composed = (composer.autoencoder.decode(_sample(composer, silent, text, late)) for late in (text, subjects))
+    references = F.interpolate(batch["objects"][:, :2].flatten(0, 1), (base.resolution,) * 2) * 2 - 1
+    rows = torch.stack((*references.unflatten(0, (-1, 2)).unbind(1), batch["picture"], plain, composed), 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_sheet(rows.flatten(0, 1), path, columns=rows.shape[1], scale=max(1, _SCALED_TO // base.resolution))
+
+
+def _sample(composer: Composer, silent: tuple, early: tuple, late: tuple) -> torch.Tensor:
+    """DDIM latents with `early` states first and `late` ones from the switch on, each guided away from `silent`."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(
+        composer.base.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
+    scheduler.set_timesteps(STEPS)
+    switch = round((1 - ALPHA) * STEPS)
+    n, device = len(early[0]), early[0].device
+    x = torch.randn(n, *composer.base.latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    for i, t in enumerate(scheduler.timesteps):
+        states = early if i < switch else late
+        both = tuple(None if a is None else torch.cat((a, b)) for a, b in zip(silent, states, strict=True))
+        without, with_it = composer.predict(torch.cat((x, x)), t.to(device), both).chunk(2)
+        x = scheduler.step(without + GUIDANCE * (with_it - without), t, x).prev_sample
+    return x
