@@ -58,11 +58,11 @@ class Fuser(nn.Module):
         if name not in state:
             raise ValueError(f"the fuser's weights are wanted, but there is no {name} among {len(state)} tensors")
         text_width, both = state[name].shape
-        fuser = cls(text_width, both - text_width) if both > text_width else None
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        fuser = cls(text_width, max(1, both - text_width))
         try:
             fuser.load_state_dict({key: value.float() for key, value in state.items()})
-        except (AttributeError, RuntimeError) as error:
-            shapes = {key: tuple(value.shape) for key, value in state.items()}
+        except RuntimeError as error:
             raise ValueError(f"the fuser's weights are wanted in shapes that fit together, not {shapes}") from error
         return fuser.eval().requires_grad_(False)
 

@@ -64,12 +64,12 @@ def prepare_reference(
         crop: cut the picture to the mask's bounding box first, as in training.
 
     Raises:
-        ValueError: `crop` is asked for and the mask is empty.
+        ValueError: the mask is empty, and the background or the crop depends on it.
     """
-    if mask is not None:
+    if mask is not None and (background != KEEP or crop):
         mask = F.interpolate(mask[None, None].float(), image.shape[:2], mode="bilinear")[0, 0]
+        x, y, width, height = bounding_box(mask > 0.5)
         image = set_background(image, mask, background)
         if crop:
-            x, y, width, height = bounding_box(mask > 0.5)
             image = image[y : y + height, x : x + width]
     return square_reference(image, side)

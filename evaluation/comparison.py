@@ -28,6 +28,8 @@ draws the same seeds, {seeds} per set of references.
 - **leakage**: for two and more subjects the cosine between a subject's thing and the *other* references; for one, how
   far the background has moved from the colour asked for (0) to the reference's (1), which **background** gives for
   more.
+- **worst**: for two and more subjects the score of FastComposer's protocol: things and references pair greedily by
+  likeness, whatever their nouns, and the worst pair counts; a missing thing counts as 0.
 - **prompt**: share of pictures with exactly the nouns asked for.
 - *truth* is the world's own drawing of what was asked with the references' identities, the ceiling; *unrelated* the
   same with other identities, the floor. *plain* is the same prompt and seed on the untouched model.
@@ -104,6 +106,7 @@ def measure(
                 scores["leakage"] = moved
             else:
                 scores["leakage"] = metrics.leakage(case.mentions, readings, references, chance)
+                scores["worst"] = metrics.worst(readings, references)
                 scores["background"] = moved
             scores["prompt"] = metrics.prompt(case.mentions, readings)
             for metric, value in scores.items():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..shapeland.judge import Reading
 from ..shapeland.score import assign, score_picture
 from ..shapeland.world import Mention
+from ..training.data.greedy import greedy_match
 
 LEAD = "_lead"
 """Ends the name of a metric's paired difference: the default's value less this variant's, picture by picture."""
@@ -78,6 +79,34 @@ def _embeddings(mentions: Sequence[Mention], readings: list[Reading]) -> list[to
     return [things[0].embedding if things else None for things in assign(list(mentions), readings)]
 
 
+def worst(readings: list[Reading], references: torch.Tensor) -> float:
+    """Identity of the subject that came out worst, as FastComposer's protocol scores several (arXiv 2305.10431,
+    section 5.1): the largest things, as many as there are references, pair with these by `greedy_minimum`.
+
+    Args:
+        readings: the judge's, of one picture, the largest first.
+        references: (N, d), unit embeddings of the references' things.
+    """
+    largest = [reading.embedding for reading in readings[: len(references)]]
+    return greedy_minimum(torch.stack(largest) @ references.mT) if largest else 0.0
+
+
+def greedy_minimum(similarity: torch.Tensor) -> float:
+    """Score of the worst reference after the most alike pairs have found each other.
+
+    The largest value of all makes a pair, whose row and column are then taken out, and so on: greedy as in the paper,
+    not the assignment of the largest sum. Negative likeness counts as none, and so does a reference without a partner.
+
+    Args:
+        similarity: (found, references).
+    """
+    found, references = similarity.shape
+    if found < references:
+        return 0.0
+    likeness = similarity.clamp(min=0).cpu().numpy()
+    return min(float(likeness[pair]) for pair in greedy_match(likeness, threshold=0.0))
+
+
 def prompt(mentions: Sequence[Mention], readings: list[Reading]) -> float:
     """1 if every noun stands there as often as it was asked for and nothing else does, else 0."""
     return float(score_picture(list(mentions), readings).nouns_right)
@@ -135,7 +164,13 @@ def interval(
     return mean, max(least, mean - reach), min(most, mean + reach), len(values)
 
 
-RANGES = {"identity": (-1.0, 1.0), "leakage": (-1.0, 1.0), "background": (0.0, 1.0), "prompt": (0.0, 1.0)}
+RANGES = {
+    "identity": (-1.0, 1.0),
+    "leakage": (-1.0, 1.0),
+    "background": (0.0, 1.0),
+    "worst": (0.0, 1.0),
+    "prompt": (0.0, 1.0),
+}
 """Smallest and largest value of each metric above."""
 
 

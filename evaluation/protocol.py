@@ -22,7 +22,7 @@ from statistics import mean, pstdev
 import torch
 from PIL import Image
 
-from ..training.data.greedy import greedy_match
+from .metrics import greedy_minimum
 from .tables import markdown, write_json
 
 FACE_SIDE = 160
@@ -35,22 +35,6 @@ class Drawn:
     picture: Path
     prompt: str
     references: tuple[Path, ...]
-
-
-def greedy_minimum(similarity: torch.Tensor) -> float:
-    """Score of the worst reference after the most alike pairs have found each other.
-
-    The largest value of all makes a pair, whose row and column are then taken out, and so on: greedy as in the paper,
-    not the assignment of the largest sum. Negative likeness counts as none, and so does a reference without a face.
-
-    Args:
-        similarity: (faces, references).
-    """
-    faces, references = similarity.shape
-    if faces < references:
-        return 0.0
-    likeness = similarity.clamp(min=0).numpy()
-    return min(float(likeness[pair]) for pair in greedy_match(likeness, threshold=0.0))
 
 
 def read_runs(file: Path) -> list[Drawn]:

@@ -1,9 +1,9 @@
-"""Conditionings that switch at an exact step, on any sampler, scheduler and guider of the host.
+"""Conditionings that switch at an exact step, on any sampler, scheduler and guider that follows a schedule.
 
 The host limits a conditioning to a part of sampling by percent of the noise schedule, which hits a step only on some
-schedulers. So each part carries a hook, which the host runs once the schedule is known; there the parts get the noise
-levels between which they hold. No MODEL is patched. The hook is taken off again in the same place, for the host
-evaluates conditionings of different hooks one by one.
+schedules. So the parts carry a plan, and a MODEL that is `prepared` gives them, once the schedule is known, the noise
+levels between which they hold. (A hook on the conditioning would do without the MODEL, but with its dynamic memory the
+host then loads a second copy of the model.)
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
 from ..samplers.switching import boundary_sigma, first_subject_step
 
 TAG = "conceptloom_delay"
+_PERCENTS = ("start_percent", "end_percent", "clip_start_percent", "clip_end_percent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +45,22 @@ class Delay:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What an entry carries: its delay, which part it is, and its hooks before and with ours."""
+    """What an entry carries: its delay, and whether it is the second part."""
 
     delay: Delay
     late: bool
-    hook: comfy.hooks.TransformerOptionsHook
-    before: comfy.hooks.HookGroup | None
-    hooked: comfy.hooks.HookGroup
+
+
+class _NeedsPreparedModel:
+    """Stands for a noise level until the schedule is known; whoever compares it has a MODEL that was not prepared."""
+
+    def _refuse(self, _):
+        raise ValueError(
+            "Delayed Subject Conditioning: a sampler whose model comes from Load FastComposer is wanted, for its model "
+            "tells the conditioning when to switch (connect your model to Load FastComposer's input)."
+        )
+
+    __lt__ = __gt__ = _refuse
 
 
 def delayed(early: list, late: list, delay: Delay) -> list:
@@ -60,51 +69,51 @@ def delayed(early: list, late: list, delay: Delay) -> list:
     Raises:
         ValueError: one of them has been delayed already.
     """
-    hook = comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.OUTER_SAMPLE: {TAG: [_outer_sample]}}})
     entries = []
     for name, conditioning, is_late in (("text_only", early, False), ("subject", late, True)):
         for tensor, extras in conditioning:
             if TAG in extras:
                 raise ValueError(f"{name}: a conditioning that does not switch yet is wanted, not a delayed one")
-            before = extras.get("hooks")
-            hooked = before.clone() if before is not None else comfy.hooks.HookGroup()
-            hooked.add(hook)
-            part = _Part(delay, is_late, hook, before, hooked)
-            entries.append([tensor, {**extras, TAG: part, "hooks": hooked}])
+            waiting = {TAG: _Part(delay, is_late), "timestep_start": _NeedsPreparedModel()}
+            entries.append([tensor, {**extras, **waiting}])
     return entries
+
+
+def prepared(model):
+    """The MODEL, in a clone that tells delayed conditionings the schedule and is otherwise the same."""
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, TAG)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, TAG, _outer_sample)
+    return model
 
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider = executor.class_obj
     levels, schedule = sigmas.tolist(), guider.model_patcher.get_model_object("model_sampling")
     for role, entries in guider.conds.items():
-        guider.conds[role] = [_resolve(entry, levels, schedule) for entry in entries]
+        resolved = [_resolve(entry, levels, schedule) for entry in entries]
+        # A part that never comes would still lend its range to the negative where both have areas.
+        active = [entry for entry in resolved if entry.get("timestep_start", math.inf) >= entry.get("timestep_end", 0)]
+        guider.conds[role] = active or resolved
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
 def _resolve(entry: dict, sigmas: list[float], schedule) -> dict:
-    """The entry with its noise levels and without our hook."""
+    """The entry with the noise levels between which it holds."""
     part = entry.get(TAG)
     if part is None:
         return entry
     steps = len(sigmas) - 1
     step = part.delay.first_step(steps)
+    rising = sigmas[0] < sigmas[-1]
     if step <= 0 or step >= steps:
-        start, end = (math.inf, 0.0) if part.late == (step <= 0) else _NEVER
+        start, end = (math.inf, 0.0) if part.late == (step <= 0) else (0.0, math.inf)
     else:
         boundary = boundary_sigma(sigmas, step)
-        start, end = (boundary, 0.0) if part.late else (math.inf, boundary)
+        start, end = (boundary, 0.0) if part.late != rising else (math.inf, boundary)
     start, end = _within_percents(entry, schedule, start, end)
-    return {
-        **{key: value for key, value in entry.items() if key not in (TAG, "hooks", *_PERCENTS)},
-        **_hooks_without(entry.get("hooks"), part),
-        "timestep_start": start,
-        "timestep_end": end,
-    }
-
-
-_NEVER = (0.0, math.inf)
-_PERCENTS = ("start_percent", "end_percent", "clip_start_percent", "clip_end_percent")
+    kept = {key: value for key, value in entry.items() if key not in (TAG, *_PERCENTS)}
+    return {**kept, "timestep_start": start, "timestep_end": end}
 
 
 def _within_percents(entry: dict, schedule, start: float, end: float) -> tuple[float, float]:
@@ -114,12 +123,3 @@ def _within_percents(entry: dict, schedule, start: float, end: float) -> tuple[f
             level = schedule.percent_to_sigma(entry[key])
             start, end = (min(start, level), end) if "start" in key else (start, max(end, level))
     return start, end
-
-
-def _hooks_without(hooks: comfy.hooks.HookGroup | None, part: _Part) -> dict:
-    if hooks is part.hooked:
-        rest = part.before
-    else:
-        rest = hooks.clone()
-        rest.remove(part.hook)
-    return {"hooks": rest} if rest else {}

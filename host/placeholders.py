@@ -17,7 +17,10 @@ MARK = "@subject"
 
 # Any that the tokenizer keeps as one token will do; several, for a prompt may use some of them.
 _STAND_INS = ("zebra", "violin", "tornado", "pretzel", "glacier", "walnut", "lobster", "piano")
-_ENCODERS = {"l", "g"}
+# CLIP's text encoders by the names that the host gives their tokens: SD 1.x has l, SD 2.x h, SDXL l and g.
+_ENCODERS = {"l", "h", "g"}
+# Marks of the published programs. One that is left in a prompt is a slip, not a word.
+_KNOWN_MARKS = (MARK, "<|image|>")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def find_subjects(prompt: str, nouns: Sequence[str], mark: str = MARK) -> tuple[
         raise ValueError(
             f"placeholder: a word without spaces, colons, parentheses or backslashes is wanted, not {mark!r}"
         )
-    pieces = re.split(rf"(?<!\w){re.escape(mark)}(?!\w)" if mark[0].isalnum() else rf"{re.escape(mark)}(?!\w)", prompt)
+    before, after = (r"(?<!\w)" if _is_word(mark[0]) else ""), (r"(?!\w)" if _is_word(mark[-1]) else "")
+    pieces = re.split(f"{before}{re.escape(mark)}{after}", prompt)
     if len(pieces) > 1:
         if len(pieces) - 1 != len(nouns):
             raise ValueError(
@@ -60,6 +64,9 @@ def find_subjects(prompt: str, nouns: Sequence[str], mark: str = MARK) -> tuple[
             )
         ends = [sum(map(len, pieces[: i + 1])) for i in range(len(nouns))]
         return "".join(pieces), ends
+    slip = next((known for known in _KNOWN_MARKS if known in prompt.lower()), None)
+    if slip:
+        raise ValueError(f"prompt: {mark} after each subject's word is wanted, but it holds a {slip}")
     ends, used = [], {}
     for number, noun in enumerate(nouns, 1):
         found = list(re.finditer(rf"(?<!\w){re.escape(noun)}(?!\w)", prompt, re.IGNORECASE))
@@ -126,6 +133,11 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
     return _without_word_ids(tokens), places
 
 
+def trained_layer(tokens: dict[str, list]) -> int:
+    """The layer whose states the model was trained on: SD 1.x takes the last, the others the one before."""
+    return -1 if set(tokens) == {"l"} else -2
+
+
 def without_emphasis(tokens: dict[str, list], places: Sequence[Place]) -> dict[str, list]:
     """A copy of the host's tokens in which the tokens at `places` have weight 1."""
     here = {(place.chunk, place.index) for place in places}
@@ -133,6 +145,10 @@ def without_emphasis(tokens: dict[str, list], places: Sequence[Place]) -> dict[s
         name: [[(t, 1.0 if (c, i) in here else w) for i, (t, w) in enumerate(chunk)] for c, chunk in enumerate(chunks)]
         for name, chunks in tokens.items()
     }
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _words(chunks: list[list[tuple]]) -> list[tuple[Any, float, int, int, int]]:

@@ -63,21 +63,26 @@ class ModelConfig(comfy.supported_models_base.BASE):
         return comfy.model_base.ModelType.V_PREDICTION
 
 
-def load_model(state: dict[str, torch.Tensor] | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The UNet as MODEL, from `state` with diffusers' names, or from the shipped file.
+def load_model(
+    state: dict[str, torch.Tensor] | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """The UNet as MODEL, from `state` with diffusers' names, or from the shipped file; `disable_dynamic` keeps it out
+    of the host's dynamic memory.
 
     Raises FileNotFoundError with one sentence if the file is absent.
     """
+    factory = (load_model, (state,))
     state = models.load("unet") if state is None else state
     config = ModelConfig()
     load_device = comfy.model_management.get_torch_device()
     config.set_inference_dtype(torch.float32, None)
     names = comfy.utils.unet_to_diffusers(config.unet_config)
     model = config.get_model({}, device=comfy.model_management.unet_offload_device())
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
-    )
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.load_model_weights({names[k]: v for k, v in state.items()}, "", assign=patcher.is_dynamic())
+    # For what dynamic memory cannot do (hooks, compiling, several cards) the host makes a second copy.
+    patcher.cached_patcher_init = factory
     return patcher
 
 
@@ -105,17 +110,27 @@ class _Tokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 
 def load_clip(
-    state: dict[str, torch.Tensor] | None = None, embedding_directory: str | list[str] | None = None
+    state: dict[str, torch.Tensor] | None = None,
+    embedding_directory: str | list[str] | None = None,
+    disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
-    """The text tower as CLIP behind the host's own tokenizer."""
+    """The text tower as CLIP behind the host's own tokenizer; `disable_dynamic` as in `load_model`."""
+    factory = (_load_clip_patcher, (state, embedding_directory))
     state = models.load("text") if state is None else state
     target = comfy.supported_models_base.ClipTarget(_Tokenizer, _Text)
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         target,
         embedding_directory=embedding_directory,
         parameters=sum(v.numel() for v in state.values()),
         state_dict=[state],
+        disable_dynamic=disable_dynamic,
     )
+    clip.patcher.cached_patcher_init = factory
+    return clip
+
+
+def _load_clip_patcher(state, embedding_directory, disable_dynamic=False) -> comfy.model_patcher.ModelPatcher:
+    return load_clip(state, embedding_directory, disable_dynamic).patcher
 
 
 class _VAE(comfy.sd.VAE):

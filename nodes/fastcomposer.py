@@ -10,6 +10,7 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..encoders.reference import BACKGROUNDS, KEEP
 from ..host import delay, fastcomposer
+from ..host import fastcomposer_files as files
 from ..host.placeholders import MARK
 from ..samplers.switching import COUNTINGS, NEAREST
 from .types import FuserSocket, SubjectSocket, gather_subjects, speaking_for, subject_inputs
@@ -18,9 +19,13 @@ CATEGORY = "ConceptLoom/FastComposer"
 FOLDER = "fastcomposer"
 SHIPPED = Path(__file__).resolve().parents[1] / "shapeland" / "weights" / FOLDER
 
-for _place in (Path(folder_paths.models_dir), Path(folder_paths.get_output_directory())):
-    folder_paths.add_model_folder_path(FOLDER, str(_place / FOLDER))
-folder_paths.add_model_folder_path(FOLDER, str(SHIPPED))
+_PLACES = [str(Path(p) / FOLDER) for p in (folder_paths.models_dir, folder_paths.get_output_directory())]
+# A user's extra_model_paths.yaml may have named the folder already, without the endings.
+_known, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+folder_paths.folder_names_and_paths[FOLDER] = (
+    list(dict.fromkeys([*_known, *_PLACES, str(SHIPPED)])),
+    folder_paths.supported_pt_extensions,
+)
 
 
 class LoadFastComposer(io.ComfyNode):
@@ -53,7 +58,10 @@ class LoadFastComposer(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The UNet that was trained with the fuser."),
+                io.Model.Output(
+                    tooltip="The UNet that was trained with the fuser, or the model on the input; delayed "
+                    "conditionings want the model of this output."
+                ),
                 io.Clip.Output(tooltip="The text encoder, Stable Diffusion's own."),
                 io.ClipVision.Output(tooltip="The vision tower of the subject encoder."),
                 io.Vae.Output(tooltip="The file's autoencoder, where it has one; any of Stable Diffusion 1.5 will do."),
@@ -65,7 +73,7 @@ class LoadFastComposer(io.ComfyNode):
     def execute(cls, file, model=None, clip=None, clip_vision=None) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, file)
         with speaking_for(cls):
-            parts = fastcomposer.load(path, model, clip, clip_vision, folder_paths.get_folder_paths("embeddings"))
+            parts = files.load(path, model, clip, clip_vision, folder_paths.get_folder_paths("embeddings"))
         outputs = {
             "MODEL": parts.model,
             "CLIP": parts.clip,
@@ -89,7 +97,7 @@ class ConvertFastComposer(io.ComfyNode):
             display_name="Convert FastComposer Checkpoint",
             category=CATEGORY,
             description="Writes the published checkpoint as safetensors: fuser and trained vision layers as one small "
-            "file, and the UNet as a file of its own or as a LoRA in the small one.",
+            "file in output/fastcomposer, and the UNet as a LoRA in it or as a file in output/diffusion_models.",
             search_aliases=["FastComposer", "convert", "extract", "safetensors", "lora"],
             is_output_node=True,
             inputs=[
@@ -99,8 +107,8 @@ class ConvertFastComposer(io.ComfyNode):
                 io.String.Input("filename", default="fastcomposer", tooltip="Name of the new files, without ending."),
                 io.Combo.Input(
                     "unet",
-                    options=list(fastcomposer.UNET_FORMS),
-                    default=fastcomposer.AS_LORA,
+                    options=list(files.UNET_FORMS),
+                    default=files.AS_LORA,
                     tooltip="LoRA: the difference to the model on the input, for use on it and models near it. File: "
                     "the whole UNet, for Load Diffusion Model. None: fuser and vision layers alone.",
                 ),
@@ -115,9 +123,8 @@ class ConvertFastComposer(io.ComfyNode):
     @classmethod
     def execute(cls, file, filename, unet, rank, model=None) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, file)
-        folder, name, *_ = folder_paths.get_save_image_path(f"{FOLDER}/{filename}", folder_paths.get_output_directory())
         with speaking_for(cls):
-            report = fastcomposer.convert(path, Path(folder) / name, unet, rank, model)
+            report = files.convert(path, Path(folder_paths.get_output_directory()), filename, unet, rank, model)
         return io.NodeOutput(report, ui={"text": (report,)})
 
 
@@ -223,8 +230,8 @@ class DelayedSubjectConditioning(io.ComfyNode):
             display_name="Delayed Subject Conditioning",
             category=CATEGORY,
             description="Text alone for the first steps, subjects from then on: the prompt keeps its layout and the "
-            "subjects their faces (FastComposer, section 4.3). Switches at exactly that step on every sampler and "
-            "scheduler.",
+            "subjects their faces (FastComposer, section 4.3). Switches at exactly that step with every scheduler. "
+            "Sample with the model of Load FastComposer, which tells it the schedule.",
             search_aliases=["FastComposer", "timestep range", "prompt scheduling", "alpha", "switch", "delay"],
             inputs=[
                 io.Conditioning.Input("text_only", tooltip="Holds before the switch."),

@@ -103,8 +103,11 @@ def test_backgrounds_and_crop():
     assert noise[:, 40:].std() > 0.2 and torch.equal(noise, prepare_reference(image, mask, 64, NOISE))
     cropped = prepare_reference(image, mask, 64, BLACK, crop=True)
     assert (cropped[:, 18:46] > 0.3).all() and cropped[:, :15].max() == 0
-    with pytest.raises(ValueError, match="empty"):
-        prepare_reference(image, torch.zeros(64, 64), 64, KEEP, crop=True)
+    empty = torch.zeros(64, 64)
+    assert torch.equal(prepare_reference(image, empty, 64, KEEP), prepare_reference(image, None, 64))
+    for background, crop in ((KEEP, True), (NOISE, False), (BLACK, False)):
+        with pytest.raises(ValueError, match="empty"):
+            prepare_reference(image, empty, 64, background, crop)
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 5, 3, 3)])

@@ -53,6 +53,11 @@ class TestFidelity:
         expected = (0.0 + 0.8 + 0.0 + 0.6 + 0.8 + 0.6) / 6
         assert metrics.leakage(mentions, readings, references, 0.1) == pytest.approx(expected)
 
+    def test_the_worst_pair_counts_whatever_its_noun(self):
+        swapped = [reading(STAR, B), reading(FISH, BETWEEN), reading(MUG, A)]
+        assert metrics.worst(swapped, self.references) == pytest.approx(0.8)
+        assert metrics.worst([reading(STAR, A)], self.references) == metrics.worst([], self.references) == 0.0
+
     def test_prompt_wants_every_noun_and_nothing_else(self):
         star, fish = reading(STAR, A), reading(FISH, B)
         assert metrics.prompt(self.two, [fish, star]) == 1.0

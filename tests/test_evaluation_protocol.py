@@ -5,22 +5,23 @@ import json
 import pytest
 import torch
 from conceptloom.evaluation import protocol
+from conceptloom.evaluation.metrics import greedy_minimum
 from PIL import Image
 
 
 def test_pairs_are_found_greedily_and_the_worst_counts():
     # The assignment of the largest sum would score 0.8.
-    assert protocol.greedy_minimum(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx(0.1)
-    assert protocol.greedy_minimum(torch.tensor([[0.2, 0.7], [0.6, 0.1]])) == pytest.approx(0.6)
+    assert greedy_minimum(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx(0.1)
+    assert greedy_minimum(torch.tensor([[0.2, 0.7], [0.6, 0.1]])) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("similarity", [torch.zeros(0, 1), torch.zeros(0, 2), torch.tensor([[0.9, 0.8]])])
 def test_a_missing_face_scores_nothing(similarity):
-    assert protocol.greedy_minimum(similarity) == 0.0
+    assert greedy_minimum(similarity) == 0.0
 
 
 def test_negative_likeness_counts_as_none():
-    assert protocol.greedy_minimum(torch.tensor([[-0.4]])) == 0.0
+    assert greedy_minimum(torch.tensor([[-0.4]])) == 0.0
 
 
 @pytest.fixture

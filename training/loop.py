@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ..encoders.files import whole_file
 
 
 class Run:
@@ -49,17 +50,14 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint so that an interruption at any moment leaves a whole one."""
-        part = self._checkpoint.with_suffix(".part")
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "averaged": self.averaged,
-                "step": self.step,
-            },
-            part,
-        )
-        os.replace(part, self._checkpoint)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": self.averaged,
+            "step": self.step,
+        }
+        with whole_file(self._checkpoint) as part:
+            torch.save(state, part)
 
     def best_state(self) -> dict[str, torch.Tensor]:
         """The averaged weights where the run keeps them, else the current ones."""

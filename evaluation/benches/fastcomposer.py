@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...host.delay import Delay, delayed
+from ...host.delay import Delay, delayed, prepared
 from ...host.rigs import Rig
 from ...samplers.switching import NEAREST
 from . import Session
@@ -26,6 +26,7 @@ def _session(rig: Rig, count: int) -> Session:
             states[:, 2 : 2 + count] = torch.randn(len(states), count, states.shape[-1])
             fused.append([states, dict(extras)])
         positive = delayed(rig.positive, fused, Delay(ALPHA, None, 0, NEAREST))
-        return {"default": lambda: rig.sample(rig.model, 1, positive)}
+        model = prepared(rig.model)
+        return {"default": lambda: rig.sample(model, 1, positive)}
 
     return Session(count, begin, {"default": 1.0})

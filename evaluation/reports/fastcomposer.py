@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ...attention.subject import Subject
 from ...encoders.reference import NOISE
 from ...host import fastcomposer
+from ...host import fastcomposer_files as files
 from ...host.delay import Delay, delayed
 from ...host.shapeland import load_clip_vision
 from ...host.studio import Studio
@@ -47,15 +48,13 @@ def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], N
     return Report(rows, explain(chance) + ABOUT, contact_sheet(shown), {"alpha": curve(rows)})
 
 
-def _load(file: Path, studio: Studio, vision) -> fastcomposer.Parts:
+def _load(file: Path, studio: Studio, vision) -> files.Parts:
     if not file.exists():
         raise FileNotFoundError(f"FastComposer's weights for Shapeland are not at {file}: see shapeland/README.md.")
-    return fastcomposer.load(str(file), studio.model, studio.clip, vision)
+    return files.load(str(file), studio.model, studio.clip, vision)
 
 
-def draw_variants(
-    studio: Studio, parts: dict[str, fastcomposer.Parts], case: Case, count: int
-) -> dict[str, torch.Tensor]:
+def draw_variants(studio: Studio, parts: dict[str, files.Parts], case: Case, count: int) -> dict[str, torch.Tensor]:
     """Pictures (count, H, W, 3) of every variant with the same noise."""
     own = parts[""]
     plans = {"default": (own, ALPHA), **{f"alpha_{alpha}": (own, alpha) for alpha in ALPHAS}}
@@ -70,7 +69,7 @@ def draw_variants(
     return drawn
 
 
-def conditioning(weights: fastcomposer.Parts, case: Case, alpha: float) -> list:
+def conditioning(weights: files.Parts, case: Case, alpha: float) -> list:
     """The positive conditioning of a case, made by what the nodes call."""
     subjects = fastcomposer.encode_subjects(
         weights.clip_vision,

@@ -75,7 +75,7 @@ def test_rows_table_sheet_and_document(report, tmp_path, capsys):
     assert {row["variant"] for row in ours} == {*VARIANTS, "truth", "unrelated"}
     for subjects in (1, 2):
         metrics = {row["metric"] for row in ours if row["subjects"] == subjects and row["variant"] == "default"}
-        assert metrics == {"identity", "leakage", "prompt"} | ({"background"} if subjects > 1 else set())
+        assert metrics == {"identity", "leakage", "prompt"} | ({"background", "worst"} if subjects > 1 else set())
     leads = {row["variant"] for row in ours if row["metric"] == "identity_lead"}
     assert leads == set(VARIANTS) - {"default"}
     assert {"found", "prompt"} <= {row["metric"] for row in rows if row["system"] == "judge"}

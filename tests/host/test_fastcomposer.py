@@ -27,10 +27,10 @@ def vision(host):
 @pytest.fixture(scope="module")
 def fuser(host, vision):
     from conceptloom.encoders.fuser import Fuser
-    from conceptloom.host import fastcomposer
+    from conceptloom.host import fastcomposer_files as files
 
     torch.manual_seed(0)
-    return fastcomposer._fuser(Fuser(128, 128).state_dict(), vision)
+    return files.wrap_fuser(Fuser(128, 128).state_dict(), files.fingerprint(vision))
 
 
 def subject(noun, seed=0, **changes):
@@ -227,7 +227,7 @@ def test_another_vision_tower_is_warned_of(clip, fuser, vision, caplog):
 
 def test_bad_input_gets_its_sentence(clip, fuser, vision):
     from conceptloom.encoders.fuser import Fuser
-    from conceptloom.host import fastcomposer
+    from conceptloom.host import fastcomposer_files as files
 
     bare, ready = subject("man"), encoded(vision, subject("man"))
     with pytest.raises(ValueError, match=r"subject 1 \(man\) has no embedding"):
@@ -240,10 +240,10 @@ def test_bad_input_gets_its_sentence(clip, fuser, vision):
     skipping.clip_layer(-2)
     with pytest.raises(ValueError, match="CLIP skip"):
         fuse(skipping, fuser, "a man @subject", ready)
-    wide = fastcomposer._fuser(Fuser(768, 128).state_dict(), vision)
+    wide = files.wrap_fuser(Fuser(768, 128).state_dict(), None)
     with pytest.raises(ValueError, match="text states of width 128 is wanted for this CLIP, not 768"):
         fuse(clip, wide, "a man @subject", ready)
-    wide = fastcomposer._fuser(Fuser(128, 768).state_dict(), vision)
+    wide = files.wrap_fuser(Fuser(128, 768).state_dict(), None)
     with pytest.raises(ValueError, match="embeddings of width 128 is wanted for this CLIP_VISION, not 768"):
         fuse(clip, wide, "a man @subject", ready)
 
@@ -279,8 +279,9 @@ def trace(toy):
         return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
 
     from comfy.patcher_extension import WrappersMP
+    from conceptloom.host.delay import prepared
 
-    model = toy.model.clone()
+    model = prepared(toy.model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "trace", wrapper)
     return model, seen
 
@@ -323,13 +324,62 @@ def test_text_and_subject_share_their_batch_with_the_negative(toy, trace):
     assert [rows for _, _, rows in seen] == [2] * 4
 
 
-def test_ends_are_the_plain_conditionings_bit_by_bit(toy):
-    from conceptloom.host.delay import delayed
+def with_area(conditioning):
+    from nodes import ConditioningSetArea
+
+    return ConditioningSetArea().append(conditioning, 64, 64, 0, 64, 1.0)[0]
+
+
+@pytest.mark.parametrize("change", [lambda conditioning: conditioning, with_area], ids=["plain", "area"])
+def test_ends_are_the_plain_conditionings_bit_by_bit(toy, change):
+    from conceptloom.host.delay import delayed, prepared
 
     text, late = two_conditionings(toy)
-    assert torch.equal(toy.sample(positive=delayed(text, late, plan(0.0))), toy.sample(positive=text))
-    assert torch.equal(toy.sample(positive=delayed(text, late, plan(1.0))), toy.sample(positive=late))
-    assert torch.equal(toy.sample(positive=delayed(text, late, plan(step=99))), toy.sample(positive=text))
+    for conditioning, plans in ((text, (plan(0.0), plan(step=99))), (late, (plan(1.0), plan(step=0)))):
+        expected = toy.sample(positive=change(conditioning))
+        for when in plans:
+            drawn = toy.sample(prepared(toy.model), positive=change(delayed(text, late, when)))
+            assert torch.equal(drawn, expected)
+
+
+def test_a_model_that_was_not_prepared_is_refused(toy):
+    from conceptloom.host.delay import delayed
+
+    with pytest.raises(ValueError, match="whose model comes from Load FastComposer"):
+        toy.sample(positive=delayed(*two_conditionings(toy), plan()))
+
+
+def test_a_prepared_model_draws_as_before_and_passes_through_other_nodes(toy, trace):
+    from conceptloom.host.delay import delayed, prepared
+
+    assert torch.equal(toy.sample(prepared(prepared(toy.model))), toy.sample())
+    model, seen = trace
+    toy.sample(
+        toy.apply(toy.subject(), model=toy.lora(model)), steps=4, positive=delayed(*two_conditionings(toy), plan(0.5))
+    )
+    assert [found for _, found, _ in seen] == [["text"]] * 2 + [["subject"]] * 2
+
+
+def test_rising_schedules_start_with_the_text(toy, trace):
+    import comfy.sample
+    import comfy.samplers
+    from conceptloom.host.delay import delayed
+
+    model, seen = trace
+    sigmas = sigmas_of(toy, "normal", 4)[:-1].flip(0)
+    latent = torch.zeros(1, 4, 16, 16)
+    comfy.sample.sample_custom(
+        model,
+        torch.zeros_like(latent),
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        delayed(*two_conditionings(toy), plan(step=1)),
+        toy.negative,
+        latent,
+        disable_pbar=True,
+    )
+    assert [found for _, found, _ in seen] == [["text"], ["subject"], ["subject"]]
 
 
 @pytest.mark.parametrize(
@@ -387,20 +437,20 @@ def test_two_delays_in_one_run_and_no_trace_afterwards(toy, trace):
     ]  # fmt: skip
     assert [dict(extras) for _, extras in both] == before and all(TAG in extras for _, extras in both)
     plain = toy.sample(positive=text)
-    toy.sample(positive=both)
+    toy.sample(model, positive=both)
     assert torch.equal(toy.sample(positive=text), plain)
 
 
 def test_references_of_freecustom_work_beside_it(toy):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.delay import delayed, prepared
 
     text, late = two_conditionings(toy)
-    model = toy.apply(toy.subject())
+    model, alone = toy.apply(toy.subject(), model=prepared(toy.model)), prepared(toy.model)
     plain = toy.sample(model, positive=text)
     assert torch.equal(toy.sample(model, positive=delayed(text, late, plan(0.0))), plain)
     both = toy.sample(model, positive=delayed(text, late, plan(0.5)))
     assert not torch.equal(both, plain)
-    assert not torch.equal(both, toy.sample(positive=delayed(text, late, plan(0.5))))
+    assert not torch.equal(both, toy.sample(alone, positive=delayed(text, late, plan(0.5))))
 
 
 def test_delaying_twice_is_refused(toy):
@@ -428,10 +478,11 @@ def published(host, tmp_path_factory):
 def test_published_layout_loads_bit_by_bit(published, caplog):
     import comfy.utils
     from conceptloom.host import fastcomposer
+    from conceptloom.host import fastcomposer_files as files
 
     path, state = published
     with torch.inference_mode():
-        parts = fastcomposer.load(str(path))
+        parts = files.load(str(path))
     assert "missing" not in caplog.text.lower().replace("clip missing: ['text_projection.weight']", "")
     names = comfy.utils.unet_to_diffusers(parts.model.model.model_config.unet_config)
     own = parts.model.model.diffusion_model.state_dict()
@@ -463,33 +514,33 @@ def test_published_layout_loads_bit_by_bit(published, caplog):
 
 
 def test_small_file_replaces_the_trained_layers_of_a_stock_tower(published, tmp_path):
-    from conceptloom.host import fastcomposer
+    from conceptloom.host import fastcomposer_files as files
     from safetensors.torch import load_file
 
     path, state = published
-    report = fastcomposer.convert(str(path), tmp_path / "small", fastcomposer.WITHOUT)
-    written = load_file(tmp_path / "small.safetensors")
-    assert report.startswith(f"small.safetensors: {len(written)} tensors")
+    report = files.convert(str(path), tmp_path, "small", files.WITHOUT)
+    written = load_file(tmp_path / "fastcomposer" / "small.safetensors")
+    assert report.startswith(f"fastcomposer/small.safetensors: {len(written)} tensors")
     assert {key.split(".")[0] for key in written} == {"postfuse_module", "image_encoder"}
     assert all(torch.equal(value, state[key]) for key, value in written.items())
     with pytest.raises(ValueError, match="clip_vision: the vision tower is wanted"):
-        fastcomposer.load(str(tmp_path / "small.safetensors"))
+        files.load(str(tmp_path / "fastcomposer" / "small.safetensors"))
     with pytest.raises(ValueError, match="small.safetensors exists already"):
-        fastcomposer.convert(str(path), tmp_path / "small", fastcomposer.WITHOUT)
+        files.convert(str(path), tmp_path, "small", files.WITHOUT)
     with pytest.raises(ValueError, match="model: Stable Diffusion 1.5 is wanted"):
-        fastcomposer.convert(str(path), tmp_path / "other", fastcomposer.AS_LORA)
-    whole = fastcomposer.load(str(path)).clip_vision
-    stock = fastcomposer._vision({k: v + 0.5 if ".layers.2" in k else v for k, v in whole.get_sd().items()}, None)
-    parts = fastcomposer.load(str(tmp_path / "small.safetensors"), clip_vision=stock)
+        files.convert(str(path), tmp_path, "other", files.AS_LORA)
+    whole = files.load(str(path)).clip_vision
+    stock = files._vision({k: v + 0.5 if ".layers.2" in k else v for k, v in whole.get_sd().items()}, None)
+    parts = files.load(str(tmp_path / "fastcomposer" / "small.safetensors"), clip_vision=stock)
     assert parts.model is None and parts.vae is None
-    torch.testing.assert_close(parts.fuser.tower, fastcomposer.fingerprint(whole))
-    assert not torch.equal(fastcomposer.fingerprint(stock), parts.fuser.tower)
+    torch.testing.assert_close(parts.fuser.tower, files.fingerprint(whole))
+    assert not torch.equal(files.fingerprint(stock), parts.fuser.tower)
 
 
 def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     """At full rank the difference is exact up to half precision, biases and norms included."""
     from conceptloom.encoders.fuser import Fuser
-    from conceptloom.host import fastcomposer
+    from conceptloom.host import fastcomposer_files as files
     from conceptloom.host.shapeland import load_model
     from conceptloom.shapeland import models
     from safetensors.torch import save_file
@@ -500,8 +551,8 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     fuser = {f"postfuse_module.{key}": value for key, value in Fuser(128, 128).state_dict().items()}
     save_file({**{f"unet.{key}": value for key, value in changed.items()}, **fuser}, tmp_path / "all.safetensors")
     base = load_model(before)
-    fastcomposer.convert(str(tmp_path / "all.safetensors"), tmp_path / "lora", fastcomposer.AS_LORA, 768, base)
-    patched = fastcomposer.load(str(tmp_path / "lora.safetensors"), model=base).model
+    files.convert(str(tmp_path / "all.safetensors"), tmp_path, "lora", files.AS_LORA, 768, base)
+    patched = files.load(str(tmp_path / "fastcomposer" / "lora.safetensors"), model=base).model
     expected, got = load_model(changed).model.state_dict(), patched.clone()
     x, t, context = torch.randn(1, 8, 16, 16), torch.tensor([500.0]), torch.randn(1, 77, 128)
 
@@ -530,9 +581,49 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     ],
 )
 def test_files_of_another_kind_get_their_sentence(state, sentence, tmp_path):
-    from conceptloom.host import fastcomposer
+    from conceptloom.host import fastcomposer_files as files
     from safetensors.torch import save_file
 
     save_file(state, tmp_path / "file.safetensors")
     with pytest.raises(ValueError, match=sentence):
-        fastcomposer.load(str(tmp_path / "file.safetensors"))
+        files.load(str(tmp_path / "file.safetensors"))
+
+
+def test_unet_file_is_one_for_the_host_and_for_us(host, tmp_path):
+    """The whole UNet goes where Load Diffusion Model looks, and a UNet saved by itself is a part like others."""
+    from conceptloom.encoders.fastcomposer import FUSER, UNET, split
+    from conceptloom.encoders.fuser import Fuser
+    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.shapeland import models
+    from safetensors.torch import load_file, save_file
+
+    unet = models.build_unet().state_dict()
+    fuser = {FUSER + key: value for key, value in Fuser(128, 128).state_dict().items()}
+    save_file({**{UNET + key: value for key, value in unet.items()}, **fuser}, tmp_path / "all.safetensors")
+    report = files.convert(str(tmp_path / "all.safetensors"), tmp_path, "two", files.AS_FILE)
+    assert [line.partition(":")[0] for line in report.splitlines()] == [
+        "fastcomposer/two.safetensors",
+        "diffusion_models/two.safetensors",
+    ]
+    written = load_file(tmp_path / "diffusion_models" / "two.safetensors")
+    assert written.keys() == unet.keys() == split(written)[UNET].keys()
+    for name in ("", "a/b", "../a"):
+        with pytest.raises(ValueError, match="filename: a name without folders"):
+            files.convert(str(tmp_path / "all.safetensors"), tmp_path, name, files.WITHOUT)
+
+
+def test_the_host_can_make_a_second_copy_without_dynamic_memory(published, clip):
+    """What it asks for when it compiles a model, hooks a LoRA to a conditioning or uses several cards."""
+    import comfy.model_patcher
+    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.shapeland import load_model
+    from conceptloom.shapeland import models
+
+    path, state = published
+    with torch.inference_mode():
+        for patcher in (files.load(str(path)).clip.patcher, load_model(models.build_unet().state_dict()), clip.patcher):
+            make, arguments = patcher.cached_patcher_init
+            copy = make(*arguments, disable_dynamic=True)
+            assert type(copy) is comfy.model_patcher.ModelPatcher and copy.model is not patcher.model
+            own, other = patcher.model.state_dict(), copy.model.state_dict()
+            assert own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in list(own)[:20])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+
+from ...encoders.files import whole_file
 
 IMAGE = ".jpg"
 CAPTION = ".caption.txt"
@@ -200,8 +200,8 @@ class Folder:
 
     def write_text(self, image_id: str, suffix: str, text: str) -> None:
         """Write a text file of an image."""
-        with whole_file(self.path(image_id, suffix)) as file:
-            file.write(text.encode())
+        with whole_file(self.path(image_id, suffix)) as part:
+            part.write_text(text, encoding="utf-8", newline="\n")
 
     def write_json(self, image_id: str, suffix: str, content: object) -> None:
         """Write a JSON file of an image."""
@@ -209,7 +209,7 @@ class Folder:
 
     def write_map(self, image_id: str, ids: np.ndarray) -> None:
         """Write the instance map (H, W) of an image, in the smallest type that holds its ids (none negative)."""
-        with whole_file(self.path(image_id, MAP)) as file:
+        with whole_file(self.path(image_id, MAP)) as part, part.open("wb") as file:
             np.save(file, ids.astype(np.min_scalar_type(int(ids.max()))), allow_pickle=False)
 
     def write_matched(self, image_id: str, caption: str, subjects: Iterable[Subject]) -> None:
@@ -220,8 +220,8 @@ class Folder:
 
     def write_ids(self, name: str, ids: Iterable[str]) -> None:
         """Write a list of ids ("all", "train" or "test"), one per line."""
-        with whole_file(self.root / ID_LISTS[name]) as file:
-            file.write("".join(f"{i}\n" for i in ids).encode())
+        with whole_file(self.root / ID_LISTS[name]) as part:
+            part.write_text("".join(f"{i}\n" for i in ids), encoding="utf-8", newline="\n")
 
     def read_ids(self, name: str) -> list[str]:
         """A list of ids ("all", "train" or "test").
@@ -237,19 +237,6 @@ class Folder:
         if not ids:
             raise ValueError(f"The list {path} is empty, but must name at least one picture.")
         return ids
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when all is written: an interruption leaves none or a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from .folder import IMAGE, Folder, whole_file, work_through
+from ...encoders.files import whole_file
+from .folder import IMAGE, Folder, work_through
 
 SOURCES = "image_sources.txt"
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -50,9 +51,8 @@ def collect_images(root: Path, source: Path) -> None:
 
 
 def _put(source: Path, target: Path) -> None:
-    with Image.open(source) as picture, whole_file(target) as file:
+    with Image.open(source) as picture, whole_file(target) as part:
         if picture.format == "JPEG" and picture.mode == "RGB" and picture.getexif().get(_ORIENTATION, 1) == 1:
-            with source.open("rb") as original:
-                shutil.copyfileobj(original, file)
+            shutil.copyfile(source, part)
         else:
-            ImageOps.exif_transpose(picture).convert("RGB").save(file, "JPEG", quality=95, subsampling=0)
+            ImageOps.exif_transpose(picture).convert("RGB").save(part, "JPEG", quality=95, subsampling=0)

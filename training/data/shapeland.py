@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...encoders.files import whole_file
 from ...shapeland import models, world
 from ..shapeland.common import pixels as to_pixels
 from ..shapeland.common import tokens
@@ -28,7 +29,6 @@ from .folder import (
     Subject,
     box_of,
     in_batches,
-    whole_file,
     work_through,
 )
 from .match import ClipSimilarity, tables, write_lists
@@ -88,9 +88,9 @@ def _write_scene(folder: Folder, image_id: str, scene: world.Scene) -> None:
         for i, (thing, phrase) in enumerate(zip(scene.things, of_things, strict=True))
         if (ids == i + 1).any()
     ]
-    with whole_file(folder.path(image_id, IMAGE)) as file:
+    with whole_file(folder.path(image_id, IMAGE)) as part:
         image = Image.fromarray(np.round(picture.image * 255).astype(np.uint8))
-        image.save(file, "JPEG", quality=100, subsampling=0)
+        image.save(part, "JPEG", quality=100, subsampling=0)
     folder.write_text(image_id, CAPTION, caption + "\n")
     records = [{"text": p.text, "end": p.end} for p in phrases]
     folder.write_json(image_id, PHRASES, {"caption": caption, "phrases": records})

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     kind = {"base": options.base, "train": options.train, "vision layers": options.vision_layers, "pictures": len(data)}
     if options.train == "lora":
         kind["rank"] = options.rank
-    sheet = open_sheet(options.data, composer) if options.sheet_every else None
+    sheet = open_sheet(options.data, composer, options.object_types) if options.sheet_every else None
     run = Run(options.out, accelerator, composer, data, settings, kind, sheet)
     if not run.train():
         accelerator.print(f"stopped after step {run.step} of {options.steps}; the same command continues")

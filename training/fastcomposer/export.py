@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-# The names of the published checkpoint.
-_PUBLISHED = {"fuser": "postfuse_module", "vision": "image_encoder", "unet": "unet"}
+from ...encoders.fastcomposer import FUSER, UNET, VISION
+from ...encoders.files import whole_file
+
+_PUBLISHED = {"fuser": FUSER, "vision": VISION, "unet": UNET}
 _FACTORS = {".lora_A.default.weight": "lora_down", ".lora_B.default.weight": "lora_up"}
 
 
@@ -22,7 +23,7 @@ def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) 
         part, _, rest = name.partition(".")
         ending = next((e for e in _FACTORS if rest.endswith(e)), None)
         if ending is None:
-            key = f"{_PUBLISHED[part]}.{rest}"
+            key = _PUBLISHED[part] + rest
         else:
             layer = "lora_unet_" + rest.removesuffix(ending).replace(".", "_")
             key = f"{layer}.{_FACTORS[ending]}.weight"
@@ -30,7 +31,5 @@ def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) 
                 # Alpha over rank is the factors' scale, 1 as they were trained.
                 state[f"{layer}.alpha"] = torch.tensor(float(len(tensor)), dtype=dtype)
         state[key] = tensor.detach().to("cpu", dtype).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    save_file(state, part, metadata={"format": "pt"})
-    os.replace(part, path)
+    with whole_file(path) as part:
+        save_file(state, part, metadata={"format": "pt"})

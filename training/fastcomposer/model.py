@@ -90,7 +90,8 @@ class Composer(nn.Module):
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, draws.noise, draws.t)
         states = self.states(batch["tokens"], batch["objects"], batch["rows"], present)
-        masks, masked = batch["masks"], draws.coin < self.mask_probability
+        # A subject that stays text is none for the losses either.
+        masks, masked = batch["masks"] * present[..., None, None], draws.coin < self.mask_probability
         if self.attention is None:
             noise = masked_noise_loss(self.predict(noisy, draws.t, states), target, masks, masked)
             return {"loss": noise, "noise": noise}

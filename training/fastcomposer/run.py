@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ...encoders.files import whole_file
 from ..data.dataset import EpochBatches, SubjectPictures
 from .batches import Shares, collate, draw
 from .model import Composer
@@ -152,19 +152,16 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
-        part = self._checkpoint.with_suffix(".part")
-        torch.save(
-            {
-                "kind": self.kind,
-                "step": self.step,
-                "trainables": {name: p.detach() for name, p in self.trainables.items()},
-                "averaged": self.averaged,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            },
-            part,
-        )
-        os.replace(part, self._checkpoint)
+        state = {
+            "kind": self.kind,
+            "step": self.step,
+            "trainables": {name: p.detach() for name, p in self.trainables.items()},
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        with whole_file(self._checkpoint) as part:
+            torch.save(state, part)
 
     @property
     def _checkpoint(self) -> Path:

@@ -20,7 +20,7 @@ ALPHA = 0.7
 _SCALED_TO = 128
 
 
-def open_sheet(root: Path, composer: Composer):
+def open_sheet(root: Path, composer: Composer, object_types: list[str] | None = None):
     """A function of a path that writes a sheet there: see `draw_sheet`.
 
     Its pictures are held out, if the data hold any out, and among these the ones with two subjects.
@@ -29,7 +29,14 @@ def open_sheet(root: Path, composer: Composer):
     names = "test" if held_out.exists() and held_out.read_text(encoding="utf-8").split() else "train"
     base = composer.base
     data = SubjectPictures(
-        root, names, base.resolution, base.vision.config.image_size, uncondition=0, object_appear=1, augment=False
+        root,
+        names,
+        base.resolution,
+        base.vision.config.image_size,
+        object_types=object_types,
+        uncondition=0,
+        object_appear=1,
+        augment=False,
     )
     counts = [min(2, len(data.folder.matched(image_id)[1])) for image_id in data.ids]
     chosen = sorted(range(len(data)), key=lambda row: -counts[row])[:PICTURES]
