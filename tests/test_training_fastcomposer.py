@@ -386,7 +386,7 @@ def test_an_interrupted_run_continues_bit_by_bit(narrow, data_folder, tmp_path, 
             pressed.append(path)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(sheet, "open_sheet", lambda root, composer: press)
+    monkeypatch.setattr(sheet, "open_sheet", lambda *_: press)
     before = signal.getsignal(signal.SIGINT)
     parts = options_of(data_folder, tmp_path / "parts", *more)
     parts[parts.index("--sheet-every") + 1] = "3"
