@@ -483,6 +483,7 @@ def test_the_host_predicts_what_was_trained(host, data_folder, tmp_path, monkeyp
     import comfy.model_management
     from conceptloom.attention.subject import Subject
     from conceptloom.host import fastcomposer as in_host
+    from conceptloom.host import fastcomposer_files as in_files
     from conceptloom.host.shapeland import load_clip, load_clip_vision, load_model
 
     torch.manual_seed(0)
@@ -509,7 +510,7 @@ def test_the_host_predicts_what_was_trained(host, data_folder, tmp_path, monkeyp
         file = tmp_path / "rest.safetensors"
         save_file({key: value for key, value in state.items() if not key.startswith("unet.")}, file)
     with torch.inference_mode():
-        parts = in_host.load(str(file), base, load_clip(), load_clip_vision())
+        parts = in_files.load(str(file), base, load_clip(), load_clip_vision())
         count = int(item["present"].sum())
         subjects = [Subject(o.movedim(0, -1), f"subject {i}") for i, o in enumerate(item["objects"][:count])]
         subjects = in_host.encode_subjects(parts.clip_vision, subjects)
