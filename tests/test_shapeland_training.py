@@ -68,7 +68,7 @@ def test_localization_loss_counts_attention_outside_minus_inside():
 
 def test_things_of_one_noun_share_their_words_place(data):
     rows = np.arange(48)
-    describes, masks, present = unet.word_supervision(data, rows, "cpu")
+    describes, masks, present = unet.word_supervision(data, rows, unet.thing_cells(data, rows, "cpu"))
     pairs = 0
     for row in range(48):
         picture = world.render(world.random_scene(np.random.default_rng((3, 0, row))))
@@ -83,6 +83,33 @@ def test_things_of_one_noun_share_their_words_place(data):
             assert describes[row, i, 1 + picture.scene.noun_words[i]] == 1
         assert present[row].sum() == len(picture.scene.things)
     assert pairs > 4
+
+
+def test_readings_are_cross_entropies_of_what_covers_each_cell():
+    readers = unet.Readers((5,))
+    torch.nn.init.normal_(readers.maps[0].weight)
+    feature = torch.randn(1, 5, 16, 16)
+    cells = torch.zeros(1, 3, 16, 16)
+    cells[0, 0, 2, 3], cells[0, 1, 2, 3], cells[0, 1, 7, 7] = 0.25, 0.5, 1.0
+    classes = torch.tensor([[[1, 2, 3, 0], [7, 4, 5, 3], [-1, 0, 0, 0]]])
+    loss = readers.loss([feature], cells, classes)
+
+    read = [r[0].log_softmax(0) for r in readers.maps[0](feature).split(unet.Readers.CLASSES, 1)]
+    covered = {(2, 3): [(0, 0.25), (1, 0.5)], (7, 7): [(1, 1.0)]}
+    expected = 0.0
+    for kind in range(4):
+        entropy = weight = 0.0
+        for y in range(16):
+            for x in range(16):
+                for thing, share in covered.get((y, x), []):
+                    entropy -= share * float(read[kind][classes[0, thing, kind], y, x])
+                    weight += share
+                if kind == 0:
+                    bare = 1 - sum(share for _, share in covered.get((y, x), []))
+                    entropy -= bare * float(read[0][8, y, x])
+                    weight += bare
+        expected += entropy / weight
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 def test_open_attention_is_the_models_own():
