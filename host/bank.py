@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..attention.mrsa import KeyLayout
-from .patching import Site
+from .sites import Site
 
 RAM, VRAM = "RAM", "VRAM"
 

@@ -22,22 +22,10 @@ from ..attention import mrsa
 from ..attention.masks import ASPECT_TOLERANCE, binarize
 from ..attention.subject import Subject
 from .bank import RAM, Bank
-from .patching import (
-    LAST_TWO_STAGES,
-    NEGATIVE,
-    POSITIVE,
-    AttentionCall,
-    Evaluation,
-    Handler,
-    Sampling,
-    Site,
-    attach,
-    attached,
-    choose_sites,
-    family_of,
-)
+from .patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
 from .references import PER_STEP, ReferencePasses
 from .shares import ShareRecord, ShareRun
+from .sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of
 
 log = logging.getLogger("conceptloom")
 
@@ -66,7 +54,7 @@ class Settings:
     Attributes:
         formula: one of `mrsa.FORMULAS`.
         style_fidelity: 1 keeps the unconditional branch plain, 0 gives it the references too.
-        blocks: preset or layer numbers, see `patching.choose_sites`.
+        blocks: preset or layer numbers, see `sites.choose_sites`.
         start_percent, end_percent: the part of the schedule in which references are seen, 0..1.
         reference_seed: of the references' noise; SAMPLER_SEED follows the sampler.
         reference_noise: PER_STEP draws new noise each step as published, FIXED keeps one.

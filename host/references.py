@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,32 +10,19 @@ from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.sampler_helpers
-import comfy.samplers
 import torch
 
 from ..attention import mrsa
 from ..attention.masks import binarize, token_mask
+from . import passes
 from .bank import BankGroup
-from .patching import (
-    NEGATIVE,
-    POSITIVE,
-    AttentionCall,
-    Evaluation,
-    Handler,
-    Site,
-    StopForward,
-    family_of,
-    partial_forward,
-)
+from .patching import NEGATIVE, POSITIVE, Evaluation
+from .sites import AttentionCall, Handler, Site, family_of
 
 if TYPE_CHECKING:
     from .freecustom import ReferenceRun
 
 PER_STEP, FIXED = "per_step", "fixed"
-
-_FEATURE_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
-_KERNEL_OVERRIDE = "optimized_attention_override"
-_OPTIONS_FOR_REFERENCES = ("sample_sigmas", _KERNEL_OVERRIDE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,23 +90,10 @@ class ReferencePasses:
 
     def _encode(self, conditioning: list | None, latent: torch.Tensor) -> dict[str, torch.Tensor]:
         """The host's tensors for one conditioning; None takes the guider's negative."""
-        cond = (
-            {**self.run.negative, "model_conds": {}}
-            if conditioning is None
-            else comfy.sampler_helpers.convert_cond(conditioning)[0]
-        )
-        encoded = comfy.samplers.encode_model_conds(
-            self.model.extra_conds,
-            [cond],
-            latent,
-            self.device,
-            POSITIVE if conditioning is not None else NEGATIVE,
-            latent_image=latent,
-            denoise_mask=torch.zeros_like(latent[:, :1]),
-            seed=self.run.noise_seed,
-        )[0]["model_conds"]
-        tensors = {name: c.process_cond(batch_size=1, area=None).cond for name, c in encoded.items()}
-        return {name: c.to(self.device) for name, c in tensors.items() if torch.is_tensor(c)}
+        if conditioning is None:
+            return passes.encode(self.model, self.run.negative, latent, NEGATIVE, self.run.noise_seed)
+        entry = comfy.sampler_helpers.convert_cond(conditioning)[0]
+        return passes.encode(self.model, entry, latent, POSITIVE, self.run.noise_seed)
 
     def _open_bank(self, evaluation: Evaluation) -> BankGroup | None:
         """The bank's group of this run, or None where nothing may be kept."""
@@ -131,8 +104,8 @@ class ReferencePasses:
         changing = [
             *patcher.object_patches.items(),
             *((name, x) for name, xs in patcher.injections.items() for x in xs),
-            *((name, x) for name, xs in self._feature_patches(evaluation).items() for x in xs),
-            (_KERNEL_OVERRIDE, evaluation.options.get(_KERNEL_OVERRIDE)),
+            *((name, x) for name, xs in passes.feature_patches(evaluation).items() for x in xs),
+            (passes.KERNEL_OVERRIDE, evaluation.options.get(passes.KERNEL_OVERRIDE)),
         ]
         key = (
             patcher.patches_uuid,
@@ -148,11 +121,6 @@ class ReferencePasses:
         group = bank.open(key, tuple(x for _, x in changing))
         self.layouts = dict(group.layouts)
         return group
-
-    def _feature_patches(self, evaluation: Evaluation) -> dict[str, list]:
-        """Patches of other nodes that change features alike for every row, and so belong into the reference pass."""
-        patches = evaluation.options.get("patches", {})
-        return {name: patches[name] for name in _FEATURE_PATCHES if name in patches}
 
     def references(self, role: str, evaluation: Evaluation) -> dict[Site, torch.Tensor]:
         """Per site the references' keys and values, (2, M, C): from this evaluation's pass, the bank, or a new pass."""
@@ -184,7 +152,7 @@ class ReferencePasses:
                 collected[site].append(torch.stack(self._plan(number, call.grid).collect(call.k, call.v)))
                 grids[site].append((number, call.grid))
                 if site == last:
-                    raise StopForward
+                    raise passes.StopForward
                 return call.unpatched()
 
             self._forward(batch, role, evaluation, {site: partial(record, site) for site in collected})
@@ -206,15 +174,7 @@ class ReferencePasses:
         names = [self.run.system.references[i].subjects[0] for i in batch.members]
         noise = torch.cat([reference_noise(self.run.noise_seed, step, name, shape) for name in names])
         x = model.model_sampling.noise_scaling(sigma, noise.to(self.device), batch.latents.to(noise.dtype))
-        options = {name: evaluation.options[name] for name in _OPTIONS_FOR_REFERENCES if name in evaluation.options}
-        options.update(
-            cond_or_uncond=[0],
-            uuids=[uuid.uuid4()],
-            sigmas=sigma,
-            patches=self._feature_patches(evaluation),
-        )
-        options = family_of(model.diffusion_model).install(options, handlers)
-        partial_forward(model, x, sigma, batch.conds[role], options)
+        passes.forward(evaluation, x, batch.conds[role], handlers)
 
     def _plan(self, batch: int, grid: tuple[int, int]) -> mrsa.KeyPlan:
         """Which tokens to take from a batch at a grid; the same for all steps."""

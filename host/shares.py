@@ -16,7 +16,7 @@ import comfy.model_management
 import torch
 
 from ..attention.heatmap import resize
-from .patching import Site, parse_numbers
+from .sites import Site, parse_numbers
 
 ALL = "all"
 PICTURES_KEPT = 16

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..attention.heatmap import share_pictures
 from ..attention.mrsa import FORMULAS
-from ..host import bank, freecustom, patching, references
+from ..host import bank, freecustom, references, sites
 from ..host.shares import ALL
 from .types import ShareRecordSocket, gather_subjects, speaking_for, subject_inputs
 
@@ -34,8 +34,8 @@ class MultiReferenceSelfAttention(io.ComfyNode):
                 subject_inputs("The subjects. Two or three work best; each wants its noun in your prompt."),
                 io.Combo.Input(
                     "blocks",
-                    options=[*patching.PRESETS, CUSTOM_BLOCKS],
-                    default=patching.LAST_TWO_STAGES,
+                    options=[*sites.PRESETS, CUSTOM_BLOCKS],
+                    default=sites.LAST_TWO_STAGES,
                     tooltip="Where references are seen. Last two decoder stages: as published (stages 5 and 6 of "
                     "SD 1.5, layers 10-15; of SDXL layers 34-69). Stage before last: 5 alone, structure, cheaper. Last "
                     "stage: 6 alone, texture; the finest of SDXL. All blocks: much copying, little freedom.",

@@ -9,7 +9,7 @@ import torch
 
 from ...attention.subject import Subject
 from ...host import freecustom
-from ...host.patching import ALL_BLOCKS
+from ...host.sites import ALL_BLOCKS
 from ...host.studio import Studio
 from ..comparison import compare, explain
 from ..scenes import Case

@@ -67,8 +67,8 @@ def test_over_budget_is_marked(host):
 @pytest.mark.parametrize("arch", ["tiny", "sd15", "sdxl"])
 def test_architectures_are_the_true_ones(host, arch):
     """Layers and widths as the papers count them, without building the large ones' weights."""
-    from conceptloom.host.patching import LAST_TWO_STAGES, UNetFamily, choose_sites
     from conceptloom.host.rigs import PLANS
+    from conceptloom.host.sites import LAST_TWO_STAGES, UNetFamily, choose_sites
 
     config = PLANS[arch, "cuda"].config()
     config.set_inference_dtype(torch.float16, None)

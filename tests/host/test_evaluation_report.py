@@ -120,7 +120,8 @@ def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
     from conceptloom.evaluation.reports.freecustom import VARIANTS, patched
     from conceptloom.evaluation.scenes import make_case
     from conceptloom.host.freecustom import KEY, Settings
-    from conceptloom.host.patching import ALL_BLOCKS, attached
+    from conceptloom.host.patching import attached
+    from conceptloom.host.sites import ALL_BLOCKS
     from conceptloom.host.studio import Studio
 
     studio, case = Studio.open(), make_case(2, 0)

@@ -360,7 +360,7 @@ class TestOtherModels:
         class VanillaTemporalModule(torch.nn.Identity):
             pass
 
-        from conceptloom.host.patching import UNetFamily
+        from conceptloom.host.sites import UNetFamily
 
         unet = toy.base.diffusion_model
         unet.output_blocks[3].append(VanillaTemporalModule())

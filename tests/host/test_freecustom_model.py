@@ -425,8 +425,8 @@ class TestBlocks:
 
     def sites(self, name):
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-        from conceptloom.host.patching import UNetFamily
         from conceptloom.host.rigs import SD15_UNET
+        from conceptloom.host.sites import UNetFamily
 
         changes, _, _ = self.CONFIGS[name]
         config = {**SD15_UNET, "num_heads": -1, "num_head_channels": 64, **changes}
@@ -436,39 +436,39 @@ class TestBlocks:
 
     @pytest.mark.parametrize("name", ["sd15", "sd21"])
     def test_sixteen_layers(self, host, name):
-        from conceptloom.host import patching
+        from conceptloom.host import sites as places
 
         sites = self.sites(name)
-        own = [site for site in sites if site.kind == patching.SELF]
+        own = [site for site in sites if site.kind == places.SELF]
         inputs = [("input", i, 0) for i in (1, 2, 4, 5, 7, 8)]
         assert [s.key for s in own] == [*inputs, ("middle", 0, 0), *(("output", i, 0) for i in range(3, 12))]
-        assert [s.key for s in sites if s.kind == patching.CROSS] == [s.key for s in own]
+        assert [s.key for s in sites if s.kind == places.CROSS] == [s.key for s in own]
         expected = {
-            patching.LAST_TWO_STAGES: range(10, 16),
-            patching.STAGE_BEFORE_LAST: range(10, 13),
-            patching.LAST_STAGE: range(13, 16),
-            patching.ALL_BLOCKS: range(16),
+            places.LAST_TWO_STAGES: range(10, 16),
+            places.STAGE_BEFORE_LAST: range(10, 13),
+            places.LAST_STAGE: range(13, 16),
+            places.ALL_BLOCKS: range(16),
             "10-12, 15": [10, 11, 12, 15],
         }
         for blocks, layers in expected.items():
-            assert [s.index for s in patching.choose_sites(sites, blocks)] == list(layers)
+            assert [s.index for s in places.choose_sites(sites, blocks)] == list(layers)
 
     def test_seventy_layers_of_sdxl(self, host):
-        from conceptloom.host import patching
+        from conceptloom.host import sites as places
 
         sites = self.sites("sdxl")
-        own = [site for site in sites if site.kind == patching.SELF]
+        own = [site for site in sites if site.kind == places.SELF]
         assert len(own) == 70
         assert own[4].key == ("input", 7, 0) and own[33].key == ("middle", 0, 9) and own[63].key == ("output", 2, 9)
-        assert [s.index for s in patching.choose_sites(sites, patching.LAST_TWO_STAGES)] == list(range(34, 70))
-        assert [s.index for s in patching.choose_sites(sites, patching.LAST_STAGE)] == list(range(64, 70))
+        assert [s.index for s in places.choose_sites(sites, places.LAST_TWO_STAGES)] == list(range(34, 70))
+        assert [s.index for s in places.choose_sites(sites, places.LAST_STAGE)] == list(range(64, 70))
 
 
 @pytest.mark.parametrize("name", ["attention_basic", "attention_pytorch", "attention_split", "attention_sub_quad"])
 def test_every_kernel_adds_the_bias(host, name, monkeypatch):
     """Oracle 10."""
     from comfy.ldm.modules import attention
-    from conceptloom.host.patching import host_attention
+    from conceptloom.host.sites import host_attention
 
     q, k, v = torch.randn(2, 256, 160), torch.randn(2, 400, 160), torch.randn(2, 400, 160)
     bias = torch.randn(1, 1, 1, 400)
@@ -481,7 +481,7 @@ def test_every_kernel_adds_the_bias(host, name, monkeypatch):
 
 def test_kernels_that_drop_a_bias_are_not_given_one(host, monkeypatch):
     from comfy.ldm.modules import attention
-    from conceptloom.host.patching import host_attention
+    from conceptloom.host.sites import host_attention
 
     def flash(q, k, v, heads, mask=None, **_):
         assert mask is None

@@ -1,0 +1,81 @@
+"""Forward passes of a system's own: pictures that go through the model beside the one that is sampled.
+
+They give features (keys, values, residual branches) at the noise level of the evaluation that is to come, and see
+nothing of the picture. Patches of other nodes that change features alike for all rows apply to them too; those that
+count on the rows of the sampled picture do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Mapping
+
+import comfy.samplers
+import torch
+
+from .patching import Evaluation
+from .sites import Handler, Site, family_of
+
+_FEATURE_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
+KERNEL_OVERRIDE = "optimized_attention_override"
+_OPTIONS = ("sample_sigmas", KERNEL_OVERRIDE)
+
+
+class StopForward(Exception):  # noqa: N818 (no error: it ends a forward pass early)
+    """Raised by a handler when the rest of the model need not be computed."""
+
+
+def feature_patches(evaluation: Evaluation) -> dict[str, list]:
+    """Patches of other nodes that change features alike for every row, and so belong into a pass of our own."""
+    patches = evaluation.options.get("patches", {})
+    return {name: patches[name] for name in _FEATURE_PATCHES if name in patches}
+
+
+def encode(model, entry: Mapping, latent: torch.Tensor, side: str, seed: int, rows: int = 1) -> dict[str, torch.Tensor]:
+    """The host's tensors for a model call with one conditioning.
+
+    Args:
+        model: the host's BaseModel.
+        entry: one of the host's conditionings in its inner form (see `comfy.sampler_helpers.convert_cond`).
+        latent: (1, C, h, w), on the device that computes.
+        side: POSITIVE or NEGATIVE.
+        seed: of the noise that some models add to conditions.
+        rows: pictures of the call.
+    """
+    encoded = comfy.samplers.encode_model_conds(
+        model.extra_conds,
+        [{**entry, "model_conds": {}}],
+        latent,
+        latent.device,
+        side,
+        latent_image=latent,
+        denoise_mask=torch.zeros_like(latent[:, :1]),
+        seed=seed,
+    )[0]["model_conds"]
+    tensors = {name: c.process_cond(batch_size=rows, area=None).cond for name, c in encoded.items()}
+    return {name: c.to(latent.device) for name, c in tensors.items() if torch.is_tensor(c)}
+
+
+def forward(
+    evaluation: Evaluation, x: torch.Tensor, conds: Mapping[str, torch.Tensor], handlers: Mapping[Site, Handler]
+) -> None:
+    """Runs the model on `x` (n, C, h, w) at the noise level of `evaluation` until a handler raises StopForward.
+
+    It goes past all wrappers of other packs. `conds` are what `encode` gives, for n rows.
+    """
+    model = evaluation.model
+    sigma = evaluation.sigma[:1].repeat(len(x))
+    options = {name: evaluation.options[name] for name in _OPTIONS if name in evaluation.options}
+    options.update(
+        cond_or_uncond=[0],
+        uuids=[uuid.uuid4()],
+        sigmas=sigma,
+        patches=feature_patches(evaluation),
+    )
+    options = family_of(model.diffusion_model).install(options, handlers)
+    conds = dict(conds)
+    with contextlib.suppress(StopForward):
+        model._apply_model(
+            x, sigma, conds.pop("c_concat", None), conds.pop("c_crossattn", None), None, options, **conds
+        )
