@@ -32,6 +32,8 @@ UNCONDITIONAL = 0.1
 # Half of the noise levels are drawn from the steps at which words decide what is drawn and where; below, the picture
 # itself tells nearly all.
 WORDY_FROM, WORDY_SHARE = 600, 0.5
+# The noise level at which a thing is half hidden.
+HIDDEN_FROM = 6.0
 # Weight of the reading loss: what the features of the UNet know about the things that are being drawn.
 READ = 0.1
 # Weight of the localization loss at the start of the run and after `LOCALIZE_PICTURES` pictures.
@@ -109,6 +111,13 @@ def open_attention(unet) -> list[torch.Tensor]:
             fine = name.startswith(("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"))
             module.set_processor(_OpenAttention(kept if fine and name.endswith("attn2") else None))
     return kept
+
+
+def visibility(alpha: torch.Tensor) -> torch.Tensor:
+    """How well a thing can be made out at alpha-bar `alpha`, 0..1: where noise hides the layout there is no place to
+    point at yet. A thing covers some tens of cells of 8 channels, so it stands out far beyond its cells' own noise."""
+    level = (1 - alpha) / alpha
+    return 1 / (1 + level / HIDDEN_FROM**2)
 
 
 def localization_loss(
@@ -243,8 +252,7 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False) -> N
         error = (v - (a * noise - s * x)).square().mean()
         progress = min(1.0, step * batch / LOCALIZE_PICTURES)
         localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
-        # Where noise hides the layout there is no place to point at yet.
-        spoken_weight = alpha * (~silent).float().to(device)
+        spoken_weight = visibility(alpha) * (~silent).float().to(device)
         cells = thing_cells(data, rows, device)
         located = localization_loss(kept, *word_supervision(data, rows, cells), spoken_weight)
         classes = np.concatenate((data.take("noun", rows)[:, :, None], data.take("color", rows)), 2)
