@@ -15,6 +15,11 @@ PREVIEW_SIDE = 256
 SubjectSocket = io.Custom("CONCEPTLOOM_SUBJECT")
 FuserSocket = io.Custom("CONCEPTLOOM_FUSER")
 ShareRecordSocket = io.Custom("CONCEPTLOOM_SHARE_RECORD")
+ConceptSocket = io.Custom("CONCEPTLOOM_CONCEPT")
+ConceptPromptsSocket = io.Custom("CONCEPTLOOM_CONCEPT_PROMPTS")
+PartitionSocket = io.Custom("CONCEPTLOOM_PARTITION")
+SegmenterSocket = io.Custom("CONCEPTLOOM_SEGMENTER")
+TrajectorySocket = io.Custom("CONCEPTLOOM_TRAJECTORY")
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""The node of DDIM inversion, which Concept Weaver's template goes through."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import latent_preview
+from comfy_api.latest import io
+
+from ..host import inversion as host
+from ..samplers.inversion import MODES, PNP
+from .types import TrajectorySocket, speaking_for
+
+
+class DDIMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomDDIMInversion",
+            display_name="DDIM Inversion",
+            category="ConceptLoom/Concept Weaver",
+            description="Finds the noise out of which the Euler sampler makes a given picture, and keeps the way there "
+            "for systems that take the picture's structure from it. For models of noise or v prediction.",
+            search_aliases=["invert", "inversion", "unsampler", "Plug-and-Play", "PnP", "ReNoise", "Concept Weaver"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model to invert with; sample with the same one, or the picture changes."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The picture from VAE Encode, or a sampler's output as it is: that one need not be decoded "
+                    "and encoded, which would lose detail. A batch is inverted picture by picture.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="The prompt that describes the picture, or the one that made it. Inversion runs at cfg 1, "
+                    "so there is no negative prompt.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=999,
+                    tooltip="More steps follow the picture more closely. Each takes one evaluation of the model, "
+                    "one for every refinement, and one to sample the picture again.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.SCHEDULER_NAMES,
+                    default="ddim_uniform",
+                    tooltip="The noise levels. ddim_uniform, as published, divides the model's 1000 times evenly; "
+                    "where steps is no divisor of 1000 it can take a step more.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default=PNP,
+                    advanced=True,
+                    tooltip="At which noise level a step asks the model. pnp: at the one it goes to, as Plug-and-Play "
+                    "does, the more exact. euler: at the one it comes from, the same as the host's Flip Sigmas with "
+                    "the euler sampler.",
+                ),
+                io.Int.Input(
+                    "refinements",
+                    default=1,
+                    min=0,
+                    max=20,
+                    tooltip="Fixed-point refinements of each step. 1 makes the reconstruction several times more "
+                    "exact; more converge to it, and stop by themselves where a step does not converge.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="noise",
+                    tooltip="Sample it with DisableNoise, or a KSampler (Advanced) with add_noise disabled.",
+                ),
+                TrajectorySocket.Output("trajectory", tooltip="The latents of every noise level, with the prompt."),
+                io.Sigmas.Output(tooltip="The schedule to sample the noise along, for SamplerCustomAdvanced."),
+                io.Latent.Output(
+                    display_name="reconstruction",
+                    tooltip="What the euler sampler makes of the noise at cfg 1: it should be the picture.",
+                ),
+                io.Float.Output(
+                    display_name="error",
+                    tooltip="How far the reconstruction is from the picture, relative to the latent's norm; of a batch "
+                    "the largest. Above 0.15 the log warns.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latent, conditioning, steps, scheduler, mode, refinements) -> io.NodeOutput:
+        callback = latent_preview.prepare_callback(model, steps)
+        with speaking_for(cls):
+            return io.NodeOutput(
+                *host.invert(model, latent, conditioning, steps, scheduler, mode, refinements, callback)
+            )
+
+
+NODES: list[type[io.ComfyNode]] = [DDIMInversion]

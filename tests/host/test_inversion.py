@@ -1,0 +1,244 @@
+"""DDIM inversion through the host's own sampling (spec sections C4 and G4, oracle I1)."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+STEPS = 10
+SCHEDULER = "ddim_uniform"
+
+
+@pytest.fixture(scope="module")
+def models(host, toy_type):
+    """Toys of both predictions. A random network is no denoiser and eps of it does not contract, so it is turned down
+    until, like a trained one, it changes more slowly than the picture."""
+    from comfy.model_base import ModelType
+
+    with torch.inference_mode():
+        toys = {name: toy_type(model_type=ModelType[name]) for name in ("EPS", "V_PREDICTION")}
+        toys["EPS"].base.diffusion_model.out[-1].weight *= 0.05
+    return toys
+
+
+@pytest.fixture(params=["EPS", "V_PREDICTION"])
+def toy(request, models):
+    """One of the models, in inference mode as under the host."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield models[request.param]
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def v_toy(models):
+    with torch.inference_mode():
+        yield models["V_PREDICTION"]
+
+
+def picture(size=(16, 16), batch=1, seed=5):
+    """A latent of the VAE's scale."""
+    return {"samples": torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed)) / 0.18215}
+
+
+def invert(toy, latent, **options):
+    from conceptloom.host.inversion import invert
+
+    options = {"conditioning": toy.positive, "steps": STEPS, "scheduler": SCHEDULER, **options}
+    return invert(toy.model, latent, **options)
+
+
+def host_euler(toy, latent, sigmas):
+    """What the host's own euler makes of a latent with nothing added, at cfg 1."""
+    import comfy.sample
+    import comfy.samplers
+
+    samples, sampler = latent["samples"], comfy.samplers.sampler_object("euler")
+    return comfy.sample.sample_custom(
+        toy.model,
+        torch.zeros_like(samples),
+        1.0,
+        sampler,
+        sigmas,
+        toy.positive,
+        toy.negative,
+        samples,
+        disable_pbar=True,
+    )
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_euler_is_the_hosts_flipped_sigmas_with_its_euler_bit_by_bit(toy):
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import FlipSigmas
+
+    sigmas = comfy.samplers.calculate_sigmas(toy.model.get_model_object("model_sampling"), SCHEDULER, STEPS)
+    flipped = FlipSigmas.execute(sigmas)[0]
+    found = invert(toy, picture(), mode="euler", refinements=0)
+    assert torch.equal(found.noise["samples"], host_euler(toy, picture(), flipped))
+    assert torch.equal(found.sigmas, sigmas) and found.source.trajectory.sigmas == tuple(flipped.tolist())
+
+
+def test_reconstruction_is_the_hosts_euler_of_the_noise_bit_by_bit(toy):
+    found = invert(toy, picture())
+    assert torch.equal(found.reconstruction["samples"], host_euler(toy, found.noise, found.sigmas))
+
+
+def test_the_hosts_sampler_nodes_give_the_picture_back(toy):
+    from comfy_extras import nodes_custom_sampler as sampling
+
+    from nodes import KSamplerAdvanced
+
+    latent = {**picture(), "batch_index": [0], "downscale_ratio_spacial": 8}
+    found = invert(toy, latent, refinements=4)
+    guider = sampling.CFGGuider.execute(toy.model, toy.positive, toy.negative, 1.0)[0]
+    by_custom = sampling.SamplerCustomAdvanced.execute(
+        sampling.DisableNoise.execute()[0],
+        guider,
+        sampling.KSamplerSelect.execute("euler")[0],
+        found.sigmas,
+        found.noise,
+    )[0]
+    (by_advanced,) = KSamplerAdvanced().sample(
+        toy.model, "disable", 0, STEPS, 1.0, "euler", SCHEDULER, toy.positive, toy.negative, found.noise, 0, 1000,
+        "disable",
+    )  # fmt: skip
+    for again in (by_custom, by_advanced):
+        assert distance(again["samples"], latent["samples"]) < 0.01
+        assert distance(again["samples"], latent["samples"]) == pytest.approx(found.error, rel=1e-3)
+    assert found.noise.keys() == {"samples", "batch_index"}
+    assert distance(found.noise["samples"], latent["samples"]) > 0.1
+
+
+def test_refinements_bring_the_picture_closer(toy):
+    pnp, one, four = (invert(toy, picture(), refinements=k).error for k in (0, 1, 4))
+    assert four < one < pnp and four < 0.1 * pnp
+
+
+def test_what_later_systems_get(toy):
+    latent = picture()
+    found = invert(toy, latent)
+    trajectory = found.source.trajectory
+    assert trajectory.latents.shape == (STEPS + 1, 1, 4, 16, 16) and trajectory.latents.dtype == torch.float32
+    assert trajectory.latents.device.type == "cpu"
+    assert trajectory.sigmas == tuple(found.sigmas.flip(0).tolist())
+    assert torch.equal(trajectory.latents[0], toy.base.process_latent_in(latent["samples"]))
+    torch.testing.assert_close(trajectory.latents[-1], toy.base.process_latent_in(found.noise["samples"]))
+    assert found.source.conditioning is toy.positive and found.source.error == found.error
+
+
+def test_each_evaluation_has_one_row_and_progress_counts_both_ways(toy):
+    seen = []
+    toy.rows.clear()
+    invert(toy, picture(), refinements=2, callback=lambda step, x0, x, total: seen.append((step, x0.shape, total)))
+    assert toy.rows == [1] * len(toy.rows) and len(toy.rows) <= STEPS * 4
+    assert seen == [(i, (1, 4, 16, 16), 2 * STEPS) for i in range(2 * STEPS)]
+
+
+def test_pictures_of_a_batch_are_inverted_as_if_alone(v_toy):
+    size = (13, 9)
+    latents = picture(size, 2)
+    context = torch.cat([v_toy.positive[0][0], v_toy.negative[0][0]])
+    both = invert(v_toy, latents, conditioning=[[context, {}]])
+    errors = []
+    for i in (0, 1):
+        alone = invert(v_toy, {"samples": latents["samples"][i : i + 1]}, conditioning=[[context[i : i + 1], {}]])
+        assert distance(both.noise["samples"][i : i + 1], alone.noise["samples"]) < 1e-4
+        errors.append(alone.error)
+    assert both.error == pytest.approx(max(errors), rel=1e-2)
+    assert both.source.trajectory.latents.shape == (STEPS + 1, 2, 4, *size)
+
+
+def state_of(model):
+    return repr(model.model_options), dict(model.wrappers), dict(model.attachments), dict(model.object_patches)
+
+
+def test_the_model_is_untouched_and_interruption_leaves_nothing(toy):
+    from comfy.model_management import InterruptProcessingException
+
+    plain, before = toy.sample(), state_of(toy.model)
+    weights = [p.clone() for p in toy.base.parameters()]
+    first = invert(toy, picture())
+
+    def interrupt_after(last, step, x0, x, total):
+        if step == last:
+            raise InterruptProcessingException()
+
+    for last in (3, STEPS + 3):  # while it inverts, and while it samples again
+        with pytest.raises(InterruptProcessingException):
+            invert(toy, picture(), callback=partial(interrupt_after, last))
+    again = invert(toy, picture())
+    assert torch.equal(first.noise["samples"], again.noise["samples"]) and first.error == again.error
+    assert state_of(toy.model) == before and torch.equal(toy.sample(), plain)
+    assert all(torch.equal(p, w) for p, w in zip(toy.base.parameters(), weights, strict=True))
+
+
+def test_the_input_latent_is_not_written_to(toy):
+    latent = picture()
+    invert(toy, latent)
+    assert torch.equal(latent["samples"], picture()["samples"]) and latent.keys() == {"samples"}
+
+
+NAN, HALF_EMPTY = picture()["samples"], picture(batch=2)["samples"]
+NAN[0, 0, 0, 0] = math.nan
+HALF_EMPTY[1] = 0
+
+BAD_INPUTS = [
+    ({"latent": {"samples": torch.zeros(1, 4, 16, 16)}}, "latent: an encoded or sampled picture is wanted, not an"),
+    ({"latent": {"samples": HALF_EMPTY}}, "latent: an encoded or sampled picture is wanted, not an empty latent"),
+    ({"latent": {"samples": NAN}}, "latent: finite values are wanted"),
+    ({"latent": {"samples": torch.ones(1, 16, 8, 8)}}, "latent: 4 channels are wanted for this model, not 16"),
+    ({"latent": {"samples": torch.ones(1, 4, 3, 8, 8)}}, "latent: pictures are wanted, not a video"),
+    ({"latent": {**picture(), "noise_mask": torch.ones(1, 1, 16, 16)}}, "latent: one without a noise mask"),
+    ({"conditioning": []}, "conditioning: one prompt for the whole picture and all steps is wanted, not an empty one"),
+    ({"conditioning": [[None, {}]] * 2}, "all steps is wanted, not 2 that are combined or follow each other"),
+    ({"conditioning": [[torch.ones(3, 7, 64), {}]]}, "one prompt or as many as pictures (1) is wanted, not 3"),
+    ({"mode": "heun"}, "mode: one of pnp, euler is wanted, not 'heun'"),
+    ({"refinements": -1}, "refinements: 0 or more are wanted, not -1"),
+    ({"scheduler": "simple", "steps": 2000}, "sigmas: at least two noise levels, each lower than the one before"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), BAD_INPUTS)
+def test_bad_input_gets_its_sentence_before_anything_is_computed(v_toy, changes, sentence):
+    v_toy.rows.clear()
+    with pytest.raises(ValueError) as caught:
+        invert(v_toy, changes.pop("latent", picture()), **changes)
+    assert sentence in str(caught.value) and not v_toy.rows
+
+
+def test_models_of_another_kind_get_their_sentence(v_toy, monkeypatch):
+    import comfy.model_sampling
+    from conceptloom.host.inversion import invert as run
+
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    flow = v_toy.model.clone()
+    flow.add_object_patch("model_sampling", Flow())
+    with pytest.raises(ValueError, match="model: one of noise or v prediction is wanted"):
+        run(flow, picture(), v_toy.positive, STEPS, SCHEDULER)
+    monkeypatch.setitem(v_toy.base.model_config.unet_config, "in_channels", 9)
+    with pytest.raises(ValueError, match="model: one that sees 4 channels, the picture alone, is wanted, not one of 9"):
+        run(v_toy.model, picture(), v_toy.positive, STEPS, SCHEDULER)
+
+
+def test_the_node(v_toy, caplog):
+    from conceptloom.nodes.inversion import NODES
+
+    (node,) = NODES
+    widgets = {i.id: i.default for i in node.GET_SCHEMA().inputs if hasattr(i, "default")}
+    assert widgets["steps"] == 50 and widgets["scheduler"] == SCHEDULER and widgets["mode"] == "pnp"
+    inputs = {"model": v_toy.model, "latent": picture(), "conditioning": v_toy.positive, **widgets, "steps": STEPS}
+    noise, source, sigmas, reconstruction, error = node.execute(**inputs).args
+    assert noise["samples"].shape == reconstruction["samples"].shape == (1, 4, 16, 16)
+    assert len(sigmas) == STEPS + 1 and source.error == error < 0.15 and not caplog.records
+    error = node.execute(**{**inputs, "steps": 4, "mode": "euler", "refinements": 0}).args[-1]
+    assert error > 0.15 and "sampled again, the picture comes out" in caplog.text
+    with pytest.raises(ValueError, match="DDIM Inversion: latent: an encoded or sampled picture"):
+        node.execute(**{**inputs, "latent": {"samples": torch.zeros(1, 4, 16, 16)}})
