@@ -53,7 +53,7 @@ def place(
     elif torch.is_tensor(placement):
         boxes = [_box_of(mask, threshold, height, width) for mask in placement.view(-1, *placement.shape[-2:])]
     else:
-        boxes = [Box(*(float(box[side]) for side in Box._fields)) for box in _flat(placement)]
+        boxes = [Box(*(float(box[side]) for side in Box._fields)) for box in flat_boxes(placement)]
     cutouts = [(subject.image, subject.mask) for subject in subjects]
     picture, masks = paste(context, cutouts, boxes, threshold=threshold, **style)
     prompt = prompt.strip() or " and ".join(describe(subject.noun) for subject in subjects)
@@ -70,11 +70,11 @@ def _box_of(mask: torch.Tensor, threshold: float, height: int, width: int) -> Bo
     return Box(x * across, y * down, w * across, h * down)
 
 
-def _flat(boxes) -> list[dict]:
+def flat_boxes(boxes) -> list[dict]:
     """One box, boxes, or boxes per picture of a batch, as the host has them, as a list."""
     if isinstance(boxes, dict):
         return [boxes]
-    return [box for entry in boxes for box in _flat(entry)]
+    return [box for entry in boxes for box in flat_boxes(entry)]
 
 
 def row_of_boxes(count: int, height: int, width: int) -> list[Box]:

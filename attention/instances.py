@@ -1,0 +1,143 @@
+"""Which of the things that a detector found is meant: from candidates for each noun to one mask for each noun.
+
+Nouns are written as a list, "dog, cat". A plain noun means the candidate with the best score, "dog#2" the second dog
+from the left, "dog#all" all of them together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+BEST, ALL = "best", "all"
+ERROR, EMPTY, WHOLE = "error", "empty mask", "whole frame"
+ABSENT = (ERROR, EMPTY, WHOLE)
+SAME = 0.8
+"""Overlap (intersection over union) above which two masks show the same thing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Something in a picture that may be what a noun says: its mask (H, W), boolean, and the detector's score 0..1."""
+
+    mask: torch.Tensor
+    score: float
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A noun and which of its instances is meant: BEST, ALL, or a number counted from the left, from 1."""
+
+    noun: str
+    which: int | str = BEST
+
+    def __str__(self) -> str:
+        return self.noun if self.which == BEST else f"{self.noun}#{self.which}"
+
+
+def read_nouns(text: str) -> list[Wanted]:
+    """The entries of a list of nouns, parted by commas or lines.
+
+    Raises:
+        ValueError: there is none, or what follows a # is neither a number from 1 nor "all".
+    """
+    wanted = []
+    for entry in filter(None, (part.strip() for part in re.split(r"[,\n]", text))):
+        noun, mark, which = (part.strip() for part in entry.partition("#"))
+        if not noun or (mark and which != ALL and not re.fullmatch(r"[1-9]\d*", which)):
+            raise ValueError(f"nouns: a noun, or one with #1, #2 ... or #{ALL} is wanted, not {entry!r}")
+        wanted.append(Wanted(noun, BEST if not mark else which if which == ALL else int(which)))
+    if not wanted:
+        raise ValueError('nouns: a list such as "dog, cat" is wanted, not an empty text')
+    return wanted
+
+
+def choose(
+    found: Sequence[Sequence[Candidate]], wanted: Sequence[Wanted], absent: str, size: tuple[int, int]
+) -> tuple[torch.Tensor, list[float]]:
+    """One mask per entry.
+
+    Args:
+        found: the candidates for each entry; those that show one thing twice are dropped here.
+        wanted: the entries.
+        absent: one of ABSENT, what stands for a thing that was not found.
+        size: (H, W) of the masks.
+
+    Returns:
+        Masks (N, H, W), boolean, and scores: that of the least sure part for ALL, 0 for what was not found.
+
+    Raises:
+        ValueError: a thing was not found and `absent` is ERROR, or two entries took the same thing without both being
+            chosen by number.
+    """
+    if absent not in ABSENT:
+        raise ValueError(f"absent: one of {', '.join(ABSENT)} is wanted, not {absent!r}")
+    masks, scores = [], []
+    for candidates, want in zip(found, wanted, strict=True):
+        things = distinct(candidates)
+        chosen = _pick(things, want.which)
+        if not chosen and absent == ERROR:
+            seen = f"{len(things)} of them" if things else "nothing of the kind"
+            raise ValueError(f"image: something that looks like {str(want)!r} is wanted, but it shows {seen}")
+        stand_in = torch.full(size, absent == WHOLE)
+        masks.append(torch.stack([one.mask.cpu() for one in chosen]).any(0) if chosen else stand_in)
+        scores.append(min((one.score for one in chosen), default=0.0))
+    stack = torch.stack(masks)
+    _refuse_shared(stack, wanted, scores)
+    return stack, scores
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates from best to worst, without empty ones and those that show the same thing as a better one."""
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda one: -one.score):
+        if candidate.mask.any() and all(overlap(candidate.mask, other.mask) <= SAME for other in kept):
+            kept.append(candidate)
+    return kept
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Intersection over union of two boolean masks (H, W); 0 if both are empty."""
+    return int((a & b).sum()) / max(1, int((a | b).sum()))
+
+
+def write_scores(wanted: Sequence[Wanted], scores: Sequence[float]) -> str:
+    """One line per entry, such as "dog#2: 0.87"."""
+    return "\n".join(f"{want}: {score:.3f}" for want, score in zip(wanted, scores, strict=True))
+
+
+def read_scores(text: str) -> list[float]:
+    """The numbers of what `write_scores` wrote, or of numbers one per line.
+
+    Raises:
+        ValueError: a line does not end with a number.
+    """
+    try:
+        return [float(line.rpartition(":")[2]) for line in text.splitlines() if line.strip()]
+    except ValueError:
+        raise ValueError(f'scores: lines such as "dog: 0.87" are wanted, not {text!r}') from None
+
+
+def _pick(things: list[Candidate], which: int | str) -> list[Candidate]:
+    """Those of the things, best first, that are meant; none if there are too few."""
+    if which == ALL:
+        return things
+    if which == BEST:
+        return things[:1]
+    from_left = sorted(things, key=lambda one: float(torch.nonzero(one.mask)[:, 1].double().mean()))
+    return from_left[which - 1 : which]
+
+
+def _refuse_shared(masks: torch.Tensor, wanted: Sequence[Wanted], scores: Sequence[float]) -> None:
+    """Two entries on one thing are a slip, unless both were chosen by number."""
+    for i in range(len(masks)):
+        for j in range(i):
+            by_number = isinstance(wanted[i].which, int) and isinstance(wanted[j].which, int)
+            if not by_number and scores[i] and scores[j] and overlap(masks[i], masks[j]) > SAME:
+                raise ValueError(
+                    f"nouns: a thing of its own is wanted for each, but {str(wanted[j])!r} and {str(wanted[i])!r} took "
+                    f"the same; numbers from the left such as {wanted[i].noun}#1 choose others"
+                )

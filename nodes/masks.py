@@ -1,0 +1,252 @@
+"""Nodes that say where each concept goes: Load Segmenter, Text to Masks and Concept Masks.
+
+What finds things is loaded by a node of its own, as all models are: it stays loaded while nouns and pictures change,
+and Text to Masks is the same small node whatever is plugged in. The partition has a socket of its own, since plain
+masks, which may overlap, would fit an input for masks and break the promise that all weights add up to 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..attention.instances import ABSENT, ERROR, read_scores
+from ..attention.partition import OVERLAPS, SMALLER_IN_FRONT, assemble, picture
+from ..host import box_segmenting, segmenting
+from .types import PartitionSocket, SegmenterSocket, one_picture, preview, speaking_for
+
+CATEGORY = "ConceptLoom/Concept Weaver"
+DETECTORS, SAMS = "grounding-dino", "sams"
+SAM3, TEXT_BOXES, DRAWN_BOXES, SHAPELAND = "SAM3", "Grounding DINO + SAM", "boxes + SAM", "Shapeland judge"
+
+# Packs that cut out things share these folders; another one may have named them already, without our place or endings.
+for _folder in (DETECTORS, SAMS):
+    _known, _endings = folder_paths.folder_names_and_paths.get(_folder, ([], set()))
+    folder_paths.folder_names_and_paths[_folder] = (
+        list(dict.fromkeys([*_known, str(Path(folder_paths.models_dir) / _folder)])),
+        {*_endings, *folder_paths.supported_pt_extensions},
+    )
+
+
+def _threshold(default: float) -> io.Float.Input:
+    return io.Float.Input(
+        "threshold",
+        default=default,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Least score of a thing. Lower it when something is missed; the best of what is found is still taken.",
+    )
+
+
+def _sam() -> io.Combo.Input:
+    return io.Combo.Input(
+        "sam",
+        options=folder_paths.get_filename_list(SAMS),
+        tooltip="In models/sams: the weights of SAM or SAM 2 in a folder as transformers saves it, or a checkpoint "
+        "such as sam_vit_b_01ec64.pth, which wants the package segment-anything.",
+    )
+
+
+class LoadSegmenter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomLoadSegmenter",
+            display_name="Load Segmenter",
+            category=CATEGORY,
+            description="Loads what finds things by their nouns, for Text to Masks. Only files that are on your disk: "
+            "nothing is downloaded.",
+            search_aliases=["SAM", "SAM3", "Grounding DINO", "segment anything", "lang-sam", "detector"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "kind",
+                    options=[
+                        io.DynamicCombo.Option(
+                            SAM3,
+                            [
+                                io.Model.Input("model", tooltip="SAM3 or SAM3.1, from Load Checkpoint."),
+                                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                                _threshold(0.5),
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            TEXT_BOXES,
+                            [
+                                io.Combo.Input(
+                                    "detector",
+                                    options=folder_paths.get_filename_list(DETECTORS),
+                                    tooltip="The weights of Grounding DINO in a folder of models/grounding-dino, with "
+                                    "config, tokenizer and preprocessor beside them, as transformers saves it.",
+                                ),
+                                _sam(),
+                                _threshold(0.3),
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            DRAWN_BOXES,
+                            [
+                                io.MultiType.Input(
+                                    "boxes",
+                                    [io.BoundingBoxes, io.BoundingBox],
+                                    tooltip="Around the things, in pixels of the picture: one per noun, in order.",
+                                ),
+                                _sam(),
+                            ],
+                        ),
+                        io.DynamicCombo.Option(SHAPELAND, []),
+                    ],
+                    tooltip="SAM3: best, nothing to install. Grounding DINO + SAM: closest to the paper. Boxes + SAM: "
+                    "you say where. Shapeland judge: for the small model that ships with the pack.",
+                )
+            ],
+            outputs=[SegmenterSocket.Output("segmenter", tooltip="For Text to Masks.")],
+        )
+
+    @classmethod
+    def execute(cls, kind) -> io.NodeOutput:
+        with speaking_for(cls):
+            return io.NodeOutput(_LOADERS[kind["kind"]](kind))
+
+
+def _path(folder: str, file: str) -> Path:
+    return Path(folder_paths.get_full_path_or_raise(folder, file))
+
+
+_LOADERS = {
+    SAM3: lambda chosen: segmenting.Sam3(chosen["model"], chosen["clip"], chosen["threshold"]),
+    TEXT_BOXES: lambda chosen: segmenting.Boxes(
+        box_segmenting.GroundingDino(_path(DETECTORS, chosen["detector"]), chosen["threshold"]),
+        box_segmenting.load_cutter(_path(SAMS, chosen["sam"])),
+    ),
+    DRAWN_BOXES: lambda chosen: segmenting.Boxes(
+        segmenting.GivenBoxes(chosen["boxes"]), box_segmenting.load_cutter(_path(SAMS, chosen["sam"]))
+    ),
+    SHAPELAND: lambda chosen: segmenting.ShapelandJudge(),
+}
+
+
+class TextToMasks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomTextToMasks",
+            display_name="Text to Masks",
+            category=CATEGORY,
+            description="Finds the things that nouns name in a picture: one mask per noun, in their order.",
+            search_aliases=["segment by text", "SAM", "Grounding DINO", "detect", "lang-sam", "mask by word"],
+            has_intermediate_output=True,
+            inputs=[
+                SegmenterSocket.Input("segmenter", tooltip="From Load Segmenter."),
+                io.Image.Input("image", tooltip="The picture to look at, such as the template of Concept Weaver."),
+                io.String.Input(
+                    "nouns",
+                    default="",
+                    multiline=True,
+                    tooltip='What to find, parted by commas or lines: "dog, cat". Of several dogs the surest is taken; '
+                    "dog#2 is the second from the left, dog#all all of them in one mask.",
+                ),
+                io.Combo.Input(
+                    "absent",
+                    options=list(ABSENT),
+                    default=ERROR,
+                    tooltip="What to do when something is not found: stop with an error, give an empty mask, so that "
+                    "its place is background, or a mask of the whole frame.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output("masks", tooltip="One mask per noun."),
+                io.String.Output(
+                    "scores", tooltip="A line per noun with its score from 0 to 1; 0 was not found. For Concept Masks."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, segmenter, image, nouns, absent) -> io.NodeOutput:
+        with speaking_for(cls):
+            masks, scores, seen = segmenting.text_to_masks(segmenter, one_picture(image), nouns, absent)
+        return io.NodeOutput(masks, scores, ui=preview(cls, seen))
+
+
+class ConceptMasks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        one = io.Mask.Input("mask", tooltip="White on a concept; a batch holds several concepts.")
+        return io.Schema(
+            node_id="ConceptLoomConceptMasks",
+            display_name="Concept Masks",
+            category=CATEGORY,
+            description="Divides the picture among concepts and background, so that their weights add up to 1 "
+            "everywhere: masks grow a little, and where they meet the original ones decide.",
+            search_aliases=["partition", "regional prompt", "mask concepts", "grow mask", "regions"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Autogrow.Input(
+                    "masks",
+                    template=io.Autogrow.TemplatePrefix(one, prefix="mask", min=1, max=16),
+                    tooltip="The masks of the concepts, in the order of the concepts. An empty one leaves its concept "
+                    "out.",
+                ),
+                io.Float.Input(
+                    "dilation",
+                    default=0.03,
+                    min=0.0,
+                    max=0.25,
+                    step=0.005,
+                    tooltip="How far masks grow, as a share of the picture's shorter side: room for a shape other than "
+                    "the template's. 0 keeps them as they are.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=0.0,
+                    min=0.0,
+                    max=0.25,
+                    step=0.005,
+                    tooltip="Width over which neighbours blend, as a share of the shorter side. 0 gives hard borders, "
+                    "which a layer's coarse grid softens by itself.",
+                ),
+                io.Combo.Input(
+                    "overlap",
+                    options=list(OVERLAPS),
+                    default=SMALLER_IN_FRONT,
+                    advanced=True,
+                    tooltip="Who gets the pixels that two masks hold: the smaller one, the one of higher score, or the "
+                    "later one.",
+                ),
+                io.String.Input(
+                    "scores",
+                    optional=True,
+                    force_input=True,
+                    advanced=True,
+                    tooltip="From Text to Masks; wanted when the higher score is in front.",
+                ),
+                io.Image.Input("image", optional=True, tooltip="Shown under the colours of the preview."),
+            ],
+            outputs=[
+                PartitionSocket.Output("partition", tooltip="Where each concept goes, for Concept Weaver."),
+                io.Mask.Output("masks", tooltip="The same as masks: one per concept, the background last."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, masks, dilation, feather, overlap, scores=None, image=None) -> io.NodeOutput:
+        with speaking_for(cls):
+            partition = assemble(
+                _gather(masks), dilation, feather, overlap, None if scores is None else read_scores(scores)
+            )
+            seen = picture(partition, None if image is None else one_picture(image))
+        return io.NodeOutput(partition, partition, ui=preview(cls, seen))
+
+
+def _gather(masks: io.Autogrow.Type) -> list[torch.Tensor]:
+    """All masks (H, W) in the order of their sockets."""
+    names = sorted(masks, key=lambda name: int(name.removeprefix("mask")))
+    batches = [masks[name] for name in names if masks[name] is not None]
+    return [mask for batch in batches for mask in batch.reshape(-1, *batch.shape[-2:])]
+
+
+NODES: list[type[io.ComfyNode]] = [LoadSegmenter, TextToMasks, ConceptMasks]
