@@ -1,0 +1,111 @@
+"""Files of concepts: the project's own format, and what any other program reads.
+
+The own format is safetensors with the keys <part>.<block>.<number>.<depth>.d for a difference, .u and .v for its
+factors and .b for a bias, emb.<encoder> for a token, and JSON under `FORMAT` in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .concepts import ENCODERS, PARTS, Concept, Delta, layer_name
+from .files import whole_file
+
+FORMAT, VERSION = "conceptloom_concept", 1
+
+_DELTA_NAME = re.compile(rf"({'|'.join(PARTS)})\.(input|middle|output)\.(\d+)\.(\d+)\.(d|u|v|b)")
+_TOKEN_NAME = re.compile(rf"emb\.({'|'.join(ENCODERS)})")
+
+
+def save(concept: Concept, path: Path) -> None:
+    """Writes a concept's deltas and tokens as safetensors. The strength is the user's and not kept, nor is what a
+    concept has beside cross-attention (`text_patches`, `others`)."""
+    state = {f"emb.{encoder}": token.contiguous() for encoder, token in concept.tokens.items()}
+    for key, parts in concept.deltas.items():
+        for part, delta in parts.items():
+            name = ".".join(map(str, (part, *key)))
+            ends = ("d",) if len(delta.factors) == 1 else ("u", "v")
+            state |= {f"{name}.{end}": matrix for end, matrix in zip(ends, delta.factors, strict=True)}
+            if delta.bias is not None:
+                state[f"{name}.b"] = delta.bias
+    about = {name: getattr(concept, name) for name in ("name", "class_word", "placeholder", "source_format", "base")}
+    with whole_file(path) as part_file:
+        save_file(state, part_file, metadata={FORMAT: json.dumps({"version": VERSION, **about})})
+
+
+def is_concept_file(path: Path) -> bool:
+    """Whether a file is one that `save` wrote, of whatever version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return FORMAT in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def load(path: Path) -> Concept:
+    """A concept that `save` wrote, at strength 1.
+
+    Raises:
+        ValueError: the file is another's, of another version, or not whole.
+    """
+    path = Path(path)
+    if not is_concept_file(path):
+        raise ValueError(f"file: a concept written by Save Concept is wanted, but {path.name} is none")
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()[FORMAT])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    version = about.pop("version", None)
+    if version != VERSION:
+        raise ValueError(f"file: version {VERSION} of the concept format is wanted, but {path.name} has {version}")
+    tokens, found = {}, {}
+    for name, tensor in state.items():
+        if match := _TOKEN_NAME.fullmatch(name):
+            tokens[match[1]] = tensor
+        elif match := _DELTA_NAME.fullmatch(name):
+            part, block, number, depth, end = match.groups()
+            found.setdefault((block, int(number), int(depth)), {}).setdefault(part, {})[end] = tensor
+        else:
+            raise ValueError(f"file: parts of a concept are wanted, but {path.name} holds {name!r}")
+    try:
+        deltas = {
+            key: {part: Delta(_factors(ends), ends.get("b")) for part, ends in parts.items()}
+            for key, parts in found.items()
+        }
+        return Concept(deltas=deltas, tokens=tokens, **about)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"file: a whole concept is wanted, but {path.name} is none: {error}") from error
+
+
+def _factors(ends: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    if set(ends) - {"b"} not in ({"d"}, {"u", "v"}):
+        raise ValueError(f"a difference or both its factors are wanted, not {', '.join(sorted(ends))}")
+    return tuple(ends[end] for end in ("d", "u", "v") if end in ends)
+
+
+def save_as_lora(concept: Concept, path: Path) -> None:
+    """Writes a concept's deltas with the names that every LoRA loader reads; factors as such, others in full."""
+    lora = {}
+    for key, parts in concept.deltas.items():
+        for part, delta in parts.items():
+            name = f"diffusion_model.{layer_name(key)}.{PARTS[part]}"
+            ends = ("diff",) if len(delta.factors) == 1 else ("lora_up.weight", "lora_down.weight")
+            lora |= {f"{name}.{end}": matrix for end, matrix in zip(ends, delta.factors, strict=True)}
+            if delta.bias is not None:
+                lora[f"{name}.diff_b"] = delta.bias
+    with whole_file(path) as part_file:
+        save_file(lora, part_file)
+
+
+def save_as_embedding(concept: Concept, path: Path) -> None:
+    """Writes a concept's tokens as a textual inversion embedding, which prompts of the host name as embedding:name."""
+    alone = len(concept.tokens) == 1
+    state = {"emb_params" if alone else f"clip_{name}": token.contiguous() for name, token in concept.tokens.items()}
+    with whole_file(path) as part_file:
+        save_file(state, part_file)

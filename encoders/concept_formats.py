@@ -1,0 +1,220 @@
+"""What files of customised diffusion models hold, whoever wrote them.
+
+Formats are told by what stands in a file, in state dicts that are loaded already. Names of layers stay the file's:
+CompVis's (input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight) or diffusers' (down_blocks.0.attentions.0 and on).
+The formats are those of Custom Diffusion's CompVis and diffusers training (Kumari et al., arXiv 2212.04488), diffusers'
+own custom_diffusion example, and TweedieMix (Kwon and Ye, arXiv 2410.05591).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+COMPVIS = "Custom Diffusion (CompVis)"
+DIFFUSERS = "Custom Diffusion (diffusers)"
+SDXL = "Custom Diffusion (diffusers, SDXL)"
+TWEEDIEMIX = "Custom Diffusion (TweedieMix)"
+PROCESSORS = "Custom Diffusion (diffusers' attention processors)"
+COMPRESSED = ", compressed"
+LORA = "LoRA"
+
+_UNET, _TEXT = "unet", ("text_encoder", "text_encoder_2")
+_TOKENS = ("modifier_token", "modifier_token_2")
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
+_COMPVIS_TEXT = "cond_stage_model.transformer."
+_COMPVIS_TOKENS = "embed"
+_COMPVIS_LAYERS = ("input_blocks.", "middle_block.", "output_blocks.")
+_LORA_NAME = re.compile(
+    r"lora|\.(hada|lokr|oft)_\w+$|\.(dora_scale|alpha|diff|diff_b|set_weight|w_norm|b_norm|rescale)$|\.[ab][12]\.weight$"
+)
+_PROCESSOR_NAME = re.compile(r"\.processor\.(to_(?:k|v|q|out))_custom_diffusion\.")
+_KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
+
+State = dict[str, torch.Tensor]
+Tokens = dict[str, State]
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptFile:
+    """What a file holds.
+
+    Attributes:
+        source_format: the program that wrote it.
+        weights: whole weights and biases by the file's names.
+        factors: differences of weights as factors (out, r) and (r, in) by the file's names; r may be 0.
+        lora: a LoRA's tensors, of whatever kind, for the host to read.
+        tokens: by placeholder, by text encoder (l, g, h), (n, d).
+        text: whole weights of text encoders, by encoder.
+    """
+
+    source_format: str
+    weights: State = field(default_factory=dict)
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    lora: State = field(default_factory=dict)
+    tokens: Tokens = field(default_factory=dict)
+    text: dict[str, State] = field(default_factory=dict)
+
+    @property
+    def text_width(self) -> int | None:
+        """Of the text states that its keys and values are made of; None for a LoRA."""
+        return _text_width([*self.weights.items(), *((name, down) for name, (_, down) in self.factors.items())])
+
+
+def read(state: Mapping[str, Any]) -> ConceptFile:
+    """What a loaded file holds.
+
+    Raises:
+        ValueError: it is in none of the known formats.
+    """
+    if isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if isinstance(state.get(_UNET), Mapping):
+        layers, tokens, text = _sections(state)
+        origin = TWEEDIEMIX if _TOKENS[1] in state else SDXL if any(map(_is_sdxl, tokens.values())) else DIFFUSERS
+    else:
+        layers, tokens, text, origin = dict(state), {}, {}, DIFFUSERS
+    # diffusers saves an empty dict for every processor that was not trained.
+    layers = {name: value for name, value in layers.items() if not (isinstance(value, Mapping) and not value)}
+    if any(_LORA_NAME.search(name) for name in layers):
+        _check_tensors(layers)
+        return ConceptFile(LORA, lora=layers, tokens=tokens, text=text)
+    if _COMPVIS_TOKENS in layers:
+        rows = _tensor(_COMPVIS_TOKENS, layers.pop(_COMPVIS_TOKENS))
+        tokens = _numbered(rows, rows.shape[-1] if rows.ndim == 2 else _text_width(layers.items()))
+    spoken = {name: layers.pop(name) for name in list(layers) if name.startswith(_COMPVIS_TEXT)}
+    if spoken:
+        text = _by_encoder({name.removeprefix(_COMPVIS_TEXT): value for name, value in spoken.items()})
+    layers = {_plain_name(name): value for name, value in layers.items()}
+    if not any(_KEYS_AND_VALUES.search(name) for name in layers):
+        first = next(iter(layers), None)
+        raise ValueError(
+            "file: a concept is wanted (Custom Diffusion, TweedieMix, a LoRA, or one of Save Concept), but this has no "
+            f"keys or values of cross-attention{f', only such as {first!r}' if first else ''}"
+        )
+    if any(name.startswith(_COMPVIS_LAYERS) for name in layers):
+        origin = COMPVIS
+    elif any(_PROCESSOR_NAME.search(name) for name in state):
+        origin = PROCESSORS
+    factors = {name: _pair(name, value) for name, value in layers.items() if isinstance(value, Mapping)}
+    weights = {name: value for name, value in layers.items() if name not in factors}
+    _check_tensors(weights)
+    return ConceptFile(origin + (COMPRESSED if factors else ""), weights, factors, {}, tokens, text)
+
+
+def read_tokens(state: Mapping[str, Any]) -> Tokens:
+    """The tokens of a file that holds nothing else: by placeholder, by text encoder (l, g, h), (n, d).
+
+    Files that name no placeholder (textual inversion embeddings) get "<new1>".
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    if any(name in state for name in _TOKENS):
+        return _paired(*(state.get(name, {}) for name in _TOKENS))
+    if set(state) == {"clip_l", "clip_g"}:
+        return {"<new1>": {"l": _rows(state["clip_l"]), "g": _rows(state["clip_g"])}}
+    if set(state) == {"emb_params"}:
+        return _paired({"<new1>": state["emb_params"]}, {})
+    return _paired(state, {})
+
+
+def _sections(state: Mapping[str, Any]) -> tuple[dict, Tokens, dict[str, State]]:
+    known = {_UNET, *_TOKENS, *_TEXT}
+    foreign = next((name for name in state if name not in known), None)
+    if foreign:
+        raise ValueError(f"file: the sections {', '.join(sorted(known))} alone are wanted, not {foreign!r}")
+    text = {}
+    for name in _TEXT:
+        if state.get(name):
+            _check_tensors(state[name])
+            text |= _by_encoder(state[name])
+    return dict(state[_UNET]), _paired(*(state.get(name, {}) for name in _TOKENS)), text
+
+
+def _plain_name(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return _PROCESSOR_NAME.sub(r".\1.", name)
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    if not torch.is_tensor(value):
+        raise ValueError(f"file: tensors are wanted, but {name!r} is a {type(value).__name__}")
+    return value
+
+
+def _check_tensors(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        _tensor(name, value)
+
+
+def _pair(name: str, value: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    if set(value) != {"u", "v"}:
+        raise ValueError(f"file: the factors u and v are wanted for {name!r}, not {', '.join(map(str, value))}")
+    up, down = (_tensor(name, value[end]) for end in ("u", "v"))
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+        given = f"{tuple(up.shape)} and {tuple(down.shape)}"
+        raise ValueError(f"file: factors that fit together are wanted for {name!r}, not {given}")
+    return up, down
+
+
+def _text_width(layers: Iterable[tuple[str, Any]]) -> int | None:
+    for name, value in layers:
+        if _KEYS_AND_VALUES.search(name):
+            return (value["v"] if isinstance(value, Mapping) else value).shape[-1]
+    return None
+
+
+def _rows(value: Any) -> torch.Tensor:
+    """A token (d,) or (n, d) as (n, d), of its own memory: files hold views of whole vocabularies."""
+    value = _tensor("the token", value)
+    if value.ndim not in (1, 2) or not value.numel():
+        raise ValueError(f"token: one row or several are wanted, not the shape {tuple(value.shape)}")
+    return value.detach().to("cpu", torch.float32, copy=True).reshape(-1, value.shape[-1])
+
+
+def _only_encoder(width: int) -> str:
+    """Which text encoder one of a width is, where a model has but one."""
+    return "h" if width == 1024 else "l"
+
+
+def _paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> Tokens:
+    """Tokens with one row each, with rows for two encoders in a list, or with the second encoder's in a second dict."""
+    tokens: Tokens = {}
+    lonely = next((name for name in second if name not in first), None)
+    if lonely:
+        raise ValueError(f"token: rows for both text encoders are wanted for {lonely}, not for the second alone")
+    for name, value in first.items():
+        if name in second:
+            value = (value, second[name])
+        if isinstance(value, (list, tuple)):
+            if len(value) != 2:
+                raise ValueError(f"token: rows for one or two text encoders are wanted for {name}, not {len(value)}")
+            tokens[name] = {"l": _rows(value[0]), "g": _rows(value[1])}
+        else:
+            rows = _rows(value)
+            tokens[name] = {_only_encoder(rows.shape[1]): rows}
+    return tokens
+
+
+def _is_sdxl(token: State) -> bool:
+    return set(token) == {"l", "g"}
+
+
+def _numbered(rows: torch.Tensor, width: int | None) -> Tokens:
+    """CompVis's nameless tokens, which are <new1>, <new2> and so on; some files have all in one row."""
+    if not width or rows.numel() % width:
+        raise ValueError(f"token: rows as wide as the text states ({width}) are wanted, not {rows.numel()} numbers")
+    return _paired({f"<new{n}>": row for n, row in enumerate(rows.reshape(-1, width), 1)}, {})
+
+
+def _by_encoder(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
+    norm = next((value for name, value in state.items() if name.endswith("final_layer_norm.weight")), None)
+    if norm is None:
+        raise ValueError("file: the weights of a CLIP text encoder are wanted, but they have no final_layer_norm")
+    return {"g" if len(norm) == 1280 else _only_encoder(len(norm)): dict(state)}

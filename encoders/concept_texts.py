@@ -1,0 +1,88 @@
+"""The texts of a concept fusion: from one base text, one text per concept in which that concept alone is special.
+
+Concept Weaver (Kwon et al., arXiv 2404.03913, section 3.4) describes the same scene once plainly and once per concept,
+each time with one placeholder: "a cat and a dog" gives "a <new1> cat and a dog" and "a cat and a <new2> dog". A text
+may also leave the other concepts out ("a <new1> cat"), so that nothing in it speaks of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+KEEP_OTHERS, DROP_OTHERS = "keep the others' words", "leave the others out"
+OTHERS = (KEEP_OTHERS, DROP_OTHERS)
+
+_DETERMINERS = r"(?:an?|the|one|this|that|his|her|its|my|your|our|their)"
+
+
+@dataclass(frozen=True)
+class Name:
+    """How a concept is called: what it is ("dog"), and the placeholder of its own ("<new1>"); either may be empty."""
+
+    class_word: str
+    placeholder: str
+
+
+def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str = KEEP_OTHERS) -> str:
+    """The base text with a concept's placeholder before its class word.
+
+    A placeholder that is already there stays where it is, one of another concept goes. A concept without class word
+    must have its placeholder in the text; one without placeholder is called by its class word alone.
+
+    Raises:
+        ValueError: neither the concept's placeholder nor its class word is in the text.
+    """
+    text = base
+    for other in others:
+        if other.placeholder:
+            text = re.sub(rf"{_whole(other.placeholder)}\s*", "", text)
+        if about_others == DROP_OTHERS and other.class_word and other.class_word.lower() != own.class_word.lower():
+            text = _without(text, other.class_word)
+    if own.placeholder and re.search(_whole(own.placeholder), text):
+        return _tidy(text)
+    found = re.search(_whole(own.class_word), text, re.IGNORECASE) if own.class_word else None
+    if found is None:
+        wanted = " or ".join(filter(None, (repr(own.class_word) if own.class_word else "", own.placeholder)))
+        raise ValueError(f"text: one with {wanted or 'the class word of the concept'} in it is wanted, not {base!r}")
+    if not own.placeholder:
+        return _tidy(text)
+    # "an owl" becomes "a <new1> owl": the article belongs to the word that follows it.
+    before = re.sub(r"\b([Aa])n(\s+)$", r"\1\2", text[: found.start()])
+    return _tidy(f"{before}{own.placeholder} {text[found.start() :]}")
+
+
+def check_text(text: str, own: Name, others: Sequence[Name]) -> None:
+    """Raises ValueError unless a concept's text holds its placeholder exactly once and no other concept's."""
+    times = len(re.findall(_whole(own.placeholder), text)) if own.placeholder else 1
+    if times != 1:
+        raise ValueError(f"texts: {own.placeholder} exactly once is wanted in {text!r}, not {times} times")
+    for other in others:
+        if other.placeholder and re.search(_whole(other.placeholder), text):
+            raise ValueError(
+                f"texts: {own.placeholder or own.class_word} alone is wanted in {text!r}, for with "
+                f"{other.placeholder} beside it the two would mix"
+            )
+
+
+def _whole(word: str) -> str:
+    """A pattern for a word that is not part of a longer one; "cat" is not in "catalog"."""
+    before, after = (r"(?<!\w)" if _is_word(word[0]) else ""), (r"(?!\w)" if _is_word(word[-1]) else "")
+    return f"{before}{re.escape(word)}{after}"
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def _without(text: str, class_word: str) -> str:
+    """The text without what is said of a class word: its article, the adjectives between, and one conjunction."""
+    phrase = rf"(?:(?<!\w){_DETERMINERS}\s+(?:(?!and\b|with\b|or\b)[\w-]+\s+){{0,4}}?)?{_whole(class_word)}"
+    after, before = r"\s*,?\s*(?<!\w)(?:and|with)\s+|\s*,\s*", r"\s*,?\s+(?:and|with)(?!\w)\s*|\s*,\s*"
+    joined = f"(?:{after}){phrase}|{phrase}(?:{before})|{phrase}"
+    return re.sub(joined, " ", text, flags=re.IGNORECASE)
+
+
+def _tidy(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,211 @@
+"""A concept: what a customised diffusion model knows of one thing, as differences of its cross-attention weights.
+
+Concept Weaver (Kwon et al., arXiv 2404.03913) draws on a *bank* of models that were fine-tuned with Custom Diffusion
+(Kumari et al., arXiv 2212.04488). Such a model differs from its base in the matrices that make keys and values of the
+text, W_i = W + Delta_i, and in the embedding of a new word. Here a concept is just that; the base model stays one.
+
+A layer is named by its site's key, such as ("input", 1, 0): block, number, transformer in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .lora import factor
+
+Key = tuple[str, int, int]
+
+PARTS = {"k": "to_k", "v": "to_v", "q": "to_q", "out": "to_out.0"}
+"""Parts of a layer that a concept may change, and their names in a model."""
+ENCODERS = ("l", "g", "h")
+"""CLIP's text encoders by the names of the host's tokens: SD 1.x has l, SD 2.x h, SDXL l and g."""
+
+_ARCHITECTURES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_CONTAINERS = {"input": "input_blocks.{}.1", "middle": "middle_block.1", "output": "output_blocks.{}.1"}
+
+
+def layer_name(key: Key) -> str:
+    """What CompVis and LoRA files call the cross-attention layer of a site, such as
+    input_blocks.1.1.transformer_blocks.0.attn2."""
+    block, number, depth = key
+    return f"{_CONTAINERS[block].format(number)}.transformer_blocks.{depth}.attn2"
+
+
+def architecture(text_width: int) -> str:
+    """The family of models whose cross-attention reads text states of a width."""
+    known = _ARCHITECTURES.get(text_width)
+    return f"{known} (text width {text_width})" if known else f"a model of text width {text_width}"
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """The difference of one linear layer, kept in half precision on the CPU.
+
+    Attributes:
+        factors: the difference itself, (out, in), or two factors (out, r) and (r, in) whose product it is; r may be 0.
+        bias: (out,), the difference of the layer's bias; None means none.
+
+    Raises:
+        ValueError: shapes do not fit together, or numbers are not finite in half precision.
+    """
+
+    factors: tuple[torch.Tensor, ...]
+    bias: torch.Tensor | None = None
+
+    def __post_init__(self):
+        shapes = [tuple(f.shape) for f in self.factors]
+        two_dimensional = shapes and all(len(shape) == 2 for shape in shapes)
+        if not two_dimensional or len(shapes) > 2 or len(shapes) == 2 and shapes[0][1] != shapes[1][0]:
+            raise ValueError(f"a matrix or two factors of one are wanted, not the shapes {shapes}")
+        if self.bias is not None and tuple(self.bias.shape) != shapes[0][:1]:
+            raise ValueError(f"a bias of {shapes[0][0]} numbers is wanted, not the shape {tuple(self.bias.shape)}")
+        factors = _balanced(*self.factors) if len(self.factors) == 2 else self.factors
+        object.__setattr__(self, "factors", tuple(_half(f) for f in factors))
+        object.__setattr__(self, "bias", None if self.bias is None else _half(self.bias))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.factors[0].shape[0], self.factors[-1].shape[1]
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """What the difference adds to the layer's output (..., out) for an input x (..., in), in x's dtype. Factors are
+        applied one after the other, their product is never made."""
+        for matrix in reversed(self.factors):
+            x = x @ matrix.to(x).mT
+        return x if self.bias is None else x + self.bias.to(x)
+
+    def matrix(self) -> torch.Tensor:
+        """The difference as one matrix (out, in), float."""
+        first, *second = (f.float() for f in self.factors)
+        return first @ second[0] if second else first
+
+    def compressed(self, rank: int) -> Delta:
+        """The nearest difference of a rank; itself if its factors have no more."""
+        if len(self.factors) == 2 and self.factors[0].shape[1] <= rank:
+            return self
+        return Delta(factor(self.matrix(), rank), self.bias)
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.detach().to("cpu", torch.half)
+    if not torch.isfinite(half).all():
+        raise ValueError("numbers that are finite in half precision are wanted, not NaN or infinity")
+    return half.contiguous()
+
+
+def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product of factors of like norm, for trainers leave one so small that half precision would lose it. A
+    power of two, which costs no digits."""
+    norms = float(up.float().norm()), float(down.float().norm())
+    if not all(0 < norm < math.inf for norm in norms):
+        return up, down
+    shift = 2.0 ** round(math.log2(norms[1] / norms[0]) / 2)
+    return up.float() * shift, down.float() / shift
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """One concept. Compared and hashed by identity.
+
+    Attributes:
+        name: what reports call it.
+        deltas: for each layer it changes, the parts (of PARTS) it changes there.
+        class_word: what kind of thing it is ("dog").
+        placeholder: the word that its tokens stand for in a prompt, such as "<new1>"; empty without tokens.
+        tokens: by text encoder (of ENCODERS) the (n, d) input embeddings of the placeholder.
+        strength: factor of the deltas; 1 is as trained, 0 the base model.
+        text_patches: what the file changes in text encoders, as it stands there: under "lora" a LoRA's tensors, under
+            an encoder's name that encoder's whole weights.
+        others: the host's patches of the diffusion model outside cross-attention, by weight; not applied here.
+        source_format: of the file it comes from.
+        base: fingerprint of the base model that the deltas are differences to; empty if the file names none.
+
+    Raises:
+        ValueError: an attribute cannot be used; says which and why.
+    """
+
+    name: str
+    deltas: Mapping[Key, Mapping[str, Delta]]
+    class_word: str = ""
+    placeholder: str = ""
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    strength: float = 1.0
+    text_patches: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+    source_format: str = ""
+    base: str = ""
+
+    def __post_init__(self):
+        if not any(self.deltas.values()):
+            raise ValueError("concept: differences of cross-attention weights are wanted, but there are none")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength: a finite number is wanted, not {self.strength}")
+        for encoder, token in self.tokens.items():
+            if encoder not in ENCODERS or token.ndim != 2 or not len(token):
+                raise ValueError(f"token: rows for a CLIP encoder are wanted, not {tuple(token.shape)} for {encoder}")
+            if not torch.isfinite(token).all():
+                raise ValueError(f"token: finite numbers are wanted, but that for {encoder} holds NaN or infinity")
+        placeholder = self.placeholder.strip()
+        if placeholder and not self.tokens:
+            raise ValueError(f"placeholder: none is wanted for a concept without a token, not {placeholder!r}")
+        if self.tokens and (not placeholder or re.search(r"[\s()\\:]", placeholder)):
+            raise ValueError(
+                f"placeholder: a word without spaces, colons, parentheses or backslashes is wanted, not {placeholder!r}"
+            )
+        object.__setattr__(self, "placeholder", placeholder)
+        object.__setattr__(self, "class_word", self.class_word.strip())
+        for name in ("deltas", "tokens", "text_patches", "others"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def text_width(self) -> int | None:
+        """Of the text states that its keys and values are made of; None if it changes neither."""
+        found = (parts.get("k") or parts.get("v") for parts in self.deltas.values())
+        return next((delta.shape[1] for delta in found if delta is not None), None)
+
+    def compressed(self, rank: int, after_each: Callable[[], None] = lambda: None) -> Concept:
+        """The same with every delta the nearest of a rank (singular value decomposition); biases and tokens stay.
+        `after_each` is called after every matrix.
+
+        Raises:
+            ValueError: the rank is below 1.
+        """
+        if rank < 1:
+            raise ValueError(f"rank: at least 1 is wanted, not {rank}")
+
+        def small(delta: Delta) -> Delta:
+            delta = delta.compressed(rank)
+            after_each()
+            return delta
+
+        deltas = {key: {part: small(delta) for part, delta in parts.items()} for key, parts in self.deltas.items()}
+        return replace(self, deltas=deltas)
+
+
+def join(concepts: Sequence[Concept]) -> list[Concept]:
+    """A bank: concepts that can be drawn together.
+
+    Raises:
+        ValueError: they are made for different models, or two share a placeholder.
+    """
+    widths = {concept.text_width: concept.name for concept in concepts if concept.text_width is not None}
+    if len(widths) > 1:
+        given = " and ".join(f"{name} is for {architecture(width)}" for width, name in widths.items())
+        raise ValueError(f"concepts: all of one kind of model are wanted, but {given}")
+    owners: dict[str, str] = {}
+    for concept in concepts:
+        if concept.placeholder and concept.placeholder in owners:
+            raise ValueError(
+                f"concepts: a placeholder of its own is wanted for each, but {owners[concept.placeholder]} and "
+                f"{concept.name} both have {concept.placeholder}; Load Concept can give it another"
+            )
+        owners[concept.placeholder] = concept.name
+    return list(concepts)

@@ -1,0 +1,194 @@
+"""Nodes of the concept bank: load concepts, put them together, write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..encoders.concepts import Concept, join
+from ..host import concepts
+from .types import ConceptSocket, speaking_for
+
+CATEGORY = "ConceptLoom/Concept Weaver"
+FOLDER, LORAS, EMBEDDINGS = "concepts", "loras", "embeddings"
+NO_FILE = "none"
+
+_PLACES = [str(Path(p) / FOLDER) for p in (folder_paths.models_dir, folder_paths.get_output_directory())]
+# A user's extra_model_paths.yaml may have named the folder already, without the endings.
+_known, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+folder_paths.folder_names_and_paths[FOLDER] = (
+    list(dict.fromkeys([*_known, *_PLACES])),
+    folder_paths.supported_pt_extensions,
+)
+
+
+def concept_inputs(tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
+    """Any number of CONCEPT inputs; a wire may carry several concepts."""
+    one = ConceptSocket.Input("concept", tooltip="A concept from Load Concept, or several from Concept Bank.")
+    template = io.Autogrow.TemplatePrefix(one, prefix="concept", min=1, max=maximum)
+    return io.Autogrow.Input("concepts", template=template, tooltip=tooltip)
+
+
+def gather_concepts(found: io.Autogrow.Type) -> list[Concept]:
+    """All concepts in the order of their sockets."""
+    names = sorted(found, key=lambda name: int(name.removeprefix("concept")))
+    return [concept for name in names if found[name] is not None for concept in as_concepts(found[name])]
+
+
+def as_concepts(value: Concept | list[Concept]) -> list[Concept]:
+    """The concepts of a wire, which carries one or a bank."""
+    return [value] if isinstance(value, Concept) else list(value)
+
+
+def one_concept(value: Concept | list[Concept]) -> Concept:
+    """The concept of a wire that carries one.
+
+    Raises:
+        ValueError: it carries several.
+    """
+    concepts = as_concepts(value)
+    if len(concepts) != 1:
+        raise ValueError(f"concept: one concept is wanted, not a bank of {len(concepts)}")
+    return concepts[0]
+
+
+def _files(*folders: str) -> list[str]:
+    """The files of the concept folder by their names, those of others with their folder's name before."""
+    others = [f"{folder}/{name}" for folder in folders for name in folder_paths.get_filename_list(folder)]
+    return [*folder_paths.get_filename_list(FOLDER), *others]
+
+
+def _path(name: str, *folders: str) -> str:
+    folder = next((folder for folder in folders if name.startswith(f"{folder}/")), None)
+    if folder is None:
+        return folder_paths.get_full_path_or_raise(FOLDER, name)
+    return folder_paths.get_full_path_or_raise(folder, name.removeprefix(f"{folder}/"))
+
+
+class LoadConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomLoadConcept",
+            display_name="Load Concept",
+            category=CATEGORY,
+            description="One concept for Concept Weaver, from a Custom Diffusion or TweedieMix file, a file of Save "
+            "Concept, or any LoRA that changes cross-attention. The model itself is not changed.",
+            search_aliases=["Custom Diffusion", "delta.bin", "TweedieMix", "lora", "concept bank", "multi concept"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that the concept is for; its LoRAs do not matter."),
+                io.Combo.Input(
+                    "file",
+                    options=_files(LORAS),
+                    tooltip="A file in models/concepts or output/concepts, or a LoRA in models/loras.",
+                ),
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    tooltip='What kind of thing the concept is, such as "dog"; for a LoRA with its trigger word before '
+                    "it. Empty keeps what the file says.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Of the concept's weights: 1 as trained, 0 the base model with the concept's word alone.",
+                ),
+                io.Combo.Input(
+                    "token_file",
+                    options=[NO_FILE, *_files(EMBEDDINGS)],
+                    default=NO_FILE,
+                    advanced=True,
+                    tooltip="The file with the concept's word, where it is kept apart, as diffusers does "
+                    "(<new1>.bin); an embedding will do too.",
+                ),
+                io.String.Input(
+                    "placeholder",
+                    default="",
+                    advanced=True,
+                    tooltip="The concept's word in prompts. Empty keeps the file's, mostly <new1>; two concepts in one "
+                    "picture want different ones. In a file with several words it says which.",
+                ),
+            ],
+            outputs=[
+                ConceptSocket.Output("concept", tooltip="The concept, for Concept Bank and whatever draws concepts."),
+                io.String.Output("report", tooltip="What was found in the file, and what of it is not used."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, file, class_word, strength, token_file, placeholder) -> io.NodeOutput:
+        path = _path(file, LORAS)
+        token_path = None if token_file == NO_FILE else _path(token_file, EMBEDDINGS)
+        with speaking_for(cls):
+            concept = concepts.load_concept(model, path, token_path, class_word, placeholder, strength)
+        return io.NodeOutput(concept, concepts.describe(concept))
+
+
+class ConceptBank(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomConceptBank",
+            display_name="Concept Bank",
+            category=CATEGORY,
+            description="Several concepts on one wire, in order. Goes wherever a concept goes, into further banks too.",
+            search_aliases=["concepts", "list", "combine", "multi concept", "Concept Weaver"],
+            inputs=[concept_inputs("The concepts, for one kind of model and with a placeholder of their own each.")],
+            outputs=[ConceptSocket.Output("concept", tooltip="All concepts.")],
+        )
+
+    @classmethod
+    def execute(cls, concepts) -> io.NodeOutput:
+        with speaking_for(cls):
+            return io.NodeOutput(join(gather_concepts(concepts)))
+
+
+class SaveConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomSaveConcept",
+            display_name="Save Concept",
+            category=CATEGORY,
+            description="Writes a concept as safetensors, small if a rank is given: for Load Concept, or as a plain "
+            "LoRA and embedding for any other node.",
+            search_aliases=["convert", "extract", "compress", "svd", "lora", "Custom Diffusion", "safetensors"],
+            is_output_node=True,
+            inputs=[
+                ConceptSocket.Input("concept", tooltip="One concept. Its strength is not written."),
+                io.String.Input("filename", default="concept", tooltip="Name of the new files, without ending."),
+                io.Combo.Input(
+                    "form",
+                    options=list(concepts.FORMS),
+                    default=concepts.AS_CONCEPT,
+                    tooltip="concept: one file in output/concepts, for Load Concept. LoRA: a plain LoRA in "
+                    "output/loras for the host's own loaders, and the concept's word in output/embeddings, to be moved "
+                    "to models/embeddings.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=1280,
+                    tooltip="Compresses each difference to its nearest of this rank (SVD): more is closer and larger. "
+                    "0 keeps them as they are.",
+                ),
+            ],
+            outputs=[io.String.Output("report", tooltip="The written files, their sizes, and what was left out.")],
+        )
+
+    @classmethod
+    def execute(cls, concept, filename, form, rank) -> io.NodeOutput:
+        with speaking_for(cls):
+            report = concepts.save(
+                one_concept(concept), Path(folder_paths.get_output_directory()), filename, form, rank
+            )
+        return io.NodeOutput(report, ui={"text": (report,)})
+
+
+NODES: list[type[io.ComfyNode]] = [LoadConcept, ConceptBank, SaveConcept]

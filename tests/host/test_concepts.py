@@ -1,0 +1,499 @@
+"""Concepts on the host: whatever a file holds becomes the difference to the model's weights, and draws as those do."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from conceptloom.encoders.concepts import layer_name
+
+pytestmark = pytest.mark.usefixtures("host")
+
+RANK, WIDTH = 4, 64
+FP16_ROUNDING = 2**-10
+LOWEST = "middle_block.1.transformer_blocks.0.attn2"
+
+
+class Truth:
+    """A model's own keys and values, low-rank differences to them, and all ways in which files write these."""
+
+    def __init__(self, model):
+        import comfy.utils
+
+        generator = torch.Generator().manual_seed(5)
+        own = model.model.diffusion_model.state_dict()
+        self.base = {n: own[n].clone() for n in own if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+        self.factors = {
+            name: (
+                torch.randn(w.shape[0], RANK, generator=generator) * 0.02,
+                torch.randn(RANK, w.shape[1], generator=generator),
+            )
+            for name, w in self.base.items()
+        }
+        self.delta = {name: up @ down for name, (up, down) in self.factors.items()}
+        self.whole = {name: w + self.delta[name] for name, w in self.base.items()}
+        names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+        self.diffusers = {compvis: name for name, compvis in names.items()}
+        self.token = torch.randn(WIDTH, generator=generator)
+
+    def named(self, values, pattern="{}.weight"):
+        return {pattern.format(self.diffusers[name].removesuffix(".weight")): value for name, value in values.items()}
+
+    def lora(self, pattern, up, down, scale=1.0):
+        """Factors by diffusers' names within a pattern of the layer's name."""
+        state = {}
+        for name, (u, d) in self.factors.items():
+            layer = pattern(self.diffusers[name].removesuffix(".weight"))
+            state |= {f"{layer}{up}": u * scale, f"{layer}{down}": d}
+        return state
+
+    def kohya(self):
+        state = self.lora(lambda n: f"lora_unet_{n.replace('.', '_')}", ".lora_up.weight", ".lora_down.weight", 2.0)
+        alphas = {
+            name.replace("lora_up.weight", "alpha"): torch.tensor(RANK / 2) for name in state if "lora_up" in name
+        }
+        return {**state, **alphas}
+
+    def loha(self):
+        state = self.lora(lambda n: f"lora_unet_{n.replace('.', '_')}", ".hada_w1_a", ".hada_w1_b")
+        for name in [name for name in state if name.endswith("w1_a")]:
+            state[name.replace("w1_a", "w2_a")] = torch.ones(len(state[name]), 1)
+            state[name.replace("w1_a", "w2_b")] = torch.ones(1, WIDTH)
+        return state
+
+    def dora(self):
+        """The host divides by the old norm of each row and multiplies by the file's: these are equal here."""
+        state = self.lora(lambda n: f"lora_unet_{n.replace('.', '_')}", ".lora_up.weight", ".lora_down.weight")
+        norms = {n: w.norm(dim=1, keepdim=True) + torch.finfo(torch.float32).eps for n, w in self.base.items()}
+        scales = self.named(norms)
+        return state | {
+            f"lora_unet_{n.removesuffix('.weight').replace('.', '_')}.dora_scale": v for n, v in scales.items()
+        }
+
+    def files(self):
+        unet, token = self.named(self.whole), self.token
+        compvis = {f"model.diffusion_model.{name}": w for name, w in self.whole.items()}
+        pairs = {
+            f"model.diffusion_model.{name}": dict(zip("uv", pair, strict=True)) for name, pair in self.factors.items()
+        }
+        processor = lambda n: n.replace(".to_", ".processor.to_")  # noqa: E731
+        custom = self.named(self.whole, "{}_custom_diffusion.weight")
+        hollow = {name.replace("attn2", "attn1").rpartition(".to_")[0] + ".processor": {} for name in unet}
+        return {
+            "F1": {"state_dict": {**compvis, "embed": token[None]}},
+            "F2": {"state_dict": {**pairs, "embed": token}},
+            "F3": {"unet": unet, "modifier_token": {"<new1>": token}},
+            "F3 alone": {"unet": unet},
+            "F4": {"unet": unet, "modifier_token": {"<new1>": [token, torch.ones(8)]}},
+            "F5": {"unet": unet, "modifier_token": {"<new1>": token}, "modifier_token_2": {"<new1>": torch.ones(8)}},
+            "F6": {"unet": self.lora(processor, "_lora.up.weight", "_lora.down.weight")},
+            "F7": {processor(name): w for name, w in custom.items()} | hollow,
+            "F8 kohya": self.kohya(),
+            "F8 PEFT": self.lora(lambda n: f"unet.{processor(n)}", ".lora_B.weight", ".lora_A.weight"),
+            "F8 LoHa": self.loha(),
+            "F8 DoRA": self.dora(),
+            "F8 diff": {f"diffusion_model.{n.removesuffix('.weight')}.diff": d for n, d in self.delta.items()},
+            "F8 set": {f"diffusion_model.{n.removesuffix('.weight')}.set_weight": w for n, w in self.whole.items()},
+        }
+
+    def check(self, concept, tolerance=FP16_ROUNDING, names=None):
+        names = list(self.base) if names is None else names
+        found = {
+            f"{layer_name(key)}.to_{part}.weight": delta.matrix()
+            for key, parts in concept.deltas.items()
+            for part, delta in parts.items()
+        }
+        assert set(found) == set(names)
+        for name in names:
+            error = (found[name] - self.delta[name]).norm() / self.delta[name].norm()
+            assert error < tolerance, (name, float(error))
+
+
+FORMATS = (
+    *("F1", "F2", "F3", "F3 alone", "F4", "F5", "F6", "F7"),
+    *("F8 kohya", "F8 PEFT", "F8 LoHa", "F8 DoRA", "F8 diff", "F8 set"),
+)
+
+
+@pytest.fixture
+def truth(toy):
+    return Truth(toy.model)
+
+
+def load(toy, source, **options):
+    from conceptloom.host.concepts import load_concept
+
+    return load_concept(options.pop("model", toy.model), source, **options)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_the_true_difference(name, toy, truth):
+    concept = load(toy, truth.files()[name])
+    truth.check(concept)
+    assert bool(concept.tokens) == (name in ("F1", "F2", "F3", "F4", "F5"))
+    if concept.tokens:
+        assert torch.equal(concept.tokens["l"], truth.token[None]) and concept.placeholder == "<new1>"
+    factored = {len(delta.factors) for parts in concept.deltas.values() for delta in parts.values()}
+    assert factored == ({2} if name in ("F2", "F6", "F8 kohya", "F8 PEFT") else {1})
+    assert all(f.dtype == torch.half for parts in concept.deltas.values() for d in parts.values() for f in d.factors)
+    assert not concept.others and not concept.text_patches
+
+
+@pytest.mark.parametrize("name", ["F3", "F3 alone", "F6", "F8 kohya"])
+def test_files_are_read_through_the_host(name, toy, truth, tmp_path):
+    path = tmp_path / "dog.bin"
+    torch.save(truth.files()[name], path)
+    concept = load(toy, path)
+    truth.check(concept)
+    assert concept.name == "dog"
+
+
+def test_patches_on_the_model_do_not_count(toy, truth):
+    key = f"diffusion_model.{next(iter(truth.base))}"
+    patched = toy.model.clone()
+    patched.add_patches({key: (torch.ones(toy.model.model.state_dict()[key].shape),)})
+    truth.check(load(toy, truth.files()["F3"], model=patched))
+
+
+def test_saved_concepts_and_loras_are_read_again(toy, truth, tmp_path):
+    import comfy.lora
+    import comfy.utils
+    from conceptloom.host.concepts import AS_LORA, save
+
+    concept = load(toy, truth.files()["F3"], class_word="dog", strength=0.5)
+    report = save(concept, tmp_path, "dog")
+    assert report.startswith("concepts/dog.safetensors")
+    again = load(toy, tmp_path / "concepts" / "dog.safetensors", placeholder="<dog>", strength=0.25)
+    truth.check(again)
+    assert (again.class_word, again.placeholder, again.strength) == ("dog", "<dog>", 0.25)
+    small = save(concept, tmp_path, "dog", AS_LORA, RANK)
+    assert [line.partition(":")[0] for line in small.splitlines()] == [
+        "loras/dog.safetensors",
+        "embeddings/dog.safetensors",
+    ]
+    truth.check(load(toy, tmp_path / "loras" / "dog.safetensors"), 2 * FP16_ROUNDING)
+    save(concept, tmp_path, "full", AS_LORA)
+    for name in ("dog", "full"):
+        state = comfy.utils.load_torch_file(str(tmp_path / "loras" / f"{name}.safetensors"))
+        patches = comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(toy.model.model, {}))
+        for layer, base in truth.base.items():
+            key = f"diffusion_model.{layer}"
+            changed = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], base.clone(), key)
+            assert (changed - truth.whole[layer]).norm() / truth.delta[layer].norm() < 2 * FP16_ROUNDING
+    with pytest.raises(ValueError, match="filename: a free name is wanted, but embeddings/dog.safetensors exists"):
+        (tmp_path / "loras" / "dog.safetensors").unlink()
+        save(concept, tmp_path, "dog", AS_LORA)
+    for name in ("", "a/b"):
+        with pytest.raises(ValueError, match="filename: a name without folders"):
+            save(concept, tmp_path, name)
+
+
+def test_keys_and_values_are_those_of_a_unet_with_the_weights_swapped(toy, truth):
+    from conceptloom.host.concepts import keys_and_values
+    from conceptloom.host.sites import CROSS, family_of
+
+    # In half precision the differences are exact, so only the order of sums is left to differ.
+    whole = {name: w + truth.delta[name].half().float() for name, w in truth.base.items()}
+    concept = load(toy, {"unet": truth.named(whole)})
+    swapped = copy.deepcopy(toy.base.diffusion_model)
+    swapped.load_state_dict({**swapped.state_dict(), **whole})
+    context = torch.randn(2, 9, WIDTH)
+    sites = [site for site in family_of(swapped).sites(swapped) if site.kind == CROSS]
+    assert len(sites) == 16
+    for site in sites:
+        layer = swapped.get_submodule(layer_name(site.key))
+        before = toy.base.diffusion_model.get_submodule(layer_name(site.key))
+        for part, found in zip("kv", keys_and_values(concept, toy.base, site, context), strict=True):
+            torch.testing.assert_close(found, layer.get_submodule(f"to_{part}")(context), atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(found, before.get_submodule(f"to_{part}")(context), atol=1e-2)
+
+
+def test_strength_scales_the_difference_and_0_is_the_base(toy, truth):
+    from conceptloom.host.concepts import keys_and_values
+    from conceptloom.host.sites import CROSS, family_of
+
+    context = torch.randn(1, 5, WIDTH)
+    site = next(s for s in family_of(toy.base.diffusion_model).sites(toy.base.diffusion_model) if s.kind == CROSS)
+    base = toy.base.diffusion_model.get_submodule(layer_name(site.key))
+    for strength in (0.0, 0.5, 1.0):
+        concept = load(toy, truth.files()["F8 kohya"], strength=strength)
+        key, value = keys_and_values(concept, toy.base, site, context)
+        torch.testing.assert_close(
+            key,
+            base.to_k(context) + strength * context @ truth.delta[f"{layer_name(site.key)}.to_k.weight"].T,
+            atol=5e-3,
+            rtol=1e-3,
+        )
+        assert torch.equal(value, base.to_v(context)) == (strength == 0)
+
+
+def test_queries_outputs_and_biases_of_all_cross_attention(toy, truth):
+    own = toy.base.diffusion_model.state_dict()
+    changed = {name: own[f"{LOWEST}.{name}"] + 0.25 for name in ("to_q.weight", "to_out.0.weight", "to_out.0.bias")}
+    unet = truth.named(truth.whole) | {truth.diffusers[f"{LOWEST}.{name}"]: w for name, w in changed.items()}
+    parts = load(toy, {"unet": unet}).deltas["middle", 0, 0]
+    assert set(parts) == {"k", "v", "q", "out"}
+    for delta in (parts["q"].matrix(), parts["out"].matrix(), parts["out"].bias.float()):
+        torch.testing.assert_close(delta, torch.full_like(delta, 0.25), atol=1e-4, rtol=0)
+    lora = {f"diffusion_model.{LOWEST}.to_out.0.diff_b": torch.full_like(own[f"{LOWEST}.to_out.0.bias"], 0.5)}
+    alone = load(toy, {**truth.files()["F8 kohya"], **lora}).deltas["middle", 0, 0]["out"]
+    assert not alone.matrix().any() and torch.equal(alone.bias, torch.full_like(alone.bias, 0.5))
+
+
+def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth, caplog):
+    from conceptloom.host.concepts import describe
+
+    own = toy.base.diffusion_model.state_dict()
+    name = "middle_block.1.transformer_blocks.0.attn1.to_k.weight"
+    same = "input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
+    more = {truth.diffusers[name]: own[name] + 0.5, truth.diffusers[same]: own[same]}
+    caplog.set_level(logging.WARNING)
+    concept = load(toy, {"unet": {**truth.named(truth.whole), **more}})
+    truth.check(concept)
+    ((key, (kind, (difference,))),) = concept.others.items()
+    assert (key, kind) == (f"diffusion_model.{name}", "diff") and (difference == 0.5).float().mean() > 0.9
+    assert "1 patches outside cross-attention" in caplog.text
+    layer = f"lora_unet_{truth.diffusers[name].removesuffix('.weight').replace('.', '_')}"
+    channels = len(own[name])
+    more = {f"{layer}.lora_up.weight": torch.ones(channels, 1), f"{layer}.lora_down.weight": torch.ones(1, channels)}
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    more |= {f"{text}.lora_up.weight": torch.ones(128, 1), f"{text}.lora_down.weight": torch.ones(1, 128)}
+    more |= {"lora_unet_no_such_layer.alpha": torch.tensor(1.0)}
+    concept = load(toy, {**truth.kohya(), **more})
+    truth.check(concept)
+    assert list(concept.others) == [f"diffusion_model.{name}"] and len(concept.text_patches["lora"]) == 2
+    assert "1 tensors are for no layer of this model, such as lora_unet_no_such_layer.alpha" in caplog.text
+    assert "text encoder: 2 tensors" in describe(concept) and "1 patches, which are not applied" in describe(concept)
+
+
+def test_a_lora_may_leave_layers_out(toy, truth):
+    names = [name for name in truth.base if name.startswith("output_blocks.3")]
+    known = {truth.diffusers[name].removesuffix(".weight").replace(".", "_") for name in names}
+    state = {
+        key: value for key, value in truth.kohya().items() if key.removeprefix("lora_unet_").split(".")[0] in known
+    }
+    truth.check(load(toy, state), names=names)
+
+
+# ---- tokens and text ----------------------------------------------------------------------------------------------
+
+
+def test_tokens_come_from_the_file_or_beside_it_under_any_name(toy, truth, tmp_path):
+    torch.save({"<dog>": truth.token}, tmp_path / "dog.bin")
+    files = truth.files()
+    beside = load(toy, files["F3 alone"], tokens=tmp_path / "dog.bin")
+    assert beside.placeholder == "<dog>" and torch.equal(beside.tokens["l"], truth.token[None])
+    assert load(toy, files["F3"], placeholder=" <cat> ").placeholder == "<cat>"
+    two = {**files["F3"], "modifier_token": {"<a>": truth.token, "<b>": -truth.token}}
+    assert torch.equal(load(toy, two, placeholder="<b>").tokens["l"], -truth.token[None])
+    with pytest.raises(ValueError, match="placeholder: one of the file's tokens <a>, <b> is wanted, not ''"):
+        load(toy, two)
+    with pytest.raises(ValueError, match="token_file: none is wanted, for the file itself holds the token <new1>"):
+        load(toy, files["F3"], tokens={"<dog>": truth.token})
+    with pytest.raises(ValueError, match="placeholder: none is wanted for a concept without a token"):
+        load(toy, files["F3 alone"], placeholder="<dog>")
+
+
+@pytest.fixture(scope="module")
+def clip(host):
+    """Shapeland's text tower: encoder l of width 128."""
+    from conceptloom.host.shapeland import load_clip
+
+    return load_clip()
+
+
+def test_tokens_of_another_width_are_refused(toy, truth, clip):
+    from conceptloom.host.concepts import check_tokens
+
+    def given(token):
+        return load(toy, {**truth.files()["F3"], "modifier_token": {"<new1>": token}})
+
+    check_tokens(given(torch.zeros(2, 128)), clip)
+    check_tokens(load(toy, truth.files()["F3 alone"]), clip)
+    with pytest.raises(ValueError, match=r"width of concept's token \(l 64\) is wanted, not l 128"):
+        check_tokens(given(truth.token), clip)
+    with pytest.raises(ValueError, match=r"\(l 128, g 1280\) is wanted, not l 128"):
+        check_tokens(given([torch.zeros(128), torch.zeros(1280)]), clip)
+
+
+def states(clip):
+    return clip.encode_from_tokens(clip.tokenize("a dog"))
+
+
+def test_text_encoders_change_for_the_concept_s_own_prompt_alone(toy, truth, clip):
+    from conceptloom.host.concepts import with_text
+
+    before = states(clip)
+    own = clip.cond_stage_model.clip_l.transformer.state_dict()
+    name = "text_model.encoder.layers.0.mlp.fc2.weight"
+    table = "text_model.embeddings.token_embedding.weight"
+    slope = torch.linspace(-0.1, 0.1, 128)[:, None]
+    encoder = {**own, name: own[name].float() + slope, table: torch.cat((own[table], torch.ones(1, 128)))}
+    encoder["text_model.embeddings.position_ids"] = torch.arange(77)
+    concept = load(toy, {**truth.files()["F3"], "text_encoder": encoder}, strength=0.5)
+    changed = with_text(concept, clip)
+    patches = changed.patcher.patches[f"clip_l.transformer.{name}"]
+    assert patches[0][0] == 0.5 and torch.allclose(patches[0][1][1][0], slope.expand(128, 512), atol=1e-3)
+    after = states(changed)
+    assert list(changed.patcher.patches) == [f"clip_l.transformer.{name}"]
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.equal(states(clip), before)
+    text = "lora_te_text_model_encoder_layers_0_mlp_fc2"
+    lora = {f"{text}.lora_up.weight": slope, f"{text}.lora_down.weight": torch.ones(1, 512)}
+    spoken = with_text(load(toy, {**truth.kohya(), **lora}, strength=0.5), clip)
+    torch.testing.assert_close(states(spoken), after, atol=1e-4, rtol=1e-4)
+    assert with_text(load(toy, truth.kohya()), clip) is clip
+    with pytest.raises(ValueError, match="clip: the one that concept was trained on is wanted"):
+        with_text(load(toy, {**truth.files()["F3"], "text_encoder": {**encoder, "text_model.x": torch.ones(1)}}), clip)
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------
+
+
+def changed(truth, change, name=f"{LOWEST}.to_k.weight"):
+    whole = dict(truth.whole)
+    whole[name] = change(whole[name])
+    return {"unet": truth.named(whole)}
+
+
+def wide(truth, width):
+    return {name: torch.zeros(len(w), width) for name, w in truth.base.items()}
+
+
+SDXL_LAYER = "down_blocks.2.attentions.0.transformer_blocks.9.attn2.to_k.weight"
+REFUSED = {
+    "one for SD 2.x (text width 1024)": lambda t: {"unet": t.named(wide(t, 1024))},
+    "for a model of text width 64 is wanted, not one for SDXL (text width 2048)": lambda t: {
+        "unet": {SDXL_LAYER: torch.zeros(8, 2048)}
+    },
+    "but it has down_blocks.2.attentions.0.transformer_blocks.9": lambda t: {
+        "unet": {**t.named(t.whole), SDXL_LAYER: torch.zeros(8, WIDTH)}
+    },
+    "1 are missing, such as middle_block.1": lambda t: {
+        "unet": {n: w for n, w in t.named(t.whole).items() if not n.startswith("mid_block") or "to_v" in n}
+    },
+    "the shape (128, 64) is wanted for diffusion_model.middle": lambda t: changed(t, lambda w: w[:-1]),
+    "not NaN or infinity, in middle_block": lambda t: changed(t, lambda w: w * math.nan),
+    "the base is another, or they are differences": lambda t: {"unet": t.named(t.delta)},
+    "1.4 times that away": lambda t: {
+        "unet": t.named({n: w.flip(0) for n, w in t.whole.items()}),
+    },
+    "not one for SDXL (text width 2048)": lambda t: {
+        n: torch.zeros(RANK, 2048) if n.endswith("down.weight") else v for n, v in t.kohya().items()
+    },
+    "it was never trained, or its shapes are another model's": lambda t: {
+        n: v[:, :-1] if n.endswith("_b") else v for n, v in t.loha().items()
+    },
+    "none of its 1 tensors does": lambda t: {"lora_unet_x.lora_up.weight": torch.zeros(4, 4)},
+    "a whole LoRA is wanted": lambda t: {n: v for n, v in t.kohya().items() if not n.endswith("down.weight")},
+    "finite in half precision": lambda t: {n: v * 1e12 for n, v in t.kohya().items()},
+}
+
+
+@pytest.mark.parametrize("sentence", list(REFUSED))
+def test_files_for_other_models_get_their_sentence(sentence, toy, truth):
+    with pytest.raises(ValueError) as caught:
+        load(toy, REFUSED[sentence](truth))
+    assert sentence in str(caught.value), caught.value
+    assert str(caught.value).startswith("file: ")
+
+
+def test_saved_concepts_are_for_their_model(toy, truth, toy_type, tmp_path, caplog):
+    from conceptloom.encoders import concept_files
+
+    concept = load(toy, truth.files()["F3"])
+    concept_files.save(concept, tmp_path / "dog.safetensors")
+    wider = toy_type({"context_dim": 96})
+    with pytest.raises(ValueError, match="text width 96"):
+        load(wider, tmp_path / "dog.safetensors")
+    assert "another base model" not in caplog.text
+    near = toy_type()
+    with torch.no_grad():
+        near.base.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2.to_k.weight.mul_(1.01)
+    load(near, tmp_path / "dog.safetensors")
+    assert "another base model" in caplog.text
+
+
+class Gadget:
+    """Something that a pickle would have to run code for."""
+
+
+def test_pickles_of_objects_are_never_opened(toy, truth, tmp_path):
+    torch.save({**truth.files()["F3"], "x": Gadget()}, tmp_path / "dog.bin")
+    with pytest.raises(ValueError, match=r"file: a file of tensors is wanted, but dog.bin holds Python objects"):
+        load(toy, tmp_path / "dog.bin")
+
+
+# ---- models -------------------------------------------------------------------------------------------------------
+
+
+def walk(config):
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from conceptloom.host.sites import CROSS, family_of
+
+    unet = UNetModel(
+        **config, num_heads=8, num_head_channels=-1, device="meta", operations=comfy.ops.disable_weight_init
+    )
+    keys = [site.key for site in family_of(unet).sites(unet) if site.kind == CROSS]
+    return [tuple(unet.get_submodule(layer_name(key)).to_k.weight.shape) for key in keys], keys
+
+
+def test_layers_of_sd15_and_sdxl_have_their_published_widths():
+    """Spec, table A2."""
+    from conceptloom.host.rigs import SD15_UNET, sdxl_unet
+
+    shapes, keys = walk(SD15_UNET)
+    assert (len(shapes), sum(c for c, _ in shapes), {w for _, w in shapes}) == (16, 12_480, {768})
+    assert [key for key in keys if key[0] == "middle"] == [("middle", 0, 0)]
+    assert sum(2 * c * w for c, w in shapes) == 19_169_280
+    shapes, keys = walk(sdxl_unet(10))
+    assert (len(shapes), sum(c for c, _ in shapes), {w for _, w in shapes}) == (70, 83_200, {2048})
+    assert sum(2 * c * w for c, w in shapes) == 340_787_200
+    assert [key for key in keys if key[:2] == ("input", 8)] == [("input", 8, i) for i in range(10)]
+
+
+def test_sdxl_s_layers_are_named_right_in_both_namings(toy_type):
+    from conceptloom.host.rigs import sdxl_unet
+
+    with torch.inference_mode():
+        config = {**sdxl_unet(3), "model_channels": 32, "context_dim": WIDTH}
+        model = toy_type(config, family="SDXL", base="SDXL")
+        truth = Truth(model.model)
+        assert len(truth.base) == 2 * (4 + 2 * 3 + 3 + 3 * 3 + 3 * 2)
+        for name in ("F1", "F4", "F6", "F8 kohya"):
+            truth.check(load(model, truth.files()[name]))
+
+
+# ---- nodes --------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_load_gather_and_save(toy, truth, tmp_path, monkeypatch):
+    import folder_paths
+    from conceptloom.nodes import concepts as nodes
+
+    for folder in ("concepts", "loras", "embeddings"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(tmp_path / folder)], {".bin"}))
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    torch.save(truth.files()["F3"], tmp_path / "concepts" / "delta.bin")
+    torch.save(truth.kohya(), tmp_path / "loras" / "cat.bin")
+    torch.save({"emb_params": truth.token[None]}, tmp_path / "embeddings" / "cat.bin")
+    dog, report = nodes.LoadConcept.execute(toy.model, "delta.bin", "dog", 1.0, "none", "").result
+    assert dog.class_word == "dog" and "token <new1>: 1 of width 64 for text encoder l" in report
+    cat, _ = nodes.LoadConcept.execute(toy.model, "loras/cat.bin", "cat", 0.7, "embeddings/cat.bin", "<c>").result
+    truth.check(cat)
+    (bank,) = nodes.ConceptBank.execute({"concept1": cat, "concept0": dog}).result
+    assert bank == [dog, cat] and nodes.gather_concepts({"concept0": bank, "concept1": None}) == [dog, cat]
+    (report,) = nodes.SaveConcept.execute([dog], "dog", "concept", RANK).result
+    assert (tmp_path / "output" / "concepts" / "dog.safetensors").exists() and "concepts/dog.safetensors" in report
+    with pytest.raises(ValueError, match="Save Concept: concept: one concept is wanted, not a bank of 2"):
+        nodes.SaveConcept.execute(bank, "both", "concept", 0)
+    with pytest.raises(ValueError, match="Concept Bank: concepts: a placeholder of its own"):
+        nodes.ConceptBank.execute({"concept0": dog, "concept1": dog})
+    assert {node.GET_SCHEMA().node_id for node in nodes.NODES} == {
+        "ConceptLoomLoadConcept",
+        "ConceptLoomConceptBank",
+        "ConceptLoomSaveConcept",
+    }

@@ -1,0 +1,61 @@
+"""The texts of a concept fusion."""
+
+import pytest
+from conceptloom.encoders.concept_texts import DROP_OTHERS, Name, check_text, concept_text
+
+CAT, DOG, OWL = Name("cat", "<new1>"), Name("dog", "<new2>"), Name("owl", "<new3>")
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "expected"),
+    [
+        ("a cat and a dog on the beach", CAT, "a <new1> cat and a dog on the beach"),
+        ("a cat and a dog on the beach", DOG, "a cat and a <new2> dog on the beach"),
+        ("an owl and a cat", OWL, "a <new3> owl and a cat"),
+        ("a catalog with a Cat", CAT, "a catalog with a <new1> Cat"),
+        ("a (cat:1.2), sleeping", CAT, "a (<new1> cat:1.2), sleeping"),
+        ("a <new1> cat and a <new2> dog", DOG, "a cat and a <new2> dog"),
+        ("photo of <new1> at night", Name("", "<new1>"), "photo of <new1> at night"),
+        ("a cat and a dog", Name("cat", ""), "a cat and a dog"),
+    ],
+)
+def test_the_placeholder_stands_before_the_class_word(base, own, expected):
+    others = [
+        name for name in (CAT, DOG, OWL) if name.class_word != own.class_word and name.placeholder != own.placeholder
+    ]
+    text = concept_text(base, own, others)
+    assert text == expected
+    check_text(text, own, others)
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "others", "expected"),
+    [
+        ("a cat and a dog on the beach", CAT, [DOG], "a <new1> cat on the beach"),
+        ("a cat and a dog on the beach", DOG, [CAT], "a <new2> dog on the beach"),
+        ("a red striped cat, the big dog and an owl", DOG, [CAT, OWL], "the big <new2> dog"),
+        ("a cat with a dog", CAT, [DOG], "a <new1> cat"),
+        ("two cats and a dog", DOG, [CAT], "two cats and a <new2> dog"),
+        ("a cat and a cat", CAT, [Name("cat", "<new9>")], "a <new1> cat and a cat"),
+    ],
+)
+def test_the_others_can_be_left_out(base, own, others, expected):
+    assert concept_text(base, own, others, DROP_OTHERS) == expected
+
+
+def test_a_text_without_the_concept_is_refused():
+    with pytest.raises(ValueError, match="text: one with 'cat' or <new1> in it is wanted, not 'a dog'"):
+        concept_text("a dog", CAT, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a cat", "<new1> exactly once is wanted in 'a cat', not 0 times"),
+        ("<new1> and <new1>", "not 2 times"),
+        ("a <new1> cat and a <new2> dog", "<new1> alone is wanted"),
+    ],
+)
+def test_a_text_with_the_wrong_placeholders_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        check_text(text, CAT, [DOG])
