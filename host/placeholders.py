@@ -99,14 +99,14 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
         )
     name = next(iter(tokens))
     tokenizer = getattr(clip.tokenizer, f"clip_{name}")
-    stand_in, word = _stand_in(tokenizer, prompt)
+    foreign, word = stand_in(tokenizer, prompt)
     marked = prompt
     for end in sorted(set(ends), reverse=True):
         marked = f"{marked[:end]} {word} {marked[end:]}"
     plain = _words(tokens[name])
     before, reached = [], []
     for token, *_ in _words(clip.tokenize(marked, return_word_ids=True)[name]):
-        if isinstance(token, int) and token == stand_in:
+        if isinstance(token, int) and token == foreign:
             reached.append(len(before))
         else:
             before.append(token)
@@ -160,7 +160,7 @@ def _words(chunks: list[list[tuple]]) -> list[tuple[Any, float, int, int, int]]:
     return found
 
 
-def _stand_in(tokenizer, prompt: str) -> tuple[int, str]:
+def stand_in(tokenizer, prompt: str) -> tuple[int, str]:
     """A word that the prompt does not contain and the tokenizer keeps as one token."""
     for word in _STAND_INS:
         own = _words(tokenizer.tokenize_with_weights(word, return_word_ids=True))

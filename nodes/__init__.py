@@ -2,9 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import fastcomposer, freecustom, shapeland, subjects
+from . import concepts, fastcomposer, freecustom, inversion, masks, shapeland, subjects, weaver
 
-NODES: list[type[io.ComfyNode]] = [*subjects.NODES, *freecustom.NODES, *fastcomposer.NODES, *shapeland.NODES]
+NODES: list[type[io.ComfyNode]] = [
+    node
+    for module in (subjects, freecustom, fastcomposer, concepts, masks, inversion, weaver, shapeland)
+    for node in module.NODES
+]
 
 
 class ConceptLoomExtension(ComfyExtension):

@@ -1,0 +1,103 @@
+"""The prompts of a concept fusion on the host: one conditioning per concept, with its own token and text encoder.
+
+A placeholder is no word of the tokenizer's. In its place the prompt is tokenized with a word that is one token, and
+each of these is then replaced by a row of the concept's token, which the host's text encoders take as it is. That gives
+the same states as a vocabulary with one more word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text
+from ..encoders.concepts import Concept, join
+from .concepts import check_tokens, with_text
+from .fusion import SpokenConcept
+from .placeholders import stand_in
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptPrompts:
+    """Concepts with what their prompts say.
+
+    Attributes:
+        positive, negative: the host's conditionings of the plain prompts.
+        concepts: in the order in which they were given.
+        background: the background's; None leaves it to the base model.
+        texts: what each concept's conditioning was made of, the background's last.
+    """
+
+    positive: list
+    negative: list
+    concepts: tuple[SpokenConcept, ...]
+    background: SpokenConcept | None
+    texts: tuple[str, ...]
+
+
+def encode_prompts(
+    clip,
+    base: str,
+    negative: str,
+    concepts: Sequence[Concept],
+    background: Concept | None = None,
+    texts: str = "",
+    about_others: str = KEEP_OTHERS,
+) -> ConceptPrompts:
+    """The conditionings of all concepts.
+
+    Args:
+        clip: the host's CLIP of the model.
+        base: describes the whole picture with class words.
+        negative: what it should not show.
+        concepts: a bank's.
+        background: a concept for what lies behind; its text is made from `base` too.
+        texts: one line per concept, and one for the background, each a text of its own; an empty line or none takes the
+            one that is made from `base`.
+        about_others: one of `concept_texts.OTHERS`.
+
+    Raises:
+        ValueError: concepts do not go together, a text lacks its concept or names another, or a token does not fit.
+    """
+    bank = [*concepts, *([background] if background is not None else [])]
+    join(bank)
+    names = [Name(concept.class_word, concept.placeholder) for concept in bank]
+    lines = [line.strip() for line in texts.splitlines()]
+    if len(lines) > len(bank):
+        raise ValueError(f"texts: at most one line for each of the {len(bank)} concepts is wanted, not {len(lines)}")
+    lines += [""] * (len(bank) - len(lines))
+    for concept in bank:
+        check_tokens(concept, clip)
+    spoken, said = [], []
+    for i, (concept, own) in enumerate(zip(bank, names, strict=True)):
+        others = [name for j, name in enumerate(names) if j != i]
+        text = lines[i] or concept_text(base, own, others, about_others)
+        check_text(text, own, others)
+        spoken.append(SpokenConcept(concept, encode_text(clip, text, concept)))
+        said.append(text)
+    plain = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (base, negative)]
+    count = len(concepts)
+    return ConceptPrompts(*plain, tuple(spoken[:count]), spoken[count] if background is not None else None, tuple(said))
+
+
+def encode_text(clip, text: str, concept: Concept) -> list:
+    """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder."""
+    clip = with_text(concept, clip)
+    if not concept.tokens:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    name = next(iter(concept.tokens))
+    foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), text)
+    rows = len(concept.tokens[name])
+    text = re.sub(re.escape(concept.placeholder), " ".join([word] * rows), text)
+    tokens = clip.tokenize(text)
+    for encoder, chunks in tokens.items():
+        place = 0
+        for chunk in chunks:
+            for i, (token, *weight) in enumerate(chunk):
+                if isinstance(token, int) and token == foreign:
+                    chunk[i] = (concept.tokens[encoder][place % rows], *weight)
+                    place += 1
+        if place != text.count(word):
+            raise ValueError(f"texts: spaces around {concept.placeholder} are wanted in {text!r}")
+    return clip.encode_from_tokens_scheduled(tokens)

@@ -1,0 +1,215 @@
+"""Multi-concept fusion (Concept Weaver, arXiv 2404.03913) on the host: every concept in its own part of one picture.
+
+One latent is denoised, by one row per conditioning whatever the number of concepts. At every cross-attention layer the
+positive rows' attention is put together from the base's and the concepts' answers (`attention.fusion`). Keys and values
+of a concept depend on its prompt and weights alone, so they are computed once per run; its weights are not needed
+afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import comfy.sampler_helpers
+import torch
+
+from ..attention.fusion import Region, Voice, fuse
+from ..attention.partition import layer_masks
+from ..encoders.concepts import Concept
+from . import passes
+from .concepts import keys_and_values
+from .patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach
+from .sites import CROSS, AttentionCall, Handler, Site, family_of
+
+KEY = "conceptloom_concept_fusion"
+NAME = "Multi-Concept Fusion (Concept Weaver)"
+
+ALL_LAYERS, DECODER = "all layers", "decoder"
+LAYERS = (ALL_LAYERS, DECODER)
+
+# What cuts a conditioning to a part of the picture or of the model, where a partition could not be placed.
+_NOT_IN_POSITIVE = ("area", "mask", "gligen", "hooks")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How concepts are fused.
+
+    Attributes:
+        suppression: lambda of the paper, how far to move away from the concept-free base.
+        norm_cap: see `attention.fusion.fuse`; 0 sets no bound.
+        layers: ALL_LAYERS, as the paper says, or DECODER.
+        start_percent, end_percent: the part of the schedule in which concepts are seen, 0..1.
+    """
+
+    suppression: float = 0.3
+    norm_cap: float = 0.0
+    layers: str = ALL_LAYERS
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class SpokenConcept:
+    """A concept with the host's conditioning of its own prompt."""
+
+    concept: Concept
+    conditioning: list
+
+
+def apply(
+    model,
+    concepts: Sequence[SpokenConcept],
+    partition: torch.Tensor,
+    settings: Settings,
+    background: SpokenConcept | None = None,
+):
+    """A clone of the MODEL that draws each concept in its part of the picture.
+
+    Without any concept that has a strength and a place, the clone is untouched.
+
+    Args:
+        model: the host's MODEL.
+        concepts: in the order of the partition.
+        partition: (N + 1, H, W), the background last (see `attention.partition`).
+        settings: see there.
+        background: a concept for the background; without one it is the base model's.
+
+    Raises:
+        ValueError: the parts do not fit together; says which and why.
+    """
+    unet = model.model.diffusion_model
+    sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
+    if len(partition) != len(concepts) + 1:
+        raise ValueError(
+            f"partition: one mask for each of the {len(concepts)} concepts is wanted, not {len(partition) - 1}"
+        )
+    if settings.start_percent > settings.end_percent:
+        raise ValueError(
+            f"start_percent: at most end_percent ({settings.end_percent:g}) is wanted, not {settings.start_percent:g}"
+        )
+    placed = [*zip(concepts, partition, strict=False)]
+    if background is not None:
+        placed.append((background, partition[-1]))
+    width = model.model.model_config.unet_config["context_dim"]
+    for spoken, _ in placed:
+        given = spoken.concept.text_width
+        if given not in (None, width):
+            raise ValueError(
+                f"concepts: those of a model with text states of width {width} are wanted, but "
+                f"{spoken.concept.name} has {given}"
+            )
+    active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
+    if not active:
+        return model.clone()
+    if settings.layers == DECODER:
+        sites = [site for site in sites if site.key[0] == "output"]
+    maps = torch.stack([mask for _, mask in placed])
+    return attach(model, KEY, ConceptFusion([placed[i][0] for i in active], maps[active], sites, settings))
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptFusion:
+    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts."""
+
+    concepts: Sequence[SpokenConcept]
+    maps: torch.Tensor
+    sites: Sequence[Site]
+    settings: Settings
+
+    def begin(self, sampling: Sampling) -> FusionRun:
+        """Opens a run.
+
+        Raises:
+            ValueError: the positive conditioning is not one for the whole picture.
+        """
+        entries = sampling.guider.conds.get(POSITIVE) or []
+        cut = sorted({name for entry in entries for name in _NOT_IN_POSITIVE if entry.get(name) is not None})
+        if len(entries) > 1 or cut:
+            given = f"{len(entries)} of them" if len(entries) > 1 else f"one with {', '.join(cut)}"
+            raise ValueError(f"{NAME}: positive: one conditioning for the whole picture is wanted, not {given}")
+        return FusionRun(self, sampling)
+
+
+class FusionRun:
+    """One sampling of several concepts."""
+
+    def __init__(self, system: ConceptFusion, sampling: Sampling):
+        levels = sampling.guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
+        self.system = system
+        self.seed = sampling.seed
+        self.size = tuple(sampling.noise.shape[-2:])
+        self.first_level = levels(system.settings.start_percent)
+        self.last_level = levels(system.settings.end_percent)
+        self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        self._regions: dict[tuple, list[Region | None]] = {}
+
+    def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
+        """See `patching.Run`."""
+        inside = self.last_level <= evaluation.noise_level <= self.first_level
+        if not inside or all(role == NEGATIVE for role in evaluation.roles):
+            return {}
+        # Scheduled hooks change weights within a run, and each device needs tensors of its own.
+        key = (evaluation.x.device, evaluation.model.current_patcher.current_hooks)
+        if key not in self._keys:
+            self._keys[key] = self._speak(evaluation)
+        return {site: partial(self._attend, spoken, evaluation) for site, spoken in self._keys[key].items()}
+
+    def _speak(self, evaluation: Evaluation) -> dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Keys and values of all concepts at all sites."""
+        model = evaluation.model
+        dtype = model.get_dtype_inference()
+        spoken: dict[Site, list] = {site: [] for site in self.system.sites}
+        for one in self.system.concepts:
+            entry = comfy.sampler_helpers.convert_cond(one.conditioning)[0]
+            conds = passes.encode(model, entry, evaluation.x[:1], POSITIVE, self.seed)
+            context = conds["c_crossattn"].to(dtype)
+            for site, kept in spoken.items():
+                kept.append(keys_and_values(one.concept, model, site, context))
+        return spoken
+
+    def _attend(self, spoken, evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
+        base = call.attend(call.q, call.k, call.v)
+        # What another node adds here (IPAdapter) stays an addition to whatever is drawn.
+        added = None if call.previous is None else call.previous(call.q, call.k, call.v, call.options) - base
+        voices = [
+            Voice(region, key, value)
+            for region, (key, value) in zip(self._at(call, evaluation), spoken, strict=True)
+            if region is not None
+        ]
+        out = base.clone()
+        n = evaluation.rows_per_role
+        for i, role in enumerate(evaluation.roles):
+            if role != NEGATIVE:
+                rows = slice(i * n, (i + 1) * n)
+                settings = self.system.settings
+                out[rows] = fuse(call.q[rows], base[rows], voices, call.attend, settings.suppression, settings.norm_cap)
+        return out if added is None else out + added
+
+    def _at(self, call: AttentionCall, evaluation: Evaluation) -> list[Region | None]:
+        """The concepts' regions at a layer, once per size."""
+        grid = call.grid
+        whole = tuple(evaluation.x.shape[-2:]) == self.size and len(call.q) == len(evaluation.x)
+        if not whole or call.q.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"{NAME}: model: one whose cross-attention sees the whole picture is wanted, but another node gives it "
+                f"parts of shape {tuple(call.q.shape)}"
+            )
+        key = (grid, call.q.device, call.q.dtype)
+        if key not in self._regions:
+            maps = self.system.maps
+            rest = (1 - maps.sum(0, keepdim=True)).clamp(min=0)
+            # The rest, too, goes through the sampling, so that shares stay a partition at every size.
+            sized = layer_masks(torch.cat([maps, rest]), grid)[:-1].to(call.q)
+            self._regions[key] = [Region.of(mask) for mask in sized]
+        return self._regions[key]
+
+    def finish(self, samples: torch.Tensor) -> None:
+        """Nothing is handed over."""
+
+    def close(self) -> None:
+        """Lets go of all tensors."""
+        self._keys.clear()
+        self._regions.clear()

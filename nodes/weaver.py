@@ -1,0 +1,215 @@
+"""Nodes of Concept Weaver that draw: Concept Prompts, Plug-and-Play Injection, Multi-Concept Fusion."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..encoders.concept_texts import KEEP_OTHERS, OTHERS
+from ..host import concept_prompts, fusion, plugandplay
+from .concepts import as_concepts, one_concept
+from .types import ConceptPromptsSocket, ConceptSocket, PartitionSocket, TrajectorySocket, speaking_for
+
+CATEGORY = "ConceptLoom/Concept Weaver"
+CUSTOM_BLOCKS = "custom list"
+
+
+class ConceptPrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomConceptPrompts",
+            display_name="Concept Prompts",
+            category=CATEGORY,
+            description="Encodes the base prompt, and one prompt per concept with that concept's placeholder alone, "
+            "for Multi-Concept Fusion.",
+            search_aliases=[
+                "Concept Weaver",
+                "custom diffusion",
+                "placeholder",
+                "modifier token",
+                "prompt per concept",
+            ],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                ConceptSocket.Input(
+                    "concepts",
+                    tooltip="A concept from Load Concept, or several from Concept Bank. Concept Masks wants their masks "
+                    "in the same order.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The whole picture in plain words, with the class word of each concept: "
+                    '"a cat and a dog on the beach". It becomes the positive conditioning.',
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="ugly, blurry, black, low res, unrealistic",
+                    tooltip="What the picture should not show. The negative side has no concepts.",
+                ),
+                io.Combo.Input(
+                    "other_concepts",
+                    options=list(OTHERS),
+                    default=KEEP_OTHERS,
+                    tooltip="What a concept's own prompt says of the others: their class words, as published, or "
+                    "nothing, which lets less of them in.",
+                ),
+                io.String.Input(
+                    "texts",
+                    multiline=True,
+                    default="",
+                    advanced=True,
+                    tooltip="Texts of your own instead of the ones made from the prompt: one line per concept, in "
+                    "order, the background's last. An empty line keeps the made one.",
+                ),
+                ConceptSocket.Input(
+                    "background", optional=True, tooltip="One concept for all that lies behind the others."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The plain prompt, for the sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, for the sampler."),
+                ConceptPromptsSocket.Output(display_name="prompts", tooltip="For Multi-Concept Fusion."),
+                io.String.Output(display_name="texts", tooltip="What each concept's prompt says, one per line."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, concepts, prompt, negative_prompt, other_concepts, texts, background=None) -> io.NodeOutput:
+        with speaking_for(cls):
+            behind = None if background is None else one_concept(background)
+            made = concept_prompts.encode_prompts(
+                clip, prompt, negative_prompt, as_concepts(concepts), behind, texts, other_concepts
+            )
+        return io.NodeOutput(made.positive, made.negative, made, "\n".join(made.texts))
+
+
+class PlugAndPlayInjection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomPlugAndPlayInjection",
+            display_name="Plug-and-Play Injection",
+            category=CATEGORY,
+            description="Keeps the structure of an inverted picture while the prompt or concepts change what is in it "
+            "(Plug-and-Play, CVPR 2023). Works alone for editing a picture. For SD 1.x, SD 2.x, SDXL and Shapeland.",
+            search_aliases=["PnP", "plug and play", "structure", "image editing", "prompt to prompt", "Concept Weaver"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the picture was inverted with; LoRAs may come after."),
+                TrajectorySocket.Input("trajectory", tooltip="From DDIM Inversion."),
+                io.Float.Input(
+                    "residual_share",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Part of the steps, from the first on, in which the picture's features are injected: holds "
+                    "the shapes. Lower it to let a concept change the silhouette.",
+                ),
+                io.Float.Input(
+                    "attention_share",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="The same for queries and keys of self-attention: holds the layout.",
+                ),
+                io.Combo.Input(
+                    "blocks",
+                    options=[*plugandplay.PRESETS, CUSTOM_BLOCKS],
+                    default=plugandplay.PAPER,
+                    advanced=True,
+                    tooltip="Whose self-attention is injected. Concept Weaver's paper names decoder blocks 4, 7 and 9, "
+                    "the code of Plug-and-Play takes 4 to 11; of SDXL these are 1, 4 and 1 to 5.",
+                ),
+                io.String.Input(
+                    "custom_blocks",
+                    default="4-11",
+                    advanced=True,
+                    tooltip='Decoder blocks by number, such as "4, 7-9", when blocks is custom list.',
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="Sample it from the inversion's noise, along its sigmas.")],
+        )
+
+    @classmethod
+    def execute(cls, model, trajectory, residual_share, attention_share, blocks, custom_blocks) -> io.NodeOutput:
+        chosen = custom_blocks if blocks == CUSTOM_BLOCKS else blocks
+        settings = plugandplay.Settings(residual_share, attention_share, chosen)
+        with speaking_for(cls):
+            return io.NodeOutput(plugandplay.apply(model, trajectory, settings))
+
+
+class MultiConceptFusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomMultiConceptFusion",
+            display_name="Multi-Concept Fusion (Concept Weaver)",
+            category=CATEGORY,
+            description="Draws each concept in its own part of one picture: in cross-attention, concepts answer with "
+            "their own weights where their masks are (Concept Weaver, CVPR 2024). The cost does not grow with their "
+            "number. For SD 1.x, SD 2.x, SDXL and Shapeland.",
+            search_aliases=["Concept Weaver", "multi LoRA", "regional LoRA", "custom diffusion", "multi concept"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, best with Plug-and-Play Injection on it."),
+                ConceptPromptsSocket.Input("prompts", tooltip="From Concept Prompts."),
+                PartitionSocket.Input("partition", tooltip="From Concept Masks, in the order of the concepts."),
+                io.Float.Input(
+                    "suppression",
+                    default=0.3,
+                    min=-1.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="Lambda: how far to move away from what the base model alone would draw. 0 is off; much of "
+                    "it burns colours.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Concepts are seen from this part of sampling on; before, the plain prompt draws.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Concepts are seen up to this part of sampling.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(fusion.LAYERS),
+                    default=fusion.ALL_LAYERS,
+                    advanced=True,
+                    tooltip="Cross-attention layers in which concepts are seen: all, as published, or the decoder's.",
+                ),
+                io.Float.Input(
+                    "norm_cap",
+                    default=0.0,
+                    min=0.0,
+                    max=5.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="The most by which suppression may lengthen a feature; 1.5 tames a strong one, 0 sets no "
+                    "bound.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="Sample it with the conditionings of Concept Prompts.")],
+        )
+
+    @classmethod
+    def execute(cls, model, prompts, partition, **settings) -> io.NodeOutput:
+        with speaking_for(cls):
+            return io.NodeOutput(
+                fusion.apply(model, prompts.concepts, partition, fusion.Settings(**settings), prompts.background)
+            )
+
+
+NODES: list[type[io.ComfyNode]] = [ConceptPrompts, PlugAndPlayInjection, MultiConceptFusion]

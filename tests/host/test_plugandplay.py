@@ -1,0 +1,207 @@
+"""Plug-and-Play injection on the host, against the same features copied by plain hooks on the modules."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+STEPS = 5
+
+
+@contextmanager
+def hooked(pairs):
+    """Forward hooks on modules for as long as the block runs."""
+    handles = [module.register_forward_hook(hook) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def places(toy, numbers, branch=4):
+    """The modules whose outputs Plug-and-Play copies: residual branch, queries, keys."""
+    blocks = toy.base.diffusion_model.output_blocks
+    attentions = [blocks[n][1].transformer_blocks[0].attn1 for n in numbers]
+    return [blocks[branch][0].out_layers[-1]], [linear for a in attentions for linear in (a.to_q, a.to_k)]
+
+
+def naive(toy, source, numbers, residual_until, attention_until):
+    """The model with a wrapper that runs the source ahead of each call and copies its features into all rows."""
+    branch, linears = places(toy, numbers)
+    prompt = source.conditioning[0][0]
+    calls = []
+
+    def wrapper(apply_model, arguments):
+        x, sigma, c = arguments["input"], arguments["timestep"], arguments["c"]
+        levels = c["transformer_options"]["sample_sigmas"]
+        step = int((levels[:-1] >= sigma[0] * (1 - 1e-4)).sum()) - 1
+        chosen = (branch if step < residual_until else []) + (linears if step < attention_until else [])
+        calls.append(step)
+        seen = {}
+        start = source.trajectory.at(float(sigma[0])).to(x)
+        with hooked([(m, lambda m, _, out: seen.__setitem__(m, out.clone())) for m in chosen]):
+            apply_model(start, sigma[:1].repeat(len(start)), c_crossattn=prompt.repeat(len(start), 1, 1))
+
+        def copy(module, _, out):
+            return seen[module].repeat(len(out) // len(start), *(1,) * (out.ndim - 1))
+
+        with hooked([(m, copy) for m in chosen]):
+            return apply_model(x, sigma, **c)
+
+    model = toy.model.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+@pytest.fixture
+def source(toy):
+    from conceptloom.host.inversion import SourceTrajectory
+    from conceptloom.samplers.inversion import Trajectory
+
+    def make(batch=1, size=(16, 16), levels=(0.0, 0.5, 2.0, 8.0, 15.0)):
+        generator = torch.Generator().manual_seed(4)
+        picture, noise = torch.randn(2, batch, 4, *size, generator=generator)
+        latents = torch.stack([picture + level * noise for level in levels])
+        return SourceTrajectory(
+            Trajectory(levels, latents), toy.clip.encode_from_tokens_scheduled("the source"), error=0.0
+        )
+
+    return make
+
+
+def apply(toy, source, model=None, **settings):
+    from conceptloom.host.plugandplay import Settings, apply
+
+    return apply(toy.model if model is None else model, source, Settings(**settings))
+
+
+class TestFeatures:
+    @pytest.mark.parametrize(
+        ("blocks", "numbers"),
+        [
+            ("three blocks (paper)", (4, 7, 9)),
+            ("all from the second on (published code)", range(4, 12)),
+            ("3, 10-11", (3, 10, 11)),
+        ],
+    )
+    def test_they_are_the_sources_at_the_same_noise_level(self, toy, source, blocks, numbers):
+        given = source()
+        expected = toy.sample(naive(toy, given, numbers, 4, 2), STEPS)
+        drawn = toy.sample(apply(toy, given, blocks=blocks), STEPS)
+        assert torch.allclose(drawn, expected, atol=1e-5)
+        assert not torch.allclose(drawn, toy.sample(steps=STEPS), atol=1e-2)
+
+    @pytest.mark.parametrize(("batch", "pictures", "cfg"), [(1, 2, 5.0), (2, 2, 5.0), (2, 2, 1.0)])
+    def test_batches_and_cfg_1(self, toy, source, batch, pictures, cfg):
+        given = source(batch)
+        expected = toy.sample(naive(toy, given, (4, 7, 9), 4, 2), STEPS, cfg=cfg, batch=pictures)
+        drawn = toy.sample(apply(toy, given), STEPS, cfg=cfg, batch=pictures)
+        assert torch.allclose(drawn, expected, atol=1e-5)
+
+    def test_odd_sizes(self, toy, source):
+        given = source(size=(15, 21))
+        expected = toy.sample(naive(toy, given, (4, 7, 9), 4, 2), STEPS, size=(15, 21))
+        assert torch.allclose(toy.sample(apply(toy, given), STEPS, size=(15, 21)), expected, atol=1e-5)
+
+    def test_a_source_equal_to_the_picture_changes_nothing(self, toy, source):
+        """Oracle P3: one evaluation of a picture that is its own source, with the source's prompt."""
+        from conceptloom.host.inversion import SourceTrajectory
+        from conceptloom.samplers.inversion import Trajectory
+
+        levels = toy.base.model_sampling.sigma_max.item()
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+        plain, same = [], []
+        for model, kept in ((toy.model, plain), (None, same)):
+            if model is None:
+                start = noise * torch.sqrt(torch.tensor(1.0 + levels**2))
+                trajectory = Trajectory((0.0, levels), torch.stack([start, start]))
+                model = apply(toy, SourceTrajectory(trajectory, toy.positive, 0.0))
+            kept.append(toy.sample(model, steps=1, cfg=1.0, seed=3))
+        assert torch.allclose(plain[0], same[0], atol=1e-5)
+
+    def test_one_source_pass_serves_conditionings_that_are_evaluated_apart(self, toy, source, monkeypatch):
+        """Oracles E6 and E7."""
+
+        together = toy.sample(apply(toy, source()), STEPS)
+        assert toy.rows == [1, 2] * 4 + [2]
+        monkeypatch.setattr(toy.base, "memory_required", lambda *_, **__: 1e15)
+        apart = toy.sample(apply(toy, source()), STEPS)
+        assert toy.rows == [1, 1, 1] * 4 + [1, 1]
+        assert float((apart - together).norm() / together.norm()) < 2e-5
+
+
+class TestNothingElse:
+    def test_shares_of_zero_are_the_untouched_model(self, toy, source):
+        model = apply(toy, source(), residual_share=0.0, attention_share=0.0)
+        assert torch.equal(toy.sample(model, STEPS), toy.sample(steps=STEPS))
+        assert toy.rows == [2] * STEPS
+
+    def test_reading_a_branch_leaves_the_block_as_it_is(self, toy):
+        """Oracle P2."""
+        from conceptloom.host.sites import ResidualCall
+
+        layer = toy.base.diffusion_model.output_blocks[4][0]
+        x = torch.randn(2, layer.channels, 4, 4)
+        embedding = torch.randn(2, layer.emb_channels)
+        call = ResidualCall(layer, x, lambda: layer(x, embedding))
+        out, branch = call.with_its_branch()
+        assert torch.equal(out, layer(x, embedding))
+        assert torch.equal(call.with_branch(branch), out)
+        assert not layer.out_layers[-1]._forward_hooks
+
+    def test_the_model_is_as_before_afterwards(self, toy, source):
+        before = toy.sample(steps=STEPS)
+        toy.sample(apply(toy, source()), STEPS)
+        assert torch.equal(toy.sample(steps=STEPS), before)
+
+
+class TestCompany:
+    def test_another_nodes_layer_patch_is_heard(self, toy, source):
+        from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+
+        def double(layer, x, embedding, *_):
+            return layer(x, embedding) * 1.5
+
+        other = toy.model.clone()
+        other.set_model_patch((ResBlock, double), "forward_timestep_embed_patch")
+        drawn = toy.sample(apply(toy, source(), model=other), STEPS)
+        assert not torch.allclose(drawn, toy.sample(apply(toy, source()), STEPS), atol=1e-3)
+        alone = toy.sample(apply(toy, source(), model=other, residual_share=0.0, attention_share=0.0), STEPS)
+        assert torch.equal(alone, toy.sample(other, STEPS))
+
+    def test_references_of_free_custom_see_the_sources_queries(self, toy, source):
+        subject = toy.subject()
+        both = toy.sample(apply(toy, source(), model=toy.apply(subject)), STEPS)
+        for one in (apply(toy, source()), toy.apply(subject)):
+            assert not torch.allclose(both, toy.sample(one, STEPS), atol=1e-3)
+
+
+class TestRefusals:
+    def test_a_latent_of_another_size(self, toy, source):
+        with pytest.raises(ValueError, match="Plug-and-Play Injection: latent: the size and batch of the inversion"):
+            toy.sample(apply(toy, source()), STEPS, size=(16, 24))
+
+    def test_a_batch_that_does_not_fit(self, toy, source):
+        with pytest.raises(ValueError, match="size and batch of the inversion"):
+            toy.sample(apply(toy, source(2)), STEPS, batch=3)
+
+    def test_blocks_without_attention(self, toy, source):
+        with pytest.raises(ValueError, match="blocks: decoder blocks with attention, of this model 3 to 11"):
+            apply(toy, source(), blocks="1-4")
+
+
+def test_sdxl_has_its_blocks_one_level_lower(host):
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from conceptloom.host.plugandplay import PAPER, PUBLISHED, choose_sites
+    from conceptloom.host.rigs import sdxl_unet
+    from conceptloom.host.sites import UNetFamily
+
+    config = {**sdxl_unet(2), "num_heads": -1, "num_head_channels": 64}
+    sites = UNetFamily().sites(UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init))
+    for blocks, numbers in ((PAPER, {1, 4}), (PUBLISHED, {1, 2, 3, 4, 5})):
+        branch, attention = choose_sites(sites, blocks)
+        assert branch.key == ("output", 1, 0)
+        assert {site.key[1] for site in attention} == numbers
+        assert all(site.kind == "self" for site in attention)
