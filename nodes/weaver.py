@@ -33,8 +33,8 @@ class ConceptPrompts(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
                 ConceptSocket.Input(
                     "concepts",
-                    tooltip="A concept from Load Concept, or several from Concept Bank. Concept Masks wants their masks "
-                    "in the same order.",
+                    tooltip="A concept from Load Concept, or several from Concept Bank. Concept Masks wants their "
+                    "masks in the same order.",
                 ),
                 io.String.Input(
                     "prompt",

@@ -260,7 +260,8 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False) -> N
         return {"noise": error, "localization": localize * located, "reading": READ * read}
 
     def report(step):
-        return evaluate(unet_state(run.best_state()), run.folder / f"samples_{step:06d}.png", device, pictures=64, steps=25)
+        sheet = run.folder / f"samples_{step:06d}.png"
+        return evaluate(unet_state(run.best_state()), sheet, device, pictures=64, steps=25)
 
     run.train(loss_of, 100, report, 1000)
     models.save("unet", unet_state(run.best_state()))
