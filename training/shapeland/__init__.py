@@ -22,6 +22,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the unet: minutes at the start, then a sixth faster"
     )
+    parser.add_argument(
+        "--from-shipped", action="store_true", help="a new run of the unet starts from the shipped weights"
+    )
     options = parser.parse_args(argv)
     if options.stage == "scenes":
         from .common import open_scenes
@@ -42,4 +45,4 @@ def main(argv: list[str]) -> None:
     else:
         from .unet import train_unet
 
-        train_unet(options.device, options.steps or 30000, options.batch, options.compile)
+        train_unet(options.device, options.steps or 30000, options.batch, options.compile, options.from_shipped)

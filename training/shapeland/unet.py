@@ -29,9 +29,9 @@ from .common import (
 from .scenes import SHARD, WORDS, Scenes
 
 UNCONDITIONAL = 0.1
-# Half of the noise levels are drawn from the steps at which words decide what is drawn and where; below, the picture
-# itself tells nearly all.
-WORDY_FROM, WORDY_SHARE = 600, 0.5
+# Much of the training is spent on the steps at which places are seen already and silhouettes are not yet: there the
+# words decide what is drawn, while at less noise the picture itself tells.
+WORDY, WORDY_SHARE = (720, 980), 0.6
 # The noise level at which a thing is half hidden.
 HIDDEN_FROM = 6.0
 # Weight of the reading loss: what the features of the UNet know about the things that are being drawn.
@@ -214,14 +214,17 @@ def unet_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
 
 
-def train_unet(device: str, steps: int, batch: int, compiled: bool = False) -> None:
-    """v-prediction plus localization; keeps averaged weights, judges samples on the way."""
+def train_unet(device: str, steps: int, batch: int, compiled: bool = False, shipped: bool = False) -> None:
+    """v-prediction with localization and reading; keeps averaged weights, judges samples on the way. A run without a
+    checkpoint starts from the shipped weights if so wished, else from nothing."""
     data = open_scenes()
     latents = latents_of(data, RUNS / "latents", SHARDS, device)
     trained = (SHARDS - 1) * SHARD
     torch.manual_seed(SEED)
     taught, text = _Taught(), frozen_text(device)
     unet = taught.unet
+    if shipped:
+        unet.load_state_dict(models.load("unet"))
     decay = max(1, steps // 2)
 
     def rate(step):
@@ -241,8 +244,9 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False) -> N
         spoken = np.where(silent.numpy()[:, None], 0, data.take("words", rows))
         with torch.no_grad():
             context = text(tokens(spoken, device)).last_hidden_state
-        lowest = torch.where(torch.rand(batch, generator=generator) < WORDY_SHARE, WORDY_FROM, 0)
-        t = (lowest + torch.rand(batch, generator=generator) * (1000 - lowest)).long().to(device)
+        wordy = torch.rand(batch, generator=generator) < WORDY_SHARE
+        low, high = (torch.where(wordy, edge, bound) for edge, bound in zip(WORDY, (0, 1000), strict=True))
+        t = (low + torch.rand(batch, generator=generator) * (high - low)).long().to(device)
         noise = torch.randn(x.shape, generator=generator).to(device)
         alpha = alphas[t]
         a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
