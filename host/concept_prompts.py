@@ -8,8 +8,10 @@ the same states as a vocabulary with one more word.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text
 from ..encoders.concepts import Concept, join
@@ -84,20 +86,31 @@ def encode_prompts(
 def encode_text(clip, text: str, concept: Concept) -> list:
     """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder."""
     clip = with_text(concept, clip)
-    if not concept.tokens:
-        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    name = next(iter(concept.tokens))
+    return clip.encode_from_tokens_scheduled(splice(clip, text, concept.placeholder, concept.tokens))
+
+
+def splice(clip, text: str, placeholder: str, rows: Mapping[str, torch.Tensor]) -> dict[str, list]:
+    """The host's tokens of a text, with the rows (n, d) of each text encoder in the place of a placeholder.
+
+    Without rows they are the text's own.
+
+    Raises:
+        ValueError: the placeholder is part of a longer word.
+    """
+    if not rows:
+        return clip.tokenize(text)
+    name = next(iter(rows))
+    count = len(rows[name])
     foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), text)
-    rows = len(concept.tokens[name])
-    text = re.sub(re.escape(concept.placeholder), " ".join([word] * rows), text)
+    text = re.sub(re.escape(placeholder), " ".join([word] * count), text)
     tokens = clip.tokenize(text)
     for encoder, chunks in tokens.items():
         place = 0
         for chunk in chunks:
             for i, (token, *weight) in enumerate(chunk):
                 if isinstance(token, int) and token == foreign:
-                    chunk[i] = (concept.tokens[encoder][place % rows], *weight)
+                    chunk[i] = (rows[encoder][place % count], *weight)
                     place += 1
         if place != text.count(word):
-            raise ValueError(f"texts: spaces around {concept.placeholder} are wanted in {text!r}")
-    return clip.encode_from_tokens_scheduled(tokens)
+            raise ValueError(f"texts: spaces around {placeholder} are wanted in {text!r}")
+    return tokens

@@ -21,7 +21,7 @@ import torch
 
 from ..encoders import concept_files, concept_formats
 from ..encoders.concept_formats import Tokens
-from ..encoders.concepts import PARTS, Concept, layer_name
+from ..encoders.concepts import PARTS, Concept, Key, layer_name
 from .concept_weights import check_fit, difference, is_whole, lora_patches, read_weights, unpatched
 from .sites import Site
 
@@ -106,15 +106,19 @@ def keys_and_values(concept: Concept, model, site: Site, context: torch.Tensor) 
     Returns:
         Keys and values, (B, L, C).
     """
-    layer = model.diffusion_model.get_submodule(layer_name(site.key))
     deltas = concept.deltas.get(site.key, {})
     outputs = []
     for part in ("k", "v"):
-        out = layer.get_submodule(PARTS[part])(context)
+        out = layer_module(model, site.key, part)(context)
         if part in deltas and concept.strength:
             out = out + concept.strength * deltas[part].apply(context)
         outputs.append(out)
     return outputs[0], outputs[1]
+
+
+def layer_module(model, key: Key, part: str) -> torch.nn.Module:
+    """The linear layer of a BaseModel's cross-attention that a part of a concept is a difference to."""
+    return model.diffusion_model.get_submodule(f"{layer_name(key)}.{PARTS[part]}")
 
 
 def check_tokens(concept: Concept, clip) -> None:

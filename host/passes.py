@@ -74,8 +74,15 @@ def forward(
         patches=feature_patches(evaluation),
     )
     options = family_of(model.diffusion_model).install(options, handlers)
-    conds = dict(conds)
     with contextlib.suppress(StopForward):
-        model._apply_model(
-            x, sigma, conds.pop("c_concat", None), conds.pop("c_crossattn", None), None, options, **conds
-        )
+        evaluate(model, x, sigma, conds, options)
+
+
+def evaluate(
+    model, x: torch.Tensor, sigma: torch.Tensor, conds: Mapping[str, torch.Tensor], options: dict
+) -> torch.Tensor:
+    """Denoised latents (n, C, h, w) of `x` at noise levels `sigma` (n,), past all wrappers."""
+    conds = dict(conds)
+    return model._apply_model(
+        x, sigma, conds.pop("c_concat", None), conds.pop("c_crossattn", None), None, options, **conds
+    )

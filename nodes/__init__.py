@@ -2,11 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import concepts, fastcomposer, freecustom, inversion, masks, shapeland, subjects, weaver
+from . import concepts, fastcomposer, freecustom, inversion, masks, shapeland, subjects, training, weaver
 
 NODES: list[type[io.ComfyNode]] = [
     node
-    for module in (subjects, freecustom, fastcomposer, concepts, masks, inversion, weaver, shapeland)
+    for module in (subjects, freecustom, fastcomposer, training, concepts, masks, inversion, weaver, shapeland)
     for node in module.NODES
 ]
 

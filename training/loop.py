@@ -14,6 +14,7 @@ from ..encoders.files import whole_file
 
 class Run:
     """A training run in a folder: modules, optimizer, averaged weights, step count and loss log, resumed exactly.
+    Without a folder nothing is written.
 
     Batches must depend on the step alone (`batch(step)`), never on hidden state, so that an interrupted run and an
     uninterrupted one see the same data. Randomness inside a step comes from `generator`, seeded by (seed, step).
@@ -21,7 +22,7 @@ class Run:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         model: torch.nn.Module,
         rate: Callable[[int], float],
         steps: int,
@@ -32,13 +33,14 @@ class Run:
         optimizer: torch.optim.Optimizer | None = None,
     ):
         self.folder, self.steps, self.rate, self.seed, self.device = folder, steps, rate, seed, device
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
         self.model = model.to(device)
         self.optimizer = optimizer or adamw(model, weight_decay)
         self.average = average
         self.averaged = {k: v.detach().clone() for k, v in model.state_dict().items()} if average else None
         self.step = 0
-        if self._checkpoint.exists():
+        if folder and self._checkpoint.exists():
             saved = torch.load(self._checkpoint, map_location=device, weights_only=True)
             model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -50,6 +52,8 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint so that an interruption at any moment leaves a whole one."""
+        if not self.folder:
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -70,16 +74,18 @@ class Run:
         report: Callable[[int], dict[str, float]] | None = None,
         report_every: int = 0,
         save_seconds: float = 180.0,
+        half: bool = True,
     ) -> None:
         """Train to `steps`. `loss_of(step, generator)` returns named losses whose sum is minimised; their means over
-        `every` steps go to `log.csv` and the screen, `report`'s numbers to `report.csv` each `report_every` steps."""
+        `every` steps go to `log.csv` and the screen, `report`'s numbers to `report.csv` each `report_every` steps.
+        `half` computes in bfloat16 where that is safe."""
         sums: dict[str, float] = {}
         saved_at = began = time.monotonic()
         while self.step < self.steps:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(self.step)
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half):
                 losses = loss_of(self.step, generator)
             sum(losses.values()).backward()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -111,6 +117,8 @@ class Run:
         torch._foreach_lerp_([self.averaged[k] for k in floats], [state[k] for k in floats], 1 - keep)
 
     def _log(self, name: str, row: dict[str, float]) -> None:
+        if not self.folder:
+            return
         path = self.folder / name
         new = not path.exists()
         with path.open("a", newline="") as file:

@@ -1,0 +1,307 @@
+"""Training a concept within the host: on a copy of the model, through the sites that drawing it uses too.
+
+The model's own weights get no gradient. At every cross-attention layer keys and values gain what the concept adds, so
+what is trained is what Multi-Concept Fusion will compute. Parameters of the host cannot be differentiated through
+where they were made under inference mode, hence the copies of UNet and text encoder, which go when training ends in any
+way.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MethodType
+
+import comfy.clip_model
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sampler_helpers
+import torch
+
+from ..encoders.concept_texts import Name
+from ..encoders.concepts import Concept
+from ..training.concepts.augment import View, augment
+from ..training.concepts.learner import BOTH, ConceptWeights, Recipe, concept_loss, latent_mask
+from ..training.loop import Run
+from . import passes
+from .concept_prompts import splice
+from .concepts import layer_module
+from .patching import POSITIVE
+from .sites import CROSS, AttentionCall, family_of
+
+VIEWS = 32
+"""Variations of each picture, encoded once before training; more than a training sees in its steps are not made."""
+
+Report = Callable[[int, float, Callable[[], Concept]], None]
+"""Told after each step: how many were done, the loss, and what gives the concept as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """What a concept is learnt from.
+
+    Attributes:
+        images: (H, W, 3) each, in [0, 1].
+        masks: (H', W') for each image, or None where the whole picture counts.
+        captions: one for all, or one for each image; {} stands for the concept.
+    """
+
+    images: Sequence[torch.Tensor]
+    masks: Sequence[torch.Tensor | None]
+    captions: Sequence[str]
+
+    def __post_init__(self):
+        if not self.images:
+            raise ValueError("images: at least one picture is wanted, but there is none")
+        if len(self.masks) != len(self.images):
+            raise ValueError(f"masks: one for each of {len(self.images)} pictures is wanted, not {len(self.masks)}")
+        if len(self.captions) not in (1, len(self.images)):
+            raise ValueError(
+                f"captions: one line, or one for each of {len(self.images)} pictures is wanted, not "
+                f"{len(self.captions)}"
+            )
+        for caption in self.captions:
+            if caption.count("{}") != 1:
+                raise ValueError(f"captions: {{}} exactly once is wanted, where the concept is meant, not {caption!r}")
+
+
+def train(
+    model,
+    clip,
+    vae,
+    pictures: Pictures,
+    class_word: str,
+    placeholder: str,
+    recipe: Recipe,
+    side: int,
+    prior: torch.Tensor | None = None,
+    report: Report = lambda *_: None,
+    folder: Path | None = None,
+) -> Concept:
+    """A concept learnt from pictures.
+
+    Args:
+        model, clip, vae: the host's, of one checkpoint; they stay as they are.
+        pictures: of the concept.
+        class_word: what kind of thing it is.
+        placeholder: its new word.
+        recipe: see there.
+        side: of the square training pictures, in pixels.
+        prior: latents (n, C, h, w), as a sampler gives them, of things of the class in general; None for no prior.
+        report: told after each step.
+        folder: for a checkpoint every minute, from which the same training continues after a cancellation or a crash;
+            it is removed at the end. None keeps none.
+
+    Raises:
+        ValueError: an input cannot be used; says which and why.
+    """
+    name = check(vae, pictures, class_word, placeholder, recipe, side)
+    with torch.inference_mode(False), torch.enable_grad(), _copies(model, clip) as (patcher, text):
+        trainer = _Trainer(patcher, text, pictures, name, recipe, side, prior)
+        trainer.encode(vae)
+        trainer.run(report, folder)
+        return trainer.concept()
+
+
+def check(vae, pictures: Pictures, class_word: str, placeholder: str, recipe: Recipe, side: int) -> Name:
+    """What the concept is called; raises ValueError with one sentence where a training could not begin."""
+    factor = vae.spacial_compression_encode()
+    if side % factor or side < factor:
+        raise ValueError(f"side: a multiple of {factor} is wanted for this VAE, not {side}")
+    if not class_word.strip():
+        raise ValueError("class_word: what kind of thing the concept is (such as dog) is wanted, not an empty text")
+    name = Name(class_word.strip(), placeholder.strip() if recipe.new_word else "")
+    if recipe.new_word and not name.placeholder:
+        raise ValueError("placeholder: the concept's new word (such as <new1>) is wanted, not an empty text")
+    return name
+
+
+@contextmanager
+def _copies(model, clip):
+    """Copies of a MODEL and a CLIP that gradients can go through, loaded; let go of at the end."""
+    for given, what in ((model, "model"), (clip.patcher, "clip")):
+        if given.cached_patcher_init is None:
+            raise ValueError(f"{what}: one from the host's own loaders is wanted, which can be loaded a second time")
+    family_of(model.model.diffusion_model)
+    patcher = model.clone(force_deepcopy=True)
+    text = clip.clone()
+    text.patcher = clip.patcher.clone(force_deepcopy=True)
+    text.cond_stage_model = text.patcher.model
+    training = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        for one in (patcher, text.patcher):
+            one.model.requires_grad_(False)
+        for layer in text.cond_stage_model.modules():
+            if isinstance(layer, comfy.clip_model.CLIPLayer):
+                layer.forward = MethodType(_out_of_place, layer)
+        yield patcher, text
+    finally:
+        comfy.model_management.in_training = training
+        for one in (patcher, text.patcher):
+            comfy.model_management.unload_model_and_clones(one)
+
+
+def _out_of_place(layer, x, mask=None, optimized_attention=None):
+    """A text encoder's layer; the host's own adds in place, which a gradient cannot go through."""
+    x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
+@dataclass(frozen=True, eq=False)
+class _Example:
+    """A view as the model sees it: latent (C, h, w), mask (h, w), caption."""
+
+    latent: torch.Tensor
+    mask: torch.Tensor
+    caption: str
+
+
+class _Trainer:
+    def __init__(self, patcher, clip, pictures: Pictures, name: Name, recipe: Recipe, side: int, prior):
+        self.model, self.device = patcher.model, patcher.load_device
+        self.patchers = [patcher, clip.patcher]
+        self.clip, self.pictures, self.name, self.recipe, self.side = clip, pictures, name, recipe, side
+        self.sites = [site for site in family_of(self.model.diffusion_model).sites(self.model.diffusion_model)]
+        self.sites = [site for site in self.sites if site.kind == CROSS]
+        layers = {
+            site.key: {part: layer_module(self.model, site.key, part).weight.detach() for part in BOTH}
+            for site in self.sites
+        }
+        starts = self._start_of_word() if recipe.new_word else {}
+        self.weights = ConceptWeights(layers, starts, recipe.rank, recipe.seed).to(self.device)
+        self.prior = [] if prior is None else list(self.model.process_latent_in(prior.clone()))
+        self.examples: list[_Example] = []
+        self._texts: dict[str, dict[str, torch.Tensor]] = {}
+
+    def _start_of_word(self) -> dict[str, torch.Tensor]:
+        """The class word's own embedding, so that training starts from what is known of the class."""
+        starts = {}
+        for encoder, chunks in self.clip.tokenize(self.name.class_word).items():
+            tower = getattr(self.clip.cond_stage_model, f"clip_{encoder}")
+            table = tower.transformer.get_input_embeddings().weight
+            first = chunks[0][1][0]
+            starts[encoder] = table[first : first + 1].detach().clone()
+        return starts
+
+    def encode(self, vae) -> None:
+        """Encodes the views of all pictures."""
+        count = len(self.pictures.images)
+        times = min(VIEWS, -(-self.recipe.steps * self.recipe.batch // count))
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        views: list[tuple[View, str]] = []
+        for _ in range(times):
+            for i, (image, mask) in enumerate(zip(self.pictures.images, self.pictures.masks, strict=True)):
+                view = augment(image, mask, self.side, self.recipe.augmentation, generator)
+                views.append((view, view.prefix + self.pictures.captions[i % len(self.pictures.captions)]))
+        with torch.no_grad():
+            for start in range(0, len(views), 8):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                chunk = views[start : start + 8]
+                latents = vae.encode(torch.stack([view.image for view, _ in chunk])).clone()
+                for latent, (view, caption) in zip(self.model.process_latent_in(latents), chunk, strict=True):
+                    self.examples.append(_Example(latent, latent_mask(view.mask, tuple(latent.shape[-2:])), caption))
+        if not all(torch.isfinite(example.latent).all() for example in self.examples):
+            raise ValueError("vae: finite latents are wanted, but a picture gave NaN or infinity")
+
+    def run(self, report: Report, folder: Path | None) -> None:
+        """All steps."""
+        optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1.0, weight_decay=0.01)
+        run = Run(
+            folder,
+            self.weights,
+            lambda step: self.recipe.rate,
+            self.recipe.steps,
+            self.recipe.seed,
+            device=str(self.device),
+            optimizer=optimizer,
+        )
+
+        def loss_of(step, generator):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            # A report may draw a preview, for which the host may have made room.
+            comfy.model_management.load_models_gpu(self.patchers)
+            losses = self._losses(generator)
+            report(step, float(losses["concept"].detach()), self.concept)
+            return losses
+
+        half = self.model.get_dtype_inference() != torch.float32
+        run.train(loss_of, self.recipe.steps, save_seconds=60.0, half=half)
+        if folder:
+            shutil.rmtree(folder)
+
+    def _losses(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        recipe = self.recipe
+        chosen = torch.randint(len(self.examples), (recipe.batch,), generator=generator).tolist()
+        rows = [self.examples[i] for i in chosen]
+        latents, masks = [row.latent for row in rows], [row.mask for row in rows]
+        captions = [row.caption.replace("{}", " ".join(filter(None, self._called()))) for row in rows]
+        if self.prior:
+            others = torch.randint(len(self.prior), (recipe.batch,), generator=generator).tolist()
+            latents += [self.prior[i] for i in others]
+            masks += [torch.ones_like(masks[0])] * len(others)
+            captions += [self.pictures.captions[0].replace("{}", self.name.class_word)] * len(others)
+        x0, mask = torch.stack(latents).to(self.device).float(), torch.stack(masks).to(self.device)
+        sampling = self.model.model_sampling
+        steps = torch.randint(len(sampling.sigmas), (len(x0),), generator=generator)
+        sigma = sampling.sigmas[steps].to(self.device).float().clone()
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        denoised = self._denoise(x0 + sigma[:, None, None, None] * noise, sigma, self._conds(captions, x0[:1]))
+        v_prediction = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+        losses = {}
+        for kind, part in (("concept", slice(0, recipe.batch)), ("prior", slice(recipe.batch, None))):
+            if len(x0[part]):
+                losses[kind] = concept_loss(denoised[part], x0[part], sigma[part], mask[part], v_prediction)
+        if "prior" in losses:
+            losses["prior"] = recipe.prior_weight * losses["prior"]
+        return losses
+
+    def _called(self) -> tuple[str, str]:
+        return self.name.placeholder, self.name.class_word
+
+    def _conds(self, captions: Sequence[str], latent: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The host's tensors for captions, one row each; texts without the new word are encoded once."""
+        rows = []
+        for caption in captions:
+            conds = self._texts.get(caption)
+            if conds is None:
+                own = self.name.placeholder and self.name.placeholder in caption
+                tokens = self.weights.tokens() if own else {}
+                spliced = splice(self.clip, caption, self.name.placeholder, tokens)
+                cond, pooled = self.clip.encode_from_tokens(spliced, return_pooled=True)
+                entry = comfy.sampler_helpers.convert_cond([[cond, {"pooled_output": pooled}]])[0]
+                conds = passes.encode(self.model, entry, latent, POSITIVE, self.recipe.seed)
+                if not own:
+                    conds = self._texts[caption] = {key: value.detach() for key, value in conds.items()}
+            rows.append(conds)
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict[str, torch.Tensor]) -> torch.Tensor:
+        context = conds["c_crossattn"].to(self.model.get_dtype_inference())
+
+        def attend(site, call: AttentionCall) -> torch.Tensor:
+            key, value = (
+                own + self.weights.addition(site.key, part, context)
+                for part, own in zip(BOTH, (call.k, call.v), strict=True)
+            )
+            return call.attend(call.q, key, value)
+
+        handlers = {site: partial(attend, site) for site in self.sites}
+        options = family_of(self.model.diffusion_model).install({"cond_or_uncond": [0], "sigmas": sigma}, handlers)
+        return passes.evaluate(self.model, x, sigma, conds, options)
+
+    def concept(self) -> Concept:
+        """The concept as it is now."""
+        tokens = {encoder: token.detach().cpu() for encoder, token in self.weights.tokens().items()}
+        return Concept(
+            self.name.placeholder or self.name.class_word,
+            self.weights.deltas(),
+            self.name.class_word,
+            self.name.placeholder,
+            tokens,
+            source_format="Train Concept",
+        )

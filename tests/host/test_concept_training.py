@@ -1,0 +1,192 @@
+"""Training a concept within the host, on Shapeland's shapes with random weights."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+@pytest.fixture(scope="module")
+def parts(host):
+    """MODEL with a random UNet, and the shipped CLIP and VAE, made as the host's nodes make them."""
+    from conceptloom.host.shapeland import load_clip, load_model, load_vae
+    from conceptloom.shapeland import models
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        return load_model(models.build_unet().state_dict()), load_clip(), load_vae()
+
+
+def train(parts, steps=3, report=lambda *_: None, prior=None, pictures=None, folder=None, **recipe):
+    from conceptloom.host.concept_training import Pictures, train
+    from conceptloom.training.concepts.learner import Recipe
+
+    generator = torch.Generator().manual_seed(1)
+    if pictures is None:
+        pictures = Pictures([torch.rand(64, 64, 3, generator=generator)], [None], ["a {}"])
+    with torch.inference_mode():
+        return train(*parts, pictures, "star", "<new1>", Recipe(steps=steps, **recipe), 64, prior, report, folder)
+
+
+class TestConcept:
+    @pytest.mark.parametrize("rank", [0, 4])
+    def test_it_has_all_layers_and_its_word_and_they_have_moved(self, parts, rank):
+        losses = []
+        concept = train(parts, rank=rank, report=lambda step, loss, _: losses.append(loss))
+        assert len(losses) == 3 and all(loss > 0 for loss in losses)
+        assert len(concept.deltas) == 16
+        for deltas in concept.deltas.values():
+            assert set(deltas) == {"k", "v"}
+            assert all(delta.matrix().abs().max() > 0 for delta in deltas.values())
+        start = parts[1].tokenize("star")["l"][0][1][0]
+        table = parts[1].cond_stage_model.clip_l.transformer.get_input_embeddings().weight
+        assert concept.tokens["l"].shape == (1, 128)
+        assert not torch.equal(concept.tokens["l"][0], table[start])
+        assert torch.allclose(concept.tokens["l"][0], table[start].float(), atol=0.05)
+
+    def test_the_same_seed_gives_the_same_concept(self, parts):
+        once, again, other = train(parts), train(parts), train(parts, seed=1)
+        key = ("middle", 0, 0)
+        assert torch.equal(once.deltas[key]["v"].matrix(), again.deltas[key]["v"].matrix())
+        assert not torch.equal(once.deltas[key]["v"].matrix(), other.deltas[key]["v"].matrix())
+
+    def test_what_is_trained_is_what_fusion_draws(self, parts):
+        """The trainer's denoised latents are those of Multi-Concept Fusion with the concept over the whole picture."""
+        import comfy.model_management
+        from conceptloom.encoders.concept_texts import Name
+        from conceptloom.host import concept_training
+        from conceptloom.host.concept_prompts import encode_text
+        from conceptloom.host.fusion import Settings, SpokenConcept, apply
+        from conceptloom.training.concepts.learner import Recipe
+
+        model, clip, _ = parts
+        seen = {}
+        with torch.inference_mode(False), torch.enable_grad(), concept_training._copies(model, clip) as (patcher, text):
+            pictures = concept_training.Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
+            name = Name("star", "<new1>")
+            trainer = concept_training._Trainer(patcher, text, pictures, name, Recipe(), 64, None)
+            for p in trainer.weights.parameters():
+                torch.nn.init.normal_(p, std=0.05)
+            comfy.model_management.load_models_gpu(trainer.patchers)
+            x, sigma = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(2)) * 4, torch.tensor([3.0])
+            conds = trainer._conds(["a <new1> star"], x)
+            seen["trained"] = trainer._denoise(x, sigma, conds).detach()
+            concept = trainer.concept()
+        with torch.inference_mode():
+            spoken = SpokenConcept(concept, encode_text(clip, "a <new1> star", concept))
+            drawing = apply(model, [spoken], torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]), Settings(0.0))
+
+            import comfy.samplers
+
+            guider = comfy.samplers.CFGGuider(drawing)
+            guider.inner_set_conds({"positive": spoken.conditioning})
+
+            def once(model, x, sigmas, extra_args, **_):
+                seen["drawn"] = model(seen["x"], sigma, **extra_args)
+                return x
+
+            seen["x"] = x
+            guider.sample(x, torch.zeros_like(x), comfy.samplers.KSAMPLER(once), torch.tensor([3.0, 0.0]))
+        assert torch.allclose(seen["drawn"], seen["trained"], atol=2e-3)
+
+    def test_pictures_of_the_class_take_part(self, parts):
+        prior = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(5))
+        key = ("middle", 0, 0)
+        with_prior = train(parts, prior=prior).deltas[key]["v"].matrix()
+        assert not torch.equal(with_prior, train(parts).deltas[key]["v"].matrix())
+        without_weight = train(parts, prior=prior, prior_weight=0.0).deltas[key]["v"].matrix()
+        assert not torch.equal(with_prior, without_weight)
+
+
+class TestAfterwards:
+    def test_a_training_that_was_cancelled_continues_as_if_it_had_not_been(self, parts, tmp_path):
+        import comfy.model_management
+        from comfy.model_management import InterruptProcessingException
+        from conceptloom.training.loop import Run
+
+        def stop(step, *_):
+            if step == 1:
+                comfy.model_management.interrupt_current_processing()
+
+        folder, key = tmp_path / "training", ("middle", 0, 0)
+        saved, save = [], Run.save
+        with pytest.MonkeyPatch.context() as patch:
+            # As if a minute had passed at each step.
+            patch.setattr("time.monotonic", iter(range(0, 10**6, 100)).__next__)
+            patch.setattr(Run, "save", lambda run: (saved.append(run.step), save(run)))
+            with pytest.raises(InterruptProcessingException):
+                train(parts, steps=4, report=stop, folder=folder)
+        assert saved == [1, 2]
+        steps = []
+        continued = train(parts, steps=4, report=lambda step, *_: steps.append(step), folder=folder)
+        assert steps == [2, 3]
+        assert not folder.exists()
+        assert torch.equal(continued.deltas[key]["v"].matrix(), train(parts, steps=4).deltas[key]["v"].matrix())
+
+    def test_models_are_as_before(self, parts):
+        model, clip, _ = parts
+        before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model.model, clip.cond_stage_model)]
+        train(parts)
+        for module, state in zip((model.model, clip.cond_stage_model), before, strict=True):
+            assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+        assert not model.patches and not clip.patcher.patches
+
+    def test_an_interruption_leaves_nothing(self, parts):
+        import comfy.model_management
+        from comfy.model_management import InterruptProcessingException
+
+        def stop(step, *_):
+            if step == 1:
+                comfy.model_management.interrupt_current_processing()
+
+        with pytest.raises(InterruptProcessingException):
+            train(parts, steps=5, report=stop)
+        assert not comfy.model_management.in_training
+        train(parts, steps=1)
+
+
+class TestRefusals:
+    def test_bad_input_gets_its_sentence(self, parts):
+        from conceptloom.host.concept_training import Pictures
+
+        image = torch.rand(64, 64, 3)
+        with pytest.raises(ValueError, match="images: at least one picture is wanted"):
+            Pictures([], [], ["a {}"])
+        with pytest.raises(ValueError, match="captions: one line, or one for each of 3 pictures is wanted, not 2"):
+            Pictures([image] * 3, [None] * 3, ["a {}"] * 2)
+        with pytest.raises(ValueError, match="exactly once is wanted, where the concept is meant, not 'a star'"):
+            Pictures([image], [None], ["a star"])
+
+
+def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):
+    import comfy.utils
+    from conceptloom.host.concept_studio import train_with_progress
+    from conceptloom.host.concept_training import Pictures
+    from conceptloom.training.concepts.learner import Recipe
+
+    told = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, shown, node_id: told.append((done, shown))
+    )
+    pictures = Pictures([torch.rand(64, 64, 3)], [None], ["a {}"])
+    with torch.inference_mode():
+        concept, curve, said = train_with_progress(
+            *parts, pictures, "star", "<new1>", Recipe(steps=5), 64, class_pictures=1, preview_every=2
+        )
+    previews = [(done, shown) for done, shown in told if shown is not None]
+    assert [done for done, _ in previews] == [3, 5]
+    assert previews[0][1][1].size == (256, 256)
+    assert told[-1][0] == 5
+    assert curve.shape == (256, 512, 3)
+    assert said.startswith("<new1>: 5 steps of 2 pictures in ")
+    assert concept.class_word == "star"
+
+
+def test_the_loss_is_drawn(host):
+    from conceptloom.host.concept_studio import loss_picture
+
+    falling = loss_picture([1 / (i + 1) for i in range(100)])
+    assert falling.shape == (256, 512, 3)
+    dark = (falling.sum(-1) < 1.0).nonzero()
+    left, right = dark[dark[:, 1] < 40, 0].float().mean(), dark[dark[:, 1] > 470, 0].float().mean()
+    assert right > left + 100

@@ -1,0 +1,135 @@
+"""What is trained for a concept, and the loss: the same whether a host's node or a script trains it.
+
+Custom Diffusion (arXiv 2212.04488) trains the matrices that make keys and values of the text, and the embedding of a
+new word; all else stays. Everything here is counted in units of the weight that it is a difference to, so that one
+learning rate fits models of any width: a rate of 0.001 moves a number by a thousandth of its matrix's root mean square
+per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ...encoders.concepts import Delta, Key
+from .augment import STRONG
+
+BOTH = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a concept is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        rate: of learning, as a share of a weight's root mean square per step.
+        batch: pictures per step.
+        rank: of the factors; 0 trains whole matrices.
+        new_word: whether an embedding of its own is trained.
+        prior_weight: of the loss on pictures of the class in general; both are means over what counts.
+        augmentation: one of `augment.AUGMENTATIONS`.
+        seed: of everything that is drawn.
+    """
+
+    steps: int = 400
+    rate: float = 2e-3
+    batch: int = 2
+    rank: int = 0
+    new_word: bool = True
+    prior_weight: float = 0.25
+    augmentation: str = STRONG
+    seed: int = 0
+
+
+class ConceptWeights(torch.nn.Module):
+    """The differences that are trained, as factors or whole, and the new word.
+
+    Args:
+        layers: per cross-attention layer the base weights (C, text width) of its keys "k" and values "v".
+        tokens: per text encoder the embedding (n, d) to start from; empty trains none.
+        rank: see `Recipe`.
+        seed: of the factors.
+    """
+
+    def __init__(
+        self, layers: Mapping[Key, Mapping[str, torch.Tensor]], tokens: Mapping[str, torch.Tensor], rank: int, seed: int
+    ):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.scales: dict[str, float] = {}
+        self.keys = {_name(key, part): (key, part) for key, parts in layers.items() for part in BOTH if part in parts}
+        self.up, self.down, self.word = (torch.nn.ParameterDict() for _ in range(3))
+        for name, (key, part) in self.keys.items():
+            weight = layers[key][part]
+            self.scales[name] = _rms(weight)
+            rows, columns = weight.shape
+            self.up[name] = torch.nn.Parameter(torch.zeros(rows, rank or columns))
+            if rank:
+                self.down[name] = torch.nn.Parameter(torch.randn(rank, columns, generator=generator) / rank**0.5)
+        self.starts = {encoder: start.detach().float().clone() for encoder, start in tokens.items()}
+        for encoder, start in self.starts.items():
+            self.scales[encoder] = _rms(start)
+            self.word[encoder] = torch.nn.Parameter(torch.zeros_like(start))
+
+    def addition(self, key: Key, part: str, context: torch.Tensor) -> torch.Tensor:
+        """What a layer's keys or values gain, (B, L, C), for text states (B, L, text width).
+
+        The first token, which every prompt has alike, teaches nothing: its share is kept, without a gradient.
+        """
+        name = _name(key, part)
+        x = context.float() * self.scales[name]
+        if name in self.down:
+            x = x @ self.down[name].mT
+        x = x @ self.up[name].mT
+        return torch.cat((x[:, :1].detach(), x[:, 1:]), 1).to(context.dtype)
+
+    def tokens(self) -> dict[str, torch.Tensor]:
+        """Per text encoder the embedding of the new word, (n, d)."""
+        device = next(iter(self.up.values())).device
+        return {e: start.to(device) + self.scales[e] * self.word[e] for e, start in self.starts.items()}
+
+    def deltas(self) -> dict[Key, dict[str, Delta]]:
+        """The differences as a concept keeps them."""
+        found: dict[Key, dict[str, Delta]] = {}
+        for name, (key, part) in self.keys.items():
+            up = self.up[name].detach() * self.scales[name]
+            factors = (up, self.down[name].detach()) if name in self.down else (up,)
+            found.setdefault(key, {})[part] = Delta(factors)
+        return found
+
+
+def concept_loss(
+    denoised: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, mask: torch.Tensor, v_prediction: bool
+) -> torch.Tensor:
+    """Mean squared error of the network's own prediction where a mask counts.
+
+    A denoiser's error is that of the prediction times sigma (noise), or times sigma / sqrt(1 + sigma^2) (v). Custom
+    Diffusion's code divides the error of all channels by the mask of one, which weighs pictures four times as much as
+    pictures of the class; here both are means, and `Recipe.prior_weight` is a quarter.
+
+    Args:
+        denoised, target: (B, C, h, w).
+        sigma: (B,).
+        mask: (B, h, w).
+        v_prediction: whether the network predicts v.
+    """
+    weight = sigma**-2 + (1.0 if v_prediction else 0.0)
+    error = (denoised.float() - target.float()).square().mean(1) * weight[:, None, None]
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def latent_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A picture's mask (H, W) at the size (h, w) of its latent."""
+    return F.adaptive_avg_pool2d(mask[None, None], size)[0, 0]
+
+
+def _name(key: Key, part: str) -> str:
+    return "_".join(map(str, (*key, part)))
+
+
+def _rms(weight: torch.Tensor) -> float:
+    return float(weight.float().square().mean().sqrt()) or 1.0
