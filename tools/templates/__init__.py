@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 from workflow_builder import Workflow
 
-from . import fastcomposer, freecustom
+from . import concept_weaver, fastcomposer, freecustom
 
-WORKFLOWS: dict[str, Callable[[Workflow], None]] = {**freecustom.WORKFLOWS, **fastcomposer.WORKFLOWS}
+WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
+    **freecustom.WORKFLOWS,
+    **fastcomposer.WORKFLOWS,
+    **concept_weaver.WORKFLOWS,
+}
