@@ -124,7 +124,7 @@ class Concept:
         strength: factor of the deltas; 1 is as trained, 0 the base model.
         text_patches: what the file changes in text encoders, as it stands there: under "lora" a LoRA's tensors, under
             an encoder's name that encoder's whole weights.
-        others: the host's patches of the diffusion model outside cross-attention, by weight; not applied here.
+        others: the host's patches of the diffusion model outside cross-attention, by weight.
         source_format: of the file it comes from.
         base: fingerprint of the base model that the deltas are differences to; empty if the file names none.
 

@@ -150,8 +150,6 @@ def read_weights(file: ConceptFile, model, name: str) -> Concept:
     deltas: dict[Key, dict[str, Delta]] = {}
     for (key, part), found in parts.items():
         deltas.setdefault(key, {})[part] = _delta(found, f"{layer_name(key)}.{PARTS[part]}", weights)
-    if others:
-        log.warning("%s: %d patches outside cross-attention are kept, but not applied", name, len(others))
     text = dict(file.text)
     if spoken := {key: value for key, value in file.lora.items() if key.startswith(_TEXT_LORA)}:
         text["lora"] = spoken

@@ -89,7 +89,7 @@ def describe(concept: Concept) -> str:
     if concept.text_patches:
         lines.append(f"text encoder: {sum(map(len, concept.text_patches.values()))} tensors, for its own prompt")
     if concept.others:
-        lines.append(f"elsewhere in the model: {len(concept.others)} patches, which are not applied")
+        lines.append(f"elsewhere in the model: {len(concept.others)} patches, for its own part of the picture")
     return "\n".join(lines)
 
 

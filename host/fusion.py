@@ -8,7 +8,8 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,14 +21,19 @@ from ..attention.partition import layer_masks
 from ..encoders.concepts import Concept
 from . import passes
 from .concepts import keys_and_values
+from .layers import Change, MaskedLayer, changes_of
 from .patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach
-from .sites import CROSS, AttentionCall, Handler, Site, family_of
+from .sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of
+
+log = logging.getLogger("conceptloom")
 
 KEY = "conceptloom_concept_fusion"
 NAME = "Multi-Concept Fusion (Concept Weaver)"
 
 ALL_LAYERS, DECODER = "all layers", "decoder"
 LAYERS = (ALL_LAYERS, DECODER)
+IN_PLACE, LEFT_OUT = "inside its mask", "left out"
+ELSEWHERE = (IN_PLACE, LEFT_OUT)
 
 # What cuts a conditioning to a part of the picture or of the model, where a partition could not be placed.
 _NOT_IN_POSITIVE = ("area", "mask", "gligen", "hooks")
@@ -42,6 +48,7 @@ class Settings:
         norm_cap: see `attention.fusion.fuse`; 0 sets no bound.
         layers: ALL_LAYERS, as the paper says, or DECODER.
         start_percent, end_percent: the part of the schedule in which concepts are seen, 0..1.
+        elsewhere: what becomes of a concept's changes outside keys and values: IN_PLACE or LEFT_OUT.
     """
 
     suppression: float = 0.3
@@ -49,6 +56,7 @@ class Settings:
     layers: str = ALL_LAYERS
     start_percent: float = 0.0
     end_percent: float = 1.0
+    elsewhere: str = IN_PLACE
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +115,23 @@ def apply(
     if settings.layers == DECODER:
         sites = [site for site in sites if site.key[0] == "output"]
     maps = torch.stack([mask for _, mask in placed])
-    return attach(model, KEY, ConceptFusion([placed[i][0] for i in active], maps[active], sites, settings))
+    chosen = [placed[i][0] for i in active]
+    changes: dict[str, list[Change]] = {}
+    if settings.elsewhere == IN_PLACE:
+        changes, left_out = changes_of([spoken.concept for spoken in chosen], model)
+        if left_out:
+            log.warning("%s: %d patches in layers that see no places are left out", NAME, left_out)
+    return attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings))
 
 
 @dataclass(frozen=True, eq=False)
 class ConceptFusion:
-    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts."""
+    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts, `changes` theirs by layer."""
 
     concepts: Sequence[SpokenConcept]
     maps: torch.Tensor
     sites: Sequence[Site]
+    changes: Mapping[str, Sequence[Change]]
     settings: Settings
 
     def begin(self, sampling: Sampling) -> FusionRun:
@@ -144,18 +159,43 @@ class FusionRun:
         self.first_level = levels(system.settings.start_percent)
         self.last_level = levels(system.settings.end_percent)
         self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        self._sized: dict[tuple, torch.Tensor] = {}
         self._regions: dict[tuple, list[Region | None]] = {}
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
         """See `patching.Run`."""
-        inside = self.last_level <= evaluation.noise_level <= self.first_level
-        if not inside or all(role == NEGATIVE for role in evaluation.roles):
+        if not self._rows(evaluation):
             return {}
         # Scheduled hooks change weights within a run, and each device needs tensors of its own.
         key = (evaluation.x.device, evaluation.model.current_patcher.current_hooks)
         if key not in self._keys:
             self._keys[key] = self._speak(evaluation)
         return {site: partial(self._attend, spoken, evaluation) for site, spoken in self._keys[key].items()}
+
+    def layers(self, evaluation: Evaluation) -> dict[str, LayerHandler]:
+        """See `patching.LayerRun`."""
+        rows, changes = self._rows(evaluation), self.system.changes
+        if not rows or not changes:
+            return {}
+        unet, size = evaluation.model.diffusion_model, tuple(evaluation.x.shape[-2:])
+        masks = partial(self._masks, device=evaluation.x.device)
+        return {n: MaskedLayer(unet.get_submodule(n), found, masks, size, rows) for n, found in changes.items()}
+
+    def _rows(self, evaluation: Evaluation) -> list[slice]:
+        """The rows that see concepts, one slice per conditioning."""
+        if not self.last_level <= evaluation.noise_level <= self.first_level:
+            return []
+        n = evaluation.rows_per_role
+        return [slice(i * n, (i + 1) * n) for i, role in enumerate(evaluation.roles) if role != NEGATIVE]
+
+    def _masks(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """The concepts' shares (n, h, w) of a layer's tokens, once per size."""
+        if (grid, device) not in self._sized:
+            maps = self.system.maps
+            # The rest, too, goes through the sampling, so that shares stay a partition at every size.
+            rest = (1 - maps.sum(0, keepdim=True)).clamp(min=0)
+            self._sized[grid, device] = layer_masks(torch.cat([maps, rest]), grid)[:-1].to(device)
+        return self._sized[grid, device]
 
     def _speak(self, evaluation: Evaluation) -> dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Keys and values of all concepts at all sites."""
@@ -180,12 +220,9 @@ class FusionRun:
             if region is not None
         ]
         out = base.clone()
-        n = evaluation.rows_per_role
-        for i, role in enumerate(evaluation.roles):
-            if role != NEGATIVE:
-                rows = slice(i * n, (i + 1) * n)
-                settings = self.system.settings
-                out[rows] = fuse(call.q[rows], base[rows], voices, call.attend, settings.suppression, settings.norm_cap)
+        settings = self.system.settings
+        for rows in self._rows(evaluation):
+            out[rows] = fuse(call.q[rows], base[rows], voices, call.attend, settings.suppression, settings.norm_cap)
         return out if added is None else out + added
 
     def _at(self, call: AttentionCall, evaluation: Evaluation) -> list[Region | None]:
@@ -199,11 +236,7 @@ class FusionRun:
             )
         key = (grid, call.q.device, call.q.dtype)
         if key not in self._regions:
-            maps = self.system.maps
-            rest = (1 - maps.sum(0, keepdim=True)).clamp(min=0)
-            # The rest, too, goes through the sampling, so that shares stay a partition at every size.
-            sized = layer_masks(torch.cat([maps, rest]), grid)[:-1].to(call.q)
-            self._regions[key] = [Region.of(mask) for mask in sized]
+            self._regions[key] = [Region.of(mask) for mask in self._masks(grid, call.q.device).to(call.q)]
         return self._regions[key]
 
     def finish(self, samples: torch.Tensor) -> None:
@@ -212,4 +245,5 @@ class FusionRun:
     def close(self) -> None:
         """Lets go of all tensors."""
         self._keys.clear()
+        self._sized.clear()
         self._regions.clear()

@@ -15,7 +15,7 @@ import comfy.samplers
 import torch
 
 from .patching import Evaluation
-from .sites import Handler, Site, family_of
+from .sites import Handler, Site, family_of, resting_layers
 
 _FEATURE_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
 KERNEL_OVERRIDE = "optimized_attention_override"
@@ -83,6 +83,7 @@ def evaluate(
 ) -> torch.Tensor:
     """Denoised latents (n, C, h, w) of `x` at noise levels `sigma` (n,), past all wrappers."""
     conds = dict(conds)
-    return model._apply_model(
-        x, sigma, conds.pop("c_concat", None), conds.pop("c_crossattn", None), None, options, **conds
-    )
+    with resting_layers():
+        return model._apply_model(
+            x, sigma, conds.pop("c_concat", None), conds.pop("c_crossattn", None), None, options, **conds
+        )

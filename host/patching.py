@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .sites import Handler, Site, family_of
+from .sites import Handler, LayerHandler, Site, family_of, handled_layers
 
 log = logging.getLogger("conceptloom")
 
@@ -67,6 +67,14 @@ class Run(Protocol):
 
     def close(self) -> None:
         """Sampling has ended in any way: let go of everything."""
+
+
+@runtime_checkable
+class LayerRun(Run, Protocol):
+    """A run that handles single layers too."""
+
+    def layers(self, evaluation: Evaluation) -> Mapping[str, LayerHandler]:
+        """Which layers of the diffusion model, by name, to handle in this evaluation, and how."""
 
 
 class System(Protocol):
@@ -180,6 +188,9 @@ def _apply_model(key: str) -> Callable:
             if handlers:
                 family = family_of(executor.class_obj.diffusion_model)
                 transformer_options = family.install(transformer_options, handlers)
+            if isinstance(scope.run, LayerRun):
+                with handled_layers(executor.class_obj.diffusion_model, scope.run.layers(evaluation)):
+                    return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
         return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     return apply_model

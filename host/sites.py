@@ -7,7 +7,9 @@ knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +112,37 @@ class ResidualCall:
 
 
 Handler = Callable[[AttentionCall], torch.Tensor] | Callable[[ResidualCall], torch.Tensor]
+
+
+LayerHandler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input, output) of a layer -> the output it shall have."""
+
+_RESTING = ContextVar("conceptloom_layers_rest", default=False)
+
+
+@contextmanager
+def handled_layers(diffusion_model, handlers: Mapping[str, LayerHandler]) -> Iterator[None]:
+    """Layers of a model, by their names in it, are handled while this is open."""
+
+    def hook(handler: LayerHandler) -> Callable:
+        return lambda _layer, inputs, output: output if _RESTING.get() else handler(inputs[0], output)
+
+    hooks = [diffusion_model.get_submodule(n).register_forward_hook(hook(h)) for n, h in handlers.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@contextmanager
+def resting_layers() -> Iterator[None]:
+    """No layer is handled while this is open: for passes that are not the sampled picture's."""
+    token = _RESTING.set(True)
+    try:
+        yield
+    finally:
+        _RESTING.reset(token)
 
 
 def host_attention(q, k, v, heads: int, bias: torch.Tensor | None, options: dict) -> torch.Tensor:

@@ -190,6 +190,14 @@ class MultiConceptFusion(io.ComfyNode):
                     advanced=True,
                     tooltip="Cross-attention layers in which concepts are seen: all, as published, or the decoder's.",
                 ),
+                io.Combo.Input(
+                    "elsewhere",
+                    options=list(fusion.ELSEWHERE),
+                    default=fusion.IN_PLACE,
+                    advanced=True,
+                    tooltip="What a LoRA changes outside cross-attention: applied inside its concept's mask, which "
+                    "keeps its full effect there, or left out, as the paper has it.",
+                ),
                 io.Float.Input(
                     "norm_cap",
                     default=0.0,

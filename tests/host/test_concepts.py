@@ -241,19 +241,18 @@ def test_queries_outputs_and_biases_of_all_cross_attention(toy, truth):
     assert not alone.matrix().any() and torch.equal(alone.bias, torch.full_like(alone.bias, 0.5))
 
 
-def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth, caplog):
+def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth):
     from conceptloom.host.concepts import describe
 
     own = toy.base.diffusion_model.state_dict()
     name = "middle_block.1.transformer_blocks.0.attn1.to_k.weight"
     same = "input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
     more = {truth.diffusers[name]: own[name] + 0.5, truth.diffusers[same]: own[same]}
-    caplog.set_level(logging.WARNING)
     concept = load(toy, {"unet": {**truth.named(truth.whole), **more}})
     truth.check(concept)
     ((key, (kind, (difference,))),) = concept.others.items()
     assert (key, kind) == (f"diffusion_model.{name}", "diff") and (difference == 0.5).float().mean() > 0.9
-    assert "1 patches outside cross-attention" in caplog.text
+    assert "elsewhere in the model: 1 patches" in describe(concept)
     layer = f"lora_unet_{truth.diffusers[name].removesuffix('.weight').replace('.', '_')}"
     channels = len(own[name])
     more = {f"{layer}.lora_up.weight": torch.ones(channels, 1), f"{layer}.lora_down.weight": torch.ones(1, channels)}

@@ -152,6 +152,121 @@ class TestPicture:
         assert close(apart, together)
 
 
+class TestOrdinaryLoras:
+    """A LoRA of all kinds of layers, for a concept's own part of the picture."""
+
+    LAYERS = (
+        "input_blocks.1.0.in_layers.2",
+        "input_blocks.1.1.proj_in",
+        "input_blocks.3.0.op",
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+        "middle_block.1.transformer_blocks.0.ff.net.0.proj",
+        "output_blocks.4.1.transformer_blocks.0.attn2.to_q",
+        "output_blocks.4.1.transformer_blocks.0.attn2.to_k",
+        "output_blocks.4.1.transformer_blocks.0.attn2.to_out.0",
+        "output_blocks.5.1.transformer_blocks.0.attn2.to_v",
+        "output_blocks.9.1.transformer_blocks.0.attn1.to_out.0",
+        "output_blocks.11.0.out_layers.3",
+        "out.2",
+    )
+
+    def lora(self, toy, extra=()):
+        generator, state = torch.Generator().manual_seed(6), {}
+        for name in (*self.LAYERS, *extra):
+            weight = toy.base.diffusion_model.get_submodule(name).weight
+            up, down = (torch.randn(s, generator=generator) for s in ((len(weight), 2), (2, *weight.shape[1:])))
+            scale = 0.5 / weight[0].numel() ** 0.5
+            state[f"diffusion_model.{name}.lora_up.weight"] = up.view(*up.shape, *(1,) * (weight.ndim - 2)) * scale
+            state[f"diffusion_model.{name}.lora_down.weight"] = down
+        return state
+
+    def concept(self, toy, **options):
+        from conceptloom.host.concepts import load_concept
+
+        return load_concept(toy.model, self.lora(toy, **options), name="lora")
+
+    def merged(self, toy):
+        import comfy.lora
+
+        model = toy.model.clone()
+        names = comfy.lora.model_lora_keys_unet(model.model, {})
+        model.add_patches(comfy.lora.load_lora(self.lora(toy), names))
+        return model
+
+    def bank(self, toy, partition):
+        from conceptloom.host.fusion import SpokenConcept
+
+        bank = Bank(toy, 1)
+        bank.concepts = [SpokenConcept(self.concept(toy), toy.positive)]
+        bank.partition = partition
+        return bank
+
+    def test_over_all_it_is_the_merged_lora(self, toy):
+        everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+        drawn = toy.sample(fused(toy, self.bank(toy, everywhere), suppression=0.0), cfg=1.0)
+        expected = toy.sample(self.merged(toy), cfg=1.0)
+        assert float((drawn - expected).norm() / expected.norm()) < 2e-3
+        assert float((toy.sample(cfg=1.0) - expected).norm() / expected.norm()) > 0.05
+
+    def test_the_negative_side_sees_nothing_of_it(self, toy):
+        """With both sides of guidance equal but for the LoRA, guidance 0 is the negative alone."""
+        everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+        drawn = toy.sample(fused(toy, self.bank(toy, everywhere)), cfg=0.0)
+        assert close(drawn, toy.sample(cfg=0.0))
+
+    def test_left_out_it_acts_by_its_keys_and_values_alone(self, toy):
+        half = torch.zeros(2, 8, 8)
+        half[0, :, :4], half[1, :, 4:] = 1, 1
+        bank = self.bank(toy, half)
+        inside, left_out = (toy.sample(fused(toy, bank, elsewhere=e)) for e in ("inside its mask", "left out"))
+        assert not close(inside, left_out)
+        assert not close(left_out, toy.sample())
+
+    def test_each_layer_changes_its_own_place_alone(self, toy):
+        from conceptloom.host.layers import MaskedLayer, changes_of
+
+        changes, left_out = changes_of([self.concept(toy)], toy.model)
+        assert left_out == 0 and len(changes) == len(self.LAYERS) - 2
+        masks = torch.zeros(1, 16, 16)
+        masks[:, :5, :7] = 1
+        for name, x in (("out.2", torch.randn(2, 32, 16, 16)), (self.LAYERS[9], torch.randn(2, 256, 32))):
+            layer = toy.base.diffusion_model.get_submodule(name)
+            handled = MaskedLayer(layer, changes[name], lambda grid: masks, (16, 16), [slice(0, 1)])
+            plain = layer(x)
+            out = handled(x, plain.clone())
+            inside = (out != plain).any(1 if x.ndim == 4 else 2).view(2, 16, 16)
+            assert torch.equal(inside[0], masks[0].bool()) and not inside[1].any()
+
+    def test_layers_without_places_are_counted(self, toy):
+        from conceptloom.host.layers import changes_of
+
+        concept = self.concept(toy, extra=("time_embed.0", "input_blocks.1.0.emb_layers.1"))
+        assert changes_of([concept], toy.model)[1] == 2
+
+    def test_plug_and_plays_source_pass_sees_nothing_of_it(self, toy):
+        from conceptloom.host import plugandplay
+        from conceptloom.host.inversion import SourceTrajectory
+        from conceptloom.samplers.inversion import Trajectory
+
+        latents = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+        source = SourceTrajectory(Trajectory((0.0, 15.0), latents), toy.positive, 0.0)
+        seen = []
+        layer = toy.base.diffusion_model.get_submodule("output_blocks.4.1.transformer_blocks.0.attn1.to_q")
+        handle = layer.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].clone()))
+        try:
+            injected = plugandplay.apply(toy.model, source, plugandplay.Settings())
+            toy.sample(injected, steps=2)
+            plain = [x for x in seen if len(x) == 1]
+            seen.clear()
+            everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+            toy.sample(fused(toy, self.bank(toy, everywhere), model=injected), steps=2)
+            under = [x for x in seen if len(x) == 1]
+        finally:
+            handle.remove()
+        assert len(plain) == len(under) == 1
+        assert torch.equal(plain[0], under[0])
+
+
 class TestNothing:
     @pytest.mark.parametrize("how", ["no strength", "no place", "outside the range"])
     def test_it_is_the_untouched_model_bit_by_bit(self, toy, how):

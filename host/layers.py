@@ -1,0 +1,141 @@
+"""What concepts change outside the keys and values of cross-attention, applied inside their own part of the picture.
+
+A LoRA changes most layers of a model. Merged into the model it would act on the whole picture and on other concepts.
+Here every layer that works on places adds M_i Delta_i(x) instead, for the positive rows alone (FreeFuse, arXiv
+2510.23515). Layers that see no places (of the time embedding) and norms are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..encoders.concepts import PARTS, Concept, layer_name
+from .concept_weights import UNET, Weights, difference
+
+Sized = Callable[[tuple[int, int]], torch.Tensor]
+"""Masks (n, h, w) of the concepts at a layer's size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one concept changes in one layer.
+
+    Attributes:
+        concept: its number among the concepts.
+        strength: of the change.
+        factors: of the weight's difference, as `concept_weights.difference` gives them; empty if there is none.
+        bias: difference of the bias, or None.
+    """
+
+    concept: int
+    strength: float
+    factors: tuple[torch.Tensor, ...]
+    bias: torch.Tensor | None
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What it adds to the layer's output for an input x."""
+        out = torch.zeros((), device=x.device, dtype=x.dtype)
+        if self.factors:
+            first, *rest = (factor.to(x) for factor in reversed(self.factors))
+            if isinstance(layer, torch.nn.Conv2d):
+                kernel = first.reshape(-1, *layer.weight.shape[1:])
+                out = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+                out = F.conv2d(out, rest[0][:, :, None, None]) if rest else out
+            else:
+                out = F.linear(x, first.flatten(1))
+                out = F.linear(out, rest[0]) if rest else out
+        if self.bias is not None:
+            bias = self.bias.to(x)
+            out = out + (bias[:, None, None] if isinstance(layer, torch.nn.Conv2d) else bias)
+        return self.strength * out
+
+
+def changes_of(concepts: Sequence[Concept], model) -> tuple[dict[str, list[Change]], int]:
+    """The concepts' changes by layer of the diffusion model, and how many patches no layer could take.
+
+    Args:
+        concepts: in the order of their masks.
+        model: the host's MODEL.
+    """
+    weights = Weights.of(model)
+    unet = model.model.diffusion_model
+    found: dict[str, list[Change]] = {}
+    left_out = 0
+    for i, concept in enumerate(concepts):
+        for name, (factors, bias) in _differences(concept, weights):
+            if _sees_places(unet, name):
+                found.setdefault(name, []).append(Change(i, concept.strength, factors, bias))
+            else:
+                left_out += 1
+    return found, left_out
+
+
+def _differences(concept: Concept, weights: Weights) -> Iterable[tuple[str, tuple]]:
+    """(layer, (factors, bias)) of all that a concept changes beside keys and values."""
+    for key, parts in concept.deltas.items():
+        for part in ("q", "out"):
+            if part in parts:
+                yield f"{layer_name(key)}.{PARTS[part]}", (parts[part].factors, parts[part].bias)
+    layers: dict[str, dict[str, tuple]] = {}
+    for key, patch in concept.others.items():
+        layer, _, kind = key.removeprefix(UNET).rpartition(".")
+        layers.setdefault(layer, {})[kind] = difference(patch, weights[key], key)
+    for layer, found in layers.items():
+        bias = found.get("bias")
+        yield layer, (found.get("weight", ()), bias and bias[0])
+
+
+def _sees_places(unet: torch.nn.Module, name: str) -> bool:
+    try:
+        layer = unet.get_submodule(name)
+    except AttributeError:
+        return False
+    outside = ("time_embed", "label_emb")
+    return (
+        isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        and not name.startswith(outside)
+        and "emb_layers" not in name
+    )
+
+
+class MaskedLayer:
+    """Handles one layer during an evaluation: adds the changes of concepts where they are."""
+
+    def __init__(self, layer: torch.nn.Module, changes: Sequence[Change], masks: Sized, size: tuple[int, int], rows):
+        """`size` of the latent (h, w); `rows` are slices of the batch that see concepts."""
+        self.layer, self.changes, self.masks, self.size, self.rows = layer, changes, masks, size, rows
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The layer's output (B, L, C) or (B, C, h, w) with the changes added."""
+        as_picture = isinstance(self.layer, torch.nn.Conv2d)
+        grid = tuple(out.shape[-2:]) if as_picture else grid_of(out.shape[1], self.size)
+        masks = self.masks(grid).to(out)
+        for change in self.changes:
+            mask = masks[change.concept]
+            if not mask.any():
+                continue
+            mask = mask if as_picture else mask.flatten()[:, None]
+            for rows in self.rows:
+                out[rows] += mask * change.apply(self.layer, x[rows])
+        return out
+
+
+def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The grid (h, w) of a layer with so many tokens, of a UNet that halves a latent of `size` (h, w), rounding up.
+
+    Raises:
+        ValueError: no level has so many.
+    """
+    h, w = size
+    while h * w > tokens:
+        h, w = (h + 1) // 2, (w + 1) // 2
+    if h * w != tokens:
+        raise ValueError(
+            f"Multi-Concept Fusion (Concept Weaver): model: one whose layers see the whole picture is wanted, but "
+            f"another node gives them {tokens} places"
+        )
+    return h, w
