@@ -241,9 +241,10 @@ def test_queries_outputs_and_biases_of_all_cross_attention(toy, truth):
     assert not alone.matrix().any() and torch.equal(alone.bias, torch.full_like(alone.bias, 0.5))
 
 
-def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth):
+def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth, caplog):
     from conceptloom.host.concepts import describe
 
+    caplog.set_level(logging.WARNING)
     own = toy.base.diffusion_model.state_dict()
     name = "middle_block.1.transformer_blocks.0.attn1.to_k.weight"
     same = "input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
@@ -263,7 +264,7 @@ def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth):
     truth.check(concept)
     assert list(concept.others) == [f"diffusion_model.{name}"] and len(concept.text_patches["lora"]) == 2
     assert "1 tensors are for no layer of this model, such as lora_unet_no_such_layer.alpha" in caplog.text
-    assert "text encoder: 2 tensors" in describe(concept) and "1 patches, which are not applied" in describe(concept)
+    assert "text encoder: 2 tensors" in describe(concept) and "elsewhere in the model: 1 patches" in describe(concept)
 
 
 def test_a_lora_may_leave_layers_out(toy, truth):
