@@ -86,10 +86,11 @@ def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, se
     text = caption.replace("{}", f"{concept.placeholder} {concept.class_word}".strip())
     spoken = fusion.SpokenConcept(concept, encode_text(clip, text, concept))
     everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
-    drawing = fusion.apply(model, [spoken], everywhere, fusion.Settings(suppression=0.0))
+    settings = fusion.Settings(suppression=0.0)
+    drawing, positive = fusion.apply(model, spoken.conditioning, [spoken], everywhere, settings)
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     cells = side // vae.spacial_compression_encode()
-    return vae.decode(_sample(drawing, spoken.conditioning, empty, cells, seed, PREVIEW_STEPS))[0, ..., :3]
+    return vae.decode(_sample(drawing, positive, empty, cells, seed, PREVIEW_STEPS))[0, ..., :3]
 
 
 def _sample(model, positive: list, negative: list, cells: int, seed: int, steps: int) -> torch.Tensor:

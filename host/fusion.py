@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import comfy.sampler_helpers
 import torch
@@ -21,8 +22,8 @@ from ..attention.partition import layer_masks
 from ..encoders.concepts import Concept
 from . import passes
 from .concepts import keys_and_values
-from .layers import Change, MaskedLayer, changes_of
-from .patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach
+from .layers import Change, MaskedLayer, Rows, changes_of
+from .patching import NEGATIVE, POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
 from .sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of
 
 log = logging.getLogger("conceptloom")
@@ -34,6 +35,10 @@ ALL_LAYERS, DECODER = "all layers", "decoder"
 LAYERS = (ALL_LAYERS, DECODER)
 IN_PLACE, LEFT_OUT = "inside its mask", "left out"
 ELSEWHERE = (IN_PLACE, LEFT_OUT)
+FEATURES, SCORES = "features", "scores"
+MODES = (FEATURES, SCORES)
+
+_CONCEPT = "conceptloom concept "
 
 # What cuts a conditioning to a part of the picture or of the model, where a partition could not be placed.
 _NOT_IN_POSITIVE = ("area", "mask", "gligen", "hooks")
@@ -44,6 +49,8 @@ class Settings:
     """How concepts are fused.
 
     Attributes:
+        mode: FEATURES mixes in cross-attention, as Concept Weaver does. SCORES is what it is compared with: every
+            concept denoises the whole picture on its own, and what they give is mixed by their masks.
         suppression: lambda of the paper, how far to move away from the concept-free base.
         norm_cap: see `attention.fusion.fuse`; 0 sets no bound.
         layers: ALL_LAYERS, as the paper says, or DECODER.
@@ -51,6 +58,7 @@ class Settings:
         elsewhere: what becomes of a concept's changes outside keys and values: IN_PLACE or LEFT_OUT.
     """
 
+    mode: str = FEATURES
     suppression: float = 0.3
     norm_cap: float = 0.0
     layers: str = ALL_LAYERS
@@ -69,17 +77,19 @@ class SpokenConcept:
 
 def apply(
     model,
+    positive: list,
     concepts: Sequence[SpokenConcept],
     partition: torch.Tensor,
     settings: Settings,
     background: SpokenConcept | None = None,
-):
-    """A clone of the MODEL that draws each concept in its part of the picture.
+) -> tuple[Any, list]:
+    """A clone of the MODEL that draws each concept in its part of the picture, and the conditioning to sample it with.
 
     Without any concept that has a strength and a place, the clone is untouched.
 
     Args:
         model: the host's MODEL.
+        positive: the host's conditioning of the plain prompt.
         concepts: in the order of the partition.
         partition: (N + 1, H, W), the background last (see `attention.partition`).
         settings: see there.
@@ -111,7 +121,7 @@ def apply(
             )
     active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
     if not active:
-        return model.clone()
+        return model.clone(), positive
     if settings.layers == DECODER:
         sites = [site for site in sites if site.key[0] == "output"]
     maps = torch.stack([mask for _, mask in placed])
@@ -121,7 +131,18 @@ def apply(
         changes, left_out = changes_of([spoken.concept for spoken in chosen], model)
         if left_out:
             log.warning("%s: %d patches in layers that see no places are left out", NAME, left_out)
-    return attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings))
+    fused = attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings))
+    if settings.mode == FEATURES:
+        return fused, positive
+    rest = (1 - maps[active].sum(0)).clamp(min=0)
+    parts = [(positive, rest, POSITIVE)] if rest.any() else []
+    for number, (spoken, mask) in enumerate(zip(chosen, maps[active], strict=True)):
+        parts.append((spoken.conditioning, mask, f"{_CONCEPT}{number}"))
+    return fused, [
+        [context, {**extras, "mask": mask[None], "mask_strength": 1.0, ROLE_TAG: role}]
+        for conditioning, mask, role in parts
+        for context, extras in conditioning
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +161,8 @@ class ConceptFusion:
         Raises:
             ValueError: the positive conditioning is not one for the whole picture.
         """
+        if self.settings.mode == SCORES:
+            return FusionRun(self, sampling)
         entries = sampling.guider.conds.get(POSITIVE) or []
         cut = sorted({name for entry in entries for name in _NOT_IN_POSITIVE if entry.get(name) is not None})
         if len(entries) > 1 or cut:
@@ -181,12 +204,18 @@ class FusionRun:
         masks = partial(self._masks, device=evaluation.x.device)
         return {n: MaskedLayer(unet.get_submodule(n), found, masks, size, rows) for n, found in changes.items()}
 
-    def _rows(self, evaluation: Evaluation) -> list[slice]:
-        """The rows that see concepts, one slice per conditioning."""
+    def _rows(self, evaluation: Evaluation) -> list[Rows]:
+        """The rows that see concepts, one entry per conditioning."""
         if not self.last_level <= evaluation.noise_level <= self.first_level:
             return []
-        n = evaluation.rows_per_role
-        return [slice(i * n, (i + 1) * n) for i, role in enumerate(evaluation.roles) if role != NEGATIVE]
+        n, found = evaluation.rows_per_role, []
+        for i, role in enumerate(evaluation.roles):
+            rows = slice(i * n, (i + 1) * n)
+            if role.startswith(_CONCEPT):
+                found.append(Rows(rows, int(role.removeprefix(_CONCEPT))))
+            elif role != NEGATIVE and self.system.settings.mode == FEATURES:
+                found.append(Rows(rows, None))
+        return found
 
     def _masks(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """The concepts' shares (n, h, w) of a layer's tokens, once per size."""
@@ -221,8 +250,15 @@ class FusionRun:
         ]
         out = base.clone()
         settings = self.system.settings
-        for rows in self._rows(evaluation):
-            out[rows] = fuse(call.q[rows], base[rows], voices, call.attend, settings.suppression, settings.norm_cap)
+        for part in self._rows(evaluation):
+            query = call.q[part.rows]
+            if part.concept is None:
+                out[part.rows] = fuse(
+                    query, base[part.rows], voices, call.attend, settings.suppression, settings.norm_cap
+                )
+            else:
+                key, value = (x.expand(len(query), -1, -1) for x in spoken[part.concept])
+                out[part.rows] = call.attend(query, key, value)
         return out if added is None else out + added
 
     def _at(self, call: AttentionCall, evaluation: Evaluation) -> list[Region | None]:

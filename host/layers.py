@@ -102,12 +102,32 @@ def _sees_places(unet: torch.nn.Module, name: str) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the batch that see concepts: all of them, each at its place, or one alone everywhere.
+
+    Attributes:
+        rows: of the batch.
+        concept: the number of the one; None for all.
+    """
+
+    rows: slice
+    concept: int | None
+
+
 class MaskedLayer:
     """Handles one layer during an evaluation: adds the changes of concepts where they are."""
 
-    def __init__(self, layer: torch.nn.Module, changes: Sequence[Change], masks: Sized, size: tuple[int, int], rows):
-        """`size` of the latent (h, w); `rows` are slices of the batch that see concepts."""
-        self.layer, self.changes, self.masks, self.size, self.rows = layer, changes, masks, size, rows
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        changes: Sequence[Change],
+        masks: Sized,
+        size: tuple[int, int],
+        parts: Sequence[Rows],
+    ):
+        """`size` of the latent (h, w)."""
+        self.layer, self.changes, self.masks, self.size, self.parts = layer, changes, masks, size, parts
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The layer's output (B, L, C) or (B, C, h, w) with the changes added."""
@@ -115,12 +135,12 @@ class MaskedLayer:
         grid = tuple(out.shape[-2:]) if as_picture else grid_of(out.shape[1], self.size)
         masks = self.masks(grid).to(out)
         for change in self.changes:
-            mask = masks[change.concept]
-            if not mask.any():
-                continue
-            mask = mask if as_picture else mask.flatten()[:, None]
-            for rows in self.rows:
-                out[rows] += mask * change.apply(self.layer, x[rows])
+            mask = masks[change.concept] if as_picture else masks[change.concept].flatten()[:, None]
+            for part in self.parts:
+                if part.concept is None:
+                    out[part.rows] += mask * change.apply(self.layer, x[part.rows])
+                elif part.concept == change.concept:
+                    out[part.rows] += change.apply(self.layer, x[part.rows])
         return out
 
 

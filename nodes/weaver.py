@@ -41,7 +41,7 @@ class ConceptPrompts(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="The whole picture in plain words, with the class word of each concept: "
-                    '"a cat and a dog on the beach". It becomes the positive conditioning.',
+                    '"a cat and a dog on the beach".',
                 ),
                 io.String.Input(
                     "negative_prompt",
@@ -70,8 +70,6 @@ class ConceptPrompts(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The plain prompt, for the sampler."),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, for the sampler."),
                 ConceptPromptsSocket.Output(display_name="prompts", tooltip="For Multi-Concept Fusion."),
                 io.String.Output(display_name="texts", tooltip="What each concept's prompt says, one per line."),
             ],
@@ -84,7 +82,7 @@ class ConceptPrompts(io.ComfyNode):
             made = concept_prompts.encode_prompts(
                 clip, prompt, negative_prompt, as_concepts(concepts), behind, texts, other_concepts
             )
-        return io.NodeOutput(made.positive, made.negative, made, "\n".join(made.texts))
+        return io.NodeOutput(made, "\n".join(made.texts))
 
 
 class PlugAndPlayInjection(io.ComfyNode):
@@ -184,6 +182,15 @@ class MultiConceptFusion(io.ComfyNode):
                     tooltip="Concepts are seen up to this part of sampling.",
                 ),
                 io.Combo.Input(
+                    "mode",
+                    options=list(fusion.MODES),
+                    default=fusion.FEATURES,
+                    advanced=True,
+                    tooltip="features: concepts are mixed in cross-attention, at the cost of none. scores: every "
+                    "concept draws the whole picture and what they give is mixed by the masks, which costs one more "
+                    "evaluation for each and has seams; there suppression has no part.",
+                ),
+                io.Combo.Input(
                     "layers",
                     options=list(fusion.LAYERS),
                     default=fusion.ALL_LAYERS,
@@ -209,15 +216,20 @@ class MultiConceptFusion(io.ComfyNode):
                     "bound.",
                 ),
             ],
-            outputs=[io.Model.Output("model", tooltip="Sample it with the conditionings of Concept Prompts.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model that draws the concepts."),
+                io.Conditioning.Output(display_name="positive", tooltip="The plain prompt, for the sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, for the sampler."),
+            ],
         )
 
     @classmethod
     def execute(cls, model, prompts, partition, **settings) -> io.NodeOutput:
         with speaking_for(cls):
-            return io.NodeOutput(
-                fusion.apply(model, prompts.concepts, partition, fusion.Settings(**settings), prompts.background)
+            fused, positive = fusion.apply(
+                model, prompts.positive, prompts.concepts, partition, fusion.Settings(**settings), prompts.background
             )
+        return io.NodeOutput(fused, positive, prompts.negative)
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptPrompts, PlugAndPlayInjection, MultiConceptFusion]

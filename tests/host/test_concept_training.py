@@ -74,7 +74,8 @@ class TestConcept:
             concept = trainer.concept()
         with torch.inference_mode():
             spoken = SpokenConcept(concept, encode_text(clip, "a <new1> star", concept))
-            drawing = apply(model, [spoken], torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]), Settings(0.0))
+            everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+            drawing, _ = apply(model, spoken.conditioning, [spoken], everywhere, Settings(suppression=0.0))
 
             import comfy.samplers
 

@@ -55,7 +55,8 @@ class Bank:
 def fused(toy, bank, model=None, background=None, **settings):
     from conceptloom.host.fusion import Settings, apply
 
-    return apply(toy.model if model is None else model, bank.concepts, bank.partition, Settings(**settings), background)
+    model = toy.model if model is None else model
+    return apply(model, toy.positive, bank.concepts, bank.partition, Settings(**settings), background)[0]
 
 
 def naive(toy, bank, monkeypatch, suppression):
@@ -223,7 +224,7 @@ class TestOrdinaryLoras:
         assert not close(left_out, toy.sample())
 
     def test_each_layer_changes_its_own_place_alone(self, toy):
-        from conceptloom.host.layers import MaskedLayer, changes_of
+        from conceptloom.host.layers import MaskedLayer, Rows, changes_of
 
         changes, left_out = changes_of([self.concept(toy)], toy.model)
         assert left_out == 0 and len(changes) == len(self.LAYERS) - 2
@@ -231,7 +232,7 @@ class TestOrdinaryLoras:
         masks[:, :5, :7] = 1
         for name, x in (("out.2", torch.randn(2, 32, 16, 16)), (self.LAYERS[9], torch.randn(2, 256, 32))):
             layer = toy.base.diffusion_model.get_submodule(name)
-            handled = MaskedLayer(layer, changes[name], lambda grid: masks, (16, 16), [slice(0, 1)])
+            handled = MaskedLayer(layer, changes[name], lambda grid: masks, (16, 16), [Rows(slice(0, 1), None)])
             plain = layer(x)
             out = handled(x, plain.clone())
             inside = (out != plain).any(1 if x.ndim == 4 else 2).view(2, 16, 16)
@@ -265,6 +266,50 @@ class TestOrdinaryLoras:
             handle.remove()
         assert len(plain) == len(under) == 1
         assert torch.equal(plain[0], under[0])
+
+
+class TestScores:
+    """The naive mixing that Concept Weaver is compared with."""
+
+    def drawn(self, toy, bank, **options):
+        from conceptloom.host.fusion import Settings, apply
+
+        settings = Settings(mode="scores", suppression=0.0)
+        model, positive = apply(toy.model, toy.positive, bank.concepts, bank.partition, settings)
+        return toy.sample(model, positive=positive, **options)
+
+    def test_it_mixes_what_each_concepts_own_model_gives(self, toy):
+        """In one step the result is the mix of the single models' results."""
+        bank = Bank(toy, 2)
+        bank.partition = torch.zeros(3, 16, 16)
+        bank.partition[0, :, :8], bank.partition[1, :, 8:] = 1, 1
+        mixed = self.drawn(toy, bank, steps=1, cfg=1.0)
+        assert sum(toy.rows) == 2
+        for i, part in enumerate((slice(0, 8), slice(8, 16))):
+            swapped = toy.model.clone()
+            for key, parts in bank.concepts[i].concept.deltas.items():
+                for name, delta in parts.items():
+                    weight = f"diffusion_model.{bank.name(key)}.to_{name}.weight"
+                    swapped.add_patches({weight: ("diff", (delta.matrix(),))})
+            alone = toy.sample(swapped, steps=1, cfg=1.0, positive=bank.concepts[i].conditioning)
+            assert close(mixed[..., part], alone[..., part])
+
+    def test_it_costs_a_row_per_concept(self, toy):
+        self.drawn(toy, Bank(toy, 3), steps=1)
+        assert sum(toy.rows) == 3 + 2
+
+    def test_a_lora_elsewhere_acts_on_its_own_rows(self, toy):
+        from conceptloom.host.fusion import Settings, SpokenConcept, apply
+
+        bank = Bank(toy, 1)
+        bank.concepts = [SpokenConcept(TestOrdinaryLoras().concept(toy), toy.positive)]
+        bank.partition = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+        both = []
+        for mode in ("scores", "features"):
+            settings = Settings(mode=mode, suppression=0.0)
+            model, positive = apply(toy.model, toy.positive, bank.concepts, bank.partition, settings)
+            both.append(toy.sample(model, positive=positive))
+        assert close(*both)
 
 
 class TestNothing:

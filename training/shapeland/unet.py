@@ -31,7 +31,7 @@ from .scenes import SHARD, WORDS, Scenes
 UNCONDITIONAL = 0.1
 # Much of the training is spent on the steps at which places are seen already and silhouettes are not yet: there the
 # words decide what is drawn, while at less noise the picture itself tells.
-WORDY, WORDY_SHARE = (720, 980), 0.7
+WORDY, WORDY_SHARE = (720, 980), 0.1
 # The noise level at which a thing is half hidden.
 HIDDEN_FROM = 6.0
 # Weight of the reading loss: what the features of the UNet know about the things that are being drawn. Its gradient is

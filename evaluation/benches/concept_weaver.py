@@ -1,0 +1,71 @@
+"""Concept Weaver: one row per conditioning however many concepts there are; structure from a source costs its row."""
+
+from __future__ import annotations
+
+import torch
+
+from ...encoders.concepts import Concept, Delta, layer_name
+from ...host.fusion import SCORES, Settings, SpokenConcept, apply
+from ...host.inversion import SourceTrajectory
+from ...host.plugandplay import Settings as Injection
+from ...host.plugandplay import apply as inject
+from ...host.rigs import Rig
+from ...host.sites import CROSS, family_of
+from ...samplers.inversion import Trajectory
+from . import Session
+
+SUBJECTS = (1, 2, 5)
+RANK = 16
+COVERED = 0.5  # of the picture by all concepts together
+
+
+def sessions(rig: Rig) -> list[Session]:
+    """One session per number of concepts."""
+    return [_session(rig, count) for count in SUBJECTS]
+
+
+def _session(rig: Rig, count: int) -> Session:
+    def begin():
+        concepts = [SpokenConcept(_concept(rig, i), rig.clip.encode_from_tokens_scheduled("")) for i in range(count)]
+        partition = _stripes(count, rig.plan.side)
+        source = _source(rig)
+
+        def fused(mode: str = Settings.mode, injected: bool = False):
+            model = inject(rig.model, source, Injection()) if injected else rig.model
+            model, positive = apply(model, rig.positive, concepts, partition, Settings(mode=mode))
+            return lambda: rig.sample(model, 1, positive)
+
+        return {"default": fused(), "with_source": fused(injected=True), "score_mixing": fused(SCORES)}
+
+    # Injection runs the source's row in 0.8 of the steps, beside the two rows of plain sampling.
+    return Session(count, begin, {"default": 1.10, "with_source": 1.50})
+
+
+def _concept(rig: Rig, number: int) -> Concept:
+    """A concept of random factors at all layers."""
+    unet = rig.model.model.diffusion_model
+    deltas = {}
+    for site in family_of(unet).sites(unet):
+        if site.kind == CROSS:
+            weight = unet.get_submodule(f"{layer_name(site.key)}.to_k").weight
+            out, width = weight.shape
+            deltas[site.key] = {
+                part: Delta((torch.randn(out, RANK) * 0.01, torch.randn(RANK, width) * width**-0.5)) for part in "kv"
+            }
+    return Concept(f"concept {number}", deltas)
+
+
+def _stripes(count: int, side: int) -> torch.Tensor:
+    """A partition (count + 1, side, side) into stripes of equal width, the background the rest."""
+    partition = torch.zeros(count + 1, side, side)
+    edges = torch.linspace(0, side * COVERED, count + 1).round().long().tolist()
+    for i, (left, right) in enumerate(zip(edges, edges[1:], strict=False)):
+        partition[i, :, left:right] = 1
+    partition[-1] = 1 - partition[:-1].sum(0)
+    return partition
+
+
+def _source(rig: Rig) -> SourceTrajectory:
+    """A trajectory from noise to noise, which costs what any other does."""
+    latents = torch.randn(2, 1, rig.vae.latent_channels, rig.plan.side, rig.plan.side)
+    return SourceTrajectory(Trajectory((0.0, 20.0), latents), rig.positive, 0.0)
