@@ -2,7 +2,8 @@
 
 Stages, in the order in which each needs the ones before: scenes, autoencoder, clip, judge, unet. Every stage is
 deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped, and
-writes its weights to `shapeland/weights/` at its end.
+writes its weights to `shapeland/weights/` at its end. The stage `check` trains nothing: the shipped UNet draws 512
+held-out captions in 50 steps, and the judge reads them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     parser = argparse.ArgumentParser(prog="training.shapeland", description=__doc__)
-    parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet"))
+    parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet", "check"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more")
@@ -42,6 +43,10 @@ def main(argv: list[str]) -> None:
         from .judge import train_judge
 
         train_judge(options.device, options.steps or 2800)
+    elif options.stage == "check":
+        from .unet import check_unet
+
+        check_unet(options.device)
     else:
         from .unet import train_unet
 

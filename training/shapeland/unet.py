@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -270,6 +271,14 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False, ship
 
     run.train(loss_of, 100, report, 1000)
     models.save("unet", unet_state(run.best_state()))
+
+
+def check_unet(device: str) -> None:
+    """Prints what the judge says of 512 held-out captions that the shipped UNet draws, and keeps it in `check.json`."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    found = evaluate(models.load("unet"), RUNS / "check.png", device, pictures=512, steps=50)
+    (RUNS / "check.json").write_text(json.dumps(found))
+    print(found)
 
 
 @torch.no_grad()
