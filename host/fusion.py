@@ -184,6 +184,7 @@ class FusionRun:
         self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._sized: dict[tuple, torch.Tensor] = {}
         self._regions: dict[tuple, list[Region | None]] = {}
+        self._warned: set[SpokenConcept] = set()
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
         """See `patching.Run`."""
@@ -243,13 +244,11 @@ class FusionRun:
         base = call.attend(call.q, call.k, call.v)
         # What another node adds here (IPAdapter) stays an addition to whatever is drawn.
         added = None if call.previous is None else call.previous(call.q, call.k, call.v, call.options) - base
-        voices = [
-            Voice(region, key, value)
-            for region, (key, value) in zip(self._at(call, evaluation), spoken, strict=True)
-            if region is not None
-        ]
+        settings, voices = self.system.settings, []
+        if settings.mode == FEATURES:
+            regions = self._at(call, evaluation)
+            voices = [Voice(region, *kv) for region, kv in zip(regions, spoken, strict=True) if region is not None]
         out = base.clone()
-        settings = self.system.settings
         for part in self._rows(evaluation):
             query = call.q[part.rows]
             if part.concept is None:
@@ -272,7 +271,17 @@ class FusionRun:
             )
         key = (grid, call.q.device, call.q.dtype)
         if key not in self._regions:
-            self._regions[key] = [Region.of(mask) for mask in self._masks(grid, call.q.device).to(call.q)]
+            masks = self._masks(grid, call.q.device).to(call.q)
+            self._regions[key] = [Region.of(mask) for mask in masks]
+            for spoken, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
+                if most < 0.5 and spoken not in self._warned:
+                    self._warned.add(spoken)
+                    log.warning(
+                        "%s: %s is smaller than a cell of a layer of %dx%d, where it will be weak",
+                        NAME,
+                        spoken.concept.name,
+                        *reversed(grid),
+                    )
         return self._regions[key]
 
     def finish(self, samples: torch.Tensor) -> None:

@@ -357,6 +357,17 @@ class TestCompany:
         assert not close(toy.sample(fused(toy, bank, model=changed, suppression=0.0), cfg=1.0), plain)
 
 
+def test_a_concept_smaller_than_a_cell_is_told_of_once(toy, caplog):
+    bank = Bank(toy, 2)
+    bank.partition = torch.zeros(3, 128, 128)
+    bank.partition[0, :, :64], bank.partition[1, :20, 64:84] = 1, 1
+    bank.partition[2] = 1 - bank.partition[:2].sum(0)
+    caplog.set_level("WARNING")
+    toy.sample(fused(toy, bank))
+    said = [record.getMessage() for record in caplog.records if "smaller than a cell" in record.getMessage()]
+    assert len(said) == 1 and "concept1 is smaller than a cell of a layer of 2x2" in said[0]
+
+
 class TestRefusals:
     def test_a_partition_of_another_number(self, toy):
         bank = Bank(toy, 2)
