@@ -53,14 +53,21 @@ def shapeland(flow: Workflow) -> None:
         "- another `identity_seed` in a reference: the picture follows\n"
         "- `weight` of a subject: 0 switches it off\n"
         "- a new sampler seed: the reference passes come from the bank, so it is faster\n"
-        "- `blocks`: only the last stage carries texture, all blocks copy more",
+        "- `weight` 3, the published value: it drowns a model as small as this one\n"
+        "- `blocks`: the last stage carries texture, all blocks copy more",
         column=0,
     )
-    fish = reference(flow, "a fish on a white background", "fish", 12, 64, 3.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 3.0)
+    fish = reference(flow, "a fish on a white background", "fish", 12, 64, 1.0)
+    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
     patched = flow.add(
         "ConceptLoomMultiReferenceSelfAttention",
-        {"model": model, "clip": clip, "vae": vae, "subjects": [fish[1][0], star[1][0]]},
+        {
+            "model": model,
+            "clip": clip,
+            "vae": vae,
+            "subjects": [fish[1][0], star[1][0]],
+            "blocks": "last decoder stage",
+        },
         column=3,
     )
     record = flow.add("ConceptLoomRecordAttentionShare", {"model": patched[0]}, column=3)
@@ -73,7 +80,7 @@ def shapeland(flow: Workflow) -> None:
         "positive": positive[0],
         "negative": negative[0],
         "latent_image": latent[0],
-        "seed": 7,
+        "seed": 5,
         "steps": 25,
         "cfg": 4.0,
         "sampler_name": "dpmpp_2m",
