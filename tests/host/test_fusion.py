@@ -365,7 +365,7 @@ def test_a_concept_smaller_than_a_cell_is_told_of_once(toy, caplog):
     caplog.set_level("WARNING")
     toy.sample(fused(toy, bank))
     said = [record.getMessage() for record in caplog.records if "smaller than a cell" in record.getMessage()]
-    assert len(said) == 1 and "concept1 is smaller than a cell of a layer of 2x2" in said[0]
+    assert len(said) == 1 and "concept1 is smaller than a cell of a layer of 4x4" in said[0]
 
 
 class TestRefusals:
