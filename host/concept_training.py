@@ -127,9 +127,10 @@ def _copies(model, clip):
         if given.cached_patcher_init is None:
             raise ValueError(f"{what}: one from the host's own loaders is wanted, which can be loaded a second time")
     family_of(model.model.diffusion_model)
-    patcher = model.clone(force_deepcopy=True)
+    # The fresh ones are held too: the host takes a model whose first patcher has gone for a leak, at every load.
+    (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
     text = clip.clone()
-    text.patcher = clip.patcher.clone(force_deepcopy=True)
+    text.patcher = text_patcher
     text.cond_stage_model = text.patcher.model
     training = comfy.model_management.in_training
     comfy.model_management.in_training = True
@@ -142,8 +143,19 @@ def _copies(model, clip):
         yield patcher, text
     finally:
         comfy.model_management.in_training = training
+        for layer in text.cond_stage_model.modules():
+            # A method of its own ties a layer to itself, and the copy would stay until the next garbage collection.
+            layer.__dict__.pop("forward", None)
         for one in (patcher, text.patcher):
             comfy.model_management.unload_model_and_clones(one)
+
+
+def _copy(patcher) -> tuple:
+    """A copy of a patcher on a model that is loaded anew, and the patcher that the new model came with."""
+    factory, arguments, *index = patcher.cached_patcher_init
+    fresh = factory(*arguments, disable_dynamic=True)
+    fresh = fresh[index[0]] if index else fresh
+    return patcher.clone(force_deepcopy=True, model_override=fresh.get_clone_model_override()), fresh
 
 
 def _out_of_place(layer, x, mask=None, optimized_attention=None):
