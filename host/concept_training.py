@@ -178,8 +178,8 @@ class _Trainer:
         self.model, self.device = patcher.model, patcher.load_device
         self.patchers = [patcher, clip.patcher]
         self.clip, self.pictures, self.name, self.recipe, self.side = clip, pictures, name, recipe, side
-        self.sites = [site for site in family_of(self.model.diffusion_model).sites(self.model.diffusion_model)]
-        self.sites = [site for site in self.sites if site.kind == CROSS]
+        unet = self.model.diffusion_model
+        self.sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
         layers = {
             site.key: {part: layer_module(self.model, site.key, part).weight.detach() for part in BOTH}
             for site in self.sites

@@ -149,8 +149,8 @@ class MultiConceptFusion(io.ComfyNode):
             display_name="Multi-Concept Fusion (Concept Weaver)",
             category=CATEGORY,
             description="Draws each concept in its own part of one picture: in cross-attention, concepts answer with "
-            "their own weights where their masks are (Concept Weaver, CVPR 2024). The cost does not grow with their "
-            "number. For SD 1.x, SD 2.x, SDXL and Shapeland.",
+            "their own weights where their masks are (Concept Weaver, CVPR 2024). The model is evaluated no more "
+            "often, however many there are. For SD 1.x, SD 2.x, SDXL and Shapeland.",
             search_aliases=["Concept Weaver", "multi LoRA", "regional LoRA", "custom diffusion", "multi concept"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, best with Plug-and-Play Injection on it."),
@@ -186,9 +186,9 @@ class MultiConceptFusion(io.ComfyNode):
                     options=list(fusion.MODES),
                     default=fusion.FEATURES,
                     advanced=True,
-                    tooltip="features: concepts are mixed in cross-attention, at the cost of none. scores: every "
-                    "concept draws the whole picture and what they give is mixed by the masks, which costs one more "
-                    "evaluation for each and has seams; there suppression has no part.",
+                    tooltip="features: concepts are mixed in cross-attention, in one evaluation for all. scores: "
+                    "every concept draws the whole picture and what they give is mixed by the masks, which costs one "
+                    "more evaluation for each and has seams; there suppression has no part.",
                 ),
                 io.Combo.Input(
                     "layers",

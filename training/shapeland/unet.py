@@ -30,8 +30,8 @@ from .common import (
 from .scenes import SHARD, WORDS, Scenes
 
 UNCONDITIONAL = 0.1
-# Much of the training is spent on the steps at which places are seen already and silhouettes are not yet: there the
-# words decide what is drawn, while at less noise the picture itself tells.
+# A share of the training on top of even noise levels goes to the steps at which places are seen already and silhouettes
+# are not yet: there the words decide what is drawn. A large share (0.7) left silhouettes unfinished.
 WORDY, WORDY_SHARE = (720, 980), 0.1
 # The noise level at which a thing is half hidden.
 HIDDEN_FROM = 6.0
@@ -167,9 +167,8 @@ def word_supervision(
 class Readers(torch.nn.Module):
     """Linear maps that read nouns, colours and patterns off the UNet's features while it is trained.
 
-    Features that know what they draw are learnt many times sooner when they are asked for it than through the
-    denoising loss alone (REPA, arXiv 2410.06940). There the answers come from a pretrained encoder, here from the
-    world, which knows them. The maps are dropped after training.
+    After REPA (arXiv 2410.06940), which asks features for what a pretrained encoder says of the picture; here the world
+    itself knows. The maps are dropped after training.
     """
 
     CLASSES = (len(world.NOUNS) + 1, len(world.COLORS), len(world.COLORS), len(world.PATTERNS))
