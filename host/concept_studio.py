@@ -15,6 +15,7 @@ import torch
 
 from ..encoders.concepts import Concept
 from ..training.concepts.learner import Recipe
+from ..training.concepts.pictures import Pictures
 from . import concept_training, fusion
 from .concept_prompts import encode_text
 
@@ -26,7 +27,7 @@ def train_with_progress(
     model,
     clip,
     vae,
-    pictures: concept_training.Pictures,
+    pictures: Pictures,
     class_word: str,
     placeholder: str,
     recipe: Recipe,
@@ -110,9 +111,7 @@ def _as_preview(picture: torch.Tensor) -> tuple:
     return "JPEG", image.resize((image.width * times, image.height * times), Image.NEAREST), None
 
 
-def _fingerprint(
-    pictures: concept_training.Pictures, class_word: str, placeholder: str, recipe: Recipe, side: int, prior: int
-) -> str:
+def _fingerprint(pictures: Pictures, class_word: str, placeholder: str, recipe: Recipe, side: int, prior: int) -> str:
     """Tells one training from another, so that none continues another's checkpoint."""
     digest = hashlib.sha256(
         json.dumps([class_word, placeholder, asdict(recipe), side, prior, list(pictures.captions)]).encode()

@@ -24,8 +24,8 @@ import torch
 
 from ..encoders.concept_texts import Name
 from ..encoders.concepts import Concept
-from ..training.concepts.augment import View, augment
-from ..training.concepts.learner import BOTH, ConceptWeights, Recipe, concept_loss, latent_mask
+from ..training.concepts.learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask, prediction_weight
+from ..training.concepts.pictures import Pictures, called, name_of
 from ..training.loop import Run
 from . import passes
 from .concept_prompts import splice
@@ -33,40 +33,8 @@ from .concepts import layer_module
 from .patching import POSITIVE
 from .sites import CROSS, AttentionCall, family_of
 
-VIEWS = 32
-"""Variations of each picture, encoded once before training; more than a training sees in its steps are not made."""
-
 Report = Callable[[int, float, Callable[[], Concept]], None]
 """Told after each step: how many were done, the loss, and what gives the concept as it is."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """What a concept is learnt from.
-
-    Attributes:
-        images: (H, W, 3) each, in [0, 1].
-        masks: (H', W') for each image, or None where the whole picture counts.
-        captions: one for all, or one for each image; {} stands for the concept.
-    """
-
-    images: Sequence[torch.Tensor]
-    masks: Sequence[torch.Tensor | None]
-    captions: Sequence[str]
-
-    def __post_init__(self):
-        if not self.images:
-            raise ValueError("images: at least one picture is wanted, but there is none")
-        if len(self.masks) != len(self.images):
-            raise ValueError(f"masks: one for each of {len(self.images)} pictures is wanted, not {len(self.masks)}")
-        if len(self.captions) not in (1, len(self.images)):
-            raise ValueError(
-                f"captions: one line, or one for each of {len(self.images)} pictures is wanted, not "
-                f"{len(self.captions)}"
-            )
-        for caption in self.captions:
-            if caption.count("{}") != 1:
-                raise ValueError(f"captions: {{}} exactly once is wanted, where the concept is meant, not {caption!r}")
 
 
 def train(
@@ -112,12 +80,7 @@ def check(vae, pictures: Pictures, class_word: str, placeholder: str, recipe: Re
     factor = vae.spacial_compression_encode()
     if side % factor or side < factor:
         raise ValueError(f"side: a multiple of {factor} is wanted for this VAE, not {side}")
-    if not class_word.strip():
-        raise ValueError("class_word: what kind of thing the concept is (such as dog) is wanted, not an empty text")
-    name = Name(class_word.strip(), placeholder.strip() if recipe.new_word else "")
-    if recipe.new_word and not name.placeholder:
-        raise ValueError("placeholder: the concept's new word (such as <new1>) is wanted, not an empty text")
-    return name
+    return name_of(class_word, placeholder, recipe)
 
 
 @contextmanager
@@ -202,14 +165,7 @@ class _Trainer:
 
     def encode(self, vae) -> None:
         """Encodes the views of all pictures."""
-        count = len(self.pictures.images)
-        times = min(VIEWS, -(-self.recipe.steps * self.recipe.batch // count))
-        generator = torch.Generator().manual_seed(self.recipe.seed)
-        views: list[tuple[View, str]] = []
-        for _ in range(times):
-            for i, (image, mask) in enumerate(zip(self.pictures.images, self.pictures.masks, strict=True)):
-                view = augment(image, mask, self.side, self.recipe.augmentation, generator)
-                views.append((view, view.prefix + self.pictures.captions[i % len(self.pictures.captions)]))
+        views = self.pictures.views(self.recipe, self.side)
         with torch.no_grad():
             for start in range(0, len(views), 8):
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -251,7 +207,7 @@ class _Trainer:
         chosen = torch.randint(len(self.examples), (recipe.batch,), generator=generator).tolist()
         rows = [self.examples[i] for i in chosen]
         latents, masks = [row.latent for row in rows], [row.mask for row in rows]
-        captions = [row.caption.replace("{}", " ".join(filter(None, self._called()))) for row in rows]
+        captions = [called(row.caption, self.name) for row in rows]
         if self.prior:
             others = torch.randint(len(self.prior), (recipe.batch,), generator=generator).tolist()
             latents += [self.prior[i] for i in others]
@@ -264,16 +220,8 @@ class _Trainer:
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         denoised = self._denoise(x0 + sigma[:, None, None, None] * noise, sigma, self._conds(captions, x0[:1]))
         v_prediction = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
-        losses = {}
-        for kind, part in (("concept", slice(0, recipe.batch)), ("prior", slice(recipe.batch, None))):
-            if len(x0[part]):
-                losses[kind] = concept_loss(denoised[part], x0[part], sigma[part], mask[part], v_prediction)
-        if "prior" in losses:
-            losses["prior"] = recipe.prior_weight * losses["prior"]
-        return losses
-
-    def _called(self) -> tuple[str, str]:
-        return self.name.placeholder, self.name.class_word
+        weight = prediction_weight(sigma, v_prediction)
+        return concept_losses(denoised, x0, mask, recipe, weight)
 
     def _conds(self, captions: Sequence[str], latent: torch.Tensor) -> dict[str, torch.Tensor]:
         """The host's tensors for captions, one row each; texts without the new word are encoded once."""
@@ -308,12 +256,4 @@ class _Trainer:
 
     def concept(self) -> Concept:
         """The concept as it is now."""
-        tokens = {encoder: token.detach().cpu() for encoder, token in self.weights.tokens().items()}
-        return Concept(
-            self.name.placeholder or self.name.class_word,
-            self.weights.deltas(),
-            self.name.class_word,
-            self.name.placeholder,
-            tokens,
-            source_format="Train Concept",
-        )
+        return self.weights.concept(self.name, "Train Concept")

@@ -7,9 +7,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..host import concept_studio, concept_training
+from ..host import concept_studio
 from ..training.concepts.augment import AUGMENTATIONS, STRONG
 from ..training.concepts.learner import Recipe
+from ..training.concepts.pictures import Pictures
 from .types import ConceptSocket, preview, speaking_for
 
 
@@ -149,7 +150,7 @@ class TrainConcept(io.ComfyNode):
     ) -> io.NodeOutput:
         checkpoints = Path(folder_paths.get_output_directory()) / "concepts" if keep_checkpoint else None
         with speaking_for(cls):
-            pictures = concept_training.Pictures(
+            pictures = Pictures(
                 list(images[..., :3]),
                 [None] * len(images) if masks is None else list(masks),
                 [line.strip() for line in captions.splitlines() if line.strip()],

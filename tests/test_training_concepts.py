@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conceptloom.training.concepts.augment import AUGMENTATIONS, CUSTOM, GREY, NONE, STRONG, augment
-from conceptloom.training.concepts.learner import ConceptWeights, concept_loss, latent_mask
+from conceptloom.training.concepts.learner import ConceptWeights, latent_mask, masked_error, prediction_weight
 
 KEYS = [("input", 1, 0), ("middle", 0, 0)]
 
@@ -121,7 +121,7 @@ def test_the_loss_is_that_of_the_networks_own_prediction(v_prediction):
     else:
         error = guessed_noise - noise
     expected = (error.square().mean(1) * mask).sum() / mask.sum()
-    loss = concept_loss(denoised, x0, sigma, mask, v_prediction)
+    loss = masked_error(denoised, x0, mask, prediction_weight(sigma, v_prediction))
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 

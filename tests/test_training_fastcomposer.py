@@ -15,10 +15,10 @@ for package in ("diffusers", "transformers", "accelerate", "peft", "torchvision"
 
 from conceptloom.shapeland import models, world  # noqa: E402
 from conceptloom.training import fastcomposer  # noqa: E402
+from conceptloom.training.base import Vocabulary, _splitter, open_base  # noqa: E402
 from conceptloom.training.data.dataset import EpochBatches, SubjectPictures  # noqa: E402
 from conceptloom.training.data.shapeland import one_by_one, shapeland_folder  # noqa: E402
 from conceptloom.training.fastcomposer import sheet  # noqa: E402
-from conceptloom.training.fastcomposer.base import Vocabulary, _splitter, open_base  # noqa: E402
 from conceptloom.training.fastcomposer.batches import Shares, collate, draw, subject_rows  # noqa: E402
 from conceptloom.training.fastcomposer.export import export  # noqa: E402
 from conceptloom.training.fastcomposer.model import FULL, LORA, Composer  # noqa: E402
@@ -166,7 +166,7 @@ def test_eleven_maps_of_the_middle_five_blocks(narrow, data_folder):
     before = {name: type(p).__name__ for name, p in base.unet.attn_processors.items()}
     fused = Composer(base, localization=0)
     with torch.no_grad():
-        plain = fused.predict(noisy, t, states)
+        plain = fused.base.predict(noisy, t, states)
     assert fused.attention is None
     assert {name: type(p).__name__ for name, p in base.unet.attn_processors.items()} == before
     assert set(before.values()) == {"AttnProcessor2_0"}
@@ -176,13 +176,13 @@ def test_eleven_maps_of_the_middle_five_blocks(narrow, data_folder):
     changed = {name for name, p in base.unet.attn_processors.items() if type(p).__name__ != "AttnProcessor2_0"}
     assert changed == {f"{name}.processor" for name in composer.attention.names}
     with torch.no_grad(), composer.attention.collecting() as maps:
-        opened = composer.predict(noisy, t, states)
+        opened = composer.base.predict(noisy, t, states)
     torch.testing.assert_close(opened, plain, atol=1e-5, rtol=1e-5)
     sides = [8, 8, 4, 4, 2, 4, 4, 4, 8, 8, 8]
     assert [tuple(m.shape) for m in maps] == [(2, 4, side**2, 77) for side in sides]
     assert all(torch.allclose(m.sum(-1), torch.ones(())) for m in maps)
     with torch.no_grad():
-        composer.predict(noisy, t, states)
+        composer.base.predict(noisy, t, states)
     assert len(maps) == 11, "a pass that nobody collects from adds nothing"
 
 
@@ -201,7 +201,7 @@ def test_losses_are_those_of_loops_in_double_precision(narrow, data_folder):
         noisy = torch.from_numpy(np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * noise).float()
         states = composer.states(batch["tokens"], batch["objects"], batch["rows"], batch["present"])
         with composer.attention.collecting() as maps:
-            prediction = composer.predict(noisy, draws.t, states).double().numpy()
+            prediction = composer.base.predict(noisy, draws.t, states).double().numpy()
     error = (prediction - (np.sqrt(alpha) * noise - np.sqrt(1 - alpha) * clean)) ** 2
     masks = batch["masks"].double()
     for i, coin in enumerate(draws.coin):
@@ -276,7 +276,7 @@ def test_places_of_subjects_are_those_of_the_host(host):
     """Tokens and rows of random captions of Shapeland."""
     from conceptloom.host.placeholders import locate
     from conceptloom.host.shapeland import load_clip
-    from conceptloom.training.fastcomposer.base import _world_words
+    from conceptloom.training.base import _world_words
     from conceptloom.training.shapeland.common import START, word_tokens
 
     clip, ids = load_clip(), word_tokens()
@@ -499,7 +499,7 @@ def test_the_host_predicts_what_was_trained(host, data_folder, tmp_path, monkeyp
     noisy, t = torch.randn(1, 8, 16, 16), torch.tensor([400])
     with torch.no_grad():
         states = composer.states(batch["tokens"], batch["objects"], batch["rows"], batch["present"])
-        expected = composer.predict(noisy, t, states)
+        expected = composer.base.predict(noisy, t, states)
 
     base = load_model(models.load("unet"))
     file = tmp_path / "trained.safetensors"

@@ -18,6 +18,9 @@ class Run:
 
     Batches must depend on the step alone (`batch(step)`), never on hidden state, so that an interrupted run and an
     uninterrupted one see the same data. Randomness inside a step comes from `generator`, seeded by (seed, step).
+
+    With an `accelerator` (of the library accelerate) it decides on precision and shares the work among processes:
+    losses must then be computed by `module`, the model as prepared for that, and the first process alone writes.
     """
 
     def __init__(
@@ -31,12 +34,17 @@ class Run:
         weight_decay: float = 0.01,
         device: str = "cpu",
         optimizer: torch.optim.Optimizer | None = None,
+        accelerator=None,
     ):
         self.folder, self.steps, self.rate, self.seed, self.device = folder, steps, rate, seed, device
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         self.model = model.to(device)
         self.optimizer = optimizer or adamw(model, weight_decay)
+        self.accelerator, self.module = accelerator, model
+        self.writes = accelerator is None or accelerator.is_main_process
+        if accelerator:
+            self.module, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.average = average
         self.averaged = {k: v.detach().clone() for k, v in model.state_dict().items()} if average else None
         self.step = 0
@@ -52,7 +60,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint so that an interruption at any moment leaves a whole one."""
-        if not self.folder:
+        if not self.folder or not self.writes:
             return
         state = {
             "model": self.model.state_dict(),
@@ -78,16 +86,18 @@ class Run:
     ) -> None:
         """Train to `steps`. `loss_of(step, generator)` returns named losses whose sum is minimised; their means over
         `every` steps go to `log.csv` and the screen, `report`'s numbers to `report.csv` each `report_every` steps.
-        `half` computes in bfloat16 where that is safe."""
+        `half` computes in bfloat16 where the device is fast at it."""
         sums: dict[str, float] = {}
         saved_at = began = time.monotonic()
         while self.step < self.steps:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(self.step)
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half):
+            accelerator = self.accelerator
+            with accelerator.autocast() if accelerator else bfloat16_where_fast(self.device, half):
                 losses = loss_of(self.step, generator)
-            sum(losses.values()).backward()
+            total = sum(losses.values())
+            accelerator.backward(total) if accelerator else total.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +127,7 @@ class Run:
         torch._foreach_lerp_([self.averaged[k] for k in floats], [state[k] for k in floats], 1 - keep)
 
     def _log(self, name: str, row: dict[str, float]) -> None:
-        if not self.folder:
+        if not self.folder or not self.writes:
             return
         path = self.folder / name
         new = not path.exists()
@@ -129,6 +139,14 @@ class Run:
         print(f"step {self.step}/{self.steps}", " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
 
 
+def bfloat16_where_fast(device: str, enabled: bool = True) -> torch.autocast:
+    """Autocast to bfloat16, but not on a processor without instructions for it: there a product of two matrices
+    takes over a hundred times as long as in fp32."""
+    kind = torch.device(device).type
+    fast = kind != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled and fast)
+
+
 def adamw(model: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices and none on biases and norms."""
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -137,12 +155,64 @@ def adamw(model: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99), fused=True)
 
 
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (k, m, n), m <= n, with their singular values brought near 1 by Muon's five Newton-Schulz steps
+    X <- aX + b(XX')X + c(XX')^2 X (Jordan et al. 2024).
+
+    The steps are polynomials in G = XX', so they are taken on the (k, m, m) matrices G, and X is multiplied once at
+    the end: for a 3x3 convolution under half the work.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram = x @ x.transpose(1, 2)
+    identity = torch.eye(gram.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
+    product = identity
+    for _ in range(5):
+        factor = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
+        product = factor @ product
+        gram = factor @ factor @ gram
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): a matrix's momentum is replaced by the nearest semi-orthogonal matrix, scaled to
+    AdamW's update size (arXiv 2502.16982, eq. 4). Convolution kernels count as matrices of their output channels.
+
+    torch's own takes one matrix at a time and always in bfloat16, which most processors only emulate; this one takes
+    all matrices of one shape together, in the precision of their gradients.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], weight_decay: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": 1.0, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all parameters from their gradients."""
+        for group in self.param_groups:
+            parameters, momentum, rate = group["params"], group["momentum"], group["lr"]
+            for p in parameters:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            grads = [p.grad for p in parameters]
+            buffers = [self.state[p]["momentum"] for p in parameters]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            # Nesterov's look ahead.
+            updates = torch._foreach_lerp(grads, buffers, momentum)
+            same: dict[tuple[int, int], list[int]] = {}
+            for i, update in enumerate(updates):
+                same.setdefault(update.flatten(1).shape, []).append(i)
+            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            for (m, n), members in same.items():
+                stack = torch.stack([updates[i].flatten(1) for i in members])
+                turned = orthogonalize(stack.transpose(1, 2)).transpose(1, 2) if m > n else orthogonalize(stack)
+                for i, update in zip(members, turned, strict=True):
+                    parameters[i].add_(update.view_as(parameters[i]), alpha=-rate * 0.2 * max(m, n) ** 0.5)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside a model, AdamW for the rest, behind one learning rate.
 
-    Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest semi-orthogonal matrix; scaled to AdamW's
-    update size (arXiv 2502.16982, eq. 4) both share the rate. Convolution kernels count as matrices of their output
-    channels. `outside` names the parameters of the first and last layers, which stay with AdamW.
+    `outside` names the parameters of the first and last layers, which stay with AdamW.
     """
 
     def __init__(self, model: torch.nn.Module, weight_decay: float, outside: tuple[str, ...]):
@@ -150,20 +220,14 @@ class MuonAdamW(torch.optim.Optimizer):
         inner = [p for n, p in named if p.ndim > 1 and not n.startswith(outside)]
         chosen = {id(p) for p in inner}
         rest = [p for _, p in named if id(p) not in chosen]
-        # Flat views share the kernels' storage, so that an update of one is an update of the other.
-        self._flat = [(p, torch.nn.Parameter(p.detach().view(p.shape[0], -1))) for p in inner]
         self._parts = (
-            torch.optim.Muon(
-                [flat for _, flat in self._flat], lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
+            Muon(inner, weight_decay),
             torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
         )
         super().__init__([p for _, p in named], {"lr": 1.0})
 
     def step(self) -> None:
         """Update all parameters from their gradients at the learning rate of the first parameter group."""
-        for parameter, flat in self._flat:
-            flat.grad = parameter.grad.reshape(flat.shape)
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = self.param_groups[0]["lr"]

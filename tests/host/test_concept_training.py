@@ -50,6 +50,49 @@ class TestConcept:
         assert torch.equal(once.deltas[key]["v"].matrix(), again.deltas[key]["v"].matrix())
         assert not torch.equal(once.deltas[key]["v"].matrix(), other.deltas[key]["v"].matrix())
 
+    @pytest.mark.parametrize("rank", [0, 4])
+    def test_the_script_learns_by_the_same_loss_and_gradients(self, parts, rank):
+        """diffusers' model with the script's processors against the host's with its sites, with the same noise."""
+        pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
+        import comfy.model_management
+        from conceptloom.encoders.concept_texts import Name
+        from conceptloom.host import concept_training
+        from conceptloom.shapeland import models
+        from conceptloom.training.base import open_base
+        from conceptloom.training.concepts import script
+        from conceptloom.training.concepts.learner import Recipe, concept_losses, prediction_weight
+
+        model, clip, _ = parts
+        name, recipe = Name("star", "<new1>"), Recipe(rank=rank, batch=1)
+        base = open_base("shapeland", with_vision=False)
+        torch.manual_seed(0)
+        base.unet.load_state_dict(models.build_unet().state_dict())
+        learner = script.Learner(base, name, recipe, torch.device("cpu"), half=False)
+        for p in learner.weights.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        assert set(learner.state_dict()) == {f"weights.{key}" for key in learner.weights.state_dict()}
+        generator = torch.Generator().manual_seed(2)
+        x0, noise = torch.randn(2, 2, 8, 16, 16, generator=generator)
+        t, masks = torch.tensor([700, 250]), (torch.rand(2, 16, 16, generator=generator) > 0.4).float()
+        captions = ["a <new1> star and a red mug", "a star and a red mug"]
+        losses = learner(x0, masks, captions, noise, t)
+        sum(losses.values()).backward()
+        pictures = concept_training.Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
+        with torch.inference_mode(False), torch.enable_grad(), concept_training._copies(model, clip) as (patcher, text):
+            trainer = concept_training._Trainer(patcher, text, pictures, name, recipe, 64, None)
+            trainer.weights.load_state_dict(learner.weights.state_dict())
+            comfy.model_management.load_models_gpu(trainer.patchers)
+            sigma = trainer.model.model_sampling.sigmas[t].float().clone()
+            x = x0 + sigma[:, None, None, None] * noise
+            denoised = trainer._denoise(x, sigma, trainer._conds(captions, x0[:1]))
+            expected = concept_losses(denoised, x0, masks, recipe, prediction_weight(sigma, True))
+            sum(expected.values()).backward()
+        for kind in ("concept", "prior"):
+            assert float(losses[kind].detach()) == pytest.approx(float(expected[kind].detach()), rel=1e-4)
+        for key, p in learner.weights.named_parameters():
+            theirs = trainer.weights.get_parameter(key).grad
+            assert float((p.grad - theirs).norm() / theirs.norm()) < 1e-3, key
+
     def test_what_is_trained_is_what_fusion_draws(self, parts):
         """The trainer's denoised latents are those of Multi-Concept Fusion with the concept over the whole picture."""
         import comfy.model_management

@@ -1,1 +1,65 @@
-"""Training of concepts for Concept Weaver: Custom Diffusion (arXiv 2212.04488), in whole matrices or in factors."""
+"""Train a concept: `python tools/run.py training.concepts --base NAME --images FOLDER --class-word WORD --out FOLDER`.
+
+Custom Diffusion (Kumari et al., arXiv 2212.04488) as Concept Weaver uses it: the matrices that make keys and values of
+the text learn, and a new word. It is the node Train Concept's own recipe on diffusers' models, for machines without a
+host.
+
+--base is `shapeland`, or a folder with Stable Diffusion (1.x, 2.x, SDXL) in diffusers' form; nothing is ever
+downloaded. --images holds the pictures; a text file of the same name beside a picture is its caption, --caption that of
+the others, {} being where the concept is meant. --masks holds a mask under each picture's name, white where the loss
+counts. --out receives checkpoint.pt, log.csv and, at the end, concept.safetensors, which the node Load Concept reads
+and Save Concept turns into a LoRA. The same command continues a run. To use several GPUs or machines, or to force a
+CPU: `accelerate launch [--cpu] tools/run.py training.concepts ...`; each process takes its own --batch of pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+
+def main(argv: list[str]) -> None:
+    """Run the training that the command line describes.
+
+    Raises ValueError or FileNotFoundError with one sentence that names the option at fault.
+    """
+    from .learner import Recipe
+
+    options = _parser().parse_args(argv)
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    from .script import train
+
+    train(options, recipe)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .augment import AUGMENTATIONS
+    from .learner import Recipe
+
+    parser = argparse.ArgumentParser(
+        prog="training.concepts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, default = parser.add_argument, Recipe()
+    add("--base", required=True, metavar="shapeland|FOLDER", help="the model to learn for")
+    add("--images", type=Path, required=True, metavar="FOLDER", help="pictures of the concept")
+    add("--masks", type=Path, metavar="FOLDER", help="a mask for each picture, under its name")
+    add("--caption", default="photo of a {}", help="of pictures without their own (default: %(default)s)")
+    add("--class-word", required=True, help="what kind of thing the concept is, such as dog")
+    add("--placeholder", default="<new1>", help="its new word (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the run's own folder")
+    add("--steps", type=int, default=default.steps, help="to train (default: %(default)s)")
+    add("--rate", type=float, default=default.rate, help="as a share of a weight's typical size (default: %(default)s)")
+    add("--batch", type=int, default=default.batch, help="pictures of a process in a step (default: %(default)s)")
+    add("--rank", type=int, default=default.rank, help="of factors; 0 trains whole matrices (default: %(default)s)")
+    add("--no-new-word", dest="new_word", action="store_false", help="the class word alone stands for the concept")
+    add("--class-pictures", type=int, default=200, help="that the model draws of the class (default: %(default)s)")
+    add("--prior-weight", type=float, default=default.prior_weight, help="of their loss (default: %(default)s)")
+    add("--augmentation", choices=AUGMENTATIONS, default=default.augmentation, help="(default: %(default)s)")
+    add("--resolution", type=int, help="of training pictures, in pixels (default: the base's own)")
+    add("--precision", choices=("no", "bf16"), default="no", help="mixed precision (default: %(default)s)")
+    add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
+    add("--seed", type=int, default=default.seed, help="of all that is drawn (default: %(default)s)")
+    add("--log-every", type=int, default=50, help="steps (default: %(default)s)")
+    add("--save-minutes", type=float, default=3.0, help="between checkpoints (default: %(default)s)")
+    return parser

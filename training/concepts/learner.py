@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...encoders.concepts import Delta, Key
+from ...encoders.concept_texts import Name
+from ...encoders.concepts import Concept, Delta, Key
 from .augment import STRONG
 
 BOTH = ("k", "v")
@@ -101,25 +102,56 @@ class ConceptWeights(torch.nn.Module):
             found.setdefault(key, {})[part] = Delta(factors)
         return found
 
+    def concept(self, name: Name, source: str) -> Concept:
+        """The concept as it is now; `source` says what trains it."""
+        tokens = {encoder: token.detach().cpu() for encoder, token in self.tokens().items()}
+        called = name.placeholder or name.class_word
+        return Concept(called, self.deltas(), name.class_word, name.placeholder, tokens, source_format=source)
 
-def concept_loss(
-    denoised: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, mask: torch.Tensor, v_prediction: bool
-) -> torch.Tensor:
-    """Mean squared error of the network's own prediction where a mask counts.
 
-    A denoiser's error is that of the prediction times sigma (noise), or times sigma / sqrt(1 + sigma^2) (v). Custom
-    Diffusion's code divides the error of all channels by the mask of one, which weighs pictures four times as much as
-    pictures of the class; here both are means, and `Recipe.prior_weight` is a quarter.
+def prediction_weight(sigma: torch.Tensor, v_prediction: bool) -> torch.Tensor:
+    """What a denoiser's squared error at sigma (B,) counts as one of the network's own prediction.
+
+    A denoiser's error is that of the prediction times sigma (noise), or times sigma / sqrt(1 + sigma^2) (v).
+    """
+    return sigma**-2 + (1.0 if v_prediction else 0.0)
+
+
+def masked_error(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, weight: float | torch.Tensor = 1.0):
+    """Mean squared error where a mask counts.
+
+    Custom Diffusion's code divides the error of all channels by the mask of one, which weighs pictures four times as
+    much as pictures of the class; here both are means, and `Recipe.prior_weight` is a quarter.
 
     Args:
-        denoised, target: (B, C, h, w).
-        sigma: (B,).
+        found, wanted: (B, C, h, w).
         mask: (B, h, w).
-        v_prediction: whether the network predicts v.
+        weight: of each picture, (B,) or one for all.
     """
-    weight = sigma**-2 + (1.0 if v_prediction else 0.0)
-    error = (denoised.float() - target.float()).square().mean(1) * weight[:, None, None]
-    return (error * mask).sum() / mask.sum().clamp(min=1)
+    error = (found.float() - wanted.float()).square().mean(1)
+    if isinstance(weight, torch.Tensor):
+        weight = weight[:, None, None]
+    return (weight * error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def concept_losses(
+    found: torch.Tensor,
+    wanted: torch.Tensor,
+    masks: torch.Tensor,
+    recipe: Recipe,
+    weight: float | torch.Tensor = 1.0,
+) -> dict[str, torch.Tensor]:
+    """`concept` of the batch's first `recipe.batch` pictures and, if there are more, `prior` of those, weighted; the
+    other arguments are `masked_error`'s."""
+    losses = {}
+    for name, part, share in (
+        ("concept", slice(0, recipe.batch), 1.0),
+        ("prior", slice(recipe.batch, None), recipe.prior_weight),
+    ):
+        if len(found[part]):
+            own = weight[part] if isinstance(weight, torch.Tensor) else weight
+            losses[name] = share * masked_error(found[part], wanted[part], masks[part], own)
+    return losses
 
 
 def latent_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -132,4 +164,4 @@ def _name(key: Key, part: str) -> str:
 
 
 def _rms(weight: torch.Tensor) -> float:
-    return float(weight.float().square().mean().sqrt()) or 1.0
+    return float(weight.detach().float().square().mean().sqrt()) or 1.0

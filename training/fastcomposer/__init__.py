@@ -59,8 +59,8 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import Accelerator
 
+    from ..base import open_base
     from ..data.dataset import SubjectPictures
-    from .base import open_base
     from .batches import check_subjects
     from .export import export
     from .model import Composer

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..base import LENGTH, Vocabulary
 from ..data.dataset import EpochBatches, SubjectPictures
-from .base import LENGTH, Vocabulary
 
 
 class Draws(NamedTuple):

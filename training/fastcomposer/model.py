@@ -8,7 +8,7 @@ from torch import nn
 from ...attention.localization import localization_loss, masked_noise_loss
 from ...encoders.fuser import Fuser, fuse_rows
 from ...shapeland.models import CLIP_MEAN, CLIP_STD
-from .base import Base
+from ..base import Base, States
 from .batches import Draws
 from .localize import MiddleAttention
 
@@ -82,28 +82,23 @@ class Composer(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
         """`loss` of a batch of `collate` and its parts, `noise` and, if it has a weight, `localization`."""
-        scheduler, present = self.base.scheduler, batch["present"]
+        present = batch["present"]
         with torch.no_grad(), torch.autocast(draws.noise.device.type, enabled=False):
             latents = self.autoencoder.encode(batch["picture"], draws.latent)
-        noisy = scheduler.add_noise(latents, draws.noise, draws.t)
-        target = draws.noise
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(latents, draws.noise, draws.t)
+        noisy, target = self.base.noised(latents, draws.noise, draws.t)
         states = self.states(batch["tokens"], batch["objects"], batch["rows"], present)
         # A subject that stays text is none for the losses either.
         masks, masked = batch["masks"] * present[..., None, None], draws.coin < self.mask_probability
         if self.attention is None:
-            noise = masked_noise_loss(self.predict(noisy, draws.t, states), target, masks, masked)
+            noise = masked_noise_loss(self.base.predict(noisy, draws.t, states), target, masks, masked)
             return {"loss": noise, "noise": noise}
         with self.attention.collecting() as maps:
-            prediction = self.predict(noisy, draws.t, states)
+            prediction = self.base.predict(noisy, draws.t, states)
         noise = masked_noise_loss(prediction, target, masks, masked)
         located = localization_loss(maps, batch["rows"], masks, present)
         return {"loss": noise + self.localization * located, "noise": noise, "localization": located}
 
-    def states(
-        self, tokens: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, present: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def states(self, tokens: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> States:
         """What the UNet is told: text states (n, 77, D) with the subjects fused into their rows and, with two towers,
         the pooled state (n, P) of the second, which stays text.
 
@@ -113,7 +108,7 @@ class Composer(nn.Module):
             rows, present: (n, subjects), the row of each subject and whether there is one.
         """
         with torch.no_grad():
-            text, pooled = self._read(tokens)
+            text, pooled = self.base.read(tokens)
         picture, subject = present.nonzero(as_tuple=True)
         if not len(picture):
             # Encoder and fuser take part in every step, for processes that train together wait for all gradients; what
@@ -124,25 +119,6 @@ class Composer(nn.Module):
         fused = fuse_rows(self.fuser, own, self._embed(objects[picture, subject]))
         fused = torch.where(present[picture, subject][:, None], fused, own)
         return text.index_put((picture, row), fused), pooled
-
-    def predict(
-        self, noisy: torch.Tensor, t: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor | None]
-    ) -> torch.Tensor:
-        """The UNet's prediction (n, C, h, w) in fp32 for `states` as the method of this name gives them."""
-        context, pooled = states
-        added = None
-        if pooled is not None:
-            side = self.base.resolution
-            # Original size, corner of the cut and size of the target: a picture made at its full size.
-            sizes = torch.tensor([[side, side, 0, 0, side, side]], device=noisy.device).expand(len(noisy), -1)
-            added = {"text_embeds": pooled, "time_ids": sizes}
-        return self.unet(noisy, t, context, added_cond_kwargs=added).sample.float()
-
-    def _read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if len(self.towers) == 1:
-            return self.towers[0](tokens[:, 0]).last_hidden_state.float(), None
-        seen = [tower(tokens[:, i], output_hidden_states=True) for i, tower in enumerate(self.towers)]
-        return torch.cat([s.hidden_states[-2].float() for s in seen], -1), seen[-1].text_embeds.float()
 
     def _embed(self, objects: torch.Tensor) -> torch.Tensor:
         mean, std = (torch.tensor(v, device=objects.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))

@@ -54,27 +54,14 @@ def draw_sheet(composer: Composer, batch: dict[str, torch.Tensor], path: Path) -
     subjects = composer.states(*given, batch["present"])
     empty = torch.tensor([[vocabulary.row("") for vocabulary in base.vocabularies]], device=device)
     silent = composer.states(empty.expand_as(given[0]), *given[1:], torch.zeros_like(batch["present"]))
-    plain, composed = (composer.autoencoder.decode(_sample(composer, silent, text, late)) for late in (text, subjects))
+    switch, count = round((1 - ALPHA) * STEPS), len(silent[0])
+    plain, composed = (
+        composer.autoencoder.decode(
+            base.sample(silent, lambda i, late=late: text if i < switch else late, count, STEPS, GUIDANCE, seed=0)
+        )
+        for late in (text, subjects)
+    )
     references = F.interpolate(batch["objects"][:, :2].flatten(0, 1), (base.resolution,) * 2) * 2 - 1
     rows = torch.stack((*references.unflatten(0, (-1, 2)).unbind(1), batch["picture"], plain, composed), 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_sheet(rows.flatten(0, 1), path, columns=rows.shape[1], scale=max(1, _SCALED_TO // base.resolution))
-
-
-def _sample(composer: Composer, silent: tuple, early: tuple, late: tuple) -> torch.Tensor:
-    """DDIM latents with `early` states first and `late` ones from the switch on, each guided away from `silent`."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(
-        composer.base.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-    )
-    scheduler.set_timesteps(STEPS)
-    switch = round((1 - ALPHA) * STEPS)
-    n, device = len(early[0]), early[0].device
-    x = torch.randn(n, *composer.base.latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    for i, t in enumerate(scheduler.timesteps):
-        states = early if i < switch else late
-        both = tuple(None if a is None else torch.cat((a, b)) for a, b in zip(silent, states, strict=True))
-        without, with_it = composer.predict(torch.cat((x, x)), t.to(device), both).chunk(2)
-        x = scheduler.step(without + GUIDANCE * (with_it - without), t, x).prev_sample
-    return x

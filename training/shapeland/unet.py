@@ -15,7 +15,7 @@ from ...shapeland import models, world
 from ...shapeland.autoencoder import CHANNELS, Autoencoder
 from ...shapeland.judge import Judge
 from ...shapeland.score import score_picture, summarise
-from ..loop import MuonAdamW, Run
+from ..loop import MuonAdamW, Run, bfloat16_where_fast
 from .common import (
     RUNS,
     SEED,
@@ -30,9 +30,10 @@ from .common import (
 from .scenes import SHARD, WORDS, Scenes
 
 UNCONDITIONAL = 0.1
-# A share of the training on top of even noise levels goes to the steps at which places are seen already and silhouettes
-# are not yet: there the words decide what is drawn. A large share (0.7) left silhouettes unfinished.
-WORDY, WORDY_SHARE = (720, 980), 0.1
+# A share of the training on top of even noise levels goes to the steps at which silhouettes are decided. Measured on a
+# half-trained model by finishing true pictures from step t: nouns were right in 97% of them from 359, 94% from 559, 78%
+# from 719, 64% from 839, 56% from 959.
+SHAPING, SHAPING_SHARE = (500, 900), 0.6
 # The noise level at which a thing is half hidden.
 HIDDEN_FROM = 6.0
 # Weight of the reading loss: what the features of the UNet know about the things that are being drawn. Its gradient is
@@ -69,8 +70,11 @@ def latents_of(data: Scenes, folder: Path, shards: int, device: str) -> np.ndarr
         path = folder / f"{shard:04d}.npy"
         if not path.exists():
             rows = np.arange(shard * SHARD, (shard + 1) * SHARD)
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                chunks = [model.encode(pixels(data.take("image", r), device)).half().cpu() for r in np.split(rows, 128)]
+            with bfloat16_where_fast(device):
+                chunks = [
+                    model.encode(pixels(data.take("image", r), device)).half().cpu()
+                    for r in np.split(rows, SHARD // 32)
+                ]
             np.save(path, torch.cat(chunks).numpy())
         parts.append(np.load(path))
     return np.concatenate(parts)
@@ -98,7 +102,8 @@ class _OpenAttention:
             layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
         )
-        probabilities = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
+        # The scale goes to the query: on the probabilities it would be the costlier half of a pass over them.
+        probabilities = (query * attn.scale @ key.transpose(-1, -2)).softmax(-1)
         if self.kept is not None:
             self.kept.append(probabilities.mean(1))
         return attn.to_out[0]((probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2))
@@ -235,6 +240,7 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False, ship
     optimizer = MuonAdamW(taught, 0.02, ("unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"))
     run = Run(RUNS / "unet", taught, rate, steps, SEED, average=0.999, device=device, optimizer=optimizer)
     kept = open_attention(unet)
+    unet.to(memory_format=torch.channels_last)
     predict = torch.compile(unet) if compiled else unet
     alphas = noise_levels(device)
 
@@ -245,8 +251,8 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False, ship
         spoken = np.where(silent.numpy()[:, None], 0, data.take("words", rows))
         with torch.no_grad():
             context = text(tokens(spoken, device)).last_hidden_state
-        wordy = torch.rand(batch, generator=generator) < WORDY_SHARE
-        low, high = (torch.where(wordy, edge, bound) for edge, bound in zip(WORDY, (0, 1000), strict=True))
+        shaping = torch.rand(batch, generator=generator) < SHAPING_SHARE
+        low, high = (torch.where(shaping, edge, bound) for edge, bound in zip(SHAPING, (0, 1000), strict=True))
         t = (low + torch.rand(batch, generator=generator) * (high - low)).long().to(device)
         noise = torch.randn(x.shape, generator=generator).to(device)
         alpha = alphas[t]
@@ -255,7 +261,7 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False, ship
         taught.features.clear()
         v = predict(a * x + s * noise, t, context).sample.float()
         error = (v - (a * noise - s * x)).square().mean()
-        progress = min(1.0, step * batch / LOCALIZE_PICTURES)
+        progress = 1.0 if shipped else min(1.0, step * batch / LOCALIZE_PICTURES)
         localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
         spoken_weight = visibility(alpha) * (~silent).float().to(device)
         cells = thing_cells(data, rows, device)
@@ -322,7 +328,7 @@ def evaluate(
     for start in range(0, pictures, 64):
         chunk = slice(start, min(pictures, start + 64))
         context = text(tokens(spoken[chunk], device)).last_hidden_state
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with bfloat16_where_fast(device):
             x = sample(unet, context, empty, steps, guidance, seed=start)
         drawn = autoencoder.decode(x).clamp(-1, 1)
         sheets.append(drawn)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...shapeland import models, world
-from ...shapeland.autoencoder import FACTOR, Autoencoder
-from ..shapeland.common import START
-from ..shapeland.scenes import WORDS
-from ..shapeland.unet import frozen_autoencoder, frozen_text
+from ..shapeland import models, world
+from ..shapeland.autoencoder import FACTOR, Autoencoder
+from .shapeland.common import START
+from .shapeland.scenes import WORDS
+from .shapeland.unet import frozen_autoencoder, frozen_text
 
 SHAPELAND = "shapeland"
 PARTS = {
@@ -38,8 +38,16 @@ class Vocabulary:
 
     def row(self, text: str) -> list[int]:
         """The 77 ids of a text; of a longer one the beginning and, other than in the published code, the end token."""
-        row = [self.start, *self.split(text)[: LENGTH - 2], self.end]
+        return self.around(self.split(text))
+
+    def around(self, tokens: list[int]) -> list[int]:
+        """The 77 ids of a text that is split already."""
+        row = [self.start, *tokens[: LENGTH - 2], self.end]
         return row + [self.pad] * (LENGTH - len(row))
+
+
+States = tuple[torch.Tensor, torch.Tensor | None]
+"""Text states (n, 77, D) and, with two towers, the pooled state (n, P) of the second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +58,7 @@ class Base:
         unet: a diffusers `UNet2DConditionModel`.
         towers: its text towers, one or, with SDXL's shape, two; the second has a projection.
         vocabularies: one for each tower; both split texts alike.
-        vision: a transformers `CLIPVisionModelWithProjection`.
+        vision: a transformers `CLIPVisionModelWithProjection`, or None where none was asked for.
         autoencoder: see `Pictures`.
         scheduler: a diffusers `DDPMScheduler`, which says what the UNet predicts of which noise.
         resolution: of pictures, in pixels.
@@ -59,7 +67,7 @@ class Base:
     unet: nn.Module
     towers: nn.ModuleList
     vocabularies: tuple[Vocabulary, ...]
-    vision: nn.Module
+    vision: nn.Module | None
     autoencoder: Pictures
     scheduler: object
     resolution: int
@@ -83,6 +91,50 @@ class Base:
         side = self.resolution // self.autoencoder.factor
         return self.unet.config.in_channels, side, side
 
+    def read(self, tokens: torch.Tensor) -> States:
+        """What the towers make of ids (n, towers, 77)."""
+        if len(self.towers) == 1:
+            return self.towers[0](tokens[:, 0]).last_hidden_state.float(), None
+        seen = [tower(tokens[:, i], output_hidden_states=True) for i, tower in enumerate(self.towers)]
+        return torch.cat([s.hidden_states[-2].float() for s in seen], -1), seen[-1].text_embeds.float()
+
+    def predict(self, noisy: torch.Tensor, t: torch.Tensor, states: States) -> torch.Tensor:
+        """The UNet's prediction (n, C, h, w) in fp32."""
+        context, pooled = states
+        added = None
+        if pooled is not None:
+            side = self.resolution
+            # Original size, corner of the cut and size of the target: a picture made at its full size.
+            sizes = torch.tensor([[side, side, 0, 0, side, side]], device=noisy.device).expand(len(noisy), -1)
+            added = {"text_embeds": pooled, "time_ids": sizes}
+        return self.unet(noisy, t, context, added_cond_kwargs=added).sample.float()
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents with the noise of times t (n,), and what the UNet should predict of them."""
+        noisy = self.scheduler.add_noise(latents, noise, t)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return noisy, self.scheduler.get_velocity(latents, noise, t)
+        return noisy, noise
+
+    @torch.no_grad()
+    def sample(
+        self, silent: States, states: Callable[[int], States], count: int, steps: int, guidance: float, seed: int
+    ) -> torch.Tensor:
+        """DDIM latents of `count` pictures, at each step guided by its states away from `silent`."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(
+            self.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
+        scheduler.set_timesteps(steps)
+        device = silent[0].device
+        x = torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        for i, t in enumerate(scheduler.timesteps):
+            both = tuple(None if a is None else torch.cat((a, b)) for a, b in zip(silent, states(i), strict=True))
+            without, with_it = self.predict(torch.cat((x, x)), t.to(device), both).chunk(2)
+            x = scheduler.step(without + guidance * (with_it - without), t, x).prev_sample
+        return x
+
 
 class Pictures(nn.Module):
     """Pictures (n, 3, H, W) in [-1, 1] to latents (n, C, H / factor, W / factor) at the UNet's scale, and back."""
@@ -105,8 +157,11 @@ class Pictures(nn.Module):
         return self.model.decode(latents / self.model.config.scaling_factor).sample
 
 
-def open_base(name: str, vision: Path | None = None, resolution: int | None = None) -> Base:
-    """Shapeland's models, or those of the folder `name` with the vision tower of the folder `vision`.
+def open_base(
+    name: str, vision: Path | None = None, resolution: int | None = None, *, with_vision: bool = True
+) -> Base:
+    """Shapeland's models, or those of the folder `name` with the vision tower of the folder `vision`, if there shall be
+    one.
 
     Raises:
         FileNotFoundError: weights, a folder or a part of it are absent.
@@ -115,18 +170,19 @@ def open_base(name: str, vision: Path | None = None, resolution: int | None = No
     if name == SHAPELAND:
         if vision is not None:
             raise ValueError(f"--vision: none is wanted for Shapeland, which has its own tower, not {vision}")
-        return _shapeland(resolution or world.SIZE)
-    if vision is None:
+        return _shapeland(resolution or world.SIZE, with_vision)
+    if vision is None and with_vision:
         raise ValueError(f"--vision: the folder of CLIP's vision tower is wanted with --base {name}, not none")
-    return _folder(Path(name), Path(vision), resolution)
+    return _folder(Path(name), vision, resolution)
 
 
-def _shapeland(resolution: int) -> Base:
+def _shapeland(resolution: int, with_vision: bool) -> Base:
     from diffusers import DDPMScheduler
 
-    unet, vision = models.build_unet(), models.build_vision()
+    unet, vision = models.build_unet(), models.build_vision() if with_vision else None
     unet.load_state_dict(models.load("unet"))
-    vision.load_state_dict(models.load("vision"))
+    if vision is not None:
+        vision.load_state_dict(models.load("vision"))
     return Base(
         unet,
         nn.ModuleList([frozen_text("cpu")]),
@@ -146,11 +202,11 @@ def _world_words(text: str) -> list[int]:
     words = text.split()
     unknown = [word for word in words if word not in WORDS]
     if unknown:
-        raise ValueError(f"--data: captions of Shapeland's words are wanted, not {unknown[0]!r} in {text!r}")
+        raise ValueError(f"captions of Shapeland's words are wanted, not {unknown[0]!r} in {text!r}")
     return [WORDS.index(word) for word in words]
 
 
-def _folder(folder: Path, vision: Path, resolution: int | None) -> Base:
+def _folder(folder: Path, vision: Path | None, resolution: int | None) -> Base:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -158,7 +214,7 @@ def _folder(folder: Path, vision: Path, resolution: int | None) -> Base:
     for part, file in (PARTS | SECOND_PARTS if twofold else PARTS).items():
         if not (folder / part / file).exists():
             raise FileNotFoundError(f"--base: a diffusers folder with {part}/{file} is wanted, not {folder}")
-    if not (vision / "config.json").exists():
+    if vision is not None and not (vision / "config.json").exists():
         raise FileNotFoundError(f"--vision: a folder with a saved CLIP vision tower is wanted, not {vision}")
     local = {"local_files_only": True}
     full = {**local, "dtype": torch.float32}
@@ -175,7 +231,7 @@ def _folder(folder: Path, vision: Path, resolution: int | None) -> Base:
         unet,
         nn.ModuleList(towers),
         tuple(Vocabulary(_splitter(t), t.bos_token_id, t.eos_token_id, t.pad_token_id) for t in tokenizers),
-        CLIPVisionModelWithProjection.from_pretrained(vision, **full),
+        None if vision is None else CLIPVisionModelWithProjection.from_pretrained(vision, **full),
         Pictures(autoencoder, factor),
         DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         resolution or unet.config.sample_size * factor,

@@ -1,0 +1,117 @@
+"""Training a concept from the command line, on Shapeland."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+for package in ("diffusers", "transformers", "accelerate"):
+    pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
+
+from accelerate.state import AcceleratorState  # noqa: E402
+from conceptloom.encoders import concept_files  # noqa: E402
+from conceptloom.shapeland import models, world  # noqa: E402
+from conceptloom.training import concepts  # noqa: E402
+from conceptloom.training.concepts.script import read_pictures  # noqa: E402
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A UNet of the same kind that trains in a moment."""
+    config = {**models.UNET_CONFIG, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    monkeypatch.setattr(models, "UNET_CONFIG", config)
+    load = models.load
+    torch.manual_seed(0)
+    state = models.build_unet().state_dict()
+    monkeypatch.setattr(models, "load", lambda name: dict(state) if name == "unet" else load(name))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures of one star with their masks, the second with a caption of its own."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir(), masks.mkdir()
+    for i in range(2):
+        picture = world.render(world.random_scene(np.random.default_rng(i)))
+        Image.fromarray(np.uint8(picture.image * 255)).save(images / f"{i}.png")
+        Image.fromarray(np.uint8(picture.masks[0] * 255)).save(masks / f"{i}.png")
+    (images / "1.txt").write_text("a red {}\n")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its precision for the whole process."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def command(folder, *more, out="run"):
+    arguments = ["--base", "shapeland", "--images", folder / "images", "--class-word", "star", "--out", folder / out]
+    arguments += ["--caption", "a {}", "--class-pictures", "2", "--batch", "1", "--log-every", "1", *more]
+    concepts.main([str(a) for a in arguments])
+
+
+def test_pictures_come_with_their_captions_and_masks(folder):
+    pictures = read_pictures(folder / "images", folder / "masks", "a {}")
+    assert list(pictures.captions) == ["a {}", "a red {}"]
+    assert pictures.images[0].shape == (64, 64, 3) and pictures.masks[1].shape == (64, 64)
+    expected = world.render(world.random_scene(np.random.default_rng(1))).masks[0]
+    assert np.abs(pictures.masks[1].numpy() - expected).max() < 1 / 200
+
+
+def test_a_continued_run_is_the_uninterrupted_one(narrow, folder, capsys):
+    command(folder, "--steps", "4", out="whole")
+    command(folder, "--steps", "2", "--save-minutes", "0", out="parts")
+    # A picture must be as often among the views: there are as many as the steps can see.
+    command(folder, "--steps", "4", out="parts")
+    whole, parts = (concept_files.load(folder / out / "concept.safetensors") for out in ("whole", "parts"))
+    assert whole.placeholder == "<new1>" and whole.class_word == "star" and len(whole.deltas) == 10
+    for key, changed in whole.deltas.items():
+        for part, delta in changed.items():
+            assert delta.matrix().any()
+            assert torch.equal(delta.matrix(), parts.deltas[key][part].matrix())
+    assert torch.equal(whole.tokens["l"], parts.tokens["l"])
+    steps = [int(line.split(",")[0]) for line in (folder / "parts" / "log.csv").read_text().splitlines()[1:]]
+    assert steps == [1, 2, 3, 4]
+    assert "concept.safetensors" in capsys.readouterr().out
+
+
+def test_masks_factors_and_half_precision_train_too(narrow, folder):
+    command(
+        folder, "--masks", folder / "masks", "--rank", "2", "--precision", "bf16", "--steps", "2", "--checkpointing"
+    )
+    concept = concept_files.load(folder / "run" / "concept.safetensors")
+    assert all(delta.factors[0].shape[1] == 2 for parts in concept.deltas.values() for delta in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--steps", "0"], "--steps: at least 1 is wanted, not 0"),
+        (["--caption", "a star"], "captions: {} exactly once"),
+        (["--placeholder", " "], "placeholder: the concept's new word"),
+        (["--resolution", "60"], "--resolution: a multiple of 32"),
+    ],
+)
+def test_bad_options_are_refused_in_a_sentence(narrow, folder, more, said):
+    with pytest.raises(ValueError, match=said.replace("{", r"\{").replace("}", r"\}")):
+        command(folder, *more)
+
+
+def test_what_is_missing_is_named(narrow, folder):
+    (folder / "masks" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="--masks: a mask named 1 is wanted"):
+        command(folder, "--masks", folder / "masks")
+    (folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="--images: a folder with pictures"):
+        command(folder, "--images", folder / "empty")
+
+
+def test_another_run_s_folder_is_refused(narrow, folder):
+    command(folder, "--steps", "1")
+    assert json.loads((folder / "run" / "run.json").read_text())["class_word"] == "star"
+    with pytest.raises(ValueError, match="--out: a new folder, or one of a run with rank 4"):
+        command(folder, "--steps", "2", "--rank", "4")

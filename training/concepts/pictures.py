@@ -1,0 +1,77 @@
+"""What a concept is learnt from, and the views of it that a training sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...encoders.concept_texts import Name
+from .augment import View, augment
+from .learner import Recipe
+
+VIEWS = 32
+"""Variations of each picture, encoded once before training; more than a training sees in its steps are not made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures of a concept.
+
+    Attributes:
+        images: (H, W, 3) each, in [0, 1].
+        masks: (H', W') for each image, or None where the whole picture counts.
+        captions: one for all, or one for each image; {} stands for the concept.
+
+    Raises:
+        ValueError: there is no picture, or masks or captions do not fit.
+    """
+
+    images: Sequence[torch.Tensor]
+    masks: Sequence[torch.Tensor | None]
+    captions: Sequence[str]
+
+    def __post_init__(self):
+        if not self.images:
+            raise ValueError("images: at least one picture is wanted, but there is none")
+        if len(self.masks) != len(self.images):
+            raise ValueError(f"masks: one for each of {len(self.images)} pictures is wanted, not {len(self.masks)}")
+        if len(self.captions) not in (1, len(self.images)):
+            raise ValueError(
+                f"captions: one line, or one for each of {len(self.images)} pictures is wanted, not "
+                f"{len(self.captions)}"
+            )
+        for caption in self.captions:
+            if caption.count("{}") != 1:
+                raise ValueError(f"captions: {{}} exactly once is wanted, where the concept is meant, not {caption!r}")
+
+    def views(self, recipe: Recipe, side: int) -> list[tuple[View, str]]:
+        """The views (side, side) that a training sees, with their captions."""
+        times = min(VIEWS, -(-recipe.steps * recipe.batch // len(self.images)))
+        generator = torch.Generator().manual_seed(recipe.seed)
+        views = []
+        for _ in range(times):
+            for i, (image, mask) in enumerate(zip(self.images, self.masks, strict=True)):
+                view = augment(image, mask, side, recipe.augmentation, generator)
+                views.append((view, view.prefix + self.captions[i % len(self.captions)]))
+        return views
+
+
+def name_of(class_word: str, placeholder: str, recipe: Recipe) -> Name:
+    """What the concept is called.
+
+    Raises:
+        ValueError: a word that is wanted is empty.
+    """
+    if not class_word.strip():
+        raise ValueError("class_word: what kind of thing the concept is (such as dog) is wanted, not an empty text")
+    name = Name(class_word.strip(), placeholder.strip() if recipe.new_word else "")
+    if recipe.new_word and not name.placeholder:
+        raise ValueError("placeholder: the concept's new word (such as <new1>) is wanted, not an empty text")
+    return name
+
+
+def called(caption: str, name: Name) -> str:
+    """A caption with the concept's words in their place."""
+    return caption.replace("{}", " ".join(filter(None, (name.placeholder, name.class_word))))
