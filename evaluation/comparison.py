@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..host.studio import Studio
+from ..shapeland.judge import Reading
 from . import metrics
 from .metrics import Row
 from .scenes import Case, make_case
@@ -18,6 +19,7 @@ SHEET_CASES = 5
 """Cases per number of subjects on the contact sheet, with their first seed."""
 
 Draw = Callable[[Case, int], dict[str, torch.Tensor]]
+More = Callable[[Case, torch.Tensor, list[Reading]], dict[str, float]]
 
 METRICS = """\
 References show one thing each. The prompt names their nouns and another background, never their looks. Every variant
@@ -37,9 +39,9 @@ draws the same seeds, {seeds} per set of references.
   the paired difference."""
 
 
-def explain(chance: float) -> str:
+def explain(chance: float, per_case: int = SEEDS_PER_CASE) -> str:
     """What the shared metrics mean, for the document."""
-    return METRICS.format(seeds=SEEDS_PER_CASE, chance=chance)
+    return METRICS.format(seeds=per_case, chance=chance)
 
 
 def compare(
@@ -51,6 +53,9 @@ def compare(
     tell: Callable[[str], None],
     draw: Draw,
     shown: Sequence[str] | None = None,
+    case_of: Callable[[int, int], Case] = make_case,
+    per_case: int = SEEDS_PER_CASE,
+    more: More | None = None,
 ) -> tuple[list[Row], list[SheetRow]]:
     """Rows of all variants, and rows for the contact sheet.
 
@@ -63,21 +68,24 @@ def compare(
         tell: takes a sentence about the progress.
         draw: pictures (count, H, W, 3) of every variant for a case, "default" and "plain" among them, with one noise.
         shown: the variants on the contact sheet; None means all.
+        case_of: the case of a number of subjects and an index.
+        per_case: pictures of one case.
+        more: further metrics of a case's picture and what the judge reads in it.
     """
     rows, sheet = [], []
     for subjects in numbers:
         values: dict[str, dict[str, list[float]]] = {}
         cases: list[int] = []
-        for first in range(0, pictures, SEEDS_PER_CASE):
-            count = min(SEEDS_PER_CASE, pictures - first)
-            case = make_case(subjects, first // SEEDS_PER_CASE)
+        for first in range(0, pictures, per_case):
+            count = min(per_case, pictures - first)
+            case = case_of(subjects, first // per_case)
             drawn = draw(case, count)
             variants = list(drawn)
             drawn["truth"] = case.draw(count, [reference.identity for reference in case.references])
             drawn["unrelated"] = case.draw(count, None)
-            measure(studio, case, drawn, chance, values)
+            measure(studio, case, drawn, chance, values, more)
             cases += [case.seed] * count
-            if first < SHEET_CASES * SEEDS_PER_CASE:
+            if first < SHEET_CASES * per_case:
                 seen = {name: drawn[name][0] for name in shown or variants}
                 sheet.append(SheetRow(case.prompt, tuple(r.image for r in case.references), seen))
             tell(f"{system}, {subjects} subjects: {first + count} of {pictures} pictures in {len(variants)} variants")
@@ -92,6 +100,7 @@ def measure(
     drawn: dict[str, torch.Tensor],
     chance: float,
     values: dict[str, dict[str, list[float]]],
+    more: More | None = None,
 ) -> None:
     """Appends the metrics of every picture to `values`, by variant and metric."""
     references = studio.embed(
@@ -109,5 +118,7 @@ def measure(
                 scores["worst"] = metrics.worst(readings, references)
                 scores["background"] = moved
             scores["prompt"] = metrics.prompt(case.mentions, readings)
+            if more:
+                scores |= more(case, picture, readings)
             for metric, value in scores.items():
                 columns.setdefault(metric, []).append(value)

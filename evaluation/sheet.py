@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 _SIDE = 128
 _GAP = 6
 _LINE = 18
-_MOST_REFERENCES = 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def contact_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     """
     variants = list(rows[0].pictures)
     labels = ["reference"] * max(len(row.references) for row in rows) + variants
-    blank = [None] * _MOST_REFERENCES
+    blank = [None] * len(labels)
     step_x, step_y = _SIDE + _GAP, _SIDE + _LINE + _GAP
     sheet = Image.new("RGB", (len(labels) * step_x + _GAP, _LINE + len(rows) * step_y + _GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

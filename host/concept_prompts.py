@@ -85,32 +85,38 @@ def encode_prompts(
 
 def encode_text(clip, text: str, concept: Concept) -> list:
     """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder."""
+    words = {concept.placeholder: concept.tokens} if concept.tokens else {}
     clip = with_text(concept, clip)
-    return clip.encode_from_tokens_scheduled(splice(clip, text, concept.placeholder, concept.tokens))
+    return clip.encode_from_tokens_scheduled(splice(clip, text, words))
 
 
-def splice(clip, text: str, placeholder: str, rows: Mapping[str, torch.Tensor]) -> dict[str, list]:
-    """The host's tokens of a text, with the rows (n, d) of each text encoder in the place of a placeholder.
+def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list]:
+    """The host's tokens of a text, in which placeholders stand for rows (n, d) of each text encoder.
 
-    Without rows they are the text's own.
+    Args:
+        clip: the host's.
+        text: may hold each placeholder any number of times.
+        words: rows by text encoder, by placeholder; without any, the tokens are the text's own.
 
     Raises:
-        ValueError: the placeholder is part of a longer word.
+        ValueError: a placeholder is part of a longer word.
     """
-    if not rows:
-        return clip.tokenize(text)
-    name = next(iter(rows))
-    count = len(rows[name])
-    foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), text)
-    text = re.sub(re.escape(placeholder), " ".join([word] * count), text)
-    tokens = clip.tokenize(text)
+    marked, places = text, {}
+    for placeholder, rows in words.items():
+        name = next(iter(rows))
+        foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), marked)
+        marked = re.sub(re.escape(placeholder), " ".join([word] * len(rows[name])), marked)
+        places[foreign] = placeholder, word, rows
+    tokens = clip.tokenize(marked)
     for encoder, chunks in tokens.items():
-        place = 0
+        reached = dict.fromkeys(places, 0)
         for chunk in chunks:
             for i, (token, *weight) in enumerate(chunk):
-                if isinstance(token, int) and token == foreign:
-                    chunk[i] = (rows[encoder][place % count], *weight)
-                    place += 1
-        if place != text.count(word):
-            raise ValueError(f"texts: spaces around {placeholder} are wanted in {text!r}")
+                if isinstance(token, int) and token in places:
+                    rows = places[token][2][encoder]
+                    chunk[i] = (rows[reached[token] % len(rows)], *weight)
+                    reached[token] += 1
+        for foreign, (placeholder, word, _) in places.items():
+            if reached[foreign] != marked.count(word):
+                raise ValueError(f"texts: spaces around {placeholder} are wanted in {text!r}")
     return tokens

@@ -230,8 +230,8 @@ class _Trainer:
             conds = self._texts.get(caption)
             if conds is None:
                 own = self.name.placeholder and self.name.placeholder in caption
-                tokens = self.weights.tokens() if own else {}
-                spliced = splice(self.clip, caption, self.name.placeholder, tokens)
+                words = {self.name.placeholder: self.weights.tokens()} if own else {}
+                spliced = splice(self.clip, caption, words)
                 cond, pooled = self.clip.encode_from_tokens(spliced, return_pooled=True)
                 entry = comfy.sampler_helpers.convert_cond([[cond, {"pooled_output": pooled}]])[0]
                 conds = passes.encode(self.model, entry, latent, POSITIVE, self.recipe.seed)

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import torch
 
 from ..shapeland.judge import Reading, centres_of, crop_thing
@@ -62,6 +63,22 @@ class Studio:
             seed=seed,
         )
         return self.vae.decode(latents).float().cpu()
+
+    def redraw(self, model, positive: list, latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, SIZE, SIZE, 3) that the euler sampler makes of an inversion's noise along its schedule."""
+        sampled = comfy.sample.sample_custom(
+            model,
+            torch.zeros_like(latents),
+            CFG,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            positive,
+            self.encode(NEGATIVE_PROMPT),
+            latents,
+            disable_pbar=True,
+            seed=0,
+        )
+        return self.vae.decode(sampled).float().cpu()
 
     def read(self, pictures: torch.Tensor) -> list[list[Reading]]:
         """What the judge sees in pictures (n, H, W, 3)."""

@@ -14,12 +14,13 @@ from .types import ConceptSocket, speaking_for
 CATEGORY = "ConceptLoom/Concept Weaver"
 FOLDER, LORAS, EMBEDDINGS = "concepts", "loras", "embeddings"
 NO_FILE = "none"
+SHIPPED = Path(__file__).resolve().parents[1] / "shapeland" / "weights" / FOLDER
 
 _PLACES = [str(Path(p) / FOLDER) for p in (folder_paths.models_dir, folder_paths.get_output_directory())]
 # A user's extra_model_paths.yaml may have named the folder already, without the endings.
 _known, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
 folder_paths.folder_names_and_paths[FOLDER] = (
-    list(dict.fromkeys([*_known, *_PLACES])),
+    list(dict.fromkeys([*_known, *_PLACES, str(SHIPPED)])),
     folder_paths.supported_pt_extensions,
 )
 

@@ -59,7 +59,7 @@ class DrawScene(io.ComfyNode):
                 io.String.Input(
                     "description",
                     default="a red striped fish on a mint background",
-                    tooltip="One to three things and a background. Things: "
+                    tooltip="One to five things and a background. Things: "
                     + ", ".join(world.NOUNS)
                     + ". Colours: "
                     + ", ".join(world.COLORS)

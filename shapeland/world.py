@@ -20,7 +20,8 @@ NOUNS = ("ball", "star", "heart", "tree", "fish", "mug", "house", "moon")
 PLURALS = ("balls", "stars", "hearts", "trees", "fish", "mugs", "houses", "moons")
 PATTERNS = ("striped", "dotted", "checked", "ringed")
 COUNTS = ("a", "two", "three")
-MAX_THINGS = 3
+MAX_THINGS = 5
+"""In one picture; the pictures that Shapeland's models learn from hold up to three."""
 
 # Hue in degrees at the centre of each named thing colour; identities vary around it (see `random_identity`).
 THING_HUES = {
@@ -37,7 +38,7 @@ BACKGROUNDS = tuple(BACKGROUND_RGB)
 
 _DETAIL_RGB = np.array((0.16, 0.15, 0.18), np.float32)
 _SUPERSAMPLING = 3
-_RADIUS = {1: (13.0, 19.0), 2: (10.5, 14.5), 3: (9.5, 12.0)}
+_RADIUS = {1: (13.0, 19.0), 2: (10.5, 14.5), 3: (9.5, 12.0), 4: (8.5, 10.5), 5: (8.0, 9.5)}
 _PERIOD = (7.0, 12.0)
 _SECOND_SHARE = (0.33, 0.45)
 

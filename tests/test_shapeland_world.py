@@ -128,7 +128,7 @@ def test_masks_of_a_description_come_in_the_order_of_its_words():
     [
         ("a red unicorn", "unicorn"),
         ("a ball on a pink background", "pink"),
-        ("three balls and a star", "4 things"),
+        ("three balls and three stars", "6 things"),
         ("a red", "must name"),
         ("", "must name"),
         ("a red and red ball", "same colour"),

@@ -9,7 +9,7 @@ import torch
 
 from ...attention.subject import Subject
 from ...host import freecustom
-from ...host.sites import ALL_BLOCKS
+from ...host.sites import ALL_BLOCKS, LAST_STAGE, LAST_TWO_STAGES
 from ...host.studio import Studio
 from ..comparison import compare, explain
 from ..scenes import Case
@@ -19,6 +19,8 @@ from . import Report
 SYSTEM = "freecustom"
 SUBJECTS = (1, 2, 3)
 
+WEIGHT, BLOCKS = 1.0, LAST_STAGE
+"""What suits a model this small: at the published weight 3 in the last two stages its few tokens drown."""
 ALMOST_ZERO = 1e-6  # weight 0 switches a subject off
 
 # Per variant: what is changed of every subject, and of the settings. None is the untouched model.
@@ -29,14 +31,21 @@ VARIANTS: dict[str, tuple[dict, dict] | None] = {
     "zero_bias": ({"weight": ALMOST_ZERO}, {}),
     "all_blocks": ({}, {"blocks": ALL_BLOCKS}),
     "paper": ({}, {"formula": "paper"}),
+    "published": ({"weight": 3.0}, {"blocks": LAST_TWO_STAGES}),
 }
+
+ABOUT = f"""
+
+*default* is weight {WEIGHT:g} in the {BLOCKS}. The others change one thing: *no_mask* takes the whole reference,
+*zero_bias* the mask with no weight, *all_blocks* looks at the references everywhere, *paper* is the paper's formula in
+place of the published code's; *published* is that code's weight 3 in the last two stages."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
     """Measures every variant on `pictures` pictures for each number of subjects; arguments as `compare`'s."""
     draw = partial(draw_variants, studio)
     rows, shown = compare(SYSTEM, studio, SUBJECTS, pictures, chance, tell, draw)
-    return Report(rows, explain(chance), contact_sheet(shown))
+    return Report(rows, explain(chance) + ABOUT, contact_sheet(shown))
 
 
 def draw_variants(studio: Studio, case: Case, count: int) -> dict[str, torch.Tensor]:
@@ -51,8 +60,8 @@ def draw_variants(studio: Studio, case: Case, count: int) -> dict[str, torch.Ten
 def patched(studio: Studio, case: Case, subject_changes: dict, setting_changes: dict):
     """The MODEL of one variant, made by what the node calls."""
     subjects = [
-        Subject(**{"image": r.image, "noun": r.noun, "mask": r.mask, "prompt": r.prompt, **subject_changes})
+        Subject(r.image, r.noun, **{"mask": r.mask, "prompt": r.prompt, "weight": WEIGHT, **subject_changes})
         for r in case.references
     ]
-    settings = freecustom.Settings(**setting_changes)
+    settings = freecustom.Settings(**{"blocks": BLOCKS, **setting_changes})
     return freecustom.apply(studio.model, studio.vae, studio.clip, subjects, settings)

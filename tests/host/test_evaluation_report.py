@@ -121,16 +121,19 @@ def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
     from conceptloom.evaluation.scenes import make_case
     from conceptloom.host.freecustom import KEY, Settings
     from conceptloom.host.patching import attached
-    from conceptloom.host.sites import ALL_BLOCKS
+    from conceptloom.host.sites import ALL_BLOCKS, LAST_STAGE
     from conceptloom.host.studio import Studio
 
     studio, case = Studio.open(), make_case(2, 0)
     systems = {name: attached(patched(studio, case, *c), KEY) for name, c in VARIANTS.items() if c is not None}
-    assert systems["default"].settings == Settings()
-    assert systems["all_blocks"].settings == replace(Settings(), blocks=ALL_BLOCKS)
-    assert systems["paper"].settings == replace(Settings(), formula="paper")
+    own = replace(Settings(), blocks=LAST_STAGE)
+    assert systems["default"].settings == own
+    assert systems["all_blocks"].settings == replace(own, blocks=ALL_BLOCKS)
+    assert systems["paper"].settings == replace(own, formula="paper")
+    assert systems["published"].settings == Settings()
     subjects = {name: [e.subject for e in system.encoded] for name, system in systems.items()}
-    assert all(s.mask is not None and s.weight == 3.0 for s in subjects["default"])
+    assert all(s.mask is not None and s.weight == 1.0 for s in subjects["default"])
+    assert all(s.mask is not None and s.weight == 3.0 for s in subjects["published"])
     assert all(s.mask is None for s in subjects["no_mask"])
     assert all(0 < s.weight < 1e-3 and s.mask is not None for s in subjects["zero_bias"])
     assert len(systems["zero_bias"].active) == 2

@@ -1,0 +1,106 @@
+"""Does Concept Weaver draw each concept in its own place, and better than what people do without it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ...attention.partition import assemble
+from ...encoders.concept_texts import Name, concept_text
+from ...encoders.concepts import PARTS, Concept, layer_name
+from ...host import fusion, plugandplay
+from ...host.concept_prompts import encode_prompts, splice
+from ...host.concept_weights import UNET
+from ...host.inversion import invert
+from ...host.studio import CFG, NEGATIVE_PROMPT, Studio
+from ..comparison import compare, explain
+from ..sheet import contact_sheet
+from ..templates import TemplateCase, load_bank, structure, template_case
+from . import Report
+
+SYSTEM = "concept_weaver"
+SUBJECTS = (2, 3, 5)
+STEPS, SCHEDULER = 25, "ddim_uniform"
+DILATION = 0.03
+LAMBDAS = (0.0, 0.1, 0.5, 1.0)
+SHOWN = ("default", "plain", "merged_loras", "score_mixing", "no_injection", "joint_prompt", "lambda_0.0", "lambda_1.0")
+
+ABOUT = f"""
+
+Each case is a scene that the world draws (the template), inverted in {STEPS} steps, and sampled again with the euler
+sampler and cfg {CFG:g} with as many of six trained concepts, whose identities no word says.
+
+- **structure**: intersection over union of the template's masks and those of the result.
+- *default* is feature fusion with Plug-and-Play and lambda {fusion.Settings().suppression:g}. *merged_loras* adds all
+  concepts to the weights and puts all their words into one prompt, with the same injection. *score_mixing* denoises the
+  picture once per concept and mixes by the masks. *no_injection* leaves Plug-and-Play out, *joint_prompt* gives all
+  concepts the prompt with all their words, *lambda_X* is another suppression. *plain* is the untouched model on the
+  inverted noise. *truth* and *unrelated* stand where the template's things do."""
+
+
+def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
+    """Measures all variants on `pictures` templates for each number of concepts; arguments as `compare`'s."""
+    draw = partial(draw_variants, studio, load_bank())
+
+    def kept(case, _picture, readings):
+        return {"structure": structure(case, readings)}
+
+    rows, shown = compare(
+        SYSTEM, studio, SUBJECTS, pictures, chance, tell, draw, SHOWN, case_of=template_case, per_case=1, more=kept
+    )
+    return Report(rows, explain(chance, 1) + ABOUT, contact_sheet(shown))
+
+
+def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, _count: int) -> dict[str, torch.Tensor]:
+    """Pictures (1, H, W, 3) of every variant from the template's noise."""
+    concepts = [bank[name] for name in case.names]
+    template = torch.from_numpy(case.template.image)[None]
+    latent = {"samples": studio.vae.encode(template)}
+    inverted = invert(studio.model, latent, studio.encode(case.prompt), STEPS, SCHEDULER)
+    prompts = encode_prompts(studio.clip, case.prompt, NEGATIVE_PROMPT, concepts)
+    partition = assemble(list(case.masks), DILATION)
+    joint = joint_conditioning(studio, case.prompt, concepts)
+
+    def injected(model):
+        return plugandplay.apply(model, inverted.source, plugandplay.Settings())
+
+    def fused(model, spoken=prompts.concepts, **changed):
+        return fusion.apply(model, prompts.positive, spoken, partition, fusion.Settings(**changed))
+
+    base = injected(studio.model)
+    variants = {
+        "default": fused(base),
+        "plain": (studio.model, prompts.positive),
+        "merged_loras": (injected(merged(studio.model, concepts)), joint),
+        "score_mixing": fused(base, mode=fusion.SCORES),
+        "no_injection": fused(studio.model),
+        "joint_prompt": fused(base, [fusion.SpokenConcept(concept, joint) for concept in concepts]),
+        **{f"lambda_{value}": fused(base, suppression=value) for value in LAMBDAS},
+    }
+    return {
+        name: studio.redraw(model, positive, inverted.noise["samples"], inverted.sigmas)
+        for name, (model, positive) in variants.items()
+    }
+
+
+def joint_conditioning(studio: Studio, prompt: str, concepts: list[Concept]) -> list:
+    """The host's conditioning of one prompt with every concept's word in it."""
+    for concept in concepts:
+        prompt = concept_text(prompt, Name(concept.class_word, concept.placeholder), [])
+    words = {concept.placeholder: concept.tokens for concept in concepts}
+    return studio.clip.encode_from_tokens_scheduled(splice(studio.clip, prompt, words))
+
+
+def merged(model, concepts: list[Concept]):
+    """A clone of the MODEL with all concepts' differences in its weights, as LoRA loaders put them there."""
+    patched = model.clone()
+    for concept in concepts:
+        patches = {
+            f"{UNET}{layer_name(key)}.{PARTS[part]}.weight": ("diff", (delta.matrix(),))
+            for key, parts in concept.deltas.items()
+            for part, delta in parts.items()
+        }
+        patched.add_patches(patches)
+    return patched
