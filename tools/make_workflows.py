@@ -32,6 +32,8 @@ from workflow_format import to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
 CARD_SIDE = 400
+SCENE = {"description": "a star and a house on a navy background", "seed": 11, "identity_seed": 41}
+"""Stands on the card of a workflow that cannot be run here and draws no reference."""
 
 
 def save_json(file: Path, content: dict) -> None:
@@ -55,6 +57,8 @@ def drawn_references(api: dict) -> Image.Image:
     drawings = [node["inputs"] for node in api.values() if node["class_type"] == "ConceptLoomDrawScene"]
     card = Image.new("RGB", (CARD_SIDE, CARD_SIDE), "#26272b")
     side = CARD_SIDE * 5 // 8
+    if not drawings:
+        drawings, side = [SCENE], CARD_SIDE - 32
     steps = max(1, len(drawings) - 1)
     for i, given in enumerate(drawings):
         picture, _ = world.draw_description(given["description"], given["seed"], given["identity_seed"], enlarge=4)

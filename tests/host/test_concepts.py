@@ -24,9 +24,10 @@ class Truth:
         generator = torch.Generator().manual_seed(5)
         own = model.model.diffusion_model.state_dict()
         self.base = {n: own[n].clone() for n in own if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+        width = next(iter(self.base.values())).shape[1]
         self.factors = {
             name: (
-                torch.randn(w.shape[0], RANK, generator=generator) * 0.02,
+                torch.randn(w.shape[0], RANK, generator=generator) * 0.02 * (WIDTH / width) ** 0.5,
                 torch.randn(RANK, w.shape[1], generator=generator),
             )
             for name, w in self.base.items()
@@ -35,7 +36,7 @@ class Truth:
         self.whole = {name: w + self.delta[name] for name, w in self.base.items()}
         names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
         self.diffusers = {compvis: name for name, compvis in names.items()}
-        self.token = torch.randn(WIDTH, generator=generator)
+        self.token = torch.randn(width, generator=generator)
 
     def named(self, values, pattern="{}.weight"):
         return {pattern.format(self.diffusers[name].removesuffix(".weight")): value for name, value in values.items()}
@@ -59,7 +60,7 @@ class Truth:
         state = self.lora(lambda n: f"lora_unet_{n.replace('.', '_')}", ".hada_w1_a", ".hada_w1_b")
         for name in [name for name in state if name.endswith("w1_a")]:
             state[name.replace("w1_a", "w2_a")] = torch.ones(len(state[name]), 1)
-            state[name.replace("w1_a", "w2_b")] = torch.ones(1, WIDTH)
+            state[name.replace("w1_a", "w2_b")] = torch.ones(1, len(self.token))
         return state
 
     def dora(self):
@@ -138,6 +139,33 @@ def test_every_format_is_the_true_difference(name, toy, truth):
     assert factored == ({2} if name in ("F2", "F6", "F8 kohya", "F8 PEFT") else {1})
     assert all(f.dtype == torch.half for parts in concept.deltas.values() for d in parts.values() for f in d.factors)
     assert not concept.others and not concept.text_patches
+
+
+@pytest.fixture(scope="module")
+def sd15(host):
+    """A MODEL of Stable Diffusion 1.5's true architecture with random weights."""
+    import gc
+
+    from conceptloom.host.rigs import PLANS, Rig
+
+    with torch.inference_mode():
+        yield Rig.build(PLANS["sd15", "cpu"]).model
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def sd15_truth(sd15):
+    return Truth(sd15)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_stable_diffusion_s_names_and_shapes(name, sd15, sd15_truth):
+    from conceptloom.host.concepts import load_concept
+
+    assert len(sd15_truth.base) == 32 and sum(w.numel() for w in sd15_truth.base.values()) == 19_169_280
+    concept = load_concept(sd15, sd15_truth.files()[name])
+    sd15_truth.check(concept)
+    assert concept.text_width == 768
 
 
 @pytest.mark.parametrize("name", ["F3", "F3 alone", "F6", "F8 kohya"])

@@ -249,7 +249,8 @@ def train_concept(flow: Workflow) -> None:
     flow.note(
         "## Teach it a thing\n"
         "**Train Concept** learns one thing from a few pictures: what cross-attention makes of text, and a new word. "
-        "The node shows previews while it learns; cancelling leaves the models as they were.\n\n"
+        "The node shows previews while it learns; cancelling leaves the models as they were. 150 steps are few, to be "
+        "done in a minute; the default is 400.\n\n"
         "For SD 1.5 replace the loader and the pictures, and set `size` to 512.",
         column=0,
     )
@@ -281,7 +282,10 @@ def train_concept(flow: Workflow) -> None:
             "class_word": "star",
             "placeholder": "<mine>",
             "captions": "a {} on a white background\na {} on a gray background\na {} on a beige background",
+            "steps": 150,
+            "class_pictures": 8,
             "size": 64,
+            "preview_every": 50,
         },
         column=2,
     )
