@@ -105,6 +105,33 @@ def write_checkpoint(kind: str, path: Path) -> None:
     save_file({name: values(name, shape) for name, shape in shapes_of(kind).items()}, path)
 
 
+def kohya_lora(kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA as kohya's trainer writes it by default: every linear layer of the transformer blocks and their
+    projections, and of the text encoders."""
+    import comfy.utils
+
+    config = _unet_config(kind)
+    host = {name.removeprefix("model.diffusion_model."): shape for name, shape in _unet(config).items()}
+    names = {ours: host[name] for ours, name in comfy.utils.unet_to_diffusers(config).items() if name in host}
+    layers = {
+        f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": shape
+        for name, shape in names.items()
+        if ".attentions." in name and name.endswith(".weight") and len(shape) > 1
+    }
+    towers = {"lora_te_": (768, 12)} if kind == "sd15" else {"lora_te1_": (768, 12), "lora_te2_": (1280, 32)}
+    for prefix, (width, depth) in towers.items():
+        for i in range(depth):
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                layers[f"{prefix}text_model_encoder_layers_{i}_self_attn_{part}"] = torch.Size((width, width))
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, shape in layers.items():
+        ones = (1,) * (len(shape) - 2)
+        state[f"{name}.lora_up.weight"] = torch.randn(shape[0], rank, *ones, generator=generator).half() * 0.01
+        state[f"{name}.lora_down.weight"] = torch.randn(rank, shape[1], *ones, generator=generator).half() * 0.05
+        state[f"{name}.alpha"] = torch.tensor(float(rank)).half()
+    return state
+
+
 def fastcomposer_shapes() -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Names, shapes and dtypes of FastComposer's published pytorch_model.bin (its specification, section 1.5)."""
     from conceptloom.encoders.fuser import Fuser

@@ -434,11 +434,25 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
         "- something is not found: another word in `nouns`, or paint a mask and plug it into **Concept Masks**",
         column=0,
     )
-    text = "a photo of a man and a woman sitting on a bench in a park"
-    files = {"loras/first subject.safetensors": "man", "loras/second subject.safetensors": "woman"}
-    loaded, concepts = bank(flow, base, files)
+    text, words = "a photo of a man and a woman sitting on a bench in a park", ("man", "woman")
     if photo:
-        shown = flow.add("LoadImage", {"image": "example.png"}, column=1, title="The photo")
+        text, words = "a mug and a star on a gray table", ("mug", "star")
+        flow.note(
+            "## Your own photo\n"
+            "The scene is drawn here so that the workflow needs no file. Replace **Draw Scene** by **Load Image**, and "
+            "the words `mug` and `star` in the prompt, in `nouns` and in both **Load Concept** by what your photo "
+            "shows. The prompt should describe the photo.",
+            column=1,
+        )
+    names = ("loras/first subject.safetensors", "loras/second subject.safetensors")
+    loaded, concepts = bank(flow, base, dict(zip(names, words, strict=True)))
+    if photo:
+        shown = flow.add(
+            "ConceptLoomDrawScene",
+            {"description": "a mug and a star on a gray background", "seed": 1, "identity_seed": 2, "size": side},
+            column=1,
+            title="In place of a photo",
+        )
         resized = flow.add(
             "ImageScale",
             {"image": shown[0], "upscale_method": "lanczos", "width": side, "height": side, "crop": "center"},
@@ -470,7 +484,7 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
         decoded = flow.add("VAEDecode", {"samples": drawn[0], "vae": base.vae}, column=1)
         image, latent, members = decoded[0], drawn[0], [positive, below, empty, drawn, decoded]
     segmenter = sam3(flow)
-    found = places(flow, segmenter, image, "man, woman")
+    found = places(flow, segmenter, image, ", ".join(words))
     _, _, picture = weave(flow, base, concepts, latent, found[1][0], (text, NEGATIVE), 50, 7.5)
     flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/concept_weaver"}, column=8)
     flow.group("1. Concepts", loaded)
