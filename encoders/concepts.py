@@ -10,7 +10,6 @@ A layer is named by its site's key, such as ("input", 1, 0): block, number, tran
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .concept_texts import check_placeholder
 from .lora import factor
 
 Key = tuple[str, int, int]
@@ -156,10 +156,8 @@ class Concept:
         placeholder = self.placeholder.strip()
         if placeholder and not self.tokens:
             raise ValueError(f"placeholder: none is wanted for a concept without a token, not {placeholder!r}")
-        if self.tokens and (not placeholder or re.search(r"[\s()\\:]", placeholder)):
-            raise ValueError(
-                f"placeholder: a word without spaces, colons, parentheses or backslashes is wanted, not {placeholder!r}"
-            )
+        if self.tokens:
+            check_placeholder(placeholder)
         object.__setattr__(self, "placeholder", placeholder)
         object.__setattr__(self, "class_word", self.class_word.strip())
         for name in ("deltas", "tokens", "text_patches", "others"):

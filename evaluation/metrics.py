@@ -170,8 +170,9 @@ RANGES = {
     "background": (0.0, 1.0),
     "worst": (0.0, 1.0),
     "prompt": (0.0, 1.0),
+    "structure": (0.0, 1.0),
 }
-"""Smallest and largest value of each metric above."""
+"""Smallest and largest value of each metric; structure is `templates.structure`."""
 
 
 def rows_of(

@@ -112,7 +112,8 @@ def main(argv: list[str]) -> int:
             table = report_table(result.rows)
             links = save_pictures(name, result, options.docs)
             command = f"python tools/dev.py eval {name} --pictures {options.pictures} --docs"
-            how = f"`{command}`: {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {CFG:g}."
+            sampling = result.sampling or f"{SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {CFG:g}"
+            how = f"`{command}`: {sampling}."
             sections[name] = f"{how}\n\n{result.about}\n\n{table}{links}"
             print(f"\n{name}\n{table}", flush=True)
     if options.json:

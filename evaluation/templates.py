@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class TemplateCase(Case):
     names: tuple[str, ...]
     scene: world.Scene
 
-    @property
+    @cached_property
     def template(self) -> world.Picture:
         """The template as drawn."""
         return world.render(self.scene)
@@ -107,7 +108,7 @@ class TemplateCase(Case):
 
 
 def template_case(subjects: int, index: int) -> TemplateCase:
-    """Case `index` of those with this many concepts (1 to 6)."""
+    """Case `index` of those with this many concepts (1 to 5)."""
     rng = _lot(4, subjects, index)
     names = tuple(NOUNS[i] for i in rng.choice(len(NOUNS), subjects, replace=False))
     left, asked = (int(b) for b in rng.choice(len(world.BACKGROUNDS), 2, replace=False))
@@ -140,7 +141,11 @@ def main(argv: list[str]) -> None:
     """Train the concepts that are named, all by default."""
     parser = argparse.ArgumentParser(prog="evaluation.templates", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join((*NOUNS, BACKGROUND))}")
-    names = parser.parse_args(argv).names or (*NOUNS, BACKGROUND)
+    known = (*NOUNS, BACKGROUND)
+    names = parser.parse_args(argv).names or known
+    for name in names:
+        if name not in known:
+            parser.error(f"there is no concept {name!r}: choose from {', '.join(known)}")
     from ..host.concept_studio import train_with_progress
     from ..host.studio import Studio
     from ..training.concepts.learner import Recipe

@@ -72,7 +72,10 @@ def train(
         trainer = _Trainer(patcher, text, pictures, name, recipe, side, prior)
         trainer.encode(vae)
         trainer.run(report, folder)
-        return trainer.concept()
+        concept = trainer.concept()
+        if folder:
+            shutil.rmtree(folder)
+        return concept
 
 
 def check(vae, pictures: Pictures, class_word: str, placeholder: str, recipe: Recipe, side: int) -> Name:
@@ -199,8 +202,6 @@ class _Trainer:
 
         half = self.model.get_dtype_inference() != torch.float32
         run.train(loss_of, self.recipe.steps, save_seconds=60.0, half=half)
-        if folder:
-            shutil.rmtree(folder)
 
     def _losses(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         recipe = self.recipe
@@ -221,7 +222,7 @@ class _Trainer:
         denoised = self._denoise(x0 + sigma[:, None, None, None] * noise, sigma, self._conds(captions, x0[:1]))
         v_prediction = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         weight = prediction_weight(sigma, v_prediction)
-        return concept_losses(denoised, x0, mask, recipe, weight)
+        return concept_losses(denoised, x0, mask, weight, recipe)
 
     def _conds(self, captions: Sequence[str], latent: torch.Tensor) -> dict[str, torch.Tensor]:
         """The host's tensors for captions, one row each; texts without the new word are encoded once."""

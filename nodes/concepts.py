@@ -83,7 +83,8 @@ class LoadConcept(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=_files(LORAS),
-                    tooltip="A file in models/concepts or output/concepts, or a LoRA in models/loras.",
+                    tooltip="A file in models/concepts or output/concepts (Shapeland's are there by themselves), or a "
+                    "LoRA in models/loras.",
                 ),
                 io.String.Input(
                     "class_word",

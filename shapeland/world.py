@@ -112,7 +112,8 @@ class Scene:
 @dataclass(frozen=True)
 class Picture:
     """A drawn scene: `image` (SIZE, SIZE, 3), `masks` (things, SIZE, SIZE) of the visible parts with soft edges,
-    `depth` (SIZE, SIZE) from 0 (background) to 1 (nearest)."""
+    `depth` (SIZE, SIZE) from 0 (background) over a third for each thing to 1; with more than three things, to 1 at the
+    nearest."""
 
     scene: Scene
     image: np.ndarray
@@ -250,7 +251,7 @@ def render(scene: Scene, enlarge: int = 1) -> Picture:
         image[here] = image[here] * (1 - alpha) + painted
         masks[:, y0:y1, x0:x1] *= 1 - alpha[..., 0]
         masks[i, y0:y1, x0:x1] = alpha[..., 0]
-        depth[here] = depth[here] * (1 - alpha[..., 0]) + alpha[..., 0] * (i + 1) / MAX_THINGS
+        depth[here] = depth[here] * (1 - alpha[..., 0]) + alpha[..., 0] * (i + 1) / max(3, len(scene.things))
     return Picture(scene, image.astype(np.float32), masks, depth)
 
 

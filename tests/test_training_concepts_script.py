@@ -1,7 +1,5 @@
 """Training a concept from the command line, on Shapeland."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from conceptloom.encoders import concept_files  # noqa: E402
 from conceptloom.shapeland import models, world  # noqa: E402
 from conceptloom.training import concepts  # noqa: E402
 from conceptloom.training.concepts.script import read_pictures  # noqa: E402
+from conceptloom.training.loop import Run  # noqa: E402
 
 
 @pytest.fixture
@@ -62,11 +61,19 @@ def test_pictures_come_with_their_captions_and_masks(folder):
     assert np.abs(pictures.masks[1].numpy() - expected).max() < 1 / 200
 
 
-def test_a_continued_run_is_the_uninterrupted_one(narrow, folder, capsys):
-    command(folder, "--steps", "4", out="whole")
-    command(folder, "--steps", "2", "--save-minutes", "0", out="parts")
-    # A picture must be as often among the views: there are as many as the steps can see.
-    command(folder, "--steps", "4", out="parts")
+def test_a_continued_run_is_the_uninterrupted_one(narrow, folder, capsys, monkeypatch):
+    command(folder, "--steps", "12", out="whole")
+    save = Run.save
+
+    def save_and_stop(run):
+        save(run)
+        if run.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stopping.setattr(Run, "save", save_and_stop)
+        command(folder, "--steps", "12", "--save-minutes", "0", out="parts")
+    command(folder, "--steps", "12", out="parts")
     whole, parts = (concept_files.load(folder / out / "concept.safetensors") for out in ("whole", "parts"))
     assert whole.placeholder == "<new1>" and whole.class_word == "star" and len(whole.deltas) == 10
     for key, changed in whole.deltas.items():
@@ -75,7 +82,7 @@ def test_a_continued_run_is_the_uninterrupted_one(narrow, folder, capsys):
             assert torch.equal(delta.matrix(), parts.deltas[key][part].matrix())
     assert torch.equal(whole.tokens["l"], parts.tokens["l"])
     steps = [int(line.split(",")[0]) for line in (folder / "parts" / "log.csv").read_text().splitlines()[1:]]
-    assert steps == [1, 2, 3, 4]
+    assert steps == list(range(1, 13))
     assert "concept.safetensors" in capsys.readouterr().out
 
 
@@ -92,7 +99,11 @@ def test_masks_factors_and_half_precision_train_too(narrow, folder):
     [
         (["--steps", "0"], "--steps: at least 1 is wanted, not 0"),
         (["--caption", "a star"], "captions: {} exactly once"),
-        (["--placeholder", " "], "placeholder: the concept's new word"),
+        (["--placeholder", "my dog"], "placeholder: a word without spaces"),
+        (["--caption", "photo of a {}"], "captions of Shapeland's words are wanted, not 'photo'"),
+        (["--class-word", "dog"], "captions of Shapeland's words are wanted, not 'dog'"),
+        (["--caption", "a red " * 40 + "{}"], "captions: {} among the first 75 tokens is wanted, not at 81"),
+        (["--rate", "-1"], "--rate: at least 0 is wanted, not -1.0"),
         (["--resolution", "60"], "--resolution: a multiple of 32"),
     ],
 )
@@ -112,6 +123,8 @@ def test_what_is_missing_is_named(narrow, folder):
 
 def test_another_run_s_folder_is_refused(narrow, folder):
     command(folder, "--steps", "1")
-    assert json.loads((folder / "run" / "run.json").read_text())["class_word"] == "star"
     with pytest.raises(ValueError, match="--out: a new folder, or one of a run with rank 4"):
-        command(folder, "--steps", "2", "--rank", "4")
+        command(folder, "--steps", "1", "--rank", "4")
+    (folder / "images" / "1.txt").write_text("a blue {}")
+    with pytest.raises(ValueError, match="--out: a new folder, or one of a run with pictures"):
+        command(folder, "--steps", "1")

@@ -8,7 +8,8 @@ can stand in a link. For each, three files are written:
     workflows/NAME.json      what a person opens
     workflows/api/NAME.json  what a script posts
     workflows/NAME.jpg       its card: the picture of its last node, cut to a square; where it cannot be
-                             run (its weights are absent), the reference pictures it starts from
+                             run (its weights are absent), the reference pictures it starts from, or a
+                             scene of Shapeland
 
 A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
 """

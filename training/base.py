@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..shapeland import models, world
-from ..shapeland.autoencoder import FACTOR, Autoencoder
+from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
 from .shapeland.common import START
 from .shapeland.scenes import WORDS
 from .shapeland.unet import frozen_autoencoder, frozen_text
@@ -76,6 +76,12 @@ class Base:
         step = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if self.resolution < 1 or self.resolution % step:
             raise ValueError(f"--resolution: a multiple of {step} is wanted for this base, not {self.resolution}")
+        given = self.unet.config.in_channels
+        if given != self.autoencoder.channels:
+            raise ValueError(
+                f"--base: a UNet that takes the {self.autoencoder.channels} channels of its autoencoder is wanted, not "
+                f"one for {given} (inpainting)"
+            )
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"--base: a model that predicts epsilon or v_prediction is wanted, not {kind}")
@@ -143,6 +149,11 @@ class Pictures(nn.Module):
         super().__init__()
         self.model, self.factor = model, factor
 
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return CHANNELS if isinstance(self.model, Autoencoder) else self.model.config.latent_channels
+
     def encode(self, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Latents; where the autoencoder gives a distribution, `noise` of the latents' shape picks from it."""
         if isinstance(self.model, Autoencoder):
@@ -170,7 +181,7 @@ def open_base(
     if name == SHAPELAND:
         if vision is not None:
             raise ValueError(f"--vision: none is wanted for Shapeland, which has its own tower, not {vision}")
-        return _shapeland(resolution or world.SIZE, with_vision)
+        return _shapeland(world.SIZE if resolution is None else resolution, with_vision)
     if vision is None and with_vision:
         raise ValueError(f"--vision: the folder of CLIP's vision tower is wanted with --base {name}, not none")
     return _folder(Path(name), vision, resolution)
@@ -234,7 +245,7 @@ def _folder(folder: Path, vision: Path | None, resolution: int | None) -> Base:
         None if vision is None else CLIPVisionModelWithProjection.from_pretrained(vision, **full),
         Pictures(autoencoder, factor),
         DDPMScheduler.from_pretrained(folder / "scheduler", **local),
-        resolution or unet.config.sample_size * factor,
+        unet.config.sample_size * factor if resolution is None else resolution,
     )
 
 

@@ -20,7 +20,13 @@ class Run:
     uninterrupted one see the same data. Randomness inside a step comes from `generator`, seeded by (seed, step).
 
     With an `accelerator` (of the library accelerate) it decides on precision and shares the work among processes:
-    losses must then be computed by `module`, the model as prepared for that, and the first process alone writes.
+    losses must then be computed by `module`, the model as prepared for that, and the first process alone writes. All
+    of them read the checkpoint, so the folder must be one that all see.
+
+    `kind` is what a checkpoint must agree in to be continued, by the names of its options.
+
+    Raises:
+        ValueError: the folder's checkpoint is of another kind of run.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class Run:
         device: str = "cpu",
         optimizer: torch.optim.Optimizer | None = None,
         accelerator=None,
+        kind: dict[str, str | int | float | bool | None] | None = None,
     ):
         self.folder, self.steps, self.rate, self.seed, self.device = folder, steps, rate, seed, device
         if folder:
@@ -46,13 +53,22 @@ class Run:
         if accelerator:
             self.module, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.average = average
+        self.kind = kind or {}
         self.averaged = {k: v.detach().clone() for k, v in model.state_dict().items()} if average else None
         self.step = 0
         if folder and self._checkpoint.exists():
             saved = torch.load(self._checkpoint, map_location=device, weights_only=True)
+            for option, value in self.kind.items():
+                if (begun := saved.get("kind", {}).get(option)) != value:
+                    raise ValueError(
+                        f"--out: a new folder, or one of a run with {option} {value}, is wanted, but {folder} has one "
+                        f"with {begun}"
+                    )
             model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.averaged, self.step = saved["averaged"], saved["step"]
+            if self.writes:
+                self._cut_logs()
 
     @property
     def _checkpoint(self) -> Path:
@@ -67,6 +83,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "averaged": self.averaged,
             "step": self.step,
+            "kind": self.kind,
         }
         with whole_file(self._checkpoint) as part:
             torch.save(state, part)
@@ -88,6 +105,7 @@ class Run:
         `every` steps go to `log.csv` and the screen, `report`'s numbers to `report.csv` each `report_every` steps.
         `half` computes in bfloat16 where the device is fast at it."""
         sums: dict[str, float] = {}
+        counted = 0
         saved_at = began = time.monotonic()
         while self.step < self.steps:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
@@ -105,12 +123,16 @@ class Run:
             if self.averaged is not None:
                 self._update_average()
             for name, value in {**losses, "gradient_norm": norm}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float() / every
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+            counted += 1
             if self.step % every == 0:
-                row = {name: round(float(value), 5) for name, value in sums.items()}
-                row["seconds"] = round((time.monotonic() - began) / every, 3)
+                means = torch.stack(list(sums.values())) / counted
+                if accelerator:
+                    means = accelerator.reduce(means, "mean")
+                row = {name: round(mean, 5) for name, mean in zip(sums, means.tolist(), strict=True)}
+                row["seconds"] = round((time.monotonic() - began) / counted, 3)
                 self._log("log.csv", row)
-                sums, began = {}, time.monotonic()
+                sums, counted, began = {}, 0, time.monotonic()
             if report and self.step % report_every == 0:
                 self._log("report.csv", report(self.step))
                 began = time.monotonic()
@@ -125,6 +147,14 @@ class Run:
         state = self.model.state_dict()
         floats = [k for k, v in state.items() if v.is_floating_point()]
         torch._foreach_lerp_([self.averaged[k] for k in floats], [state[k] for k in floats], 1 - keep)
+
+    def _cut_logs(self) -> None:
+        """Takes away what was logged after the checkpoint, for those steps are made again."""
+        for path in (self.folder / name for name in ("log.csv", "report.csv")):
+            if path.exists():
+                head, *rows = path.read_text().splitlines()
+                kept = [row for row in rows if int(row.split(",")[0]) <= self.step]
+                path.write_text("".join(f"{row}\n" for row in (head, *kept)))
 
     def _log(self, name: str, row: dict[str, float]) -> None:
         if not self.folder or not self.writes:
@@ -143,8 +173,13 @@ def bfloat16_where_fast(device: str, enabled: bool = True) -> torch.autocast:
     """Autocast to bfloat16, but not on a processor without instructions for it: there a product of two matrices
     takes over a hundred times as long as in fp32."""
     kind = torch.device(device).type
-    fast = kind != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(kind, torch.bfloat16, enabled=enabled and fast)
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled and (kind != "cpu" or _cpu_has_bfloat16()))
+
+
+def _cpu_has_bfloat16() -> bool:
+    # torch tells it in places that differ from one version to the next.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def adamw(model: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:

@@ -21,9 +21,11 @@ class Report:
         about: what was measured and how, in a few sentences for the document.
         sheet: the contact sheet.
         plots: further pictures by name, for the document.
+        sampling: how pictures were sampled, where that is not the studio's way.
     """
 
     rows: list[Row]
     about: str
     sheet: Image.Image
     plots: dict[str, Image.Image] = field(default_factory=dict)
+    sampling: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -11,13 +12,13 @@ from ...attention.partition import assemble
 from ...encoders.concept_texts import Name, concept_text
 from ...encoders.concepts import PARTS, Concept, layer_name
 from ...host import fusion, plugandplay
-from ...host.concept_prompts import encode_prompts, splice
+from ...host.concept_prompts import encode_prompts, encode_text, splice
 from ...host.concept_weights import UNET
 from ...host.inversion import invert
 from ...host.studio import CFG, NEGATIVE_PROMPT, Studio
 from ..comparison import compare, explain
 from ..sheet import contact_sheet
-from ..templates import TemplateCase, load_bank, structure, template_case
+from ..templates import BACKGROUND, TemplateCase, load_bank, structure, template_case
 from . import Report
 
 SYSTEM = "concept_weaver"
@@ -25,19 +26,30 @@ SUBJECTS = (2, 3, 5)
 STEPS, SCHEDULER = 25, "ddim_uniform"
 DILATION = 0.03
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
-SHOWN = ("default", "plain", "merged_loras", "score_mixing", "no_injection", "joint_prompt", "lambda_0.0", "lambda_1.0")
+SHOWN = (
+    "default",
+    "plain",
+    "merged_loras",
+    "score_mixing",
+    "no_injection",
+    "joint_prompt",
+    "lambda_0.0",
+    "lambda_1.0",
+    "own_ground",
+)
 
 ABOUT = f"""
 
-Each case is a scene that the world draws (the template), inverted in {STEPS} steps, and sampled again with the euler
-sampler and cfg {CFG:g} with as many of six trained concepts, whose identities no word says.
+Each case is a scene that the world draws (the template), inverted, and sampled again with as many of six trained
+concepts, whose identities no word says.
 
 - **structure**: intersection over union of the template's masks and those of the result.
 - *default* is feature fusion with Plug-and-Play and lambda {fusion.Settings().suppression:g}. *merged_loras* adds all
   concepts to the weights and puts all their words into one prompt, with the same injection. *score_mixing* denoises the
   picture once per concept and mixes by the masks. *no_injection* leaves Plug-and-Play out, *joint_prompt* gives all
-  concepts the prompt with all their words, *lambda_X* is another suppression. *plain* is the untouched model on the
-  inverted noise. *truth* and *unrelated* stand where the template's things do."""
+  concepts the prompt with all their words, *lambda_X* is another suppression, *own_ground* has a seventh concept behind
+  the others: an orange that no word of the world says. *plain* is the untouched model on the inverted noise. *truth*
+  and *unrelated* stand where the template's things do."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
@@ -50,7 +62,8 @@ def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], N
     rows, shown = compare(
         SYSTEM, studio, SUBJECTS, pictures, chance, tell, draw, SHOWN, case_of=template_case, per_case=1, more=kept
     )
-    return Report(rows, explain(chance, 1) + ABOUT, contact_sheet(shown))
+    sampling = f"euler, {SCHEDULER}, {STEPS} steps, cfg {CFG:g}"
+    return Report(rows, explain(chance, 1) + ABOUT, contact_sheet(shown), sampling=sampling)
 
 
 def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, _count: int) -> dict[str, torch.Tensor]:
@@ -62,12 +75,15 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
     prompts = encode_prompts(studio.clip, case.prompt, NEGATIVE_PROMPT, concepts)
     partition = assemble(list(case.masks), DILATION)
     joint = joint_conditioning(studio, case.prompt, concepts)
+    own = bank[BACKGROUND]
+    on_it = re.sub(r"\w+ background", f"{own.placeholder} {own.class_word}", case.prompt)
+    ground = fusion.SpokenConcept(own, encode_text(studio.clip, on_it, own))
 
     def injected(model):
         return plugandplay.apply(model, inverted.source, plugandplay.Settings())
 
-    def fused(model, spoken=prompts.concepts, **changed):
-        return fusion.apply(model, prompts.positive, spoken, partition, fusion.Settings(**changed))
+    def fused(model, spoken=prompts.concepts, background=None, **changed):
+        return fusion.apply(model, prompts.positive, spoken, partition, fusion.Settings(**changed), background)
 
     base = injected(studio.model)
     variants = {
@@ -78,6 +94,7 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         "no_injection": fused(studio.model),
         "joint_prompt": fused(base, [fusion.SpokenConcept(concept, joint) for concept in concepts]),
         **{f"lambda_{value}": fused(base, suppression=value) for value in LAMBDAS},
+        "own_ground": fused(base, background=ground),
     }
     return {
         name: studio.redraw(model, positive, inverted.noise["samples"], inverted.sigmas)

@@ -18,8 +18,9 @@ def parts(host):
 
 
 def train(parts, steps=3, report=lambda *_: None, prior=None, pictures=None, folder=None, **recipe):
-    from conceptloom.host.concept_training import Pictures, train
+    from conceptloom.host.concept_training import train
     from conceptloom.training.concepts.learner import Recipe
+    from conceptloom.training.concepts.pictures import Pictures
 
     generator = torch.Generator().manual_seed(1)
     if pictures is None:
@@ -59,33 +60,34 @@ class TestConcept:
         from conceptloom.host import concept_training
         from conceptloom.shapeland import models
         from conceptloom.training.base import open_base
-        from conceptloom.training.concepts import script
+        from conceptloom.training.concepts.diffusion import Learner
         from conceptloom.training.concepts.learner import Recipe, concept_losses, prediction_weight
+        from conceptloom.training.concepts.pictures import Pictures, called
 
         model, clip, _ = parts
         name, recipe = Name("star", "<new1>"), Recipe(rank=rank, batch=1)
         base = open_base("shapeland", with_vision=False)
         torch.manual_seed(0)
         base.unet.load_state_dict(models.build_unet().state_dict())
-        learner = script.Learner(base, name, recipe, torch.device("cpu"), half=False)
+        learner = Learner(base, name, recipe, torch.device("cpu"), half=False)
         for p in learner.weights.parameters():
             torch.nn.init.normal_(p, std=0.05)
         assert set(learner.state_dict()) == {f"weights.{key}" for key in learner.weights.state_dict()}
         generator = torch.Generator().manual_seed(2)
         x0, noise = torch.randn(2, 2, 8, 16, 16, generator=generator)
         t, masks = torch.tensor([700, 250]), (torch.rand(2, 16, 16, generator=generator) > 0.4).float()
-        captions = ["a <new1> star and a red mug", "a star and a red mug"]
+        captions = ["a {} and a red mug", "a star and a red mug"]
         losses = learner(x0, masks, captions, noise, t)
         sum(losses.values()).backward()
-        pictures = concept_training.Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
+        pictures = Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
         with torch.inference_mode(False), torch.enable_grad(), concept_training._copies(model, clip) as (patcher, text):
             trainer = concept_training._Trainer(patcher, text, pictures, name, recipe, 64, None)
             trainer.weights.load_state_dict(learner.weights.state_dict())
             comfy.model_management.load_models_gpu(trainer.patchers)
             sigma = trainer.model.model_sampling.sigmas[t].float().clone()
             x = x0 + sigma[:, None, None, None] * noise
-            denoised = trainer._denoise(x, sigma, trainer._conds(captions, x0[:1]))
-            expected = concept_losses(denoised, x0, masks, recipe, prediction_weight(sigma, True))
+            denoised = trainer._denoise(x, sigma, trainer._conds([called(c, name) for c in captions], x0[:1]))
+            expected = concept_losses(denoised, x0, masks, prediction_weight(sigma, True), recipe)
             sum(expected.values()).backward()
         for kind in ("concept", "prior"):
             assert float(losses[kind].detach()) == pytest.approx(float(expected[kind].detach()), rel=1e-4)
@@ -101,11 +103,12 @@ class TestConcept:
         from conceptloom.host.concept_prompts import encode_text
         from conceptloom.host.fusion import Settings, SpokenConcept, apply
         from conceptloom.training.concepts.learner import Recipe
+        from conceptloom.training.concepts.pictures import Pictures
 
         model, clip, _ = parts
         seen = {}
         with torch.inference_mode(False), torch.enable_grad(), concept_training._copies(model, clip) as (patcher, text):
-            pictures = concept_training.Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
+            pictures = Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
             name = Name("star", "<new1>")
             trainer = concept_training._Trainer(patcher, text, pictures, name, Recipe(), 64, None)
             for p in trainer.weights.parameters():
@@ -191,7 +194,7 @@ class TestAfterwards:
 
 class TestRefusals:
     def test_bad_input_gets_its_sentence(self, parts):
-        from conceptloom.host.concept_training import Pictures
+        from conceptloom.training.concepts.pictures import Pictures
 
         image = torch.rand(64, 64, 3)
         with pytest.raises(ValueError, match="images: at least one picture is wanted"):
@@ -205,8 +208,8 @@ class TestRefusals:
 def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):
     import comfy.utils
     from conceptloom.host.concept_studio import train_with_progress
-    from conceptloom.host.concept_training import Pictures
     from conceptloom.training.concepts.learner import Recipe
+    from conceptloom.training.concepts.pictures import Pictures
 
     told = []
     monkeypatch.setattr(

@@ -31,20 +31,21 @@ def concepts(studio):
         token = torch.randn(1, 128, generator=generator)
         return Concept(word, deltas, word, f"<{word}>", {"l": token})
 
-    return {"house": one("house"), "star": one("star")}
+    return {name: one(name) for name in ("house", "star", "background")}
 
 
 def test_merged_weights_are_the_base_s_and_all_differences(studio, concepts):
     from conceptloom.evaluation.reports.concept_weaver import merged
 
+    two = [concepts["house"], concepts["star"]]
     with torch.inference_mode():
-        patched = merged(studio.model, list(concepts.values()))
+        patched = merged(studio.model, two)
         name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v.weight"
         base = studio.model.model.get_parameter(name).clone()
         patched.patch_model()
         found = patched.model.get_parameter(name).clone()
         patched.unpatch_model()
-    added = sum(concept.deltas["middle", 0, 0]["v"].matrix() for concept in concepts.values())
+    added = sum(concept.deltas["middle", 0, 0]["v"].matrix() for concept in two)
     assert torch.allclose(found.float(), base.float() + added, atol=1e-5)
     assert torch.equal(studio.model.model.get_parameter(name), base)
 
@@ -58,7 +59,7 @@ def test_the_joint_prompt_has_every_word_where_its_own_prompt_has_it(studio, con
         one = joint_conditioning(studio, text, [concepts["house"]])
         own = encode_text(studio.clip, "a <house> house and a star on a navy background", concepts["house"])
         assert torch.equal(one[0][0], own[0][0])
-        both = joint_conditioning(studio, text, list(concepts.values()))[0][0]
+        both = joint_conditioning(studio, text, [concepts["house"], concepts["star"]])[0][0]
         # Causal text: up to the second word both are the same, from there on they are not.
         same = (both == one[0][0]).all(-1)[0]
         assert same[:6].all() and not same[6:].any()
@@ -70,7 +71,7 @@ def test_variants_are_drawn_from_one_noise_and_differ(studio, concepts, monkeypa
     from conceptloom.host.inversion import invert
 
     monkeypatch.setattr(concept_weaver, "STEPS", 4)
-    case = next(c for c in (template_case(2, i) for i in range(200)) if set(c.names) == set(concepts))
+    case = next(c for c in (template_case(2, i) for i in range(200)) if set(c.names) == {"house", "star"})
     with torch.inference_mode():
         drawn = concept_weaver.draw_variants(studio, concepts, case, 1)
         assert all(picture.shape == (1, 64, 64, 3) and picture.isfinite().all() for picture in drawn.values())
@@ -83,3 +84,25 @@ def test_variants_are_drawn_from_one_noise_and_differ(studio, concepts, monkeypa
         for b in names[i + 1 :]:
             assert not torch.equal(drawn[a], drawn[b]), (a, b)
     assert set(concept_weaver.SHOWN) <= set(names)
+
+
+def test_the_report_has_all_metrics_and_perfect_pictures_score_as_such(studio, monkeypatch):
+    """Variants replaced by the world's own drawings: what is measured of them is known."""
+    from conceptloom.evaluation.reports import concept_weaver
+
+    def drawn(_studio, _bank, case, count):
+        truth = case.draw(count, [reference.identity for reference in case.references])
+        names = sorted({*concept_weaver.SHOWN, "lambda_0.1"})
+        return {name: case.draw(count, None) if name == "plain" else truth for name in names}
+
+    monkeypatch.setattr(concept_weaver, "draw_variants", drawn)
+    monkeypatch.setattr(concept_weaver, "load_bank", dict)
+    monkeypatch.setattr(concept_weaver, "SUBJECTS", (2, 5))
+    with torch.inference_mode():
+        report = concept_weaver.report(studio, 3, 0.0, lambda _: None)
+    found = {(row.subjects, row.variant, row.metric): row.mean for row in report.rows}
+    for subjects in (2, 5):
+        assert found[subjects, "default", "structure"] > 0.85
+        assert found[subjects, "default", "identity"] > 0.8 > 0.4 > found[subjects, "plain", "identity"]
+        assert found[subjects, "default", "prompt"] == 1.0
+    assert "euler, ddim_uniform" in report.sampling

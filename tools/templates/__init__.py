@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from workflow_builder import Workflow
 
-from . import concept_weaver, fastcomposer, freecustom
+from . import concept_training, concept_weaver, fastcomposer, freecustom, structure
 
 WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **freecustom.WORKFLOWS,
     **fastcomposer.WORKFLOWS,
     **concept_weaver.WORKFLOWS,
+    **concept_training.WORKFLOWS,
+    **structure.WORKFLOWS,
 }

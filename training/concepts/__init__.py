@@ -7,7 +7,8 @@ host.
 --base is `shapeland`, or a folder with Stable Diffusion (1.x, 2.x, SDXL) in diffusers' form; nothing is ever
 downloaded. --images holds the pictures; a text file of the same name beside a picture is its caption, --caption that of
 the others, {} being where the concept is meant. --masks holds a mask under each picture's name, white where the loss
-counts. --out receives checkpoint.pt, log.csv and, at the end, concept.safetensors, which the node Load Concept reads
+counts. The model's own pictures of the class, --class-pictures of them, have --caption with the class word. --out
+receives checkpoint.pt, log.csv and, at the end, concept.safetensors, which the node Load Concept reads
 and Save Concept turns into a LoRA. The same command continues a run. To use several GPUs or machines, or to force a
 CPU: `accelerate launch [--cpu] tools/run.py training.concepts ...`; each process takes its own --batch of pictures.
 """
@@ -53,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=default.batch, help="pictures of a process in a step (default: %(default)s)")
     add("--rank", type=int, default=default.rank, help="of factors; 0 trains whole matrices (default: %(default)s)")
     add("--no-new-word", dest="new_word", action="store_false", help="the class word alone stands for the concept")
-    add("--class-pictures", type=int, default=200, help="that the model draws of the class (default: %(default)s)")
+    add("--class-pictures", type=int, default=16, help="that the model draws of the class (default: %(default)s)")
     add("--prior-weight", type=float, default=default.prior_weight, help="of their loss (default: %(default)s)")
     add("--augmentation", choices=AUGMENTATIONS, default=default.augmentation, help="(default: %(default)s)")
     add("--resolution", type=int, help="of training pictures, in pixels (default: the base's own)")
-    add("--precision", choices=("no", "bf16"), default="no", help="mixed precision (default: %(default)s)")
+    add("--precision", choices=("no", "bf16"), help="mixed precision (default: the launcher's, or no)")
     add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
     add("--seed", type=int, default=default.seed, help="of all that is drawn (default: %(default)s)")
     add("--log-every", type=int, default=50, help="steps (default: %(default)s)")

@@ -117,7 +117,7 @@ def prediction_weight(sigma: torch.Tensor, v_prediction: bool) -> torch.Tensor:
     return sigma**-2 + (1.0 if v_prediction else 0.0)
 
 
-def masked_error(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, weight: float | torch.Tensor = 1.0):
+def masked_error(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Mean squared error where a mask counts.
 
     Custom Diffusion's code divides the error of all channels by the mask of one, which weighs pictures four times as
@@ -126,31 +126,22 @@ def masked_error(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, 
     Args:
         found, wanted: (B, C, h, w).
         mask: (B, h, w).
-        weight: of each picture, (B,) or one for all.
+        weight: of each picture, (B,).
     """
-    error = (found.float() - wanted.float()).square().mean(1)
-    if isinstance(weight, torch.Tensor):
-        weight = weight[:, None, None]
-    return (weight * error * mask).sum() / mask.sum().clamp(min=1)
+    error = (found.float() - wanted.float()).square().mean(1) * weight[:, None, None]
+    return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
 def concept_losses(
-    found: torch.Tensor,
-    wanted: torch.Tensor,
-    masks: torch.Tensor,
-    recipe: Recipe,
-    weight: float | torch.Tensor = 1.0,
+    found: torch.Tensor, wanted: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
     """`concept` of the batch's first `recipe.batch` pictures and, if there are more, `prior` of those, weighted; the
     other arguments are `masked_error`'s."""
-    losses = {}
-    for name, part, share in (
-        ("concept", slice(0, recipe.batch), 1.0),
-        ("prior", slice(recipe.batch, None), recipe.prior_weight),
-    ):
-        if len(found[part]):
-            own = weight[part] if isinstance(weight, torch.Tensor) else weight
-            losses[name] = share * masked_error(found[part], wanted[part], masks[part], own)
+    split = [slice(0, recipe.batch), slice(recipe.batch, None)]
+    own, prior = ((found[part], wanted[part], masks[part], weight[part]) for part in split)
+    losses = {"concept": masked_error(*own)}
+    if len(prior[0]):
+        losses["prior"] = recipe.prior_weight * masked_error(*prior)
     return losses
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...encoders.concept_texts import Name
+from ...encoders.concept_texts import Name, check_placeholder
 from .augment import View, augment
 from .learner import Recipe
 
@@ -62,13 +62,13 @@ def name_of(class_word: str, placeholder: str, recipe: Recipe) -> Name:
     """What the concept is called.
 
     Raises:
-        ValueError: a word that is wanted is empty.
+        ValueError: the class word is empty, or the placeholder is none.
     """
     if not class_word.strip():
         raise ValueError("class_word: what kind of thing the concept is (such as dog) is wanted, not an empty text")
     name = Name(class_word.strip(), placeholder.strip() if recipe.new_word else "")
-    if recipe.new_word and not name.placeholder:
-        raise ValueError("placeholder: the concept's new word (such as <new1>) is wanted, not an empty text")
+    if recipe.new_word:
+        check_placeholder(name.placeholder)
     return name
 
 
