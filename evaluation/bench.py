@@ -74,6 +74,12 @@ def sessions_of(system: str, rig: Rig) -> list[Session]:
     return importlib.import_module(f".benches.{system}", __package__).sessions(rig)
 
 
+def facts_of(system: str, rig: Rig) -> list[str]:
+    """What a system's module tells beside its sessions."""
+    module = importlib.import_module(f".benches.{system}", __package__)
+    return module.facts(rig) if hasattr(module, "facts") else []
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
@@ -207,13 +213,14 @@ def main(argv: list[str]) -> int:
             for variant, budget in session.budgets.items()
         }
         rows = measure(rig, names, options.arch)
+        facts = "".join(f"\n- {fact}" for name in names for fact in facts_of(name, rig))
     where = f"{torch.get_num_threads()} threads of a CPU" if options.device == "cpu" else torch.cuda.get_device_name()
     title = f"{plan.label} on {options.device}"
     how = (
         f"Latent {plan.side}x{plan.side}, one picture, {plan.steps} steps of {SAMPLER} ({SCHEDULER}), cfg {CFG:g}, "
         f"{plan.rounds} rounds, on {where}."
     )
-    table = cost_table(rows, budgets)
+    table = cost_table(rows, budgets) + (f"\n{facts}" if facts else "")
     print(f"{title}. {how}\n{table}")
     if options.json:
         write_json(options.json, [row.as_json() for row in rows])

@@ -1,4 +1,5 @@
-"""One module per system, named like it, with `sessions(rig) -> list[Session]`.
+"""One module per system, named like it, with `sessions(rig) -> list[Session]`, and `facts(rig) -> list[str]` where
+sentences say what is no sampling's cost.
 
 A new system is a new file here; `bench.py` finds it by its name.
 """

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 
+from ...encoders import concept_files
 from ...encoders.concepts import Concept, Delta, layer_name
 from ...host.fusion import SCORES, Settings, SpokenConcept, apply
 from ...host.inversion import SourceTrajectory
@@ -15,7 +20,7 @@ from ...samplers.inversion import Trajectory
 from . import Session
 
 SUBJECTS = (1, 2, 5)
-RANK = 16
+RANK, BANK = 16, 100
 COVERED = 0.5  # of the picture by all concepts together
 
 
@@ -39,6 +44,26 @@ def _session(rig: Rig, count: int) -> Session:
 
     # Injection runs the source's row in 0.8 of the steps, beside the two rows of plain sampling.
     return Session(count, begin, {"default": 1.10, "with_source": 1.50})
+
+
+def facts(rig: Rig) -> list[str]:
+    """What a concept takes and how fast a large bank is read."""
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.safetensors" for i in range(BANK)]
+        for i, file in enumerate(files):
+            concept_files.save(_concept(rig, i), file)
+        size = files[0].stat().st_size / 2**20
+        begin = time.perf_counter()
+        bank = [concept_files.load(file) for file in files]
+        seconds = time.perf_counter() - begin
+    element = rig.model.model.get_dtype_inference().itemsize
+    channels = sum(parts["k"].shape[0] + parts["v"].shape[0] for parts in bank[0].deltas.values())
+    spoken = rig.positive[0][0].shape[1] * channels * element / 2**20
+    return [
+        f"A concept of rank {RANK} takes {size:.2f} MiB on disk and as much in memory; while it is drawn, its keys and "
+        f"values take {spoken:.2f} MiB.",
+        f"A bank of {BANK} such concepts is read in {seconds:.2f} s from files that the system holds in memory.",
+    ]
 
 
 def _concept(rig: Rig, number: int) -> Concept:

@@ -123,3 +123,23 @@ def test_resident_peak_sees_a_passing_tensor():
         time.sleep(0.2)
         del passing
     assert 48 * 2**20 < watch.peak - before < 400 * 2**20
+
+
+def test_facts_of_a_concept_are_its_true_sizes(host, monkeypatch):
+    """A tiny model's layers counted by hand: keys and values of all cross-attentions."""
+    import re
+
+    from conceptloom.evaluation.benches import concept_weaver
+    from conceptloom.host.rigs import PLANS, Rig
+
+    monkeypatch.setattr(concept_weaver, "BANK", 2)
+    with torch.inference_mode():
+        rig = Rig.build(PLANS["tiny", "cpu"])
+        said = concept_weaver.facts(rig)
+    state = rig.model.model.diffusion_model.state_dict()
+    shapes = [w.shape for name, w in state.items() if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+    on_disk, spoken = (float(number) for number in re.findall(r"([\d.]+) MiB", said[0]))
+    factors = sum((rows + columns) * concept_weaver.RANK * 2 for rows, columns in shapes) / 2**20
+    assert on_disk == pytest.approx(factors, rel=0.05)
+    assert spoken == pytest.approx(sum(rows for rows, _ in shapes) * 77 * 4 / 2**20, abs=0.006)
+    assert said[1].startswith("A bank of 2 such concepts is read in ")
