@@ -19,8 +19,8 @@ from . import Report
 SYSTEM = "freecustom"
 SUBJECTS = (1, 2, 3)
 
-WEIGHT, BLOCKS = 1.0, LAST_STAGE
-"""What suits a model this small: at the published weight 3 in the last two stages its few tokens drown."""
+WEIGHT = 1.0
+"""What suits a model this small: at the published weight 3 its few tokens drown."""
 ALMOST_ZERO = 1e-6  # weight 0 switches a subject off
 
 # Per variant: what is changed of every subject, and of the settings. None is the untouched model.
@@ -31,14 +31,15 @@ VARIANTS: dict[str, tuple[dict, dict] | None] = {
     "zero_bias": ({"weight": ALMOST_ZERO}, {}),
     "all_blocks": ({}, {"blocks": ALL_BLOCKS}),
     "paper": ({}, {"formula": "paper"}),
-    "published": ({"weight": 3.0}, {"blocks": LAST_TWO_STAGES}),
+    "last_stage": ({}, {"blocks": LAST_STAGE}),
+    "published": ({"weight": 3.0}, {}),
 }
 
 ABOUT = f"""
 
-*default* is weight {WEIGHT:g} in the {BLOCKS}. The others change one thing: *no_mask* takes the whole reference,
-*zero_bias* the mask with no weight, *all_blocks* looks at the references everywhere, *paper* is the paper's formula in
-place of the published code's; *published* is that code's weight 3 in the last two stages."""
+*default* is weight {WEIGHT:g} in the {LAST_TWO_STAGES}. The others change one thing: *no_mask* takes the whole
+reference, *zero_bias* the mask with no weight, *all_blocks* looks at the references everywhere and *last_stage* in the
+last stage alone, *paper* is the paper's formula in place of the published code's, *published* that code's weight 3."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
@@ -63,5 +64,5 @@ def patched(studio: Studio, case: Case, subject_changes: dict, setting_changes: 
         Subject(r.image, r.noun, **{"mask": r.mask, "prompt": r.prompt, "weight": WEIGHT, **subject_changes})
         for r in case.references
     ]
-    settings = freecustom.Settings(**{"blocks": BLOCKS, **setting_changes})
+    settings = freecustom.Settings(**{"blocks": LAST_TWO_STAGES, **setting_changes})
     return freecustom.apply(studio.model, studio.vae, studio.clip, subjects, settings)

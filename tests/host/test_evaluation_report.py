@@ -126,8 +126,9 @@ def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
 
     studio, case = Studio.open(), make_case(2, 0)
     systems = {name: attached(patched(studio, case, *c), KEY) for name, c in VARIANTS.items() if c is not None}
-    own = replace(Settings(), blocks=LAST_STAGE)
+    own = Settings()
     assert systems["default"].settings == own
+    assert systems["last_stage"].settings == replace(own, blocks=LAST_STAGE)
     assert systems["all_blocks"].settings == replace(own, blocks=ALL_BLOCKS)
     assert systems["paper"].settings == replace(own, formula="paper")
     assert systems["published"].settings == Settings()

@@ -54,7 +54,7 @@ def shapeland(flow: Workflow) -> None:
         "- `weight` of a subject: 0 switches it off\n"
         "- a new sampler seed: the reference passes come from the bank, so it is faster\n"
         "- `weight` 3, the published value: it drowns a model as small as this one\n"
-        "- `blocks`: the last stage carries texture, all blocks copy more",
+        "- `blocks`: the last stage alone keeps more of the prompt, all blocks copy more",
         column=0,
     )
     fish = reference(flow, "a fish on a white background", "fish", 12, 64, 1.0)
@@ -66,7 +66,6 @@ def shapeland(flow: Workflow) -> None:
             "clip": clip,
             "vae": vae,
             "subjects": [fish[1][0], star[1][0]],
-            "blocks": "last decoder stage",
         },
         column=3,
     )

@@ -238,7 +238,9 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False, ship
         return 1e-3 * min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
 
     optimizer = MuonAdamW(taught, 0.02, ("unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"))
-    run = Run(RUNS / "unet", taught, rate, steps, SEED, average=0.999, device=device, optimizer=optimizer)
+    # A short average, for the rate's fall to nothing averages too: one ten times as long lags behind it (measured:
+    # 61.7% of nouns where the last weights have 65.6%).
+    run = Run(RUNS / "unet", taught, rate, steps, SEED, average=0.99, device=device, optimizer=optimizer)
     kept = open_attention(unet)
     unet.to(memory_format=torch.channels_last)
     predict = torch.compile(unet) if compiled else unet
@@ -315,7 +317,7 @@ def evaluate(
     """Draw held-out captions with the UNet `state`, let the judge read them, save a sheet of the first 64."""
     unet = models.build_unet().to(device)
     unet.load_state_dict(state)
-    unet.eval()
+    unet.eval().to(memory_format=torch.channels_last)
     text, autoencoder, judge = frozen_text(device), frozen_autoencoder(device), Judge().to(device)
     judge.load_state_dict(models.load("judge"))
     asked = held_out_scenes(pictures)
