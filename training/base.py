@@ -73,6 +73,8 @@ class Base:
     resolution: int
 
     def __post_init__(self):
+        # The layout in which convolutions are fastest, on a CPU and in half precision on a GPU.
+        self.unet.to(memory_format=torch.channels_last)
         step = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if self.resolution < 1 or self.resolution % step:
             raise ValueError(f"--resolution: a multiple of {step} is wanted for this base, not {self.resolution}")

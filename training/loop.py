@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..encoders.files import whole_file
+from .logs import add_row, go_back
 
 
 class Run:
@@ -68,7 +68,8 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.averaged, self.step = saved["averaged"], saved["step"]
             if self.writes:
-                self._cut_logs()
+                for name in ("log.csv", "report.csv"):
+                    go_back(folder / name, self.step)
 
     @property
     def _checkpoint(self) -> Path:
@@ -148,24 +149,10 @@ class Run:
         floats = [k for k, v in state.items() if v.is_floating_point()]
         torch._foreach_lerp_([self.averaged[k] for k in floats], [state[k] for k in floats], 1 - keep)
 
-    def _cut_logs(self) -> None:
-        """Takes away what was logged after the checkpoint, for those steps are made again."""
-        for path in (self.folder / name for name in ("log.csv", "report.csv")):
-            if path.exists():
-                head, *rows = path.read_text().splitlines()
-                kept = [row for row in rows if int(row.split(",")[0]) <= self.step]
-                path.write_text("".join(f"{row}\n" for row in (head, *kept)))
-
     def _log(self, name: str, row: dict[str, float]) -> None:
         if not self.folder or not self.writes:
             return
-        path = self.folder / name
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *row])
-            writer.writerow([self.step, *row.values()])
+        add_row(self.folder / name, self.step, row)
         print(f"step {self.step}/{self.steps}", " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
 
 

@@ -57,21 +57,21 @@ def shapeland(flow: Workflow) -> None:
         "- `blocks`: the last stage alone keeps more of the prompt, all blocks copy more",
         column=0,
     )
-    fish = reference(flow, "a fish on a white background", "fish", 12, 64, 1.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
+    heart = reference(flow, "a heart on a white background", "heart", 30, 64, 1.0)
+    star = reference(flow, "a star on a gray background", "star", 8, 64, 1.0)
     patched = flow.add(
         "ConceptLoomMultiReferenceSelfAttention",
         {
             "model": model,
             "clip": clip,
             "vae": vae,
-            "subjects": [fish[1][0], star[1][0]],
+            "subjects": [heart[1][0], star[1][0]],
         },
         column=3,
     )
     record = flow.add("ConceptLoomRecordAttentionShare", {"model": patched[0]}, column=3)
     positive = flow.add(
-        "CLIPTextEncode", {"clip": clip, "text": "a fish and a star on a navy background"}, column=3, title="Prompt"
+        "CLIPTextEncode", {"clip": clip, "text": "a heart and a star on a navy background"}, column=3, title="Prompt"
     )
     negative = flow.add("CLIPTextEncode", {"clip": clip, "text": ""}, column=3, title="Negative prompt (empty)")
     latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=3)
@@ -79,7 +79,7 @@ def shapeland(flow: Workflow) -> None:
         "positive": positive[0],
         "negative": negative[0],
         "latent_image": latent[0],
-        "seed": 5,
+        "seed": 6,
         "steps": 25,
         "cfg": 4.0,
         "sampler_name": "dpmpp_2m",
@@ -96,9 +96,9 @@ def shapeland(flow: Workflow) -> None:
         {"record": record[1], "latent": with_subjects[0], "image": shown["subjects"][0]},
         column=5,
     )
-    judged = flow.add("ConceptLoomReadPicture", {"image": shown["subjects"][0], "reference": fish[0][0]}, column=5)
-    flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the fish")
-    row = fish[0][0]
+    judged = flow.add("ConceptLoomReadPicture", {"image": shown["subjects"][0], "reference": heart[0][0]}, column=5)
+    flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the heart")
+    row = heart[0][0]
     for image in (star[0][0], shown["plain"][0], shown["subjects"][0]):
         row = flow.add(
             "ImageStitch",
@@ -106,7 +106,7 @@ def shapeland(flow: Workflow) -> None:
             column=6,
         )[0]
     for title, kind, image in (
-        ("Attention share: fish, star", "PreviewImage", shares[0]),
+        ("Attention share: heart, star", "PreviewImage", shares[0]),
         ("References, without, with", "SaveImage", row),
         ("With the subjects", "SaveImage", shown["subjects"][0]),
     ):
@@ -117,7 +117,7 @@ def shapeland(flow: Workflow) -> None:
         if kind == "SaveImage":
             inputs["filename_prefix"] = "conceptloom/freecustom"
         flow.add(kind, inputs, column=8, title=title)
-    flow.group("1. Subjects", [*fish, *star])
+    flow.group("1. Subjects", [*heart, *star])
     flow.group("2. Model and prompt", [patched, record, positive, negative, latent])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import signal
 import time
@@ -16,6 +15,7 @@ import torch
 
 from ...encoders.files import whole_file
 from ..data.dataset import EpochBatches, SubjectPictures
+from ..logs import add_row, go_back
 from .batches import Shares, collate, draw
 from .model import Composer
 
@@ -187,7 +187,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         if self.accelerator.is_main_process:
-            self._cut_log()
+            go_back(self.folder / LOG, self.step)
 
     def _learn(self, batches: Iterator[dict[str, torch.Tensor]], shares: Shares) -> dict[str, torch.Tensor]:
         """One step; returns the means of the losses, and the gradient's norm."""
@@ -237,22 +237,8 @@ class Run:
             return
         row = {name: round(mean, 5) for name, mean in zip(sums, means, strict=True)}
         row |= {"rate": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 3)}
-        path = self.folder / LOG
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *row])
-            writer.writerow([self.step, *row.values()])
+        add_row(self.folder / LOG, self.step, row)
         print(f"step {self.step}/{self.settings.steps}", *(f"{k}={v}" for k, v in row.items()), flush=True)
-
-    def _cut_log(self) -> None:
-        """Takes away what was logged after the checkpoint, for those steps are made again."""
-        path = self.folder / LOG
-        if path.exists():
-            head, *rows = path.read_text().splitlines()
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.step]
-            path.write_text("".join(f"{row}\n" for row in (head, *kept)))
 
 
 @contextmanager

@@ -1,0 +1,24 @@
+"""Tables of a training run that grow by a row at a time and go back with it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+
+def add_row(path: Path, step: int, row: dict[str, float]) -> None:
+    """Appends a step's numbers to a table, which begins with their names."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", *row])
+        writer.writerow([step, *row.values()])
+
+
+def go_back(path: Path, step: int) -> None:
+    """Takes away what was logged after `step`, for those steps are made again."""
+    if path.exists():
+        head, *rows = path.read_text().splitlines()
+        kept = [row for row in rows if int(row.split(",")[0]) <= step]
+        path.write_text("".join(f"{row}\n" for row in (head, *kept)))
