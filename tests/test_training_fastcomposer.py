@@ -2,6 +2,7 @@
 as they were trained."""
 
 import csv
+import multiprocessing
 import os
 import signal
 
@@ -376,7 +377,8 @@ def tensors_in(value, at=""):
 
 
 def test_an_interrupted_run_continues_bit_by_bit(narrow, data_folder, tmp_path, monkeypatch, capsys):
-    """Ctrl-C in step 3 of 5, with accumulated batches, averaged weights, a warm-up and rows logged but not saved."""
+    """Ctrl-C in step 3 of 5, and a termination signal to what reads pictures, with accumulated batches, averaged
+    weights, a warm-up and rows logged but not saved."""
     more = ("--steps", "5", "--accumulate", "2", "--warmup", "4", "--rate", "1e-3", "--vision-layers", "1")
     fastcomposer.main(options_of(data_folder, tmp_path / "whole", *more))
     pressed = []
@@ -384,11 +386,16 @@ def test_an_interrupted_run_continues_bit_by_bit(narrow, data_folder, tmp_path, 
     def press(path):
         if not pressed:
             pressed.append(path)
+            readers = multiprocessing.active_children()
+            assert len(readers) == reading
+            for process in readers:
+                os.kill(process.pid, signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
 
+    reading = int("fork" in multiprocessing.get_all_start_methods())
     monkeypatch.setattr(sheet, "open_sheet", lambda *_: press)
     before = signal.getsignal(signal.SIGINT)
-    parts = options_of(data_folder, tmp_path / "parts", *more)
+    parts = options_of(data_folder, tmp_path / "parts", *more, "--workers", str(reading))
     parts[parts.index("--sheet-every") + 1] = "3"
     fastcomposer.main(parts)
     assert pressed == [tmp_path / "parts" / "samples_0000003.png"]

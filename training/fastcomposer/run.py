@@ -122,10 +122,10 @@ class Run:
             collate_fn=partial(collate, vocabularies=self.composer.base.vocabularies),
             num_workers=s.workers,
             multiprocessing_context="fork" if s.workers else None,
+            worker_init_fn=_leave_signals_to_the_run,
         )
         sums, counted, stopped = {}, 0, False
         began = saved_at = time.monotonic()
-        # Processes that read pictures inherit the handler, so that Ctrl-C does not end them in the middle of a step.
         with _asked_to_stop() as asked:
             batches = iter(loader)
             while self.step < s.steps and not stopped:
@@ -239,6 +239,13 @@ class Run:
         row |= {"rate": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 3)}
         add_row(self.folder / LOG, self.step, row)
         print(f"step {self.step}/{self.settings.steps}", *(f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """A terminal or a system that shuts down tells every process: those that read pictures must last to the end of the
+    step, and end with the run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
