@@ -20,6 +20,21 @@ from run import alias_pack, open_host  # noqa: E402
 
 alias_pack()
 
+ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
+if ONE_OF_SEVERAL:
+    import torch
+
+    # Not by the environment, for a server that tests start has the processors to itself when it works.
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that share the suite take its files in order: those of the real server, which last longest, first."""
+    if ONE_OF_SEVERAL:
+        slow = {item.path for item in items if {"server", "browser"} & set(getattr(item, "fixturenames", ()))}
+        items.sort(key=lambda item: item.path not in slow)
+
 
 @pytest.fixture(scope="session")
 def host_path() -> Path:

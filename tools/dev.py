@@ -84,13 +84,12 @@ def serve(port: int) -> int:
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Runs pytest; skipped tests are named with their reason. The whole suite runs in two processes of one thread
-    each: its models are so small that a second thread helps them little."""
+    """Runs pytest; skipped tests are named with their reason. The whole suite runs in two processes, for its models
+    are so small that a second thread helps them little."""
     python, host = prepare([*SERVER_MODULES, "pytest", "xdist"])
     environ = {**os.environ, "COMFYUI_PATH": str(host.path)}
     if not arguments:
-        arguments = ["-n", "2", "--dist", "loadfile"]
-        environ["OMP_NUM_THREADS"] = "1"
+        arguments = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     return subprocess.run([python, "-m", "pytest", "-rs", *arguments], cwd=ROOT, env=environ).returncode
 
 
