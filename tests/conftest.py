@@ -22,10 +22,8 @@ alias_pack()
 
 ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 if ONE_OF_SEVERAL:
-    import torch
-
-    # Not by the environment, for a server that tests start has the processors to itself when it works.
-    torch.set_num_threads(1)
+    # For what tests start too: threads of processes that share processors spend their time in waiting for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(trylast=True)
