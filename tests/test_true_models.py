@@ -15,26 +15,22 @@ from safetensors.torch import save_file
 from true_models import fastcomposer_state, kohya_lora, write_checkpoint
 
 SIDE = 128
+NAMES = {"sd15": "v1-5-pruned-emaonly-fp16.safetensors", "sdxl": "sd_xl_base_1.0.safetensors"}
+TWO_LORAS = {"sd15": "concept_weaver_sd15_two_loras", "sdxl": "concept_weaver_sdxl"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def checkpoint(server, host, request):
-    """Puts the checkpoint of a workflow where the server finds it, and takes it away again."""
-    kind, name = request.param
-    path = server.base / "models" / "checkpoints" / name
+    """Puts a checkpoint where the server finds it, for all tests that want it, and takes it away again."""
+    path = server.base / "models" / "checkpoints" / NAMES[request.param]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(kind, path)
-    yield kind
+    write_checkpoint(request.param, path)
+    yield request.param
     server.request("/free", json.dumps({"unload_models": True, "free_memory": True}).encode())
     path.unlink()
 
 
-@pytest.mark.parametrize(
-    "checkpoint",
-    [("sd15", "v1-5-pruned-emaonly-fp16.safetensors"), ("sdxl", "sd_xl_base_1.0.safetensors")],
-    indirect=True,
-    ids=["sd15", "sdxl"],
-)
+@pytest.mark.parametrize("checkpoint", list(NAMES), indirect=True)
 def test_workflow_runs_on_a_file_of_true_shapes(checkpoint, server):
     log, picture = draw(server, f"freecustom_{checkpoint}")
     assert "missing" not in log.lower(), [line for line in log.splitlines() if "missing" in line.lower()]
@@ -42,7 +38,7 @@ def test_workflow_runs_on_a_file_of_true_shapes(checkpoint, server):
     assert picture.std() > 1
 
 
-@pytest.mark.parametrize("checkpoint", [("sd15", "v1-5-pruned-emaonly-fp16.safetensors")], indirect=True, ids=["sd15"])
+@pytest.mark.parametrize("checkpoint", ["sd15"], indirect=True)
 def test_fastcomposer_runs_on_the_published_layout(checkpoint, server):
     path = server.base / "models" / "fastcomposer" / "pytorch_model.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,16 +50,8 @@ def test_fastcomposer_runs_on_the_published_layout(checkpoint, server):
     assert picture.std() > 1
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "name"),
-    [
-        (("sd15", "v1-5-pruned-emaonly-fp16.safetensors"), "concept_weaver_sd15_two_loras"),
-        (("sdxl", "sd_xl_base_1.0.safetensors"), "concept_weaver_sdxl"),
-    ],
-    indirect=["checkpoint"],
-    ids=["sd15", "sdxl"],
-)
-def test_concept_weaver_runs_with_two_loras(checkpoint, name, server):
+@pytest.mark.parametrize("checkpoint", list(NAMES), indirect=True)
+def test_concept_weaver_runs_with_two_loras(checkpoint, server):
     """Masks come from a drawn scene, for SAM3's weights cannot be had here; all else is the workflow's own."""
     loras = server.base / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)
@@ -71,7 +59,7 @@ def test_concept_weaver_runs_with_two_loras(checkpoint, name, server):
     for seed, file in enumerate(files):
         save_file(kohya_lora(checkpoint, seed), file)
     try:
-        log, picture = draw(server, name, with_drawn_masks)
+        log, picture = draw(server, TWO_LORAS[checkpoint], with_drawn_masks)
     finally:
         for file in files:
             file.unlink()
