@@ -81,7 +81,7 @@ def with_drawn_masks(api):
 
 
 def draw(server, name, change=lambda api: api):
-    """The last picture of a workflow, made small and in 2 steps, and what the server logged; NaN would be black."""
+    """The last saved picture of a workflow, made small and in 2 steps, and what the server logged; NaN would be black."""
     api = change(json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8")))
     for node in api.values():
         if node["class_type"] in ("KSampler", "ConceptLoomDDIMInversion"):
@@ -94,6 +94,8 @@ def draw(server, name, change=lambda api: api):
             node["inputs"]["size"] = SIDE
     before = len(server.log_text())
     run = server.run(api)
-    picture = Image.open(io.BytesIO(run.pictures[-1].data)).convert("RGB")
+    # Previews of cached nodes come after the picture.
+    saved = [picture for picture in run.pictures if picture.saved]
+    picture = Image.open(io.BytesIO(saved[-1].data)).convert("RGB")
     assert picture.size == (SIDE, SIDE)
     return server.log_text()[before:], np.asarray(picture)
