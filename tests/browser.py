@@ -38,6 +38,15 @@ HOST_NOISE = (
     "api.comfy.org",
 )
 
+# Collects the pictures and the end of what runs.
+LISTEN = """() => {
+    app.api.addEventListener('executed', event => {
+        if (event.detail.output?.images) loomPictures.push(event.detail.display_node)
+    })
+    for (const end of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(end, event => { loomEnd = [end, event.detail.exception_message ?? ''] })
+}"""
+
 TROUBLE = "[data-testid=error-overlay], [data-testid^=error-group-], [data-testid=missing-node-card]"
 
 
@@ -75,41 +84,60 @@ class Visit:
     pictures: int = 0
 
 
-def run_template(browser, server: HostServer, pack: str, template: str, renderer: str, screenshot: Path) -> Visit:
-    """Opens a template of a pack by its card, presses Run, waits for the pictures, and notes all trouble."""
-    for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": RENDERERS[renderer]}.items():
-        server.request(f"/settings/{name}", json.dumps(value).encode())
-    page = browser.new_page()
-    visit = Visit()
-    watch(page, pack, visit.problems)
-    try:
-        page.goto(server.url)
-        page.wait_for_function("window.app?.vueAppReady && window.app.isGraphReady", timeout=60000)
-        open_template(page, pack, template, visit.problems)
-        visit.problems += seen_trouble(page)
-        visit.api = page.evaluate("app.graphToPrompt().then(result => result.output)")
-        visit.pictures = press_run(page, visit.problems)
-        page.screenshot(path=screenshot)
-    finally:
-        page.close()
-    return visit
+class Frontend:
+    """The frontend in a page, in which templates are opened one after the other.
 
+    Args:
+        renderer: a key of RENDERERS.
+    """
 
-def watch(page, pack: str, problems: list[str]) -> None:
-    """Notes exceptions, console errors and failed requests for files of the pack."""
+    def __init__(self, browser, server: HostServer, renderer: str):
+        for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": RENDERERS[renderer]}.items():
+            server.request(f"/settings/{name}", json.dumps(value).encode())
+        self.page = browser.new_page()
+        self._heard: list[str] = []
+        self._refused: list[tuple[int, str]] = []
+        self._watch()
+        self.page.goto(server.url)
+        self.page.wait_for_function("window.app?.vueAppReady && window.app.isGraphReady", timeout=60000)
+        self.page.evaluate(LISTEN)
 
-    def console(message) -> None:
-        text = f"{message.text} {message.location.get('url', '')}"
-        if message.type == "error" and not any(noise in text.lower() for noise in HOST_NOISE):
-            problems.append(f"console: {text.strip()}")
+    def __enter__(self) -> "Frontend":
+        return self
 
-    def response(answer) -> None:
-        if answer.status >= 400 and f"/{pack}/" in answer.url:
-            problems.append(f"HTTP {answer.status}: {answer.url}")
+    def __exit__(self, *_: object) -> None:
+        self.page.close()
 
-    page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
-    page.on("console", console)
-    page.on("response", response)
+    def _watch(self) -> None:
+        """Notes exceptions, console errors and failed requests."""
+
+        def console(message) -> None:
+            text = f"{message.text} {message.location.get('url', '')}"
+            if message.type == "error" and not any(noise in text.lower() for noise in HOST_NOISE):
+                self._heard.append(f"console: {text.strip()}")
+
+        def response(answer) -> None:
+            if answer.status >= 400:
+                self._refused.append((answer.status, answer.url))
+
+        self.page.on("pageerror", lambda error: self._heard.append(f"exception: {error}"))
+        self.page.on("console", console)
+        self.page.on("response", response)
+
+    def visit(self, pack: str, template: str, screenshot: Path) -> Visit:
+        """Opens a template of a pack by its card, presses Run, waits for the pictures, and notes all trouble since the
+        last visit; failed requests count for files of the pack."""
+        visit = Visit()
+        open_template(self.page, pack, template, visit.problems)
+        visit.problems += seen_trouble(self.page)
+        visit.api = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
+        visit.pictures = press_run(self.page, visit.problems)
+        self.page.screenshot(path=screenshot)
+        visit.problems += self._heard
+        visit.problems += [f"HTTP {status}: {url}" for status, url in self._refused if f"/{pack}/" in url]
+        self._heard.clear()
+        self._refused.clear()
+        return visit
 
 
 def open_template(page, pack: str, template: str, problems: list[str]) -> None:
@@ -145,17 +173,7 @@ def seen_trouble(page) -> list[str]:
 
 def press_run(page, problems: list[str]) -> int:
     """Presses Run, waits for the end and until every picture is on its node; returns how many nodes show one."""
-    page.evaluate(
-        """() => {
-            window.loomEnd = null
-            window.loomPictures = []
-            app.api.addEventListener('executed', event => {
-                if (event.detail.output?.images) loomPictures.push(event.detail.display_node)
-            })
-            for (const end of ['execution_success', 'execution_error', 'execution_interrupted'])
-                app.api.addEventListener(end, event => { loomEnd = [end, event.detail.exception_message ?? ''] })
-        }"""
-    )
+    page.evaluate("() => { window.loomEnd = null; window.loomPictures = [] }")
     page.get_by_test_id("queue-button").click()
     page.wait_for_function("window.loomEnd || document.querySelector('[data-testid=error-overlay]')", timeout=300000)
     end = page.evaluate("loomEnd")

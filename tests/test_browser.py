@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from browser import RENDERERS, chromium, open_browser, run_template
+from browser import RENDERERS, Frontend, chromium, open_browser
 from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
@@ -23,22 +23,19 @@ def browser(tmp_path_factory):
         yield context
 
 
-@pytest.fixture
-def visit(browser, server, tmp_path):
-    """Opens and runs a template; the screenshot lies in pytest's temporary folder of the test."""
-
-    def run(pack: str, template: str, renderer: str):
-        return run_template(browser, server, pack, template, renderer, tmp_path / f"{template}_{renderer}.png")
-
-    return run
+@pytest.fixture(scope="module")
+def frontend(browser, server, request):
+    """One page per renderer for all shipped templates; a screenshot of each lies in pytest's temporary folder."""
+    with Frontend(browser, server, request.param) as opened:
+        yield opened
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("template", TEMPLATES or [NO_TEMPLATE])
-def test_template(visit, template, renderer):
+@pytest.mark.parametrize("frontend", RENDERERS, indirect=True)
+def test_template(frontend, template, tmp_path):
     if absent_weights():
         pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
-    seen = visit(PACK, template, renderer)
+    seen = frontend.visit(PACK, template, tmp_path / "seen.png")
     assert seen.problems == []
     assert seen.pictures
     assert seen.api == json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
@@ -46,6 +43,16 @@ def test_template(visit, template, renderer):
 
 class TestToyTemplate:
     """The same on the toy pack: what our tools build loads, runs and converts, and trouble is seen."""
+
+    @pytest.fixture
+    def visit(self, browser, server, tmp_path):
+        """Opens and runs a template of the toy pack in a page of its own, for a page lists the templates it found."""
+
+        def run(template: str, renderer: str):
+            with Frontend(browser, server, renderer) as opened:
+                return opened.visit("toy", template, tmp_path / f"{template}_{renderer}.png")
+
+        return run
 
     def publish(self, folder, name: str, ui: dict, card: bool = True) -> None:
         (folder / "workflows" / f"{name}.json").write_text(json.dumps(ui), encoding="utf-8")
@@ -56,7 +63,7 @@ class TestToyTemplate:
     def test_good_template(self, visit, toy_folder, object_info, renderer):
         ui = weave(object_info).ui()
         self.publish(toy_folder, "good", ui)
-        seen = visit("toy", "good", renderer)
+        seen = visit("good", renderer)
         assert seen.problems == []
         assert seen.pictures == 2
         assert seen.api == to_api(ui, object_info), "the frontend converts it differently"
@@ -66,6 +73,6 @@ class TestToyTemplate:
         del ui["nodes"][4]["widgets_values"]
         ui["nodes"][4]["type"] = "ToyGone"
         self.publish(toy_folder, "broken", ui, card=False)
-        problems = " | ".join(visit("toy", "broken", "classic").problems)
+        problems = " | ".join(visit("broken", "classic").problems)
         assert "placeholder" in problems
         assert "shown: " in problems and "ToyGone" in problems

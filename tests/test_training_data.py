@@ -623,6 +623,19 @@ def test_shapeland_in_the_published_format_tells_the_truth(shapeland):
     assert pairs > 20
 
 
+def test_captions_of_shapeland_may_leave_out_the_looks(shapeland, tmp_path):
+    data.main(["shapeland", "--root", str(tmp_path), "--count", "20", "--seed", "11", "--without-looks"])
+    bare = Folder(tmp_path)
+    for image_id in bare.ids():
+        caption, subjects = bare.matched(image_id)
+        full, named = shapeland.matched(image_id)
+        assert [s.segment for s in subjects] == [s.segment for s in named]
+        said, background = world.parse_caption(caption)
+        assert background == world.parse_caption(full)[1]
+        assert said == [world.Mention(world.NOUNS.index(s.segment.label)) for s in subjects]
+        assert all(caption[: s.end].split()[-1] == s.segment.label for s in subjects)
+
+
 def truly_said(mention: world.Mention, thing: world.Thing) -> bool:
     """Whether all that a mention says is so of a thing."""
     identity = thing.identity

@@ -81,7 +81,7 @@ def with_drawn_masks(api):
 
 
 def draw(server, name, change=lambda api: api):
-    """The last saved picture of a workflow, made small and in 2 steps, and what the server logged; NaN would be black."""
+    """The last saved picture of a workflow, made small and in 2 steps, and the log; NaN would be black."""
     api = change(json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8")))
     for node in api.values():
         if node["class_type"] in ("KSampler", "ConceptLoomDDIMInversion"):

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     elif options.stage == "shapeland":
         from .shapeland import shapeland_folder
 
-        shapeland_folder(options.root, options.count, options.seed)
+        shapeland_folder(options.root, options.count, options.seed, not options.without_looks)
     else:
         from .folder import Folder
 
@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     one = stage("shapeland", "Pictures of Shapeland with their true captions, segments and matches.")
     one.add_argument("--count", type=_positive, required=True, help="how many pictures")
     one.add_argument("--seed", type=int, default=0, help="which pictures (default: %(default)s)")
+    one.add_argument("--without-looks", action="store_true", help="captions name things by their nouns alone")
     return parser
 
 

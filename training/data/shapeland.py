@@ -6,6 +6,7 @@ All files of the other stages are written too, so that any of them can be measur
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,13 @@ from .match import ClipSimilarity, tables, write_lists
 _NO_THING = np.round(np.array(models.CLIP_MEAN) * 255).astype(np.uint8)
 
 
-def one_by_one(scene: world.Scene) -> tuple[str, list[Phrase], list[Phrase]]:
-    """The caption of `scene` with "two red stars" written as "a red star and a red star"; the phrase of each thing, in
-    the order of `scene.things`; and all noun phrases, the background's among them, in the order of the caption."""
+def one_by_one(scene: world.Scene, looks: bool = True) -> tuple[str, list[Phrase], list[Phrase]]:
+    """The caption of `scene` with "two red stars" written as "a red star and a red star", or without their `looks` as
+    "a star and a star"; the phrase of each thing, in the order of `scene.things`; and all noun phrases, the
+    background's among them, in the order of the caption."""
     mentions, background = world.parse_caption(scene.caption)
-    singles = [world.Mention(m.noun, 1, m.color, m.second, m.pattern) for m in mentions for _ in range(m.count)]
+    bare = {} if looks else {"color": None, "second": None, "pattern": None}
+    singles = [replace(m, count=1, **bare) for m in mentions for _ in range(m.count)]
     caption, noun_at, attributes_at = world.caption_of(singles, background)
     words = caption.split()
     phrases = []
@@ -60,10 +63,10 @@ def one_by_one(scene: world.Scene) -> tuple[str, list[Phrase], list[Phrase]]:
     return caption, of_things, phrases
 
 
-def shapeland_folder(root: Path, count: int, seed: int, batch: int = 64) -> None:
+def shapeland_folder(root: Path, count: int, seed: int, looks: bool = True, batch: int = 64) -> None:
     """Write scenes 0 to `count` - 1 of `seed` into `root`, which is made; those there already are left as they are.
 
-    Captions name each thing by a phrase of its own; classes are the world's nouns; a pixel belongs to the thing that is
+    Captions name each thing by a phrase of its own, by its noun alone where they do not say `looks`; classes are the world's nouns; a pixel belongs to the thing that is
     nearest there if things cover more than half of it.
     """
     Path(root).mkdir(parents=True, exist_ok=True)
@@ -73,15 +76,15 @@ def shapeland_folder(root: Path, count: int, seed: int, batch: int = 64) -> None
 
     def work(some: list[str]) -> None:
         for image_id in some:
-            _write_scene(folder, image_id, world.random_scene(np.random.default_rng((seed, int(image_id)))))
+            _write_scene(folder, image_id, world.random_scene(np.random.default_rng((seed, int(image_id)))), looks)
 
     work_through("shapeland", in_batches(missing, batch), len(missing), work)
     write_lists(folder)
 
 
-def _write_scene(folder: Folder, image_id: str, scene: world.Scene) -> None:
+def _write_scene(folder: Folder, image_id: str, scene: world.Scene, looks: bool) -> None:
     picture = world.render(scene)
-    caption, of_things, phrases = one_by_one(scene)
+    caption, of_things, phrases = one_by_one(scene, looks)
     ids = np.where(picture.masks.sum(0) > 0.5, picture.masks.argmax(0) + 1, 0)
     subjects = [
         Subject(Segment(i + 1, box_of(ids == i + 1), world.NOUNS[thing.noun]), phrase.end)
