@@ -1,6 +1,7 @@
 """Templates in a real browser: found, opened, run, and the picture seen, in both renderers."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 from browser import RENDERERS, Frontend, chromium, open_browser
@@ -24,18 +25,19 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def frontend(browser, server, request):
-    """One page per renderer for all shipped templates; a screenshot of each lies in pytest's temporary folder."""
-    with Frontend(browser, server, request.param) as opened:
-        yield opened
+def frontends(browser, server):
+    """One page per renderer for all shipped templates."""
+    with ExitStack() as opened:
+        yield {name: opened.enter_context(Frontend(browser, server, name)) for name in RENDERERS}
 
 
+# Each template in both renderers before the next, for the host remembers what it ran last.
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("template", TEMPLATES or [NO_TEMPLATE])
-@pytest.mark.parametrize("frontend", RENDERERS, indirect=True)
-def test_template(frontend, template, tmp_path):
+def test_template(frontends, template, renderer, tmp_path):
     if absent_weights():
         pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
-    seen = frontend.visit(PACK, template, tmp_path / "seen.png")
+    seen = frontends[renderer].visit(PACK, template, tmp_path / "seen.png")
     assert seen.problems == []
     assert seen.pictures
     assert seen.api == json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
