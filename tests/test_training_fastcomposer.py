@@ -14,6 +14,8 @@ import torch.nn.functional as F
 for package in ("diffusers", "transformers", "accelerate", "peft", "torchvision"):
     pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
 
+from conceptloom.encoders.fastcomposer import FUSER, split  # noqa: E402
+from conceptloom.encoders.fuser import Fuser  # noqa: E402
 from conceptloom.shapeland import models, world  # noqa: E402
 from conceptloom.training import fastcomposer  # noqa: E402
 from conceptloom.training.base import Vocabulary, _splitter, open_base  # noqa: E402
@@ -637,6 +639,15 @@ def test_two_towers_give_their_penultimate_states_side_by_side(folder, data_fold
         assert torch.equal(states, hidden[0].last_hidden_state) and pooled is None
 
 
+def test_a_run_starts_from_the_fuser_of_a_file(narrow, data_folder, tmp_path):
+    taught = Fuser(128, 128)
+    save_file({FUSER + name: tensor for name, tensor in taught.state_dict().items()}, tmp_path / "taught.safetensors")
+    more = ("--steps", "0", "--export-precision", "fp32", "--fuser", str(tmp_path / "taught.safetensors"))
+    fastcomposer.main(options_of(data_folder, tmp_path / "run", *more))
+    exported = split(load_file(tmp_path / "run" / "fastcomposer.safetensors"))[FUSER]
+    assert all(torch.equal(exported[name], tensor) for name, tensor in taught.state_dict().items())
+
+
 # ---- bad inputs ---------------------------------------------------------------------------------------------------
 
 
@@ -658,6 +669,11 @@ def test_two_towers_give_their_penultimate_states_side_by_side(folder, data_fold
         ({"--localization": "-1"}, ValueError, "--localization: at least 0 is wanted"),
         ({"--mask-loss-probability": "2"}, ValueError, "--mask-loss-probability: a share from 0 to 1"),
         ({"--export": "a.bin"}, ValueError, "ends in .safetensors is wanted, not a.bin"),
+        (
+            {"--fuser": "none.safetensors"},
+            ValueError,
+            "--fuser: .* for widths 128 and 128 is wanted, not none.safetensors",
+        ),
         ({"--precision": "fp16"}, ValueError, "--precision: no or bf16 is wanted on a cpu, not fp16"),
     ],
 )

@@ -66,8 +66,8 @@ def one_by_one(scene: world.Scene, looks: bool = True) -> tuple[str, list[Phrase
 def shapeland_folder(root: Path, count: int, seed: int, looks: bool = True, batch: int = 64) -> None:
     """Write scenes 0 to `count` - 1 of `seed` into `root`, which is made; those there already are left as they are.
 
-    Captions name each thing by a phrase of its own, by its noun alone where they do not say `looks`; classes are the world's nouns; a pixel belongs to the thing that is
-    nearest there if things cover more than half of it.
+    Captions name each thing by a phrase of its own, by its noun alone where they do not say `looks`; classes are the
+    world's nouns; a pixel belongs to the thing that is nearest there if things cover more than half of it.
     """
     Path(root).mkdir(parents=True, exist_ok=True)
     folder = Folder(root)

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     from ..base import open_base
     from ..data.dataset import SubjectPictures
     from .batches import check_subjects
-    from .export import export
+    from .export import export, start_from
     from .model import Composer
     from .run import Run, Settings
     from .sheet import open_sheet
@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
         options.mask_loss_probability,
         options.seed,
     )
+    if options.fuser:
+        start_from(composer.fuser, options.fuser)
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(f"--precision: no or bf16 is wanted on a {accelerator.device.type}, not fp16")
@@ -120,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train", choices=tuple(_DEFAULTS), default="full", help="what is trained (default: %(default)s)")
     add("--rank", type=int, default=16, help="of the LoRA (default: %(default)s)")
     add("--vision-layers", type=int, help="the vision tower's last layers to train (default: full 2, lora 0)")
+    add("--fuser", type=Path, metavar="FILE", help="a file with the fuser to start from (default: a random one)")
     add("--steps", type=int, default=150_000, help="train to this step (default: %(default)s)")
     add("--batch", type=int, default=16, help="pictures of a process at a time (default: %(default)s)")
     add("--accumulate", type=int, default=1, help="batches of a process in a step (default: %(default)s)")

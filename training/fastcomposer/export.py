@@ -1,4 +1,5 @@
-"""The file that Load FastComposer reads: fuser, trained vision layers, and the UNet or its LoRA."""
+"""The file that Load FastComposer reads: fuser, trained vision layers, and the UNet or its LoRA. Of such a file a run may
+take the fuser that it starts from."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from ...encoders.fastcomposer import FUSER, UNET, VISION
+from ...encoders.fastcomposer import FUSER, UNET, VISION, split
 from ...encoders.files import whole_file
+from ...encoders.fuser import Fuser
 
 _PUBLISHED = {"fuser": FUSER, "vision": VISION, "unet": UNET}
 _FACTORS = {".lora_A.default.weight": "lora_down", ".lora_B.default.weight": "lora_up"}
@@ -33,3 +36,17 @@ def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) 
         state[key] = tensor.detach().to("cpu", dtype).contiguous()
     with whole_file(path) as part:
         save_file(state, part, metadata={"format": "pt"})
+
+
+def start_from(fuser: Fuser, path: Path) -> None:
+    """Gives a fuser the weights of one in a safetensors file.
+
+    Raises ValueError with one sentence if it holds none of these widths.
+    """
+    try:
+        fuser.load_state_dict(split(load_file(path))[FUSER])
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        width = f"{fuser.text_width} and {fuser.image_width}"
+        raise ValueError(
+            f"--fuser: a safetensors file with FastComposer's fuser for widths {width} is wanted, not {path} ({error})"
+        ) from error

@@ -1,8 +1,9 @@
 """Train Shapeland's models: `python tools/run.py training.shapeland STAGE`, the same on a CPU and a GPU.
 
-Stages, in the order in which each needs the ones before: scenes, autoencoder, clip, judge, unet. Every stage is
+Stages, in the order in which each needs the ones before: scenes, autoencoder, clip, judge, unet, fuser. Every stage is
 deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped, and
-writes its weights to `shapeland/weights/` at its end. The stage `check` trains nothing: the shipped UNet draws 512
+writes its weights to `shapeland/weights/` at its end, but for the fuser's: its folder receives a file from which
+FastComposer's training starts. The stage `check` trains nothing: the shipped UNet draws 512
 held-out captions in 50 steps, and the judge reads them.
 """
 
@@ -16,7 +17,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     parser = argparse.ArgumentParser(prog="training.shapeland", description=__doc__)
-    parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet", "check"))
+    parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet", "fuser", "check"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more")
@@ -43,6 +44,10 @@ def main(argv: list[str]) -> None:
         from .judge import train_judge
 
         train_judge(options.device, options.steps or 2800)
+    elif options.stage == "fuser":
+        from .fuser import train_fuser
+
+        train_fuser(options.device, options.steps or 600)
     elif options.stage == "check":
         from .unet import check_unet
 

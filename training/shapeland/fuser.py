@@ -1,0 +1,93 @@
+"""Stage 5: a fuser that says what a picture shows, from which FastComposer's training on Shapeland starts.
+
+The towers were trained on the same things, so the way from a picture of a thing to a word that says its looks needs no
+UNet: the state of a noun that nothing is said of and the picture of its thing shall give the state that the noun has
+behind the words for the thing's colours and pattern.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ...encoders.fastcomposer import FUSER
+from ...encoders.files import whole_file
+from ...encoders.fuser import Fuser
+from ...shapeland import models, world
+from ..base import Base, open_base
+from ..data.dataset import plain_object, subject_crop
+from ..data.folder import Segment, box_of
+from ..loop import Run, warmup_cosine
+from .common import RUNS, SEED, open_scenes, rows_of
+from .scenes import SHARD, Scenes
+
+FILE = RUNS / "fuser" / "fuser.safetensors"
+_LEAST_PIXELS = 20
+
+
+def said_and_bare(data: Scenes, rows: np.ndarray, base: Base) -> dict[str, torch.Tensor]:
+    """Captions of pictures with the looks of every thing and with none, and each thing that can be seen.
+
+    Returns:
+        `said` and `bare` (n, towers, 77), tokens; per thing `picture` (m,), its row among them, `said_row` and
+        `bare_row` (m,), the row of its noun's token, and `object` (m, 3, r, r) in [0, 1], its crop.
+    """
+    fields = zip(*(data.take(k, rows) for k in ("image", "label", "noun", "color", "background")), strict=True)
+    vocabulary, side = base.vocabularies[0], base.vision.config.image_size
+    found = {name: [] for name in ("said", "bare", "picture", "said_row", "bare_row", "object")}
+    for i, (image, label, nouns, looks, background) in enumerate(fields):
+        generator = torch.Generator().manual_seed(SEED + int(rows[i]))
+        image, ids = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label.astype(np.int64))
+        things = [(int(noun), *map(int, look)) for noun, look in zip(nouns, looks, strict=True) if noun >= 0]
+        said, said_at, _ = world.caption_of([world.Mention(t[0], 1, *t[1:]) for t in things], int(background))
+        bare, bare_at, _ = world.caption_of([world.Mention(t[0]) for t in things], int(background))
+        found["said"].append([vocabulary.row(said)])
+        found["bare"].append([vocabulary.row(bare)])
+        for number, thing in enumerate(things):
+            mask = label == number + 1
+            if mask.sum() < _LEAST_PIXELS:
+                continue
+            segment = Segment(number + 1, box_of(mask), world.NOUNS[thing[0]])
+            found["picture"].append(i)
+            # Each word is one token, behind the start token.
+            found["said_row"].append(said_at[number] + 1)
+            found["bare_row"].append(bare_at[number] + 1)
+            found["object"].append(plain_object(subject_crop(image, ids, segment, generator), side))
+    return {name: torch.stack(v) if name == "object" else torch.tensor(v) for name, v in found.items()}
+
+
+def train_fuser(device: str, steps: int) -> None:
+    """Writes FILE, and how much of what words add to a noun's state the fuser finds in held-out pictures."""
+    data = open_scenes()
+    base = open_base("shapeland")
+    for part in (base.towers, base.vision):
+        part.requires_grad_(False).to(device)
+    torch.manual_seed(SEED)
+    fuser = Fuser(models.WIDTH, base.vision.config.projection_dim)
+    run = Run(RUNS / "fuser", fuser, warmup_cosine(2e-3, 50, steps), steps, SEED, average=0.98, device=device)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
+
+    @torch.no_grad()
+    def seen(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = {name: tensor.to(device) for name, tensor in said_and_bare(data, rows, base).items()}
+        target, own = (base.read(batch[name])[0][batch["picture"], batch[f"{name}_row"]] for name in ("said", "bare"))
+        return own, base.vision((batch["object"] - mean) / std).image_embeds, target
+
+    def loss_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        own, embeds, target = seen(rows_of(step, 64, data.count - SHARD))
+        return {"squared": (fuser(own, embeds) - target).square().mean()}
+
+    held_out = seen(np.arange(data.count - SHARD, data.count - SHARD + 512))
+
+    def report(step: int) -> dict[str, float]:
+        own, embeds, target = held_out
+        averaged = Fuser.from_state(run.best_state()).to(device)
+        with torch.no_grad():
+            left = (averaged(own, embeds) - target).square().sum() / (own - target).square().sum()
+        return {"found": round(1 - float(left), 4)}
+
+    run.train(loss_of, 50, report, 250, half=False)
+    with whole_file(FILE) as part:
+        save_file({FUSER + name: tensor.cpu().contiguous() for name, tensor in run.best_state().items()}, part)
+    print(f"{FILE}: {report(steps)['found']:.1%} of what words add to a noun's state")
