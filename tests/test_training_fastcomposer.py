@@ -646,6 +646,10 @@ def test_a_run_starts_from_the_fuser_of_a_file(narrow, data_folder, tmp_path):
     fastcomposer.main(options_of(data_folder, tmp_path / "run", *more))
     exported = split(load_file(tmp_path / "run" / "fastcomposer.safetensors"))[FUSER]
     assert all(torch.equal(exported[name], tensor) for name, tensor in taught.state_dict().items())
+    narrower = Fuser(128, 64).state_dict()
+    save_file({FUSER + name: tensor for name, tensor in narrower.items()}, tmp_path / "taught.safetensors")
+    with pytest.raises(ValueError, match="of widths 128 and 128 is wanted, but .* has 128 and 64"):
+        fastcomposer.main(options_of(data_folder, tmp_path / "run", *more))
 
 
 # ---- bad inputs ---------------------------------------------------------------------------------------------------
@@ -672,7 +676,7 @@ def test_a_run_starts_from_the_fuser_of_a_file(narrow, data_folder, tmp_path):
         (
             {"--fuser": "none.safetensors"},
             ValueError,
-            "--fuser: .* for widths 128 and 128 is wanted, not none.safetensors",
+            "--fuser: .* of widths 128 and 128 is wanted, not none.safetensors",
         ),
         ({"--precision": "fp16"}, ValueError, "--precision: no or bf16 is wanted on a cpu, not fp16"),
     ],

@@ -1,5 +1,5 @@
-"""The file that Load FastComposer reads: fuser, trained vision layers, and the UNet or its LoRA. Of such a file a run may
-take the fuser that it starts from."""
+"""The file that Load FastComposer reads: fuser, trained vision layers, and the UNet or its LoRA. A run may start from
+the fuser of such a file."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def start_from(fuser: Fuser, path: Path) -> None:
 
     Raises ValueError with one sentence if it holds none of these widths.
     """
+    wanted = f"--fuser: a safetensors file with a fuser of widths {fuser.text_width} and {fuser.image_width} is wanted"
     try:
-        fuser.load_state_dict(split(load_file(path))[FUSER])
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        width = f"{fuser.text_width} and {fuser.image_width}"
-        raise ValueError(
-            f"--fuser: a safetensors file with FastComposer's fuser for widths {width} is wanted, not {path} ({error})"
-        ) from error
+        found = Fuser.from_state(split(load_file(path))[FUSER])
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{wanted}, not {path} ({error})") from error
+    if (found.text_width, found.image_width) != (fuser.text_width, fuser.image_width):
+        raise ValueError(f"{wanted}, but {path} has {found.text_width} and {found.image_width}")
+    fuser.load_state_dict(found.state_dict())
