@@ -1,13 +1,19 @@
 """Losses and batches of Shapeland's training against hand-made cases."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
 
+from conceptloom.encoders.fastcomposer import FUSER, split  # noqa: E402
+from conceptloom.encoders.fuser import Fuser  # noqa: E402
 from conceptloom.shapeland import models, world  # noqa: E402
-from conceptloom.training.shapeland import clip, scenes, unet  # noqa: E402
+from conceptloom.training.base import open_base  # noqa: E402
+from conceptloom.training.shapeland import clip, fuser, scenes, unet  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +146,38 @@ def test_sampler_with_a_perfect_model_gives_the_picture():
     empty = torch.zeros(1, models.TOKENS, models.WIDTH)
     out = unet.sample(Perfect(), empty.expand(2, -1, -1), empty, steps=10, guidance=3.0, seed=0)
     assert torch.allclose(out, target.expand(2, -1, -1, -1), atol=1e-3)
+
+
+def test_things_are_said_with_all_their_looks_and_bare(data):
+    base = open_base("shapeland")
+    batch = fuser.said_and_bare(data, np.arange(48), base)
+    expected = []
+    for row in range(48):
+        scene = world.random_scene(np.random.default_rng((3, 0, row)))
+        label = data.take("label", np.array([row]))[0]
+        expected += [(row, thing) for i, thing in enumerate(scene.things) if (label == i + 1).sum() >= 20]
+    assert len(expected) == len(batch["picture"]) > 48
+    for at, (row, thing) in enumerate(expected):
+        assert batch["picture"][at] == row
+        identity, words = thing.identity, {}
+        for name in ("said", "bare"):
+            tokens = [scenes.WORDS[t] if t < len(scenes.WORDS) else "<start>" for t in batch[name][row, 0]]
+            words[name] = tokens[: batch[f"{name}_row"][at] + 1]
+        looks = [world.COLORS[identity.color], "and", world.COLORS[identity.second], world.PATTERNS[identity.pattern]]
+        assert words["said"][-5:] == [*looks, world.NOUNS[thing.noun]]
+        assert words["bare"][-1] == world.NOUNS[thing.noun] and not set(words["bare"]) & {*looks} - {"and"}
+        pixels = batch["object"][at].permute(1, 2, 0)
+        colors = torch.tensor([identity.rgb, identity.second_rgb])
+        near = (pixels[:, :, None] - colors).abs().amax(-1).amin(-1) < 0.1
+        # A moon covers least of its box.
+        assert near.float().mean() > 0.15, (row, thing)
+
+
+def test_a_fuser_learns_what_words_would_say_and_leaves_a_file_to_start_from(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fuser, "open_scenes", lambda: data)
+    for name, value in {"SHARD": 16, "HELD_OUT": 16, "BATCH": 16, "RUNS": tmp_path}.items():
+        monkeypatch.setattr(fuser, name, value)
+    fuser.train_fuser("cpu", 80)
+    assert float(re.search(r"([\d.]+)% of what words add", capsys.readouterr().out)[1]) > 50
+    taught = split(load_file(tmp_path / "fuser" / "fuser.safetensors"))[FUSER]
+    assert Fuser.from_state(taught).text_width == models.WIDTH

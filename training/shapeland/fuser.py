@@ -22,7 +22,7 @@ from ..loop import Run, warmup_cosine
 from .common import RUNS, SEED, open_scenes, rows_of
 from .scenes import SHARD, Scenes
 
-FILE = RUNS / "fuser" / "fuser.safetensors"
+BATCH, HELD_OUT = 64, 512
 _LEAST_PIXELS = 20
 
 
@@ -58,7 +58,8 @@ def said_and_bare(data: Scenes, rows: np.ndarray, base: Base) -> dict[str, torch
 
 
 def train_fuser(device: str, steps: int) -> None:
-    """Writes FILE, and how much of what words add to a noun's state the fuser finds in held-out pictures."""
+    """Writes fuser.safetensors into the run's folder, and tells how much of what words add to a noun's state the fuser
+    finds in held-out pictures."""
     data = open_scenes()
     base = open_base("shapeland")
     for part in (base.towers, base.vision):
@@ -75,10 +76,10 @@ def train_fuser(device: str, steps: int) -> None:
         return own, base.vision((batch["object"] - mean) / std).image_embeds, target
 
     def loss_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        own, embeds, target = seen(rows_of(step, 64, data.count - SHARD))
+        own, embeds, target = seen(rows_of(step, BATCH, data.count - SHARD))
         return {"squared": (fuser(own, embeds) - target).square().mean()}
 
-    held_out = seen(np.arange(data.count - SHARD, data.count - SHARD + 512))
+    held_out = seen(np.arange(data.count - SHARD, data.count - SHARD + HELD_OUT))
 
     def report(step: int) -> dict[str, float]:
         own, embeds, target = held_out
@@ -88,6 +89,7 @@ def train_fuser(device: str, steps: int) -> None:
         return {"found": round(1 - float(left), 4)}
 
     run.train(loss_of, 50, report, 250, half=False)
-    with whole_file(FILE) as part:
+    file = RUNS / "fuser" / "fuser.safetensors"
+    with whole_file(file) as part:
         save_file({FUSER + name: tensor.cpu().contiguous() for name, tensor in run.best_state().items()}, part)
-    print(f"{FILE}: {report(steps)['found']:.1%} of what words add to a noun's state")
+    print(f"{file}: {report(steps)['found']:.1%} of what words add to a noun's state")
