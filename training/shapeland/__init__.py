@@ -2,9 +2,9 @@
 
 Stages, in the order in which each needs the ones before: scenes, autoencoder, clip, judge, unet, fuser. Every stage is
 deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped, and
-writes its weights to `shapeland/weights/` at its end, but for the fuser's: its folder receives a file from which
-FastComposer's training starts. The stage `check` trains nothing: the shipped UNet draws 512
-held-out captions in 50 steps, and the judge reads them.
+writes its weights to `shapeland/weights/` at its end; only the fuser's stay in its folder, for FastComposer's training
+to start from. The stage `check` trains nothing: the shipped UNet draws 512 held-out captions in 50 steps, and the judge
+reads them.
 """
 
 from __future__ import annotations
