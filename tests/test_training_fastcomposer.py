@@ -652,6 +652,23 @@ def test_a_run_starts_from_the_fuser_of_a_file(narrow, data_folder, tmp_path):
         fastcomposer.main(options_of(data_folder, tmp_path / "run", *more))
 
 
+def test_fuser_and_tower_have_a_rate_of_their_own(narrow, data_folder, tmp_path):
+    def exported(*more):
+        options = options_of(data_folder, tmp_path / "-".join(("run", *more)), *more, "--vision-layers", "1")
+        fastcomposer.main([*options, "--rate", "1e-3", "--average", "0", "--export-precision", "fp32"])
+        return load_file(tmp_path / "-".join(("run", *more)) / "fastcomposer.safetensors")
+
+    start = exported("--steps", "0")
+    for rate, moves in (("0", False), ("1e-3", True)):
+        after = exported("--steps", "1", "--fuser-rate", rate)
+        for name, tensor in start.items():
+            if name.endswith((".alpha", "lora_down.weight")):
+                continue
+            assert torch.equal(after[name], tensor) != (moves or "lora_up" in name), name
+    same = exported("--steps", "1")
+    assert all(torch.equal(same[name], tensor) for name, tensor in after.items())
+
+
 # ---- bad inputs ---------------------------------------------------------------------------------------------------
 
 

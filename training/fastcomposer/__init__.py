@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=("no", *_HALF), default="no", help="mixed precision (default: %(default)s)")
     add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
     add("--rate", type=float, help="of learning (default: full 1e-5, lora 3e-4)")
+    add("--fuser-rate", type=float, help="of fuser and vision tower, which may have learnt before (default: --rate)")
     add("--warmup", type=int, default=0, help="steps in which the rate rises (default: %(default)s)")
     add("--average", type=float, help="of the weights, per step; 0 for none (default: full 0, lora 0.999)")
     add("--localization", type=float, default=1e-3, help="weight of its loss; 0 for none (default: %(default)s)")

@@ -30,6 +30,7 @@ class Settings:
         steps: to train to.
         batch: pictures of a process at a time.
         rate: of learning, constant after `warmup` steps.
+        fuser_rate: that of the fuser and the vision tower, which may have learnt before; None for the same.
         average: how much of the averaged weights a step keeps; 0 keeps none.
         seed: of all that is drawn.
         workers: processes that read pictures; 0 reads them between steps.
@@ -40,6 +41,7 @@ class Settings:
     steps: int
     batch: int
     rate: float
+    fuser_rate: float | None = None
     warmup: int = 0
     average: float = 0.0
     seed: int = 0
@@ -87,9 +89,11 @@ class Run:
         self.composer, self.sheet, self.step = composer, sheet, 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.trainables = composer.trainables
-        optimizer = torch.optim.AdamW(
-            self.trainables.values(), lr=settings.rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2
-        )
+        unet = {name: p for name, p in self.trainables.items() if name.startswith("unet.")}
+        rest = [p for name, p in self.trainables.items() if name not in unet]
+        self.rates = settings.rate, settings.rate if settings.fuser_rate is None else settings.fuser_rate
+        groups = [{"params": parameters, "lr": 0.0} for parameters in (list(unet.values()), rest)]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
         self.model, self.optimizer = accelerator.prepare(composer, optimizer)
         self.averaged = None
         if settings.average:
@@ -192,8 +196,8 @@ class Run:
     def _learn(self, batches: Iterator[dict[str, torch.Tensor]], shares: Shares) -> dict[str, torch.Tensor]:
         """One step; returns the means of the losses, and the gradient's norm."""
         s, accelerator, base = self.settings, self.accelerator, self.composer.base
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.rate * min(1.0, (self.step + 1) / max(1, s.warmup))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * min(1.0, (self.step + 1) / max(1, s.warmup))
         found, norm = {}, None
         for i in range(self.accumulate):
             first = self.step * self.pictures_a_step + shares.offset(i)
