@@ -25,6 +25,8 @@ SYSTEM = "concept_weaver"
 SUBJECTS = (2, 3, 5)
 STEPS, SCHEDULER = 25, "ddim_uniform"
 DILATION = 0.03
+INJECTION = plugandplay.Settings(residual_share=1.0, attention_share=0.8, blocks=plugandplay.PUBLISHED)
+"""What holds shapes on Shapeland's UNet, where the paper's settings do not."""
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 SHOWN = (
     "default",
@@ -32,6 +34,7 @@ SHOWN = (
     "merged_loras",
     "score_mixing",
     "no_injection",
+    "paper_injection",
     "joint_prompt",
     "lambda_0.0",
     "lambda_1.0",
@@ -44,9 +47,12 @@ Each case is a scene that the world draws (the template), inverted, and sampled 
 concepts, whose identities no word says.
 
 - **structure**: intersection over union of the template's masks and those of the result.
-- *default* is feature fusion with Plug-and-Play and lambda {fusion.Settings().suppression:g}. *merged_loras* adds all
-  concepts to the weights and puts all their words into one prompt, with the same injection. *score_mixing* denoises the
-  picture once per concept and mixes by the masks. *no_injection* leaves Plug-and-Play out, *joint_prompt* gives all
+- *default* is feature fusion with lambda {fusion.Settings().suppression:g} and Plug-and-Play in the published code's
+  blocks, for {INJECTION.residual_share:g} (residual) and {INJECTION.attention_share:g} (attention) of the steps;
+  *paper_injection* takes the paper's blocks, {plugandplay.Settings().residual_share:g} and
+  {plugandplay.Settings().attention_share:g}, and *no_injection* leaves it out.
+- *merged_loras* adds all concepts to the weights and puts all their words into one prompt, with the same injection as
+  the default. *score_mixing* denoises the picture once per concept and mixes by the masks. *joint_prompt* gives all
   concepts the prompt with all their words, *lambda_X* is another suppression, *own_ground* has a seventh concept behind
   the others: an orange that no word of the world says. *plain* is the untouched model on the inverted noise. *truth*
   and *unrelated* stand where the template's things do."""
@@ -79,8 +85,8 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
     on_it = re.sub(r"\w+ background", f"{own.placeholder} {own.class_word}", case.prompt)
     ground = fusion.SpokenConcept(own, encode_text(studio.clip, on_it, own))
 
-    def injected(model):
-        return plugandplay.apply(model, inverted.source, plugandplay.Settings())
+    def injected(model, settings=INJECTION):
+        return plugandplay.apply(model, inverted.source, settings)
 
     def fused(model, spoken=prompts.concepts, background=None, **changed):
         return fusion.apply(model, prompts.positive, spoken, partition, fusion.Settings(**changed), background)
@@ -92,6 +98,7 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         "merged_loras": (injected(merged(studio.model, concepts)), joint),
         "score_mixing": fused(base, mode=fusion.SCORES),
         "no_injection": fused(studio.model),
+        "paper_injection": fused(injected(studio.model, plugandplay.Settings())),
         "joint_prompt": fused(base, [fusion.SpokenConcept(concept, joint) for concept in concepts]),
         **{f"lambda_{value}": fused(base, suppression=value) for value in LAMBDAS},
         "own_ground": fused(base, background=ground),

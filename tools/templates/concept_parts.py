@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from workflow_builder import Node, Output, Workflow
 
+SHAPELAND_INJECTION = {
+    "residual_share": 1.0,
+    "attention_share": 0.8,
+    "blocks": "all from the second on (published code)",
+}
+"""Plug-and-Play's inputs for Shapeland, whose shapes the paper's settings do not hold (docs/report.md)."""
+
 
 @dataclass(frozen=True)
 class Base:

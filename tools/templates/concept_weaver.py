@@ -6,7 +6,7 @@ from functools import partial
 
 from workflow_builder import Node, Output, Workflow
 
-from .concept_parts import Base, bank, enlarged, places, sample, shapeland_base, stitched
+from .concept_parts import SHAPELAND_INJECTION, Base, bank, enlarged, places, sample, shapeland_base, stitched
 from .freecustom import NEGATIVE, SD15, SDXL
 
 SAM3 = {
@@ -41,8 +41,10 @@ def weave(
     texts: tuple[str, str],
     steps: int,
     cfg: float,
+    **injection,
 ) -> tuple[Node, Node, Output]:
-    """Prompts, inversion, injection, fusion and sampling; the prompts, the inversion and the picture."""
+    """Prompts, inversion, injection with the given inputs, fusion and sampling; the prompts, the inversion and the
+    picture."""
     text, negative = texts
     prompts = flow.add(
         "ConceptLoomConceptPrompts",
@@ -56,7 +58,9 @@ def weave(
         column=3,
     )
     injected = flow.add(
-        "ConceptLoomPlugAndPlayInjection", {"model": base.model, "trajectory": inverted["trajectory"]}, column=3
+        "ConceptLoomPlugAndPlayInjection",
+        {"model": base.model, "trajectory": inverted["trajectory"], **injection},
+        column=3,
     )
     fused = flow.add(
         "ConceptLoomMultiConceptFusion",
@@ -94,7 +98,9 @@ def shapeland(flow: Workflow) -> None:
     encoded = flow.add("VAEEncode", {"pixels": scene[0], "vae": base.vae}, column=1)
     segmenter = flow.add("ConceptLoomLoadSegmenter", {"kind": "Shapeland judge"}, column=1)
     found = places(flow, segmenter, scene[0], "star, fish, house")
-    prompts, _, picture = weave(flow, base, concepts, encoded[0], found[1][0], (text, ""), 25, 4.0)
+    prompts, _, picture = weave(
+        flow, base, concepts, encoded[0], found[1][0], (text, ""), 25, 4.0, **SHAPELAND_INJECTION
+    )
     flow.add("PreviewAny", {"source": prompts["texts"]}, column=4, title="What each concept's prompt says")
     looks = [
         flow.add(

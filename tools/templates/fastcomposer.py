@@ -48,7 +48,7 @@ def load(flow: Workflow) -> tuple[Node, Node]:
 def sampling(**changes) -> dict:
     """KSampler's inputs on Shapeland."""
     return {
-        "seed": 7,
+        "seed": 9,
         "steps": 25,
         "cfg": 4.0,
         "sampler_name": "dpmpp_2m",
@@ -92,15 +92,15 @@ def shapeland(flow: Workflow) -> None:
         "- `weight` 0 of a subject leaves its word as text",
         column=0,
     )
-    fish = reference(flow, "a fish on a white background", "fish", 12, 64, 3.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 3.0)
-    text = "a fish @subject and a star @subject on a navy background"
-    nodes = fuse(flow, parts, parts["CLIP"], [fish[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
+    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
+    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
+    text = "a house @subject and a star @subject on a navy background"
+    nodes = fuse(flow, parts, parts["CLIP"], [house[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
     negative = flow.add(
         "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
     )
     latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=3)
-    shown = [fish[0][0], star[0][0]]
+    shown = [house[0][0], star[0][0]]
     for title, positive in (("Without (same seed)", nodes[1]["text_only"]), ("With the subjects", nodes[2][0])):
         sampled = flow.add(
             "KSampler",
@@ -115,11 +115,11 @@ def shapeland(flow: Workflow) -> None:
             title=title,
         )
         shown.append(flow.add("VAEDecode", {"samples": sampled[0], "vae": base["VAE"]}, column=5)[0])
-    judged = flow.add("ConceptLoomReadPicture", {"image": shown[-1], "reference": fish[0][0]}, column=5)
-    flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the fish")
+    judged = flow.add("ConceptLoomReadPicture", {"image": shown[-1], "reference": house[0][0]}, column=5)
+    flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the house")
     flow.add("PreviewAny", {"source": nodes[1]["report"]}, column=6, title="Where the subjects landed")
     show(flow, shown, "conceptloom/fastcomposer")
-    flow.group("1. Subjects", [*fish, *star])
+    flow.group("1. Subjects", [*house, *star])
     flow.group("2. Prompt with subjects", [*nodes, negative, latent])
 
 
@@ -132,10 +132,10 @@ def with_freecustom(flow: Workflow) -> None:
         "(FastComposer) and into self-attention (FreeCustom), which carries their texture.",
         column=0,
     )
-    fish = reference(flow, "a fish on a white background", "fish", 12, 64, 2.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 2.0)
-    text = "a fish @subject and a star @subject on a navy background"
-    nodes = fuse(flow, parts, parts["CLIP"], [fish[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
+    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
+    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
+    text = "a house @subject and a star @subject on a navy background"
+    nodes = fuse(flow, parts, parts["CLIP"], [house[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
     patched = flow.add(
         "ConceptLoomMultiReferenceSelfAttention",
         {"model": parts["MODEL"], "clip": parts["CLIP"], "vae": base["VAE"], "subjects": [nodes[0][0]]},
@@ -145,7 +145,7 @@ def with_freecustom(flow: Workflow) -> None:
         "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
     )
     latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=3)
-    shown = [fish[0][0], star[0][0]]
+    shown = [house[0][0], star[0][0]]
     for title, model in (("FastComposer alone", parts["MODEL"]), ("With FreeCustom", patched[0])):
         sampled = flow.add(
             "KSampler",
@@ -161,7 +161,7 @@ def with_freecustom(flow: Workflow) -> None:
         )
         shown.append(flow.add("VAEDecode", {"samples": sampled[0], "vae": base["VAE"]}, column=5)[0])
     show(flow, shown, "conceptloom/fastcomposer_freecustom")
-    flow.group("1. Subjects", [*fish, *star])
+    flow.group("1. Subjects", [*house, *star])
     flow.group("2. Prompt and self-attention", [*nodes, patched, negative, latent])
 
 

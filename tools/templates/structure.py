@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workflow_builder import Node, Workflow
 
-from .concept_parts import bank, enlarged, places, sample, shapeland_base, stitched
+from .concept_parts import SHAPELAND_INJECTION, bank, enlarged, places, sample, shapeland_base, stitched
 
 
 def prompt(flow: Workflow, clip, text: str, title: str) -> Node:
@@ -44,7 +44,7 @@ def plug_and_play(flow: Workflow) -> None:
     )
     injected = flow.add(
         "ConceptLoomPlugAndPlayInjection",
-        {"model": base["MODEL"], "trajectory": inverted["trajectory"]},
+        {"model": base["MODEL"], "trajectory": inverted["trajectory"], **SHAPELAND_INJECTION},
         column=3,
     )
     pictures = []
