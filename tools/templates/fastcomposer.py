@@ -48,7 +48,6 @@ def load(flow: Workflow) -> tuple[Node, Node]:
 def sampling(**changes) -> dict:
     """KSampler's inputs on Shapeland."""
     return {
-        "seed": 9,
         "steps": 25,
         "cfg": 4.0,
         "sampler_name": "dpmpp_2m",
@@ -56,6 +55,41 @@ def sampling(**changes) -> dict:
         "denoise": 1.0,
         **changes,
     }
+
+
+def two_subjects(flow: Workflow, parts: Node) -> tuple[list[Node], list[Node], list[Node]]:
+    """A house and a star, and the prompt that both are fused into: the subjects' nodes, the prompt's (encoder, fuse,
+    delay), and what any sampler needs besides (negative prompt, latent)."""
+    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
+    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
+    text = "a house @subject and a star @subject on a navy background"
+    nodes = fuse(flow, parts, parts["CLIP"], [house[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
+    negative = flow.add(
+        "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
+    )
+    latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=3)
+    return [*house, *star], nodes, [negative, latent]
+
+
+def compared(flow: Workflow, vae, plans: dict, rest: list[Node], seed: int) -> list:
+    """Pictures of one seed, by title, each of a model and a positive conditioning."""
+    negative, latent = rest
+    pictures = []
+    for title, (model, positive) in plans.items():
+        sampled = flow.add(
+            "KSampler",
+            {
+                "model": model,
+                "positive": positive,
+                "negative": negative[0],
+                "latent_image": latent[0],
+                **sampling(seed=seed),
+            },
+            column=4,
+            title=title,
+        )
+        pictures.append(flow.add("VAEDecode", {"samples": sampled[0], "vae": vae}, column=5)[0])
+    return pictures
 
 
 def show(flow: Workflow, pictures: list, prefix: str) -> None:
@@ -92,35 +126,16 @@ def shapeland(flow: Workflow) -> None:
         "- `weight` 0 of a subject leaves its word as text",
         column=0,
     )
-    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
-    text = "a house @subject and a star @subject on a navy background"
-    nodes = fuse(flow, parts, parts["CLIP"], [house[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
-    negative = flow.add(
-        "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
-    )
-    latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=3)
-    shown = [house[0][0], star[0][0]]
-    for title, positive in (("Without (same seed)", nodes[1]["text_only"]), ("With the subjects", nodes[2][0])):
-        sampled = flow.add(
-            "KSampler",
-            {
-                "model": parts["MODEL"],
-                "positive": positive,
-                "negative": negative[0],
-                "latent_image": latent[0],
-                **sampling(),
-            },
-            column=4,
-            title=title,
-        )
-        shown.append(flow.add("VAEDecode", {"samples": sampled[0], "vae": base["VAE"]}, column=5)[0])
-    judged = flow.add("ConceptLoomReadPicture", {"image": shown[-1], "reference": house[0][0]}, column=5)
+    subjects, nodes, rest = two_subjects(flow, parts)
+    model, plain, fused = parts["MODEL"], nodes[1]["text_only"], nodes[2][0]
+    plans = {"Without (same seed)": (model, plain), "With the subjects": (model, fused)}
+    shown = [subjects[0][0], subjects[2][0], *compared(flow, base["VAE"], plans, rest, 9)]
+    judged = flow.add("ConceptLoomReadPicture", {"image": shown[-1], "reference": subjects[0][0]}, column=5)
     flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the house")
     flow.add("PreviewAny", {"source": nodes[1]["report"]}, column=6, title="Where the subjects landed")
     show(flow, shown, "conceptloom/fastcomposer")
-    flow.group("1. Subjects", [*house, *star])
-    flow.group("2. Prompt with subjects", [*nodes, negative, latent])
+    flow.group("1. Subjects", subjects)
+    flow.group("2. Prompt with subjects", [*nodes, *rest])
 
 
 def with_freecustom(flow: Workflow) -> None:
@@ -132,37 +147,18 @@ def with_freecustom(flow: Workflow) -> None:
         "(FastComposer) and into self-attention (FreeCustom), which carries their texture.",
         column=0,
     )
-    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
-    text = "a house @subject and a star @subject on a navy background"
-    nodes = fuse(flow, parts, parts["CLIP"], [house[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
+    subjects, nodes, rest = two_subjects(flow, parts)
     patched = flow.add(
         "ConceptLoomMultiReferenceSelfAttention",
         {"model": parts["MODEL"], "clip": parts["CLIP"], "vae": base["VAE"], "subjects": [nodes[0][0]]},
         column=3,
     )
-    negative = flow.add(
-        "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
-    )
-    latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=3)
-    shown = [house[0][0], star[0][0]]
-    for title, model in (("FastComposer alone", parts["MODEL"]), ("With FreeCustom", patched[0])):
-        sampled = flow.add(
-            "KSampler",
-            {
-                "model": model,
-                "positive": nodes[2][0],
-                "negative": negative[0],
-                "latent_image": latent[0],
-                **sampling(),
-            },
-            column=4,
-            title=title,
-        )
-        shown.append(flow.add("VAEDecode", {"samples": sampled[0], "vae": base["VAE"]}, column=5)[0])
+    model, fused = parts["MODEL"], nodes[2][0]
+    plans = {"FastComposer alone": (model, fused), "With FreeCustom": (patched[0], fused)}
+    shown = [subjects[0][0], subjects[2][0], *compared(flow, base["VAE"], plans, rest, 0)]
     show(flow, shown, "conceptloom/fastcomposer_freecustom")
-    flow.group("1. Subjects", [*house, *star])
-    flow.group("2. Prompt and self-attention", [*nodes, patched, negative, latent])
+    flow.group("1. Subjects", subjects)
+    flow.group("2. Prompt and self-attention", [*nodes, patched, *rest])
 
 
 def sd15(flow: Workflow) -> None:

@@ -29,13 +29,13 @@ def plug_and_play(flow: Workflow) -> None:
         "- the `error` of the inversion: more `refinements` bring it down",
         column=0,
     )
-    described = "a red striped star and a blue mug on a gray background"
+    described = "a red striped star on a gray background"
     scene = flow.add(
-        "ConceptLoomDrawScene", {"description": described, "seed": 4}, column=1, title="The picture to start from"
+        "ConceptLoomDrawScene", {"description": described, "seed": 3}, column=1, title="The picture to start from"
     )
     encoded = flow.add("VAEEncode", {"pixels": scene[0], "vae": base["VAE"]}, column=1)
     source = prompt(flow, base["CLIP"], described, "What the picture shows")
-    target = prompt(flow, base["CLIP"], "a green star and a yellow mug on a navy background", "What it shall show")
+    target = prompt(flow, base["CLIP"], "a green star on a navy background", "What it shall show")
     negative = prompt(flow, base["CLIP"], "", "Negative prompt (empty)")
     inverted = flow.add(
         "ConceptLoomDDIMInversion",
