@@ -687,6 +687,8 @@ def test_fuser_and_tower_have_a_rate_of_their_own(narrow, data_folder, tmp_path)
         ({"--batch": "0"}, ValueError, "--batch: at least 1 is wanted, not 0"),
         ({"--accumulate": "0"}, ValueError, "--accumulate: at least 1 is wanted, not 0"),
         ({"--average": "1"}, ValueError, "--average: a share from 0 up to but not 1 is wanted, not 1"),
+        ({"--rate": "-1"}, ValueError, "--rate: at least 0 is wanted, not -1.0"),
+        ({"--fuser-rate": "nan"}, ValueError, "--fuser-rate: at least 0 is wanted, not nan"),
         ({"--localization": "-1"}, ValueError, "--localization: at least 0 is wanted"),
         ({"--mask-loss-probability": "2"}, ValueError, "--mask-loss-probability: a share from 0 to 1"),
         ({"--export": "a.bin"}, ValueError, "ends in .safetensors is wanted, not a.bin"),

@@ -11,7 +11,7 @@ SHAPELAND_INJECTION = {
     "attention_share": 0.8,
     "blocks": "all from the second on (published code)",
 }
-"""Plug-and-Play's inputs for Shapeland, whose shapes the paper's settings do not hold (docs/report.md)."""
+"""Plug-and-Play's inputs for Shapeland, whose shapes the paper's blocks and shares do not hold."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Settings:
         for name, least in (("steps", 0), ("batch", 1), ("warmup", 0), ("workers", 0), ("log_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: at least {least} is wanted, not {getattr(self, name)}")
+        # The optimizer looks at its default rate alone, not at those of its groups.
+        for name in ("rate", "fuser_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not rate >= 0:
+                raise ValueError(f"--{name.replace('_', '-')}: at least 0 is wanted, not {rate}")
         if not 0 <= self.average < 1:
             raise ValueError(f"--average: a share from 0 up to but not 1 is wanted, not {self.average}")
         if self.workers and "fork" not in multiprocessing.get_all_start_methods():
@@ -89,10 +94,11 @@ class Run:
         self.composer, self.sheet, self.step = composer, sheet, 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.trainables = composer.trainables
-        unet = {name: p for name, p in self.trainables.items() if name.startswith("unet.")}
-        rest = [p for name, p in self.trainables.items() if name not in unet]
+        unet, rest = (
+            [p for name, p in self.trainables.items() if name.startswith("unet.") == inside] for inside in (True, False)
+        )
         self.rates = settings.rate, settings.rate if settings.fuser_rate is None else settings.fuser_rate
-        groups = [{"params": parameters, "lr": 0.0} for parameters in (list(unet.values()), rest)]
+        groups = [{"params": parameters, "lr": rate} for parameters, rate in zip((unet, rest), self.rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
         self.model, self.optimizer = accelerator.prepare(composer, optimizer)
         self.averaged = None
