@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -23,43 +24,48 @@ NEGLIGIBLE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
-    """Where one concept is seen at a layer.
+class Voices:
+    """Concepts that answer in one attention, because their prompts are as long and their regions about as large.
 
     Attributes:
-        tokens: (n,) numbers of the layer's tokens, each at most once.
-        share: (n, 1) the concept's part of each of them, 0..1.
+        tokens: (n, m) numbers of the layer's tokens at which each concept is seen; smaller regions are filled up.
+        share: (n, m, 1) the concept's part of each of them, 0..1; what fills up has none.
+        key, value: (n, Lk, C) that each concept's prompt gives through its own weights.
     """
 
     tokens: torch.Tensor
     share: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: torch.Tensor) -> Region | None:
-        """The region of a layer's mask (h, w) or (tokens,); None where it is empty."""
-        flat = mask.flatten()
-        tokens = torch.nonzero(flat > NEGLIGIBLE).flatten()
-        return cls(tokens, flat[tokens, None]) if len(tokens) else None
-
-
-@dataclass(frozen=True, eq=False)
-class Voice:
-    """A concept at a layer: its region, and the keys and values that its prompt gives through its own weights.
-
-    Attributes:
-        region: where it is seen.
-        key, value: (1, Lk, C); Lk may differ between concepts.
-    """
-
-    region: Region
     key: torch.Tensor
     value: torch.Tensor
+
+
+def voices_of(masks: torch.Tensor, spoken: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Voices]:
+    """The concepts of a layer, put together; one whose mask is empty is left out.
+
+    Regions share an attention while the larger has less than twice the tokens of the smaller, so filling up costs less
+    than the attention itself.
+
+    Args:
+        masks: (N, h, w) or (N, tokens), the layer's.
+        spoken: N times key and value, (1, Lk, C) each; Lk may differ between concepts.
+    """
+    alike: dict[tuple[int, int], list[tuple[torch.Tensor, ...]]] = {}
+    for mask, (key, value) in zip(masks.flatten(1) if masks.ndim > 2 else masks, spoken, strict=True):
+        tokens = torch.nonzero(mask > NEGLIGIBLE).flatten()
+        if len(tokens):
+            alike.setdefault((key.shape[1], len(tokens).bit_length()), []).append((tokens, mask[tokens], key, value))
+    found = []
+    for group in alike.values():
+        tokens, shares, keys, values = zip(*group, strict=True)
+        padded, share = pad_sequence(tokens, batch_first=True), pad_sequence(shares, batch_first=True)
+        found.append(Voices(padded, share[..., None], torch.cat(keys), torch.cat(values)))
+    return found
 
 
 def fuse(
     query: torch.Tensor,
     base: torch.Tensor,
-    voices: Sequence[Voice],
+    voices: Sequence[Voices],
     attend: Attend,
     suppression: float = 0.0,
     norm_cap: float = 0.0,
@@ -78,13 +84,14 @@ def fuse(
         norm_cap: the most by which suppression may lengthen a token (L1 norm, as a ratio to the unsuppressed mix);
             0 sets no bound.
     """
-    mixed = base.clone()
-    for voice in voices:
-        tokens, share = voice.region.tokens, voice.region.share
-        rows = len(query)
-        answer = attend(query[:, tokens], voice.key.expand(rows, -1, -1), voice.value.expand(rows, -1, -1))
+    rows, mixed = len(query), base.clone()
+    for together in voices:
+        key, value = (x.expand(rows, -1, -1, -1).flatten(0, 1) for x in (together.key, together.value))
+        answer = attend(query[:, together.tokens].flatten(0, 1), key, value).unflatten(0, (rows, -1))
         # From the base towards the concept: shares below 1 leave the rest to the base or to the next voice.
-        mixed[:, tokens] += share * (answer - base[:, tokens])
+        change = together.share * (answer - base[:, together.tokens])
+        # Where two concepts meet, their sum is the same in either order, so a picture is too on any device.
+        mixed += torch.zeros_like(base).index_add_(1, together.tokens.flatten(), change.flatten(1, 2))
     if suppression == 0:
         return mixed
     fused = mixed + suppression * (mixed - base)

@@ -17,7 +17,7 @@ from typing import Any
 import comfy.sampler_helpers
 import torch
 
-from ..attention.fusion import Region, Voice, fuse
+from ..attention.fusion import Voices, fuse, voices_of
 from ..attention.partition import layer_masks
 from ..encoders.concepts import Concept
 from . import passes
@@ -183,7 +183,7 @@ class FusionRun:
         self.last_level = levels(system.settings.end_percent)
         self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._sized: dict[tuple, torch.Tensor] = {}
-        self._regions: dict[tuple, list[Region | None]] = {}
+        self._voices: dict[tuple, list[Voices]] = {}
         self._warned: set[SpokenConcept] = set()
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
@@ -194,7 +194,7 @@ class FusionRun:
         key = (evaluation.x.device, evaluation.model.current_patcher.current_hooks)
         if key not in self._keys:
             self._keys[key] = self._speak(evaluation)
-        return {site: partial(self._attend, spoken, evaluation) for site, spoken in self._keys[key].items()}
+        return {site: partial(self._attend, (site, key), evaluation) for site in self.system.sites}
 
     def layers(self, evaluation: Evaluation) -> dict[str, LayerHandler]:
         """See `patching.LayerRun`."""
@@ -240,14 +240,13 @@ class FusionRun:
                 kept.append(keys_and_values(one.concept, model, site, context))
         return spoken
 
-    def _attend(self, spoken, evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
+    def _attend(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
         base = call.attend(call.q, call.k, call.v)
         # What another node adds here (IPAdapter) stays an addition to whatever is drawn.
         added = None if call.previous is None else call.previous(call.q, call.k, call.v, call.options) - base
-        settings, voices = self.system.settings, []
-        if settings.mode == FEATURES:
-            regions = self._at(call, evaluation)
-            voices = [Voice(region, *kv) for region, kv in zip(regions, spoken, strict=True) if region is not None]
+        site, key = where
+        settings, spoken = self.system.settings, self._keys[key][site]
+        voices = self._put_together(where, evaluation, call) if settings.mode == FEATURES else []
         out = base.clone()
         for part in self._rows(evaluation):
             query = call.q[part.rows]
@@ -256,12 +255,12 @@ class FusionRun:
                     query, base[part.rows], voices, call.attend, settings.suppression, settings.norm_cap
                 )
             else:
-                key, value = (x.expand(len(query), -1, -1) for x in spoken[part.concept])
-                out[part.rows] = call.attend(query, key, value)
+                concept_key, concept_value = (x.expand(len(query), -1, -1) for x in spoken[part.concept])
+                out[part.rows] = call.attend(query, concept_key, concept_value)
         return out if added is None else out + added
 
-    def _at(self, call: AttentionCall, evaluation: Evaluation) -> list[Region | None]:
-        """The concepts' regions at a layer, once per size."""
+    def _put_together(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> list[Voices]:
+        """The concepts at a layer, once per size."""
         grid = call.grid
         whole = tuple(evaluation.x.shape[-2:]) == self.size and len(call.q) == len(evaluation.x)
         if not whole or call.q.shape[1] != grid[0] * grid[1]:
@@ -269,10 +268,11 @@ class FusionRun:
                 f"{NAME}: model: one whose cross-attention sees the whole picture is wanted, but another node gives it "
                 f"parts of shape {tuple(call.q.shape)}"
             )
-        key = (grid, call.q.device, call.q.dtype)
-        if key not in self._regions:
-            masks = self._masks(grid, call.q.device).to(call.q)
-            self._regions[key] = [Region.of(mask) for mask in masks]
+        at = (where, grid, call.q.dtype)
+        if at not in self._voices:
+            site, key = where
+            masks = self._masks(grid, call.q.device)
+            self._voices[at] = voices_of(masks.to(call.q), self._keys[key][site])
             for spoken, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
                 if most < 0.5 and spoken not in self._warned:
                     self._warned.add(spoken)
@@ -282,7 +282,7 @@ class FusionRun:
                         spoken.concept.name,
                         *reversed(grid),
                     )
-        return self._regions[key]
+        return self._voices[at]
 
     def finish(self, samples: torch.Tensor) -> None:
         """Nothing is handed over."""
@@ -291,4 +291,4 @@ class FusionRun:
         """Lets go of all tensors."""
         self._keys.clear()
         self._sized.clear()
-        self._regions.clear()
+        self._voices.clear()

@@ -86,8 +86,9 @@ class TrainConcept(io.ComfyNode):
                     options=list(AUGMENTATIONS),
                     default=STRONG,
                     advanced=True,
-                    tooltip="strong: a third to the whole of the size, anywhere, as Concept Weaver does. custom "
-                    "diffusion: also crops, with words for them. none: as it is.",
+                    tooltip="strong: a third to the whole of the size, anywhere, as Concept Weaver does, for concepts "
+                    "that masks put in their place. custom diffusion: also crops, with words for them. none: as it is, "
+                    "for concepts drawn without masks.",
                 ),
                 io.Boolean.Input(
                     "new_word",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conceptloom.attention.fusion import Region, Voice, fuse
+from conceptloom.attention.fusion import fuse, voices_of
 from torch.nn.functional import scaled_dot_product_attention
 
 HEADS, WIDTH = 2, 8
@@ -31,10 +31,10 @@ def naive(query, context, masks, suppression):
 def scene():
     torch.manual_seed(0)
 
-    def make(concepts, tokens=35, batch=2):
+    def make(concepts, tokens=35, batch=2, longer=3):
         query = torch.randn(batch, tokens, WIDTH, dtype=torch.float64)
         context = [
-            tuple(torch.randn(1, 7 + 3 * i, WIDTH, dtype=torch.float64) for _ in "kv") for i in range(concepts + 1)
+            tuple(torch.randn(1, 7 + longer * i, WIDTH, dtype=torch.float64) for _ in "kv") for i in range(concepts + 1)
         ]
         shares = torch.rand(concepts + 1, tokens, dtype=torch.float64) ** 4
         masks = (shares / shares.sum(0))[1:]
@@ -44,20 +44,16 @@ def scene():
     return make
 
 
-def voices_of(context, masks):
-    made = [(Region.of(mask), *kv) for mask, kv in zip(masks, context[1:], strict=True)]
-    return [Voice(region, key, value) for region, key, value in made if region is not None]
-
-
 def base_of(query, context):
     return attend(query, *(x.expand(len(query), -1, -1) for x in context[0]))
 
 
 @pytest.mark.parametrize("concepts", [1, 2, 3, 5])
 @pytest.mark.parametrize("suppression", [-0.5, 0.0, 0.3, 1.0])
-def test_fusion_is_the_papers_equation_for_any_number_of_concepts(scene, concepts, suppression):
-    query, context, masks = scene(concepts)
-    fused = fuse(query, base_of(query, context), voices_of(context, masks), attend, suppression)
+@pytest.mark.parametrize("longer", [0, 3])
+def test_fusion_is_the_papers_equation_for_any_number_of_concepts(scene, concepts, suppression, longer):
+    query, context, masks = scene(concepts, longer=longer)
+    fused = fuse(query, base_of(query, context), voices_of(masks, context[1:]), attend, suppression)
     assert torch.allclose(fused, naive(query, context, masks, suppression), atol=1e-12)
 
 
@@ -66,24 +62,24 @@ def test_equal_concepts_over_any_partition_are_one_concept(scene):
     context = [context[0], context[1], context[1], context[1]]
     masks = masks / masks.sum(0).clamp(min=1e-9)
     base = base_of(query, context)
-    one = fuse(query, base, [Voice(Region.of(masks.sum(0)), *context[1])], attend, 0.7)
-    many = fuse(query, base, voices_of(context, masks), attend, 0.7)
+    one = fuse(query, base, voices_of(masks.sum(0, keepdim=True), context[1:2]), attend, 0.7)
+    many = fuse(query, base, voices_of(masks, context[1:]), attend, 0.7)
     assert torch.allclose(one, many, atol=1e-12)
 
 
 def test_concepts_equal_to_the_base_change_nothing_whatever_the_suppression(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
-    fused = fuse(query, base, voices_of([context[0]] * 3, masks), attend, 0.9)
+    fused = fuse(query, base, voices_of(masks, [context[0]] * 2), attend, 0.9)
     assert torch.allclose(fused, base, atol=1e-12)
 
 
 def test_a_concept_has_no_effect_where_its_mask_is_empty(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
-    before = fuse(query, base, voices_of(context, masks), attend, 0.3)
+    before = fuse(query, base, voices_of(masks, context[1:]), attend, 0.3)
     changed = [*context[:2], tuple(x + 1 for x in context[2])]
-    after = fuse(query, base, voices_of(changed, masks), attend, 0.3)
+    after = fuse(query, base, voices_of(masks, changed[1:]), attend, 0.3)
     outside = masks[1] == 0
     assert 0 < outside.sum() < len(outside)
     assert torch.equal(before[:, outside], after[:, outside])
@@ -94,9 +90,9 @@ def test_mixing_before_the_output_projection_is_mixing_after_it(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
     weight, bias = torch.randn(WIDTH, WIDTH, dtype=torch.float64), torch.randn(WIDTH, dtype=torch.float64)
-    projected = fuse(query, base, voices_of(context, masks), attend, 0.4) @ weight + bias
+    projected = fuse(query, base, voices_of(masks, context[1:]), attend, 0.4) @ weight + bias
     after = fuse(
-        query, base @ weight + bias, voices_of(context, masks), lambda q, k, v: attend(q, k, v) @ weight + bias, 0.4
+        query, base @ weight + bias, voices_of(masks, context[1:]), lambda q, k, v: attend(q, k, v) @ weight + bias, 0.4
     )
     assert torch.allclose(projected, after, atol=1e-12)
 
@@ -104,7 +100,7 @@ def test_mixing_before_the_output_projection_is_mixing_after_it(scene):
 def test_the_norm_cap_bounds_what_suppression_adds(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
-    voices = voices_of(context, masks)
+    voices = voices_of(masks, context[1:])
     mixed, free, capped = (fuse(query, base, voices, attend, lam, cap) for lam, cap in ((0, 0), (3.0, 0), (3.0, 1.2)))
     lengths = [x.abs().sum(-1) for x in (mixed, free, capped)]
     assert (lengths[1] > 1.2 * lengths[0]).any()
@@ -113,8 +109,16 @@ def test_the_norm_cap_bounds_what_suppression_adds(scene):
     assert torch.equal(free[within], capped[within])
 
 
-def test_an_empty_mask_has_no_region():
-    assert Region.of(torch.zeros(4, 5)) is None
-    region = Region.of(torch.eye(3))
-    assert region.tokens.tolist() == [0, 4, 8]
-    assert region.share.shape == (3, 1)
+def test_concepts_answer_together_where_prompts_are_as_long_and_regions_about_as_large():
+    """Equal in length are 0, 1, 2 and 4; of these 0 and 1 have 4 and 6 tokens, 2 has 9, and 4 has none."""
+    masks = torch.zeros(5, 4, 5)
+    for mask, count in zip(masks, (4, 6, 9, 5, 0), strict=True):
+        mask.view(-1)[20 - count :] = 0.2
+    spoken = [(torch.randn(1, 9 if i == 3 else 7, 8), torch.randn(1, 9 if i == 3 else 7, 8)) for i in range(5)]
+    found = voices_of(masks, spoken)
+    assert [len(voices.tokens) for voices in found] == [2, 1, 1]
+    first = found[0]
+    assert first.tokens.tolist() == [[16, 17, 18, 19, 0, 0], [14, 15, 16, 17, 18, 19]]
+    assert first.share[..., 0].count_nonzero(1).tolist() == [4, 6]
+    assert torch.equal(first.key, torch.cat([spoken[0][0], spoken[1][0]]))
+    assert torch.equal(found[2].value, spoken[3][1])

@@ -25,7 +25,7 @@ SYSTEM = "concept_weaver"
 SUBJECTS = (2, 3, 5)
 STEPS, SCHEDULER = 25, "ddim_uniform"
 DILATION = 0.03
-INJECTION = plugandplay.Settings(residual_share=1.0, attention_share=0.8, blocks=plugandplay.PUBLISHED)
+INJECTION = plugandplay.Settings(attention_share=0.8, blocks=plugandplay.PUBLISHED)
 """What holds shapes on Shapeland's UNet, where the paper's settings do not."""
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 SHOWN = (
@@ -47,10 +47,9 @@ Each case is a scene that the world draws (the template), inverted, and sampled 
 concepts, whose identities no word says.
 
 - **structure**: intersection over union of the template's masks and those of the result.
-- *default* is feature fusion with lambda {fusion.Settings().suppression:g} and Plug-and-Play in the published code's
-  blocks, for {INJECTION.residual_share:g} (residual) and {INJECTION.attention_share:g} (attention) of the steps;
-  *paper_injection* takes the paper's blocks, {plugandplay.Settings().residual_share:g} and
-  {plugandplay.Settings().attention_share:g}, and *no_injection* leaves it out.
+- *default* is feature fusion with lambda {fusion.Settings().suppression:g} and Plug-and-Play with the attention of the
+  published code's blocks, for {INJECTION.attention_share:g} of the steps; *paper_injection* takes the paper's blocks for
+  {plugandplay.Settings().attention_share:g} of them, and *no_injection* leaves all of it out.
 - *merged_loras* adds all concepts to the weights and puts all their words into one prompt, with the same injection as
   the default. *score_mixing* denoises the picture once per concept and mixes by the masks. *joint_prompt* gives all
   concepts the prompt with all their words, *lambda_X* is another suppression, *own_ground* has a seventh concept behind

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 from workflow_builder import Node, Output, Workflow
 
-SHAPELAND_INJECTION = {
-    "residual_share": 1.0,
-    "attention_share": 0.8,
-    "blocks": "all from the second on (published code)",
-}
+SHAPELAND_INJECTION = {"attention_share": 0.8, "blocks": "all from the second on (published code)"}
 """Plug-and-Play's inputs for Shapeland, whose shapes the paper's blocks and shares do not hold."""
 
 

@@ -88,7 +88,7 @@ def shapeland(flow: Workflow) -> None:
         "- another `seed` of the template: other places\n"
         "- `strength` of a concept: 0 is the plain star\n"
         "- `suppression`: how far to move away from what the base model alone would draw\n"
-        "- `residual_share`: lower lets the concepts change the shapes\n"
+        "- `attention_share`: lower lets the concepts change the shapes\n"
         "- **Train Concept** in place of a **Load Concept**: your own pictures",
         column=0,
     )
