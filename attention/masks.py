@@ -37,7 +37,7 @@ def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
     return mask.float()
 
 
-def check_aspect(mask: torch.Tensor, image: torch.Tensor) -> None:
+def check_aspect(mask: torch.Tensor, image: torch.Tensor, name: str = "mask") -> None:
     """Raises ValueError when a mask (H', W') cannot belong to a picture (H, W, 3) because their shapes differ.
 
     A mask that is zero everywhere passes: the host hands out small square ones for pictures without alpha.
@@ -46,7 +46,7 @@ def check_aspect(mask: torch.Tensor, image: torch.Tensor) -> None:
     differs = abs(math.log(mask_h / mask_w) - math.log(image_h / image_w)) > ASPECT_TOLERANCE
     if differs and mask.any():
         raise ValueError(
-            f"mask: the shape of the picture ({image_w}x{image_h}) is wanted, not {mask_w}x{mask_h}, "
+            f"{name}: the shape of the picture ({image_w}x{image_h}) is wanted, not {mask_w}x{mask_h}, "
             "which would be stretched over other parts of it"
         )
 

@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 import comfy.model_management
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
 
+from ..attention.masks import check_aspect
+from ..attention.partition import layer_masks
 from ..samplers import inversion
 from ..samplers.inversion import Trajectory
 from .patching import POSITIVE
@@ -119,6 +122,28 @@ def invert(
         )
     source = SourceTrajectory(trajectory, conditioning, error)
     return Inverted(_like(latent, noise), source, falling, _like(latent, reconstruction), error)
+
+
+def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float = 1.0) -> dict:
+    """The noise of an inversion as a LATENT, with fresh noise where concepts are.
+
+    Args:
+        latent: the noise; of a batch each picture gets its own.
+        partition: (N + 1, H, W), the background last; there the noise stays.
+        seed: of the fresh noise, which is the host's.
+        strength: the part of the variance that is replaced where a concept has the whole place, 0..1.
+
+    Raises:
+        ValueError: the latent is none of pictures, or the partition has another shape.
+    """
+    samples = latent["samples"]
+    if samples.is_nested or samples.ndim != 4:
+        raise ValueError("noise: that of pictures is wanted, as DDIM Inversion gives it, not a video's")
+    size = samples.shape[-2:]
+    check_aspect(partition[-1], torch.empty(*size, 0), "partition")
+    concepts = layer_masks(partition.to(samples), tuple(size))[:-1].sum(0).clamp(0, 1)
+    fresh = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")).to(samples)
+    return {**latent, "samples": inversion.renew(samples, fresh, strength * concepts)}
 
 
 def _walk(model, conditioning: list, samples: torch.Tensor, sigmas: torch.Tensor, walk: Callable, callback):

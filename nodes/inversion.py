@@ -1,4 +1,4 @@
-"""The node of DDIM inversion, which Concept Weaver's template goes through."""
+"""The nodes of DDIM inversion, which Concept Weaver's template goes through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host import inversion as host
 from ..samplers.inversion import MODES, PNP
-from .types import TrajectorySocket, speaking_for
+from .types import PartitionSocket, TrajectorySocket, speaking_for
 
 
 class DDIMInversion(io.ComfyNode):
@@ -96,4 +96,46 @@ class DDIMInversion(io.ComfyNode):
             )
 
 
-NODES: list[type[io.ComfyNode]] = [DDIMInversion]
+class RenewNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomRenewNoise",
+            display_name="Renew Noise",
+            category="ConceptLoom/Concept Weaver",
+            description="Puts fresh noise where concepts go. The noise of an inversion remembers its picture's "
+            "colours, which would tint the concepts; their shapes are kept by Plug-and-Play Injection all the same.",
+            search_aliases=["fresh noise", "noise inject", "colour", "color", "inversion", "Concept Weaver"],
+            inputs=[
+                io.Latent.Input("noise", tooltip="From DDIM Inversion."),
+                PartitionSocket.Input("partition", tooltip="From Concept Masks; the background keeps its noise."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the fresh noise: another one varies the concepts and leaves the rest.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much of the noise is fresh. 0 keeps the template's colours, 1 forgets them, and with "
+                    "several concepts their shapes as well.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="noise", tooltip="To be sampled in place of the inversion's noise.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, noise, partition, seed, strength) -> io.NodeOutput:
+        with speaking_for(cls):
+            return io.NodeOutput(host.renew(noise, partition, seed, strength))
+
+
+NODES: list[type[io.ComfyNode]] = [DDIMInversion, RenewNoise]

@@ -167,6 +167,20 @@ def reconstruct(
     return x
 
 
+def renew(noise: torch.Tensor, fresh: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Noise (B, C, h, w) of an inversion, in part replaced by fresh Gaussian noise of the same strength.
+
+    Inverted noise remembers the colours of its picture. The two are independent, so sqrt(1 - s) z + sqrt(s) e keeps the
+    variance; where the share is 0 the noise stays as it is, bit by bit.
+
+    Args:
+        fresh: standard normal noise of the same shape; it takes the root mean square of each picture's noise.
+        share: (h, w), variance to be replaced, 0..1.
+    """
+    strength = noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return (1 - share).sqrt() * noise + share.sqrt() * strength * fresh
+
+
 def relative_error(reconstruction: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     """How far each reconstruction is from its original, as a share of the original's norm: (B, ...) to (B,)."""
     return (reconstruction - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)

@@ -12,6 +12,7 @@ from conceptloom.samplers.inversion import (
     invert,
     reconstruct,
     relative_error,
+    renew,
     rising,
 )
 
@@ -211,3 +212,25 @@ def test_other_bad_input_gets_its_sentence():
         Trajectory((1.0,), torch.zeros(2, 1, 3))
     with pytest.raises(ValueError, match="rising noise levels are wanted"):
         Trajectory((1.0, 0.5), torch.zeros(2, 1, 3))
+
+
+def test_renewed_noise_is_as_strong_and_forgets_what_its_share_says():
+    generator = torch.Generator().manual_seed(5)
+    noise = 14.6 * torch.randn(2, 4, 64, 64, generator=generator)
+    noise[1] *= 3
+    fresh = torch.randn(2, 4, 64, 64, generator=generator)
+    share = torch.zeros(64, 64)
+    share[:, 16:32], share[:, 32:] = 0.25, 1.0
+    found = renew(noise, fresh, share)
+    assert torch.equal(found[..., :16], noise[..., :16])
+    strength = noise.square().mean((1, 2, 3)).sqrt()
+    for picture, wanted in zip(found, strength, strict=True):
+        for part in (picture[..., 16:32], picture[..., 32:]):
+            assert part.square().mean().sqrt() == pytest.approx(float(wanted), rel=0.03)
+
+    def likeness(a, b):
+        return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0))
+
+    assert likeness(found[..., 16:32], noise[..., 16:32]) == pytest.approx(0.75**0.5, abs=0.03)
+    assert likeness(found[..., 32:], noise[..., 32:]) == pytest.approx(0, abs=0.03)
+    assert torch.allclose(found[0, ..., 32:], fresh[0, ..., 32:] * strength[0], rtol=1e-5)

@@ -14,7 +14,7 @@ from ...encoders.concepts import PARTS, Concept, layer_name
 from ...host import fusion, plugandplay
 from ...host.concept_prompts import encode_prompts, encode_text, splice
 from ...host.concept_weights import UNET
-from ...host.inversion import invert
+from ...host.inversion import invert, renew
 from ...host.studio import CFG, NEGATIVE_PROMPT, Studio
 from ..comparison import compare, explain
 from ..sheet import contact_sheet
@@ -25,8 +25,10 @@ SYSTEM = "concept_weaver"
 SUBJECTS = (2, 3, 5)
 STEPS, SCHEDULER = 25, "ddim_uniform"
 DILATION = 0.03
-INJECTION = plugandplay.Settings(attention_share=0.8, blocks=plugandplay.PUBLISHED)
-"""What holds shapes on Shapeland's UNet, where the paper's settings do not."""
+INJECTION = plugandplay.Settings(attention_share=1.0, blocks=plugandplay.PUBLISHED)
+RENEWED = 0.6
+"""What holds shapes on Shapeland's UNet, where the paper's settings do not, and how much of the noise can then be fresh
+with three concepts and more."""
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 SHOWN = (
     "default",
@@ -35,6 +37,7 @@ SHOWN = (
     "score_mixing",
     "no_injection",
     "paper_injection",
+    "template_noise",
     "joint_prompt",
     "lambda_0.0",
     "lambda_1.0",
@@ -44,16 +47,17 @@ SHOWN = (
 ABOUT = f"""
 
 Each case is a scene that the world draws (the template), inverted, and sampled again with as many of six trained
-concepts, whose identities no word says.
+concepts, whose identities no word says. All variants start from the inverted noise, of which {RENEWED:g} is fresh where
+the concepts are (Renew Noise), but *template_noise*, which is the default from the inverted noise as it is.
 
 - **structure**: intersection over union of the template's masks and those of the result.
 - *default* is feature fusion with lambda {fusion.Settings().suppression:g} and Plug-and-Play with the attention of the
-  published code's blocks, for {INJECTION.attention_share:g} of the steps; *paper_injection* takes the paper's blocks for
+  published code's blocks in all steps; *paper_injection* takes the paper's blocks for
   {plugandplay.Settings().attention_share:g} of them, and *no_injection* leaves all of it out.
 - *merged_loras* adds all concepts to the weights and puts all their words into one prompt, with the same injection as
   the default. *score_mixing* denoises the picture once per concept and mixes by the masks. *joint_prompt* gives all
   concepts the prompt with all their words, *lambda_X* is another suppression, *own_ground* has a seventh concept behind
-  the others: an orange that no word of the world says. *plain* is the untouched model on the inverted noise. *truth*
+  the others: an orange that no word of the world says. *plain* is the untouched model. *truth*
   and *unrelated* stand where the template's things do."""
 
 
@@ -91,8 +95,10 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         return fusion.apply(model, prompts.positive, spoken, partition, fusion.Settings(**changed), background)
 
     base = injected(studio.model)
+    renewed = renew(inverted.noise, partition, case.seed, RENEWED)
     variants = {
         "default": fused(base),
+        "template_noise": fused(base),
         "plain": (studio.model, prompts.positive),
         "merged_loras": (injected(merged(studio.model, concepts)), joint),
         "score_mixing": fused(base, mode=fusion.SCORES),
@@ -103,8 +109,9 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         "own_ground": fused(base, background=ground),
     }
     return {
-        name: studio.redraw(model, positive, inverted.noise["samples"], inverted.sigmas)
+        name: studio.redraw(model, positive, noise["samples"], inverted.sigmas)
         for name, (model, positive) in variants.items()
+        for noise in [inverted.noise if name == "template_noise" else renewed]
     }
 
 

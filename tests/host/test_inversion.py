@@ -231,7 +231,7 @@ def test_models_of_another_kind_get_their_sentence(v_toy, monkeypatch):
 def test_the_node(v_toy, caplog):
     from conceptloom.nodes.inversion import NODES
 
-    (node,) = NODES
+    node, _ = NODES
     widgets = {i.id: i.default for i in node.GET_SCHEMA().inputs if hasattr(i, "default")}
     assert widgets["steps"] == 50 and widgets["scheduler"] == SCHEDULER and widgets["mode"] == "pnp"
     inputs = {"model": v_toy.model, "latent": picture(), "conditioning": v_toy.positive, **widgets, "steps": STEPS}
@@ -242,3 +242,29 @@ def test_the_node(v_toy, caplog):
     assert error > 0.15 and "sampled again, the picture comes out" in caplog.text
     with pytest.raises(ValueError, match="DDIM Inversion: latent: an encoded or sampled picture"):
         node.execute(**{**inputs, "latent": {"samples": torch.zeros(1, 4, 16, 16)}})
+
+
+def test_noise_is_renewed_where_concepts_are():
+    """Fresh noise is the host's of the seed; without a concept or at strength 0 nothing changes, bit by bit."""
+    import comfy.sample
+    from conceptloom.nodes.inversion import RenewNoise
+
+    noise = picture(batch=2)
+    partition = torch.zeros(2, 64, 64)
+    partition[0, :, 32:], partition[1, :, :32] = 1, 1
+    (found,) = RenewNoise.execute(noise, partition, 7, 1.0).args
+    fresh = comfy.sample.prepare_noise(noise["samples"], 7)
+    strength = noise["samples"].square().mean((1, 2, 3), keepdim=True).sqrt()
+    assert torch.equal(found["samples"][..., :8], noise["samples"][..., :8])
+    assert torch.allclose(found["samples"][..., 8:], (strength * fresh)[..., 8:])
+    (other,) = RenewNoise.execute(noise, partition, 8, 1.0).args
+    assert not torch.equal(other["samples"], found["samples"])
+    nowhere = torch.stack([torch.zeros(64, 64), torch.ones(64, 64)])
+    for changed in ((nowhere, 7, 1.0), (partition, 7, 0.0)):
+        assert torch.equal(RenewNoise.execute(noise, *changed).args[0]["samples"], noise["samples"])
+    for bad, sentence in (
+        ((noise, torch.ones(2, 64, 128), 0, 1.0), "Renew Noise: partition: the shape of the picture"),
+        (({"samples": torch.ones(1, 4, 3, 8, 8)}, partition, 0, 1.0), "Renew Noise: noise: that of pictures is wanted"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            RenewNoise.execute(*bad)

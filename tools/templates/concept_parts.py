@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from workflow_builder import Node, Output, Workflow
 
-SHAPELAND_INJECTION = {"attention_share": 0.8, "blocks": "all from the second on (published code)"}
+SHAPELAND_INJECTION = {"attention_share": 1.0, "blocks": "all from the second on (published code)"}
 """Plug-and-Play's inputs for Shapeland, whose shapes the paper's blocks and shares do not hold."""
 
 
@@ -25,8 +25,10 @@ def shapeland_base(flow: Workflow) -> Base:
     return Base(node["MODEL"], node["CLIP"], node["VAE"])
 
 
-def sample(flow: Workflow, model, positive, negative, inverted: Node, title: str, cfg: float = 4.0) -> Node:
-    """Sampling from an inversion's noise along its schedule, with nothing random added."""
+def sample(
+    flow: Workflow, model, positive, negative, inverted: Node, title: str, cfg: float = 4.0, noise: Output | None = None
+) -> Node:
+    """Sampling from an inversion's noise, or another, along its schedule, with nothing random added."""
     guider = flow.add(
         "CFGGuider", {"model": model, "positive": positive, "negative": negative, "cfg": cfg}, column=4, title=title
     )
@@ -37,7 +39,7 @@ def sample(flow: Workflow, model, positive, negative, inverted: Node, title: str
             "guider": guider[0],
             "sampler": flow.add("KSamplerSelect", {"sampler_name": "euler"}, column=4)[0],
             "sigmas": inverted["SIGMAS"],
-            "latent_image": inverted["noise"],
+            "latent_image": noise or inverted["noise"],
         },
         column=5,
         title=title,

@@ -41,10 +41,11 @@ def weave(
     texts: tuple[str, str],
     steps: int,
     cfg: float,
+    fresh: bool = False,
     **injection,
-) -> tuple[Node, Node, Output]:
-    """Prompts, inversion, injection with the given inputs, fusion and sampling; the prompts, the inversion and the
-    picture."""
+) -> tuple[Node, Output]:
+    """Prompts, inversion, injection with the given inputs, fusion and sampling, with fresh noise where concepts are if
+    that is wanted; the prompts and the picture."""
     text, negative = texts
     prompts = flow.add(
         "ConceptLoomConceptPrompts",
@@ -67,9 +68,16 @@ def weave(
         {"model": injected[0], "prompts": prompts[0], "partition": partition},
         column=4,
     )
-    sampled = sample(flow, fused["model"], fused["positive"], fused["negative"], inverted, "All concepts", cfg)
-    flow.group("3. Inversion, injection, fusion", [prompts, described, inverted, injected, fused])
-    return prompts, inverted, flow.add("VAEDecode", {"samples": sampled[0], "vae": base.vae}, column=6)[0]
+    members, noise = [prompts, described, inverted, injected, fused], None
+    if fresh:
+        renewed = flow.add(
+            "ConceptLoomRenewNoise", {"noise": inverted["noise"], "partition": partition, "seed": 0}, column=4
+        )
+        members.append(renewed)
+        noise = renewed[0]
+    sampled = sample(flow, fused["model"], fused["positive"], fused["negative"], inverted, "All concepts", cfg, noise)
+    flow.group("3. Inversion, injection, fusion", members)
+    return prompts, flow.add("VAEDecode", {"samples": sampled[0], "vae": base.vae}, column=6)[0]
 
 
 def shapeland(flow: Workflow) -> None:
@@ -86,6 +94,8 @@ def shapeland(flow: Workflow) -> None:
     flow.note(
         "### Things to try\n"
         "- another `seed` of the template: other places\n"
+        "- another `seed` of **Renew Noise**: the same places, the concepts drawn anew; its `strength` 0 leaves the "
+        "template's colours in them\n"
         "- `strength` of a concept: 0 is the plain star\n"
         "- `suppression`: how far to move away from what the base model alone would draw\n"
         "- `attention_share`: lower lets the concepts change the shapes\n"
@@ -94,12 +104,14 @@ def shapeland(flow: Workflow) -> None:
     )
     text = "a star and a fish and a house on a navy background"
     loaded, concepts = bank(flow, base, {f"{word}.safetensors": "" for word in ("star", "fish", "house")})
-    scene = flow.add("ConceptLoomDrawScene", {"description": text, "seed": 11}, column=1, title="The template")
+    scene = flow.add(
+        "ConceptLoomDrawScene", {"description": text, "seed": 0, "identity_seed": 10}, column=1, title="The template"
+    )
     encoded = flow.add("VAEEncode", {"pixels": scene[0], "vae": base.vae}, column=1)
     segmenter = flow.add("ConceptLoomLoadSegmenter", {"kind": "Shapeland judge"}, column=1)
     found = places(flow, segmenter, scene[0], "star, fish, house")
-    prompts, _, picture = weave(
-        flow, base, concepts, encoded[0], found[1][0], (text, ""), 25, 4.0, **SHAPELAND_INJECTION
+    prompts, picture = weave(
+        flow, base, concepts, encoded[0], found[1][0], (text, ""), 25, 4.0, fresh=True, **SHAPELAND_INJECTION
     )
     flow.add("PreviewAny", {"source": prompts["texts"]}, column=4, title="What each concept's prompt says")
     looks = [
@@ -135,6 +147,7 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
         "### When it does not work\n"
         "- not alike enough: `strength` up to 1.5, or a lower `residual_share`\n"
         "- the scene is lost: a higher `residual_share`\n"
+        "- concepts take the template's colours: **Renew Noise** between **DDIM Inversion** and the sampler\n"
         "- something is not found: another word in `nouns`, or paint a mask and plug it into **Concept Masks**",
         column=0,
     )
@@ -189,7 +202,7 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
         image, latent, members = decoded[0], drawn[0], [positive, below, empty, drawn, decoded]
     segmenter = sam3(flow)
     found = places(flow, segmenter, image, ", ".join(words))
-    _, _, picture = weave(flow, base, concepts, latent, found[1][0], (text, NEGATIVE), 50, 7.5)
+    _, picture = weave(flow, base, concepts, latent, found[1][0], (text, NEGATIVE), 50, 7.5)
     flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/concept_weaver"}, column=8)
     flow.group("1. Concepts", loaded)
     flow.group("2. Template and places", [*members, segmenter, *found])

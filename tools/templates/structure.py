@@ -44,7 +44,12 @@ def plug_and_play(flow: Workflow) -> None:
     )
     injected = flow.add(
         "ConceptLoomPlugAndPlayInjection",
-        {"model": base["MODEL"], "trajectory": inverted["trajectory"], **SHAPELAND_INJECTION},
+        {
+            "model": base["MODEL"],
+            "trajectory": inverted["trajectory"],
+            **SHAPELAND_INJECTION,
+            "attention_share": 0.8,
+        },
         column=3,
     )
     pictures = []
@@ -75,20 +80,23 @@ def self_template(flow: Workflow) -> None:
     prompts = flow.add(
         "ConceptLoomConceptPrompts",
         {"clip": base.clip, "concepts": concepts, "prompt": text, "negative_prompt": ""},
-        column=2,
+        column=1,
     )
     plain = flow.add("CLIPTextEncode", {"clip": base.clip, "text": text}, column=2, title="Plain prompt")
     negative = flow.add("CLIPTextEncode", {"clip": base.clip, "text": ""}, column=2, title="Negative prompt (empty)")
     schedule = flow.add(
-        "BasicScheduler", {"model": base.model, "scheduler": "normal", "steps": 30, "denoise": 1.0}, column=2
+        "BasicScheduler", {"model": base.model, "scheduler": "normal", "steps": 30, "denoise": 1.0}, column=1
     )
-    split = flow.add("SplitSigmas", {"sigmas": schedule[0], "step": 12}, column=2)
-    latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=2)
-    chosen = flow.add("KSamplerSelect", {"sampler_name": "euler"}, column=2)
+    split = flow.add("SplitSigmas", {"sigmas": schedule[0], "step": 12}, column=1)
+    latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=1)
+    chosen = flow.add("KSamplerSelect", {"sampler_name": "euler"}, column=1)
 
-    def part(model, positive, below, noise: Node, sigmas, start, title: str) -> Node:
+    def part(model, positive, below, noise: Node, sigmas, start, title: str, column: int) -> Node:
         guider = flow.add(
-            "CFGGuider", {"model": model, "positive": positive, "negative": below, "cfg": 4.0}, column=3, title=title
+            "CFGGuider",
+            {"model": model, "positive": positive, "negative": below, "cfg": 4.0},
+            column=column,
+            title=title,
         )
         return flow.add(
             "SamplerCustomAdvanced",
@@ -99,21 +107,21 @@ def self_template(flow: Workflow) -> None:
                 "sigmas": sigmas,
                 "latent_image": start,
             },
-            column=3,
+            column=column,
             title=title,
         )
 
-    noise = flow.add("RandomNoise", {"noise_seed": 6}, column=3)
-    laid_out = part(base.model, plain[0], negative[0], noise, split[0], latent[0], "Layout")
+    noise = flow.add("RandomNoise", {"noise_seed": 6}, column=1)
+    laid_out = part(base.model, plain[0], negative[0], noise, split[0], latent[0], "Layout", 2)
     preview = flow.add(
-        "VAEDecode", {"samples": laid_out["denoised_output"], "vae": base.vae}, column=4, title="What it would draw"
+        "VAEDecode", {"samples": laid_out["denoised_output"], "vae": base.vae}, column=2, title="What it would draw"
     )
     segmenter = flow.add("ConceptLoomLoadSegmenter", {"kind": "Shapeland judge"}, column=1)
     found = places(flow, segmenter, preview[0], "star, fish")
     fused = flow.add(
         "ConceptLoomMultiConceptFusion",
         {"model": base.model, "prompts": prompts[0], "partition": found[1][0]},
-        column=4,
+        column=3,
     )
     rest = part(
         fused["model"],
@@ -123,12 +131,20 @@ def self_template(flow: Workflow) -> None:
         split[1],
         laid_out["output"],
         "Concepts in their places",
+        4,
     )
     alone = part(
-        base.model, plain[0], negative[0], flow.add("DisableNoise", column=3), split[1], laid_out["output"], "Without"
+        base.model,
+        plain[0],
+        negative[0],
+        flow.add("DisableNoise", column=3),
+        split[1],
+        laid_out["output"],
+        "Without",
+        4,
     )
     pictures = [preview[0]]
-    pictures += [flow.add("VAEDecode", {"samples": n["output"], "vae": base.vae}, column=6)[0] for n in (alone, rest)]
+    pictures += [flow.add("VAEDecode", {"samples": n["output"], "vae": base.vae}, column=5)[0] for n in (alone, rest)]
     row = stitched(flow, pictures)
     enlarged(flow, row, 4.0, "Preview, without, with concepts", "conceptloom/self_template")
     enlarged(flow, pictures[-1], 6.0, "With concepts", "conceptloom/self_template")
