@@ -69,7 +69,7 @@ def self_template(flow: Workflow) -> None:
     base = shapeland_base(flow)
     flow.note(
         "## No template picture\n"
-        "The model lays its picture out in the first steps. What it would draw is decoded after 12 of 30 and "
+        "The model lays its picture out in the first steps. What it would draw is decoded after 8 of 30 and "
         "**Text to Masks** finds the things in it; from there on each concept answers in its own place (the idea of "
         "TweedieMix).\n\n"
         "Press **Run**. Another `noise_seed` gives another layout.",
@@ -87,7 +87,7 @@ def self_template(flow: Workflow) -> None:
     schedule = flow.add(
         "BasicScheduler", {"model": base.model, "scheduler": "normal", "steps": 30, "denoise": 1.0}, column=1
     )
-    split = flow.add("SplitSigmas", {"sigmas": schedule[0], "step": 12}, column=1)
+    split = flow.add("SplitSigmas", {"sigmas": schedule[0], "step": 8}, column=1)
     latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=1)
     chosen = flow.add("KSamplerSelect", {"sampler_name": "euler"}, column=1)
 
