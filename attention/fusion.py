@@ -90,8 +90,9 @@ def fuse(
         answer = attend(query[:, together.tokens].flatten(0, 1), key, value).unflatten(0, (rows, -1))
         # From the base towards the concept: shares below 1 leave the rest to the base or to the next voice.
         change = together.share * (answer - base[:, together.tokens])
-        # Where two concepts meet, their sum is the same in either order, so a picture is too on any device.
-        mixed += torch.zeros_like(base).index_add_(1, together.tokens.flatten(), change.flatten(1, 2))
+        # One after another: where concepts meet, a GPU would add them in another order every time.
+        for tokens, part in zip(together.tokens, change.unbind(1), strict=True):
+            mixed.index_add_(1, tokens, part)
     if suppression == 0:
         return mixed
     fused = mixed + suppression * (mixed - base)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import comfy.sample
@@ -18,6 +18,7 @@ from ..training.concepts.learner import Recipe
 from ..training.concepts.pictures import Pictures
 from . import concept_training, fusion
 from .concept_prompts import encode_text
+from .concept_weights import Weights
 
 SAMPLER, SCHEDULER, CFG = "euler", "normal", 5.0
 STEPS, PREVIEW_STEPS = 25, 12
@@ -65,7 +66,9 @@ def train_with_progress(
                 shown = draw_concept(model, clip, vae, concept_now(), caption, side, recipe.seed)
         progress.update_absolute(step + 1, recipe.steps, None if shown is None else _as_preview(shown))
 
-    folder = checkpoints and checkpoints / _fingerprint(pictures, class_word, placeholder, recipe, side, class_pictures)
+    base = Weights.of(model).fingerprint()
+    kind = [base, class_word, placeholder, asdict(recipe), side, class_pictures, list(pictures.captions)]
+    folder = checkpoints and checkpoints / _fingerprint(kind, pictures)
     concept = concept_training.train(
         model, clip, vae, pictures, class_word, placeholder, recipe, side, prior, report, folder
     )
@@ -73,7 +76,7 @@ def train_with_progress(
     said = f"{concept.name}: {len(losses)} steps of {recipe.batch} pictures in {seconds:.0f} s"
     if len(losses) < recipe.steps:
         said += f", continued at step {recipe.steps - len(losses)}"
-    return concept, loss_picture(losses), said
+    return replace(concept, base=base), loss_picture(losses), said
 
 
 def draw_class(model, clip, text: str, count: int, cells: int, seed: int) -> torch.Tensor:
@@ -111,11 +114,9 @@ def _as_preview(picture: torch.Tensor) -> tuple:
     return "JPEG", image.resize((image.width * times, image.height * times), Image.NEAREST), None
 
 
-def _fingerprint(pictures: Pictures, class_word: str, placeholder: str, recipe: Recipe, side: int, prior: int) -> str:
+def _fingerprint(kind: list, pictures: Pictures) -> str:
     """Tells one training from another, so that none continues another's checkpoint."""
-    digest = hashlib.sha256(
-        json.dumps([class_word, placeholder, asdict(recipe), side, prior, list(pictures.captions)]).encode()
-    )
+    digest = hashlib.sha256(json.dumps(kind).encode())
     for tensor in (*pictures.images, *(mask for mask in pictures.masks if mask is not None)):
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return f"training-{digest.hexdigest()[:16]}"

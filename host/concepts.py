@@ -11,6 +11,7 @@ import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,12 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
     Args:
         concept: what to write; its strength, its text encoder and its patches elsewhere are not written.
         folder: see above.
-        filename: without folders and ending.
+        filename: without folders and ending; where a file of the name exists, a number is put after it.
         form: one of FORMS.
         rank: of the factors that the differences are compressed to; 0 leaves them as they are.
 
     Raises:
-        ValueError: the filename or the rank cannot be used, or a file of the name exists.
+        ValueError: the filename or the rank cannot be used.
     """
     if not filename or filename != Path(filename).name:
         raise ValueError(f"filename: a name without folders is wanted, not {filename!r}")
@@ -203,10 +204,11 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
         writers = {"loras": concept_files.save_as_lora}
         if concept.tokens:
             writers["embeddings"] = concept_files.save_as_embedding
-    files = {Path(folder) / kind / f"{filename}.safetensors": write for kind, write in writers.items()}
-    for file in files:
-        if file.exists():
-            raise ValueError(f"filename: a free name is wanted, but {file.parent.name}/{file.name} exists already")
+    for number in count(1):
+        name = f"{filename} {number}" if number > 1 else filename
+        files = {Path(folder) / kind / f"{name}.safetensors": write for kind, write in writers.items()}
+        if not any(file.exists() for file in files):
+            break
     if rank:
         progress = comfy.utils.ProgressBar(sum(map(len, concept.deltas.values())))
 

@@ -124,7 +124,7 @@ def invert(
     return Inverted(_like(latent, noise), source, falling, _like(latent, reconstruction), error)
 
 
-def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float = 1.0) -> dict:
+def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float) -> dict:
     """The noise of an inversion as a LATENT, with fresh noise where concepts are.
 
     Args:
@@ -140,7 +140,7 @@ def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float = 1.
     if samples.is_nested or samples.ndim != 4:
         raise ValueError("noise: that of pictures is wanted, as DDIM Inversion gives it, not a video's")
     size = samples.shape[-2:]
-    check_aspect(partition[-1], torch.empty(*size, 0), "partition")
+    check_aspect(partition.sum(0), torch.empty(*size, 0), "partition")
     concepts = layer_masks(partition.to(samples), tuple(size))[:-1].sum(0).clamp(0, 1)
     fresh = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")).to(samples)
     return {**latent, "samples": inversion.renew(samples, fresh, strength * concepts)}

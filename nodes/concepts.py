@@ -98,7 +98,7 @@ class LoadConcept(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="Of the concept's weights: 1 as trained, 0 the base model with the concept's word alone.",
+                    tooltip="Of the concept's weights: 1 as trained, 0 leaves the concept out.",
                 ),
                 io.Combo.Input(
                     "token_file",
@@ -163,7 +163,11 @@ class SaveConcept(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 ConceptSocket.Input("concept", tooltip="One concept. Its strength is not written."),
-                io.String.Input("filename", default="concept", tooltip="Name of the new files, without ending."),
+                io.String.Input(
+                    "filename",
+                    default="concept",
+                    tooltip="Name of the new files, without ending; a number follows where it is taken.",
+                ),
                 io.Combo.Input(
                     "form",
                     options=list(concepts.FORMS),

@@ -96,6 +96,10 @@ class DDIMInversion(io.ComfyNode):
             )
 
 
+_OTHER = 0x52656E6577
+"""Keeps the host's noise of a seed apart from that out of which the same seed may have made the template."""
+
+
 class RenewNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -135,7 +139,7 @@ class RenewNoise(io.ComfyNode):
     @classmethod
     def execute(cls, noise, partition, seed, strength) -> io.NodeOutput:
         with speaking_for(cls):
-            return io.NodeOutput(host.renew(noise, partition, seed, strength))
+            return io.NodeOutput(host.renew(noise, partition, seed ^ _OTHER, strength))
 
 
 NODES: list[type[io.ComfyNode]] = [DDIMInversion, RenewNoise]

@@ -77,7 +77,7 @@ def test_training_in_the_graph_shows_its_progress(server):
     # The model's own drawing of the class and of previews counts in the same node, with bars of its own lengths.
     assert [data["value"] for data in told if data["max"] == 6] == [1, 2, 3, 4, 5, 6]
     assert run.pictures
-    files = server.object_info()["ConceptLoomLoadConcept"]["input"]["required"]["file"]
+    files = server.get("/object_info")["ConceptLoomLoadConcept"]["input"]["required"]["file"]
     assert "my star" in json.dumps(files)
 
 

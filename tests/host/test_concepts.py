@@ -209,9 +209,12 @@ def test_saved_concepts_and_loras_are_read_again(toy, truth, tmp_path):
             key = f"diffusion_model.{layer}"
             changed = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], base.clone(), key)
             assert (changed - truth.whole[layer]).norm() / truth.delta[layer].norm() < 2 * FP16_ROUNDING
-    with pytest.raises(ValueError, match="filename: a free name is wanted, but embeddings/dog.safetensors exists"):
-        (tmp_path / "loras" / "dog.safetensors").unlink()
-        save(concept, tmp_path, "dog", AS_LORA)
+    before = (tmp_path / "embeddings" / "dog.safetensors").read_bytes()
+    (tmp_path / "loras" / "dog.safetensors").unlink()
+    assert "loras/dog 2.safetensors" in save(concept, tmp_path, "dog", AS_LORA, RANK)
+    assert "embeddings/dog 3.safetensors" in save(concept, tmp_path, "dog", AS_LORA, RANK)
+    assert (tmp_path / "embeddings" / "dog.safetensors").read_bytes() == before
+    assert not (tmp_path / "loras" / "dog.safetensors").exists()
     for name in ("", "a/b"):
         with pytest.raises(ValueError, match="filename: a name without folders"):
             save(concept, tmp_path, name)

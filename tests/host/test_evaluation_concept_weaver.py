@@ -66,9 +66,10 @@ def test_the_joint_prompt_has_every_word_where_its_own_prompt_has_it(studio, con
 
 
 def test_variants_are_drawn_from_one_noise_and_differ(studio, concepts, monkeypatch):
+    from conceptloom.attention.partition import assemble
     from conceptloom.evaluation.reports import concept_weaver
     from conceptloom.evaluation.templates import template_case
-    from conceptloom.host.inversion import invert
+    from conceptloom.host.inversion import invert, renew
 
     monkeypatch.setattr(concept_weaver, "STEPS", 4)
     case = next(c for c in (template_case(2, i) for i in range(200)) if set(c.names) == {"house", "star"})
@@ -77,7 +78,9 @@ def test_variants_are_drawn_from_one_noise_and_differ(studio, concepts, monkeypa
         assert all(picture.shape == (1, 64, 64, 3) and picture.isfinite().all() for picture in drawn.values())
         latent = {"samples": studio.vae.encode(torch.from_numpy(case.template.image)[None])}
         inverted = invert(studio.model, latent, studio.encode(case.prompt), 4, concept_weaver.SCHEDULER)
-        plain = studio.redraw(studio.model, studio.encode(case.prompt), inverted.noise["samples"], inverted.sigmas)
+        partition = assemble(list(case.masks), concept_weaver.DILATION)
+        start = renew(inverted.noise, partition, case.seed, concept_weaver.RENEWED)["samples"]
+        plain = studio.redraw(studio.model, studio.encode(case.prompt), start, inverted.sigmas)
     assert torch.equal(drawn["plain"], plain)
     names = list(drawn)
     for i, a in enumerate(names):

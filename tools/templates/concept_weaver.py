@@ -71,7 +71,7 @@ def weave(
     members, noise = [prompts, described, inverted, injected, fused], None
     if fresh:
         renewed = flow.add(
-            "ConceptLoomRenewNoise", {"noise": inverted["noise"], "partition": partition, "seed": 0}, column=4
+            "ConceptLoomRenewNoise", {"noise": inverted["noise"], "partition": partition, "seed": 3}, column=4
         )
         members.append(renewed)
         noise = renewed[0]
