@@ -146,9 +146,13 @@ def open_template(page, pack: str, template: str, problems: list[str]) -> None:
     page.get_by_test_id("template-workflows-content").wait_for()
     # Listed by the pack's directory, or by the title its locale file gives it.
     page.get_by_role("button", name=re.compile(f"^{re.escape(pack)}$", re.IGNORECASE)).click()
+    # Cards and their pictures are loaded when they are scrolled to.
     picture = page.wait_for_function(
         """name => {
-            const picture = document.querySelector(`[data-testid="template-workflow-${name}"] img`)
+            const cards = [...document.querySelectorAll('[data-testid^="template-workflow-"]')]
+            const card = cards.find(one => one.dataset.testid === `template-workflow-${name}`)
+            ;(card ?? cards.at(-1))?.scrollIntoView()
+            const picture = card?.querySelector('img')
             return picture?.naturalWidth > 0 && picture.src
         }""",
         arg=template,
