@@ -50,7 +50,7 @@ def voices_of(masks: torch.Tensor, spoken: Sequence[tuple[torch.Tensor, torch.Te
         spoken: N times key and value, (1, Lk, C) each; Lk may differ between concepts.
     """
     alike: dict[tuple[int, int], list[tuple[torch.Tensor, ...]]] = {}
-    for mask, (key, value) in zip(masks.flatten(1) if masks.ndim > 2 else masks, spoken, strict=True):
+    for mask, (key, value) in zip(masks.flatten(1), spoken, strict=True):
         tokens = torch.nonzero(mask > NEGLIGIBLE).flatten()
         if len(tokens):
             alike.setdefault((key.shape[1], len(tokens).bit_length()), []).append((tokens, mask[tokens], key, value))
