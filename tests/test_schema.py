@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -61,8 +62,39 @@ def test_locale_files_are_up_to_date(info):
 
 
 def test_every_node_has_a_help_page(info):
-    pages = {file.stem for file in (ROOT / "nodes" / "web" / "docs").glob("*.md")}
-    assert set(info) == pages
+    assert set(info) == set(help_pages())
+
+
+def test_help_pages_name_what_their_nodes_have(info):
+    pages = help_pages()
+    faults = [f"{name}.md {fault}" for name, node in info.items() for fault in page_faults(node, pages[name])]
+    assert not faults, "\n".join(faults)
+
+
+def help_pages() -> dict[str, str]:
+    """The text of every help page, by its node."""
+    return {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "nodes" / "web" / "docs").glob("*.md")}
+
+
+def page_faults(node: dict, page: str) -> list[str]:
+    """What the help page's tables lack, and what they name without need.
+
+    Names are those that the node shows: "region" for "binding.region". A growing input stands for all it grows to.
+    """
+    inputs = {field.name.rpartition(".")[2] for field in schema.all_fields(node) if field.place is None}
+    faults = []
+    for kind, has in (("input", inputs), ("output", set(node["output_name"]))):
+        told = names_in_tables(page, kind)
+        faults += [f"has no row for the {kind} {name!r}" for name in sorted(has - told)]
+        faults += [f"has a row for the {kind} {name!r}, which the node has not" for name in sorted(told - has)]
+    return faults
+
+
+def names_in_tables(page: str, kind: str) -> set[str]:
+    """What stands in the first column of the tables headed "input" or "output", such as `| a, b (advanced) |`."""
+    rows = "".join(re.findall(rf"^\| {kind} \|.*\n\|.*\n((?:\|.*\n)*)", page, re.MULTILINE))
+    cells = re.findall(r"^\| (.*?)(?: \((?:advanced|optional)\))? \|", rows, re.MULTILINE)
+    return {name for cell in cells for name in cell.split(", ")}
 
 
 class TestReading:
@@ -94,6 +126,17 @@ class TestReading:
         del node["input"]["required"]["yarns"][1]["template"]["input"]["required"]["yarn"][1]["tooltip"]
         silent = {field.name for field in without_tooltip(node)}
         assert silent == {"size", "binding.region", *(f"yarns.yarn{index}" for index in range(4))}
+
+    def test_faults_of_a_help_page(self, toys):
+        page = "| input | meaning |\n|---|---|\n| yarns | - |\n| size, knots | - |\n| binding (advanced) | - |\n"
+        page += "\n| choice | meaning |\n|---|---|\n| twill | - |\n"
+        assert page_faults(toys["ToyWeave"], page) == [
+            "has no row for the input 'label'",
+            "has no row for the input 'region'",
+            "has no row for the input 'shift'",
+            "has a row for the input 'knots', which the node has not",
+            "has no row for the output 'image'",
+        ]
 
     def test_locale_keys(self, toys):
         assert set(node_texts(toys)["ToyWeave"]["inputs"]) == {
