@@ -28,11 +28,13 @@ class Voices:
     """Concepts that answer in one attention, because their prompts are as long and their regions about as large.
 
     Attributes:
+        concepts: which they are, n numbers in order.
         tokens: (n, m) numbers of the layer's tokens at which each concept is seen; smaller regions are filled up.
         share: (n, m, 1) the concept's part of each of them, 0..1; what fills up has none.
         key, value: (n, Lk, C) that each concept's prompt gives through its own weights.
     """
 
+    concepts: tuple[int, ...]
     tokens: torch.Tensor
     share: torch.Tensor
     key: torch.Tensor
@@ -49,16 +51,16 @@ def voices_of(masks: torch.Tensor, spoken: Sequence[tuple[torch.Tensor, torch.Te
         masks: (N, h, w) or (N, tokens), the layer's.
         spoken: N times key and value, (1, Lk, C) each; Lk may differ between concepts.
     """
-    alike: dict[tuple[int, int], list[tuple[torch.Tensor, ...]]] = {}
-    for mask, (key, value) in zip(masks.flatten(1), spoken, strict=True):
+    alike: dict[tuple[int, int], list[tuple]] = {}
+    for i, (mask, (key, value)) in enumerate(zip(masks.flatten(1), spoken, strict=True)):
         tokens = torch.nonzero(mask > NEGLIGIBLE).flatten()
         if len(tokens):
-            alike.setdefault((key.shape[1], len(tokens).bit_length()), []).append((tokens, mask[tokens], key, value))
+            alike.setdefault((key.shape[1], len(tokens).bit_length()), []).append((i, tokens, mask[tokens], key, value))
     found = []
     for group in alike.values():
-        tokens, shares, keys, values = zip(*group, strict=True)
+        concepts, tokens, shares, keys, values = zip(*group, strict=True)
         padded, share = pad_sequence(tokens, batch_first=True), pad_sequence(shares, batch_first=True)
-        found.append(Voices(padded, share[..., None], torch.cat(keys), torch.cat(values)))
+        found.append(Voices(concepts, padded, share[..., None], torch.cat(keys), torch.cat(values)))
     return found
 
 
@@ -97,6 +99,11 @@ def fuse(
         return mixed
     fused = mixed + suppression * (mixed - base)
     if norm_cap > 0:
-        lengths = fused.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(fused.dtype).tiny)
-        fused = fused * (norm_cap * mixed.abs().sum(-1, keepdim=True) / lengths).clamp(max=1)
+        length, bound = _length(fused), norm_cap * _length(mixed)
+        fused = fused * (bound / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1).to(fused.dtype)
     return fused
+
+
+def _length(x: torch.Tensor) -> torch.Tensor:
+    """L1 norm of each token (B, L, C), (B, L, 1); in half precision a wide one would be infinite."""
+    return x.abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -37,12 +37,12 @@ def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
     return mask.float()
 
 
-def check_aspect(mask: torch.Tensor, image: torch.Tensor, name: str = "mask") -> None:
-    """Raises ValueError when a mask (H', W') cannot belong to a picture (H, W, 3) because their shapes differ.
+def check_aspect(mask: torch.Tensor, size: tuple[int, int], name: str = "mask") -> None:
+    """Raises ValueError when a mask (H', W') cannot belong to a picture of `size` (H, W) because their shapes differ.
 
     A mask that is zero everywhere passes: the host hands out small square ones for pictures without alpha.
     """
-    (mask_h, mask_w), (image_h, image_w) = mask.shape, image.shape[:2]
+    (mask_h, mask_w), (image_h, image_w) = mask.shape, size
     differs = abs(math.log(mask_h / mask_w) - math.log(image_h / image_w)) > ASPECT_TOLERANCE
     if differs and mask.any():
         raise ValueError(

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 
+from .instances import SAME
+from .instances import overlap as shared_part
 from .masks import as_mask, binarize, check_aspect
 
 SMALLER_IN_FRONT, SURER_IN_FRONT, LATER_IN_FRONT = "smaller in front", "higher score in front", "later in front"
@@ -44,9 +47,16 @@ def assemble(
         scores: of the detector, one per mask; wanted for SURER_IN_FRONT alone.
 
     Raises:
-        ValueError: there is no mask, their shapes differ or are none of masks, or the scores are absent or too few.
+        ValueError: there is no mask, their shapes differ or are none of masks, two show the same thing, or the scores
+            are absent or too few.
     """
     stack = _stack(masks)
+    for i, j in combinations(range(len(stack)), 2):
+        if shared_part(stack[i], stack[j]) > SAME:
+            raise ValueError(
+                f"mask {j + 1}: a place of its own is wanted, but mask {i + 1} has the same one, which would leave "
+                "nothing to one of them; Text to Masks tells things of one kind apart by numbers such as dog#1"
+            )
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap: one of {', '.join(OVERLAPS)} is wanted, not {overlap!r}")
     if overlap == SURER_IN_FRONT and (scores is None or len(scores) != len(stack)):
@@ -140,7 +150,7 @@ def _stack(masks: Sequence[torch.Tensor]) -> torch.Tensor:
     largest = max(single, key=lambda mask: (bool(mask.any()), mask.numel()))
     for number, mask in enumerate(single, 1):
         try:
-            check_aspect(mask, largest)
+            check_aspect(mask, tuple(largest.shape))
         except ValueError as error:
             (height, width), (h, w) = largest.shape, mask.shape
             raise ValueError(

@@ -55,7 +55,7 @@ class Subject:
             raise ValueError(f"weight: a number from 0 (off) to {MAX_WEIGHT:g} is wanted, not {self.weight:g}")
         mask = None if self.mask is None else as_mask(self.mask)
         if mask is not None:
-            check_aspect(mask, image)
+            check_aspect(mask, tuple(image.shape[:2]))
         target_mask = None if self.target_mask is None else as_mask(self.target_mask, name="target_mask")
         object.__setattr__(self, "image", image[..., :3])
         object.__setattr__(self, "noun", noun)

@@ -69,7 +69,7 @@ def read(state: Mapping[str, Any]) -> ConceptFile:
     """What a loaded file holds.
 
     Raises:
-        ValueError: it is in none of the known formats.
+        ValueError: it is in none of the known formats, or holds numbers that are not finite.
     """
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -145,6 +145,8 @@ def _plain_name(name: str) -> str:
 def _tensor(name: str, value: Any) -> torch.Tensor:
     if not torch.is_tensor(value):
         raise ValueError(f"file: tensors are wanted, but {name!r} is a {type(value).__name__}")
+    if value.is_floating_point() and not torch.isfinite(value.float()).all():
+        raise ValueError(f"file: finite numbers are wanted, but {name!r} holds NaN or infinity")
     return value
 
 

@@ -50,7 +50,7 @@ def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str
             text = _without(text, other.class_word)
     if own.placeholder and re.search(_whole(own.placeholder), text):
         return _tidy(text)
-    found = re.search(_whole(own.class_word), text, re.IGNORECASE) if own.class_word else None
+    found = _class_word(text, own)
     if found is None:
         wanted = " or ".join(filter(None, (repr(own.class_word) if own.class_word else "", own.placeholder)))
         raise ValueError(f"text: one with {wanted or 'the class word of the concept'} in it is wanted, not {base!r}")
@@ -72,6 +72,15 @@ def check_text(text: str, own: Name, others: Sequence[Name]) -> None:
                 f"texts: {own.placeholder or own.class_word} alone is wanted in {text!r}, for with "
                 f"{other.placeholder} beside it the two would mix"
             )
+
+
+def names_class(text: str, own: Name) -> bool:
+    """Whether a text says a concept's class word, if it has one."""
+    return not own.class_word or _class_word(text, own) is not None
+
+
+def _class_word(text: str, own: Name) -> re.Match | None:
+    return re.search(_whole(own.class_word), text, re.IGNORECASE) if own.class_word else None
 
 
 def _whole(word: str) -> str:

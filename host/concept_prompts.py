@@ -7,17 +7,20 @@ the same states as a vocabulary with one more word.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text
+from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class
 from ..encoders.concepts import Concept, join
 from .concepts import check_tokens, with_text
 from .fusion import SpokenConcept
 from .placeholders import stand_in
+
+log = logging.getLogger("conceptloom")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,8 @@ def encode_prompts(
         others = [name for j, name in enumerate(names) if j != i]
         text = lines[i] or concept_text(base, own, others, about_others)
         check_text(text, own, others)
+        if not names_class(text, own):
+            log.warning("Concept Prompts: %r does not say what %s is (%s)", text, own.placeholder, own.class_word)
         spoken.append(SpokenConcept(concept, encode_text(clip, text, concept)))
         said.append(text)
     plain = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (base, negative)]

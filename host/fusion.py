@@ -18,6 +18,7 @@ import comfy.sampler_helpers
 import torch
 
 from ..attention.fusion import Voices, fuse, voices_of
+from ..attention.masks import check_aspect
 from ..attention.partition import layer_masks
 from ..encoders.concepts import Concept
 from . import passes
@@ -122,6 +123,8 @@ def apply(
     active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
     if not active:
         return model.clone(), positive
+    if settings.suppression > 1:
+        log.warning("%s: a suppression of %g is far beyond 0.3 and burns colours", NAME, settings.suppression)
     if settings.layers == DECODER:
         sites = [site for site in sites if site.key[0] == "output"]
     maps = torch.stack([mask for _, mask in placed])
@@ -159,8 +162,10 @@ class ConceptFusion:
         """Opens a run.
 
         Raises:
-            ValueError: the positive conditioning is not one for the whole picture.
+            ValueError: the partition has another shape than the picture, or the positive conditioning is not one for
+                the whole of it.
         """
+        check_aspect(self.maps.sum(0), tuple(sampling.noise.shape[-2:]), f"{NAME}: partition")
         if self.settings.mode == SCORES:
             return FusionRun(self, sampling)
         entries = sampling.guider.conds.get(POSITIVE) or []
@@ -184,6 +189,7 @@ class FusionRun:
         self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._sized: dict[tuple, torch.Tensor] = {}
         self._voices: dict[tuple, list[Voices]] = {}
+        self._changes: dict[torch.device, dict[str, list[Change]]] = {}
         self._warned: set[SpokenConcept] = set()
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
@@ -202,8 +208,15 @@ class FusionRun:
         if not rows or not changes:
             return {}
         unet, size = evaluation.model.diffusion_model, tuple(evaluation.x.shape[-2:])
-        masks = partial(self._masks, device=evaluation.x.device)
-        return {n: MaskedLayer(unet.get_submodule(n), found, masks, size, rows) for n, found in changes.items()}
+        device = evaluation.x.device
+        if device not in self._changes:
+            dtype = evaluation.model.get_dtype_inference()
+            self._changes[device] = {n: [one.to(device, dtype) for one in found] for n, found in changes.items()}
+        masks = partial(self._masks, device=device)
+        return {
+            n: MaskedLayer(unet.get_submodule(n), found, masks, size, rows)
+            for n, found in self._changes[device].items()
+        }
 
     def _rows(self, evaluation: Evaluation) -> list[Rows]:
         """The rows that see concepts, one entry per conditioning."""
@@ -271,15 +284,19 @@ class FusionRun:
         at = (where, grid, call.q.dtype)
         if at not in self._voices:
             site, key = where
-            masks = self._masks(grid, call.q.device)
-            self._voices[at] = voices_of(masks.to(call.q), self._keys[key][site])
-            for spoken, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
-                if most < 0.5 and spoken not in self._warned:
-                    self._warned.add(spoken)
+            masks, spoken = self._masks(grid, call.q.device), self._keys[key][site]
+            self._voices[at] = voices_of(masks.to(call.q), spoken)
+            for together in self._voices[at]:
+                for row, number in enumerate(together.concepts):
+                    # Those put together are the ones to keep, so that none is held twice.
+                    spoken[number] = (together.key[row : row + 1], together.value[row : row + 1])
+            for one, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
+                if most < 0.5 and one not in self._warned:
+                    self._warned.add(one)
                     log.warning(
                         "%s: %s is smaller than a cell of a layer of %dx%d, where it will be weak",
                         NAME,
-                        spoken.concept.name,
+                        one.concept.name,
                         *reversed(grid),
                     )
         return self._voices[at]
@@ -292,3 +309,4 @@ class FusionRun:
         self._keys.clear()
         self._sized.clear()
         self._voices.clear()
+        self._changes.clear()

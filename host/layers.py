@@ -8,7 +8,7 @@ Here every layer that works on places adds M_i Delta_i(x) instead, for the posit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,13 @@ class Change:
     strength: float
     factors: tuple[torch.Tensor, ...]
     bias: torch.Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """The change where it is computed with. What has no factors is as large as the model's own layer, and stays
+        where it is until it is needed."""
+        if len(self.factors) < 2:
+            return self
+        return replace(self, factors=tuple(factor.to(device, dtype) for factor in self.factors))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What it adds to the layer's output for an input x."""

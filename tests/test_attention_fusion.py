@@ -109,6 +109,14 @@ def test_the_norm_cap_bounds_what_suppression_adds(scene):
     assert torch.equal(free[within], capped[within])
 
 
+def test_the_norm_cap_measures_wide_tokens_of_half_precision():
+    """1280 numbers of 100 add up to more than half precision holds."""
+    base, key = torch.full((1, 4, 1280), 100.0).half(), torch.zeros(1, 2, 1280).half()
+    voices = voices_of(torch.ones(1, 4).half(), [(key, key)])
+    capped = fuse(base, base, voices, lambda q, k, v: q * 0.5, 3.0, 1.2)
+    assert torch.allclose(capped.float(), torch.full_like(base, -60.0).float(), rtol=1e-3)
+
+
 def test_concepts_answer_together_where_prompts_are_as_long_and_regions_about_as_large():
     """Equal in length are 0, 1, 2 and 4; of these 0 and 1 have 4 and 6 tokens, 2 has 9, and 4 has none."""
     masks = torch.zeros(5, 4, 5)
@@ -117,6 +125,7 @@ def test_concepts_answer_together_where_prompts_are_as_long_and_regions_about_as
     spoken = [(torch.randn(1, 9 if i == 3 else 7, 8), torch.randn(1, 9 if i == 3 else 7, 8)) for i in range(5)]
     found = voices_of(masks, spoken)
     assert [len(voices.tokens) for voices in found] == [2, 1, 1]
+    assert [voices.concepts for voices in found] == [(0, 1), (2,), (3,)]
     first = found[0]
     assert first.tokens.tolist() == [[16, 17, 18, 19, 0, 0], [14, 15, 16, 17, 18, 19]]
     assert first.share[..., 0].count_nonzero(1).tolist() == [4, 6]

@@ -108,6 +108,13 @@ def test_three_that_meet_go_to_the_front_one_by_each_rule():
     assert divide(masks[[2, 0, 1]], 3, LATER_IN_FRONT)[:, 17, 17].argmax() == 2
 
 
+def test_two_masks_of_one_thing_are_refused():
+    one, other, inside = block((5, 35, 5, 35), (6, 35, 5, 35), (5, 35, 5, 27)).float()
+    with pytest.raises(ValueError, match=r"mask 3: a place of its own is wanted, but mask 1 has the same one"):
+        assemble([one, torch.zeros_like(one), other])
+    assert (assemble([one, inside, torch.zeros_like(one)]).sum(0) == 1).all()
+
+
 def test_an_empty_mask_leaves_its_concept_out_and_a_full_one_leaves_no_background():
     empty, full, some = torch.zeros(20, 30), torch.ones(20, 30), torch.zeros(20, 30)
     some[5:9, 5:9] = 1

@@ -1,5 +1,7 @@
 """Prompts of a concept fusion through the host's own text encoder (Shapeland's, behind SD 1.5's tokenizer)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,6 +57,28 @@ class TestTokens:
         assert torch.equal(states(spliced), states(plain))
         assert torch.equal(spliced[0][1]["pooled_output"], plain[0][1]["pooled_output"])
 
+    def test_a_model_of_two_encoders_gets_each_its_own_rows(self):
+        """SDXL's tokenizer: the same places in both, with weights kept."""
+        from comfy.sdxl_clip import SDXLTokenizer
+        from conceptloom.host.concept_prompts import splice
+
+        tokenizer = SDXLTokenizer()
+        clip = SimpleNamespace(tokenizer=tokenizer, tokenize=tokenizer.tokenize_with_weights)
+        rows = {"l": torch.randn(2, 768), "g": torch.randn(2, 1280)}
+        spliced = splice(clip, "a (<new1> cat:1.2) and <new1>", {"<new1>": rows})
+        same = tokenizer.tokenize_with_weights("a (fish fish cat:1.2) and fish fish")
+        fish = tokenizer.tokenize_with_weights("fish")["l"][0][1][0]
+        for encoder, chunks in same.items():
+            row = 0
+            for wanted, found in zip(chunks[0], spliced[encoder][0], strict=True):
+                assert wanted[1] == found[1]
+                if wanted[0] == fish:
+                    assert torch.equal(found[0], rows[encoder][row % 2])
+                    row += 1
+                else:
+                    assert wanted[0] == found[0]
+            assert row == 4
+
     def test_text_around_the_placeholder_may_hold_the_word_that_stands_in(self, clip, concept):
         from conceptloom.host.concept_prompts import encode_text
 
@@ -87,6 +111,13 @@ class TestPrompts:
     def test_own_texts_replace_the_made_ones_line_by_line(self, clip, concept):
         made = self.encode(clip, concept(), concept("tree", "<new2>", "mug"), texts="\njust a <new2> mug")
         assert made.texts == ("a <new1> star and a mug", "just a <new2> mug")
+
+    def test_a_text_without_its_class_word_is_told_of(self, clip, concept, caplog):
+        caplog.set_level("WARNING")
+        self.encode(clip, concept(), texts="a <new1> Star in space")
+        assert not caplog.records
+        self.encode(clip, concept(), texts="a <new1> in starry space")
+        assert "'a <new1> in starry space' does not say what <new1> is (star)" in caplog.text
 
     def test_a_background_is_the_last(self, clip, concept):
         behind = concept("moon", "<new3>", "meadow")

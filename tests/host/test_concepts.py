@@ -220,6 +220,37 @@ def test_saved_concepts_and_loras_are_read_again(toy, truth, tmp_path):
             save(concept, tmp_path, name)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_the_same_after_saving(name, toy, truth, tmp_path):
+    """Oracle A1, by the nodes' own loader."""
+    from conceptloom.host.concepts import save
+
+    concept = load(toy, truth.files()[name])
+    save(concept, tmp_path, "dog")
+    again = load(toy, tmp_path / "concepts" / "dog.safetensors")
+    assert again.deltas.keys() == concept.deltas.keys() and again.tokens.keys() == concept.tokens.keys()
+    for key, parts in concept.deltas.items():
+        for part, delta in parts.items():
+            assert all(map(torch.equal, again.deltas[key][part].factors, delta.factors))
+    assert all(torch.equal(again.tokens[encoder], token) for encoder, token in concept.tokens.items())
+    assert (again.source_format, again.base) == (concept.source_format, concept.base)
+
+
+def test_products_of_kronecker_are_read(toy, truth):
+    """LoKr: of w1 (2, 4) and w2, itself of two factors, every number of the first times all of the second."""
+    generator, state, wanted = torch.Generator().manual_seed(8), {}, {}
+    for name, base in truth.base.items():
+        rows, columns = base.shape
+        parts = [torch.randn(s, generator=generator) for s in ((2, 4), (rows // 2, 3), (3, columns // 4))]
+        layer = f"lora_unet_{truth.diffusers[name].removesuffix('.weight').replace('.', '_')}"
+        kinds = ("lokr_w1", "lokr_w2_a", "lokr_w2_b")
+        state |= {f"{layer}.{kind}": part * 0.1 for kind, part in zip(kinds, parts, strict=True)}
+        state[f"{layer}.alpha"] = torch.tensor(1.5)
+        wanted[name] = torch.kron(parts[0] * 0.1, parts[1] @ parts[2] * 0.01) * 1.5 / 3
+    truth.delta = wanted
+    truth.check(load(toy, state))
+
+
 def test_keys_and_values_are_those_of_a_unet_with_the_weights_swapped(toy, truth):
     from conceptloom.host.concepts import keys_and_values
     from conceptloom.host.sites import CROSS, family_of
@@ -405,7 +436,7 @@ REFUSED = {
         "unet": {n: w for n, w in t.named(t.whole).items() if not n.startswith("mid_block") or "to_v" in n}
     },
     "the shape (128, 64) is wanted for diffusion_model.middle": lambda t: changed(t, lambda w: w[:-1]),
-    "not NaN or infinity, in middle_block": lambda t: changed(t, lambda w: w * math.nan),
+    "finite numbers are wanted, but 'mid_block": lambda t: changed(t, lambda w: w * math.nan),
     "the base is another, or they are differences": lambda t: {"unet": t.named(t.delta)},
     "1.4 times that away": lambda t: {
         "unet": t.named({n: w.flip(0) for n, w in t.whole.items()}),
@@ -418,6 +449,10 @@ REFUSED = {
     },
     "none of its 1 tensors does": lambda t: {"lora_unet_x.lora_up.weight": torch.zeros(4, 4)},
     "a whole LoRA is wanted": lambda t: {n: v for n, v in t.kohya().items() if not n.endswith("down.weight")},
+    "finite numbers are wanted, but 'lora_te_x.lora_up.weight' holds NaN": lambda t: {
+        **t.kohya(),
+        "lora_te_x.lora_up.weight": torch.full((2, 2), math.nan),
+    },
     "finite in half precision": lambda t: {n: v * 1e12 for n, v in t.kohya().items()},
 }
 

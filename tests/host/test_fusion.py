@@ -1,7 +1,12 @@
 """Multi-concept fusion on the host, against modules that compute the paper's equation in full."""
 
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conceptloom.attention.partition import layer_masks
 
 WIDTH = 64
 
@@ -59,25 +64,31 @@ def fused(toy, bank, model=None, background=None, **settings):
     return apply(model, toy.positive, bank.concepts, bank.partition, Settings(**settings), background)[0]
 
 
-def naive(toy, bank, monkeypatch, suppression):
-    """Every cross-attention of the toy computes h_fuse from full attentions with whole weights."""
-    from conceptloom.attention.partition import layer_masks
+def full_attention(q, k, v):
+    """Of the toy's four heads."""
+    heads = (x.unflatten(-1, (4, -1)).transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
-    def heads(x):
-        return x.unflatten(-1, (4, -1)).transpose(1, 2)
 
-    def attention(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(heads(q), heads(k), heads(v)).transpose(1, 2).flatten(2)
+def naive(toy, bank, monkeypatch, suppression, block="", between=(0.0, math.inf), cap=math.inf):
+    """Every cross-attention of the toy computes h_fuse from full attentions with whole weights.
 
+    Args:
+        block: only layers of this part of the model.
+        between: only noise levels from the first to the second.
+        cap: the most by which suppression lengthens a token.
+    """
     for key, layer in bank.layers.items():
+        if not key[0].startswith(block):
+            continue
 
         def forward(x, context=None, value=None, mask=None, transformer_options=None, key=key, layer=layer):
-            q, base = layer.to_q(x), attention(layer.to_q(x), layer.to_k(context), layer.to_v(context))
+            q, base = layer.to_q(x), full_attention(layer.to_q(x), layer.to_k(context), layer.to_v(context))
             grid = transformer_options["activations_shape"][-2:]
             masks = layer_masks(bank.partition, tuple(grid)).flatten(1)
             out, n = base.clone(), len(x) // len(transformer_options["cond_or_uncond"])
             for i, side in enumerate(transformer_options["cond_or_uncond"]):
-                if side == 1:
+                if side == 1 or not between[0] <= float(transformer_options["sigmas"][0]) <= between[1]:
                     continue
                 rows = slice(i * n, (i + 1) * n)
                 mixed = masks[-1, :, None] * base[rows]
@@ -87,8 +98,10 @@ def naive(toy, bank, monkeypatch, suppression):
                         p @ (linear.weight + spoken.concept.deltas[key][part].matrix()).T
                         for part, linear in (("k", layer.to_k), ("v", layer.to_v))
                     )
-                    mixed = mixed + share[:, None] * attention(q[rows], k, v)
-                out[rows] = (1 + suppression) * mixed - suppression * base[rows]
+                    mixed = mixed + share[:, None] * full_attention(q[rows], k, v)
+                fused = (1 + suppression) * mixed - suppression * base[rows]
+                longer = (fused.abs().sum(-1) / mixed.abs().sum(-1))[..., None]
+                out[rows] = torch.where(longer > cap, fused * cap / longer, fused)
             return layer.to_out(out)
 
         monkeypatch.setattr(layer, "forward", forward)
@@ -109,6 +122,102 @@ class TestPicture:
         drawn = toy.sample(fused(toy, bank), batch=batch, cfg=cfg, size=size)
         naive(toy, bank, monkeypatch, 0.3)
         assert close(drawn, toy.sample(batch=batch, cfg=cfg, size=size))
+
+    def test_the_decoder_alone(self, toy, monkeypatch):
+        bank = Bank(toy, 2)
+        drawn = toy.sample(fused(toy, bank, layers="decoder"))
+        naive(toy, bank, monkeypatch, 0.3, "output")
+        assert close(drawn, toy.sample())
+        assert not close(drawn, toy.sample(fused(toy, bank)))
+
+    def test_a_part_of_the_schedule(self, toy, monkeypatch):
+        bank = Bank(toy, 2)
+        drawn = toy.sample(fused(toy, bank, start_percent=0.1, end_percent=0.6), steps=5)
+        levels = toy.base.model_sampling.percent_to_sigma
+        naive(toy, bank, monkeypatch, 0.3, between=(levels(0.6), levels(0.1)))
+        assert close(drawn, toy.sample(steps=5))
+        monkeypatch.undo()
+        naive(toy, bank, monkeypatch, 0.3)
+        assert not close(drawn, toy.sample(steps=5))
+
+    def test_a_bound_on_suppression(self, toy, monkeypatch):
+        bank = Bank(toy, 2)
+        drawn = toy.sample(fused(toy, bank, suppression=1.0, norm_cap=1.2))
+        naive(toy, bank, monkeypatch, 1.0, cap=1.2)
+        assert close(drawn, toy.sample())
+        assert not close(drawn, toy.sample(fused(toy, bank, suppression=1.0)))
+
+    def test_the_published_batch_of_rows_is_one_shared_stream(self, toy, monkeypatch):
+        """Oracle O5: a row for the base and one per concept, of prompts and weights of their own, whose cross-attention
+        gives the fused answer in all, stay equal to each other and to the single row."""
+        bank = Bank(toy, 3)
+        short = [toy.clip.encode_from_tokens_scheduled(f"concept {i}") for i in range(3)]
+        bank.concepts = [replace(spoken, conditioning=text) for spoken, text in zip(bank.concepts, short, strict=True)]
+        drawn = toy.sample(fused(toy, bank), cfg=1.0)
+        texts = torch.cat([toy.positive[0][0], *(text[0][0] for text in short)])
+
+        def rows_of_all(apply_model, arguments):
+            x, sigma = (t.repeat(len(texts), *(1,) * (t.ndim - 1)) for t in (arguments["input"], arguments["timestep"]))
+            out = apply_model(x, sigma, **{**arguments["c"], "c_crossattn": texts})
+            assert all(torch.equal(row, out[0]) for row in out)
+            return out[:1]
+
+        for key, layer in bank.layers.items():
+
+            def forward(x, context=None, value=None, mask=None, transformer_options=None, key=key, layer=layer):
+                weights = [0, *(spoken.concept.deltas[key] for spoken in bank.concepts)]
+                grid = tuple(transformer_options["activations_shape"][-2:])
+                background_last = layer_masks(bank.partition, grid).flatten(1)
+                mixed, answers = 0, []
+                for row, delta in enumerate(weights):
+                    k, v = (
+                        context[row : row + 1] @ (linear.weight + (delta[part].matrix() if delta else 0)).T
+                        for part, linear in (("k", layer.to_k), ("v", layer.to_v))
+                    )
+                    answers.append(full_attention(layer.to_q(x[row : row + 1]), k, v))
+                    mixed = mixed + background_last[row - 1, :, None] * answers[-1]
+                return layer.to_out((1.3 * mixed - 0.3 * answers[0]).expand(len(x), -1, -1))
+
+            monkeypatch.setattr(layer, "forward", forward)
+        published = toy.model.clone()
+        published.set_model_unet_function_wrapper(rows_of_all)
+        assert close(drawn, toy.sample(published, cfg=1.0))
+        assert toy.rows == [4, 4, 4]
+
+    def test_all_nodes_with_everything_off_are_the_stock_sampler(self, toy):
+        """Oracle E1: concepts that change nothing, shares of 0, through the nodes' own path."""
+        from comfy_extras import nodes_custom_sampler as stock
+        from conceptloom.encoders.concepts import Concept, Delta
+        from conceptloom.host.concept_prompts import ConceptPrompts
+        from conceptloom.host.fusion import SpokenConcept
+        from conceptloom.nodes.inversion import DDIMInversion
+        from conceptloom.nodes.masks import ConceptMasks
+        from conceptloom.nodes.weaver import MultiConceptFusion, PlugAndPlayInjection
+
+        picture = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))}
+        made = DDIMInversion.execute(toy.model, picture, toy.positive, 4, "normal", "pnp", 0).args
+        noise, trajectory, sigmas = made[:3]
+        nothing = {("middle", 0, 0): {"k": Delta((torch.zeros(128, WIDTH),))}}
+        spoken = tuple(SpokenConcept(Concept(f"none{i}", nothing), toy.positive) for i in range(2))
+        prompts = ConceptPrompts(toy.positive, toy.negative, spoken, None, ("", ""))
+        masks = torch.zeros(2, 64, 64)
+        masks[0, :, :20], masks[1, 20:, 40:] = 1, 1
+        (partition, _) = ConceptMasks.execute({"mask0": masks}, 0.03, 0.05, "smaller in front").args
+        injected = PlugAndPlayInjection.execute(toy.model, trajectory, 0.0, 0.0, "custom list", "4-11").args[0]
+        options = {"suppression": 0.3, "start_percent": 0.0, "end_percent": 1.0, "mode": "features"}
+        options |= {"layers": "all layers", "elsewhere": "inside its mask", "norm_cap": 0.0}
+        model, positive, negative = MultiConceptFusion.execute(injected, prompts, partition, **options).args
+
+        def drawn(model, positive, negative):
+            guider = stock.CFGGuider.execute(model, positive, negative, 5.0).args[0]
+            sampler = stock.KSamplerSelect.execute("euler").args[0]
+            still = stock.DisableNoise.execute().args[0]
+            return stock.SamplerCustomAdvanced.execute(still, guider, sampler, sigmas, noise).args[0]["samples"]
+
+        expected = drawn(toy.model, toy.positive, toy.negative)
+        assert close(drawn(model, positive, negative), expected)
+        held = PlugAndPlayInjection.execute(model, trajectory, 1.0, 1.0, "custom list", "4-11").args[0]
+        assert not close(drawn(held, positive, negative), expected)
 
     def test_one_concept_over_all_is_the_model_with_its_weights(self, toy):
         """Oracle O1."""
@@ -278,13 +387,15 @@ class TestScores:
         model, positive = apply(toy.model, toy.positive, bank.concepts, bank.partition, settings)
         return toy.sample(model, positive=positive, **options)
 
-    def test_it_mixes_what_each_concepts_own_model_gives(self, toy):
-        """In one step the result is the mix of the single models' results."""
+    @pytest.mark.parametrize("cfg", [1.0, 5.0])
+    def test_it_mixes_what_each_concepts_own_model_gives(self, toy, cfg):
+        """Oracle T1: in one step the result is the mix of the single models' results, guidance included."""
         bank = Bank(toy, 2)
         bank.partition = torch.zeros(3, 16, 16)
         bank.partition[0, :, :8], bank.partition[1, :, 8:] = 1, 1
-        mixed = self.drawn(toy, bank, steps=1, cfg=1.0)
-        assert sum(toy.rows) == 2
+        mixed = self.drawn(toy, bank, steps=1, cfg=cfg)
+        assert sum(toy.rows) == (2 if cfg == 1 else 3)
+        negative = toy.sample(steps=1, cfg=1.0, positive=toy.negative)
         for i, part in enumerate((slice(0, 8), slice(8, 16))):
             swapped = toy.model.clone()
             for key, parts in bank.concepts[i].concept.deltas.items():
@@ -292,7 +403,8 @@ class TestScores:
                     weight = f"diffusion_model.{bank.name(key)}.to_{name}.weight"
                     swapped.add_patches({weight: ("diff", (delta.matrix(),))})
             alone = toy.sample(swapped, steps=1, cfg=1.0, positive=bank.concepts[i].conditioning)
-            assert close(mixed[..., part], alone[..., part])
+            guided = negative + cfg * (alone - negative)
+            assert close(mixed[..., part], guided[..., part])
 
     def test_it_costs_a_row_per_concept(self, toy):
         self.drawn(toy, Bank(toy, 3), steps=1)
@@ -329,6 +441,42 @@ class TestNothing:
         assert torch.equal(toy.sample(), plain)
         assert all(torch.equal(p, before[name]) for name, p in toy.base.diffusion_model.named_parameters())
 
+    def test_cancelled_in_the_middle_it_leaves_no_trace(self, toy):
+        from comfy.model_management import InterruptProcessingException
+
+        plain, model = toy.sample(), fused(toy, Bank(toy, 2))
+        whole = toy.sample(model)
+
+        def cancel(step, *_):
+            if step == 1:
+                raise InterruptProcessingException()
+
+        with pytest.raises(InterruptProcessingException):
+            toy.sample(model, callback=cancel)
+        assert torch.equal(toy.sample(), plain)
+        assert torch.equal(toy.sample(model), whole)
+
+    @pytest.mark.parametrize("count", [1, 5])
+    def test_keys_and_values_are_held_once_and_gone_afterwards(self, toy, monkeypatch, count):
+        from conceptloom.host.fusion import FusionRun
+
+        held, runs = [], []
+
+        def close(run, end=FusionRun.close):
+            kept = [x for spoken in run._keys.values() for pairs in spoken.values() for pair in pairs for x in pair]
+            kept += [x for voices in run._voices.values() for one in voices for x in (one.key, one.value)]
+            held.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()))
+            end(run)
+            runs.append(run)
+
+        monkeypatch.setattr(FusionRun, "close", close)
+        bank = Bank(toy, count)
+        toy.sample(fused(toy, bank))
+        lengths = sum(spoken.conditioning[0][0].shape[1] for spoken in bank.concepts)
+        channels = sum(len(layer.to_k.weight) for layer in bank.layers.values())
+        assert held == [2 * 4 * lengths * channels]
+        assert not runs[0]._keys and not runs[0]._voices
+
 
 class TestCompany:
     def test_what_another_node_adds_to_cross_attention_stays(self, toy):
@@ -356,6 +504,49 @@ class TestCompany:
         plain = toy.sample(fused(toy, bank, suppression=0.0), cfg=1.0)
         assert not close(toy.sample(fused(toy, bank, model=changed, suppression=0.0), cfg=1.0), plain)
 
+    def test_controlnet_acts_on_the_picture_that_all_share(self, toy, monkeypatch):
+        from comfy.controlnet import ControlBase
+
+        class Control(ControlBase):
+            def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+                return {"middle": [torch.full((len(x_noisy), 128, 2, 2), 0.5)], "output": [], "input": []}
+
+            def get_models(self):
+                return []
+
+        control, bank = Control(), Bank(toy, 2)
+        sides = {
+            side: [[c, {**extra, "control": control}] for c, extra in getattr(toy, side)]
+            for side in ("positive", "negative")
+        }
+        drawn = toy.sample(fused(toy, bank), **sides)
+        assert not close(drawn, toy.sample(fused(toy, bank)))
+        naive(toy, bank, monkeypatch, 0.3)
+        assert close(drawn, toy.sample(**sides))
+
+    def test_hypertile_and_deep_shrink(self, toy, monkeypatch):
+        """Both leave cross-attention a whole picture, the second in fewer cells in a part of the steps."""
+        from comfy_extras.nodes_hypertile import HyperTile
+        from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+        tiled = HyperTile.execute(toy.model, 32, 2, 0, False)[0]
+        shrunk = PatchModelAddDownscale.execute(toy.model, 3, 2.0, 0.0, 0.35, True, "bicubic", "bicubic")[0]
+        bank = Bank(toy, 2)
+        for model in (tiled, shrunk):
+            monkeypatch.undo()
+            drawn = toy.sample(fused(toy, bank, model=model), seed=3)
+            assert not close(drawn, toy.sample(fused(toy, bank)))
+            naive(toy, bank, monkeypatch, 0.3)
+            assert close(drawn, toy.sample(model, seed=3))
+
+
+def test_strong_suppression_is_told_of(toy, caplog):
+    caplog.set_level("WARNING")
+    fused(toy, Bank(toy, 1), suppression=1.0)
+    assert "suppression" not in caplog.text
+    fused(toy, Bank(toy, 1), suppression=1.5)
+    assert "a suppression of 1.5 is far beyond 0.3 and burns colours" in caplog.text
+
 
 def test_a_concept_smaller_than_a_cell_is_told_of_once(toy, caplog):
     bank = Bank(toy, 2)
@@ -374,6 +565,28 @@ class TestRefusals:
         bank.partition = bank.partition[1:]
         with pytest.raises(ValueError, match="partition: one mask for each of the 2 concepts is wanted, not 1"):
             fused(toy, bank)
+
+    def test_a_partition_of_another_shape(self, toy):
+        bank = Bank(toy, 1, size=(16, 24))
+        with pytest.raises(ValueError, match=r"partition: the shape of the picture \(16x16\) is wanted, not 192x128"):
+            toy.sample(fused(toy, bank))
+
+    def test_a_range_that_ends_before_it_begins(self, toy):
+        with pytest.raises(ValueError, match=r"start_percent: at most end_percent \(0.2\) is wanted, not 0.5"):
+            fused(toy, Bank(toy, 1), start_percent=0.5, end_percent=0.2)
+
+    def test_a_model_of_another_family(self, toy):
+        from conceptloom.host import concepts, plugandplay
+
+        bank = Bank(toy, 1)
+        flux = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
+        for use in (
+            lambda: fused(toy, bank, model=flux),
+            lambda: plugandplay.apply(flux, None, plugandplay.Settings()),
+            lambda: concepts.load_concept(flux, {"unet": {"x.attn2.to_k.weight": torch.zeros(2, 2)}}),
+        ):
+            with pytest.raises(ValueError, match="model: one of the families SD 1.x.* is wanted, not Identity"):
+                use()
 
     def test_a_concept_of_another_model(self, toy):
         from conceptloom.encoders.concepts import Concept, Delta

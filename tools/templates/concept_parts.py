@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from workflow_builder import Node, Output, Workflow
 
-SHAPELAND_INJECTION = {"attention_share": 1.0, "blocks": "all from the second on (published code)"}
-"""Plug-and-Play's inputs for Shapeland, whose shapes the paper's blocks and shares do not hold."""
+SHAPELAND_BLOCKS = "all from the second on (published code)"
+"""Plug-and-Play's blocks for Shapeland, whose shapes the paper's do not hold."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from functools import partial
 
 from workflow_builder import Node, Output, Workflow
 
-from .concept_parts import SHAPELAND_INJECTION, Base, bank, enlarged, places, sample, shapeland_base, stitched
+from .concept_parts import SHAPELAND_BLOCKS, Base, bank, enlarged, places, sample, shapeland_base, stitched
 from .freecustom import NEGATIVE, SD15, SDXL
 
 SAM3 = {
@@ -110,9 +110,8 @@ def shapeland(flow: Workflow) -> None:
     encoded = flow.add("VAEEncode", {"pixels": scene[0], "vae": base.vae}, column=1)
     segmenter = flow.add("ConceptLoomLoadSegmenter", {"kind": "Shapeland judge"}, column=1)
     found = places(flow, segmenter, scene[0], "star, fish, house")
-    prompts, picture = weave(
-        flow, base, concepts, encoded[0], found[1][0], (text, ""), 25, 4.0, fresh=True, **SHAPELAND_INJECTION
-    )
+    held = {"attention_share": 1.0, "blocks": SHAPELAND_BLOCKS}
+    prompts, picture = weave(flow, base, concepts, encoded[0], found[1][0], (text, ""), 25, 4.0, fresh=True, **held)
     flow.add("PreviewAny", {"source": prompts["texts"]}, column=4, title="What each concept's prompt says")
     looks = [
         flow.add(

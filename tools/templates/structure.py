@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workflow_builder import Node, Workflow
 
-from .concept_parts import SHAPELAND_INJECTION, bank, enlarged, places, sample, shapeland_base, stitched
+from .concept_parts import SHAPELAND_BLOCKS, bank, enlarged, places, sample, shapeland_base, stitched
 
 
 def prompt(flow: Workflow, clip, text: str, title: str) -> Node:
@@ -47,7 +47,7 @@ def plug_and_play(flow: Workflow) -> None:
         {
             "model": base["MODEL"],
             "trajectory": inverted["trajectory"],
-            **SHAPELAND_INJECTION,
+            "blocks": SHAPELAND_BLOCKS,
             "attention_share": 0.8,
         },
         column=3,
