@@ -9,6 +9,7 @@ A layer is named by its site's key, such as ("input", 1, 0): block, number, tran
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,12 @@ class Delta:
         if len(self.factors) == 2 and self.factors[0].shape[1] <= rank:
             return self
         return Delta(factor(self.matrix(), rank), self.bias)
+
+
+def fingerprint(keys: torch.Tensor) -> str:
+    """Tells base models of one architecture apart by the weights (C, text width) that make the keys of their first
+    cross-attention: in half precision, so that it is equal for files of one model, whatever their precision."""
+    return hashlib.sha256(keys.detach().cpu().half().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:

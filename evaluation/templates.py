@@ -28,7 +28,7 @@ IDENTITIES = {"star": 41, "fish": 42, "heart": 43, "mug": 44, "house": 45, "ball
 NOUNS = tuple(IDENTITIES)
 BACKGROUND = "background"
 """The concept of a ground whose colour the world has no word for."""
-PICTURES, RANK = 4, 8
+PICTURES, RANK = 8, 8
 _GROUND = (0.95, 0.62, 0.30)
 _LOT = 5_190_733
 
@@ -52,7 +52,10 @@ def drawings(name: str) -> list[tuple[world.Picture, str]]:
             found.append((picture, f"a {world.NOUNS[scene.things[0].noun]} on a {{}}"))
         else:
             mention = world.Mention(world.NOUNS.index(name))
-            picture = world.render(world.scene_from([mention], i, _lot(2, NOUNS.index(name), i), [identity_of(name)]))
+            ground = i % len(world.BACKGROUNDS)
+            picture = world.render(
+                world.scene_from([mention], ground, _lot(2, NOUNS.index(name), i), [identity_of(name)])
+            )
             found.append((picture, picture.scene.caption.replace(name, "{}")))
     return found
 

@@ -22,6 +22,8 @@ from .concept_weights import Weights
 
 SAMPLER, SCHEDULER, CFG = "euler", "normal", 5.0
 STEPS, PREVIEW_STEPS = 25, 12
+AT_ONCE = 4
+"""Pictures of a class in one batch; more would need more memory than training does."""
 
 
 def train_with_progress(
@@ -82,7 +84,11 @@ def train_with_progress(
 def draw_class(model, clip, text: str, count: int, cells: int, seed: int) -> torch.Tensor:
     """Latents (count, C, cells, cells) of pictures of a class, as the model itself draws them."""
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (text, ""))
-    return torch.cat([_sample(model, positive, negative, cells, seed + i, STEPS) for i in range(count)])
+    batches = [
+        _sample(model, positive, negative, cells, seed + first, STEPS, min(AT_ONCE, count - first))
+        for first in range(0, count, AT_ONCE)
+    ]
+    return torch.cat(batches)
 
 
 def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, seed: int) -> torch.Tensor:
@@ -97,8 +103,8 @@ def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, se
     return vae.decode(_sample(drawing, positive, empty, cells, seed, PREVIEW_STEPS))[0, ..., :3]
 
 
-def _sample(model, positive: list, negative: list, cells: int, seed: int, steps: int) -> torch.Tensor:
-    empty = torch.zeros(1, model.model.latent_format.latent_channels, cells, cells)
+def _sample(model, positive: list, negative: list, cells: int, seed: int, steps: int, count: int = 1) -> torch.Tensor:
+    empty = torch.zeros(count, model.model.latent_format.latent_channels, cells, cells)
     noise = comfy.sample.prepare_noise(empty, seed)
     return comfy.sample.sample(
         model, noise, steps, CFG, SAMPLER, SCHEDULER, positive, negative, empty, disable_pbar=True, seed=seed

@@ -6,7 +6,6 @@ difference is what a patch makes of the unpatched weight: delta = W' - W. Factor
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import statistics
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..encoders.concept_formats import LORA, ConceptFile
-from ..encoders.concepts import PARTS, Concept, Delta, Key, architecture, layer_name
+from ..encoders.concepts import PARTS, Concept, Delta, Key, architecture, fingerprint, layer_name
 from .sites import CROSS, family_of
 
 log = logging.getLogger("conceptloom")
@@ -76,9 +75,8 @@ class Weights:
         return next(self.shape(f"{layer}.weight")[1] for layer, (_, part) in self.layers.items() if part == "k")
 
     def fingerprint(self) -> str:
-        """Of the first layer's keys in half precision: equal for files of one model, whatever their precision."""
-        first = self[f"{next(iter(self.layers))}.weight"].half().contiguous()
-        return hashlib.sha256(first.numpy().tobytes()).hexdigest()[:16]
+        """See `encoders.concepts.fingerprint`."""
+        return fingerprint(self[f"{next(iter(self.layers))}.weight"])
 
 
 def unpatched(patches: Mapping[str, list], key: str) -> torch.Tensor:

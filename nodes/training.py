@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..host import concept_studio
-from ..training.concepts.augment import AUGMENTATIONS, STRONG
+from ..training.concepts.augment import AUGMENTATIONS, NONE
 from ..training.concepts.learner import Recipe
 from ..training.concepts.pictures import Pictures
 from .types import ConceptSocket, preview, speaking_for
@@ -84,11 +84,11 @@ class TrainConcept(io.ComfyNode):
                 io.Combo.Input(
                     "augmentation",
                     options=list(AUGMENTATIONS),
-                    default=STRONG,
+                    default=NONE,
                     advanced=True,
-                    tooltip="strong: a third to the whole of the size, anywhere, as Concept Weaver does, for concepts "
-                    "that masks put in their place. custom diffusion: also crops, with words for them. none: as it is, "
-                    "for concepts drawn without masks.",
+                    tooltip="How scale and place are varied, for pictures that are all framed alike. none: as they "
+                    "are. custom diffusion: smaller or cropped at times, with words that say so. strong: a third to "
+                    "the whole of the size, anywhere, as Concept Weaver has it; such a concept needs masks.",
                 ),
                 io.Boolean.Input(
                     "new_word",

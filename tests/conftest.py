@@ -122,10 +122,19 @@ def toy_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(host_path, toy_folder, tmp_path_factory):
-    """One real server for all tests, with an empty base directory, this pack and the toy pack."""
+    """One real server for all tests, with an empty base directory, this pack and the toy pack.
+
+    It remembers what it ran, so that a template is drawn once, though tests of its file and of both renderers run it.
+    """
     base = tmp_path_factory.mktemp("server")
     with Server(
-        Path(sys.executable), host_path, base, cpu=True, log=base / "server.log", more_packs={"toy": toy_folder}
+        Path(sys.executable),
+        host_path,
+        base,
+        cpu=True,
+        log=base / "server.log",
+        more_packs={"toy": toy_folder},
+        options=("--cache-lru", "1000"),
     ) as running:
         yield running
 

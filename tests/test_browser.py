@@ -31,7 +31,7 @@ def frontends(browser, server):
         yield {name: opened.enter_context(Frontend(browser, server, name)) for name in RENDERERS}
 
 
-# Each template in both renderers before the next, for the host remembers what it ran last.
+# Each template in both renderers before the next, whose second run shows what the host remembers of the first.
 @pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("template", TEMPLATES or [NO_TEMPLATE])
 def test_template(frontends, template, renderer, tmp_path):

@@ -52,7 +52,7 @@ def test_a_concept_is_learnt_from_pictures_that_share_it_alone():
         drawn = drawings(name)
         vectors = [picture.scene.things[0].identity.vector() for picture, _ in drawn]
         assert all(np.array_equal(v, vectors[0]) for v in vectors)
-        assert len({picture.scene.background for picture, _ in drawn}) == len(drawn)
+        assert len({picture.scene.background for picture, _ in drawn}) == len(world.BACKGROUNDS)
         assert all(caption.count("{}") == 1 and name not in caption for _, caption in drawn)
     grounds = drawings(BACKGROUND)
     assert len({picture.scene.background_rgb for picture, _ in grounds}) == 1

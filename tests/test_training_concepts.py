@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conceptloom.training.concepts.augment import AUGMENTATIONS, CUSTOM, GREY, NONE, STRONG, augment
-from conceptloom.training.concepts.learner import ConceptWeights, latent_mask, masked_error, prediction_weight
+from conceptloom.training.concepts.learner import ConceptWeights, Recipe, latent_mask, masked_error, prediction_weight
+from conceptloom.training.concepts.pictures import Pictures
 
 KEYS = [("input", 1, 0), ("middle", 0, 0)]
 
@@ -58,8 +59,15 @@ class TestAugmentation:
             assert view.image[view.mask > 0.9].min() > 0.8
 
     def test_an_unknown_kind_is_refused(self):
-        with pytest.raises(ValueError, match="augmentation: one of strong, custom diffusion, none is wanted"):
+        with pytest.raises(ValueError, match="augmentation: one of none, custom diffusion, strong is wanted"):
             augment(torch.zeros(8, 8, 3), None, 8, "weak", torch.Generator())
+
+
+@pytest.mark.parametrize(("kind", "steps", "count"), [(NONE, 400, 3), (STRONG, 400, 96), (STRONG, 10, 21)])
+def test_a_training_gets_no_more_views_than_it_sees(kind, steps, count):
+    pictures = Pictures([torch.rand(32, 32, 3) for _ in range(3)], [None] * 3, ["a {}", "b {}", "c {}"])
+    views = pictures.views(Recipe(steps=steps, augmentation=kind), 32)
+    assert [caption for _, caption in views] == ["a {}", "b {}", "c {}"] * (count // 3)
 
 
 class TestWeights:

@@ -75,6 +75,7 @@ def test_a_continued_run_is_the_uninterrupted_one(narrow, folder, capsys, monkey
         command(folder, "--steps", "12", "--save-minutes", "0", out="parts")
     command(folder, "--steps", "12", out="parts")
     whole, parts = (concept_files.load(folder / out / "concept.safetensors") for out in ("whole", "parts"))
+    assert len(whole.base) == 16
     assert whole.placeholder == "<new1>" and whole.class_word == "star" and len(whole.deltas) == 10
     for key, changed in whole.deltas.items():
         for part, delta in changed.items():

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -85,7 +85,7 @@ class HostServer:
     """A ComfyUI server as a context manager: started on entry, ended on exit.
 
     `cpu` None asks torch. `log` is the file the server's output goes to; None shows it in the
-    terminal. `more_packs` are loaded beside this pack, by the names they get.
+    terminal. `more_packs` are loaded beside this pack, by the names they get. `options` go to the host's command line.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class HostServer:
         cpu: bool | None = None,
         log: Path | None = None,
         more_packs: Mapping[str, Path] = MappingProxyType({}),
+        options: Sequence[str] = (),
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -117,6 +118,7 @@ class HostServer:
             *("--port", str(self.port), "--base-directory", str(base), "--extra-model-paths-config", str(paths)),
             *("--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes"),
             *(("--cpu",) if cpu else ()),
+            *options,
         ]
         self.cwd = host
         self.process: subprocess.Popen | None = None

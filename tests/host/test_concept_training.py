@@ -58,6 +58,7 @@ class TestConcept:
         import comfy.model_management
         from conceptloom.encoders.concept_texts import Name
         from conceptloom.host import concept_training
+        from conceptloom.host.concept_weights import Weights
         from conceptloom.shapeland import models
         from conceptloom.training.base import open_base
         from conceptloom.training.concepts.diffusion import Learner
@@ -70,6 +71,7 @@ class TestConcept:
         torch.manual_seed(0)
         base.unet.load_state_dict(models.build_unet().state_dict())
         learner = Learner(base, name, recipe, torch.device("cpu"), half=False)
+        assert learner.fingerprint == Weights.of(model).fingerprint()
         for p in learner.weights.parameters():
             torch.nn.init.normal_(p, std=0.05)
         assert set(learner.state_dict()) == {f"weights.{key}" for key in learner.weights.state_dict()}

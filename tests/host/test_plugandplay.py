@@ -155,6 +155,21 @@ class TestNothingElse:
         toy.sample(apply(toy, source()), STEPS)
         assert torch.equal(toy.sample(steps=STEPS), before)
 
+    def test_cancelled_in_the_middle_it_leaves_no_trace(self, toy, source):
+        from comfy.model_management import InterruptProcessingException
+
+        plain, model = toy.sample(steps=STEPS), apply(toy, source())
+        whole = toy.sample(model, STEPS)
+
+        def cancel(step, *_):
+            if step == 1:
+                raise InterruptProcessingException()
+
+        with pytest.raises(InterruptProcessingException):
+            toy.sample(model, STEPS, callback=cancel)
+        assert torch.equal(toy.sample(steps=STEPS), plain)
+        assert torch.equal(toy.sample(model, STEPS), whole)
+
 
 class TestCompany:
     def test_another_nodes_layer_patch_is_heard(self, toy, source):

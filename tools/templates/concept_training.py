@@ -22,8 +22,8 @@ def train_concept(flow: Workflow) -> None:
         "### How to choose\n"
         "- one caption for all pictures, or a line each that says what else they show: that is then not learnt\n"
         "- too little alike: more `steps`. Everything looks like it: fewer, or more `class_pictures`\n"
-        "- `augmentation`: `strong` for **Multi-Concept Fusion** with masks. `none`, as here, for a concept that is "
-        "drawn without masks: by the other it comes several times\n"
+        "- pictures in which size and place of the thing differ teach most; where all are framed alike, try another "
+        "`augmentation`\n"
         "- `rank` 8 to 32 for small files",
         column=0,
     )
@@ -51,7 +51,6 @@ def train_concept(flow: Workflow) -> None:
             "steps": 150,
             "class_pictures": 8,
             "size": 64,
-            "augmentation": "none",
             "preview_every": 50,
         },
         column=2,

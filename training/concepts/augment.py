@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 STRONG, CUSTOM, NONE = "strong", "custom diffusion", "none"
-AUGMENTATIONS = (STRONG, CUSTOM, NONE)
+AUGMENTATIONS = (NONE, CUSTOM, STRONG)
 
 GREY = 0.5
 _FAR, _NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")

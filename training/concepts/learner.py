@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ...encoders.concept_texts import Name
 from ...encoders.concepts import Concept, Delta, Key
-from .augment import STRONG
+from .augment import NONE
 
 BOTH = ("k", "v")
 
@@ -42,7 +42,7 @@ class Recipe:
     rank: int = 0
     new_word: bool = True
     prior_weight: float = 0.25
-    augmentation: str = STRONG
+    augmentation: str = NONE
     seed: int = 0
 
 

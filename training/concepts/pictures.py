@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from ...encoders.concept_texts import Name, check_placeholder
-from .augment import View, augment
+from .augment import NONE, View, augment
 from .learner import Recipe
 
 VIEWS = 32
-"""Variations of each picture, encoded once before training; more than a training sees in its steps are not made."""
+"""Variations of each picture, encoded once before training, if it is varied; more than a training sees in its steps are
+not made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ class Pictures:
 
     def views(self, recipe: Recipe, side: int) -> list[tuple[View, str]]:
         """The views (side, side) that a training sees, with their captions."""
-        times = min(VIEWS, -(-recipe.steps * recipe.batch // len(self.images)))
+        asked = -(-recipe.steps * recipe.batch // len(self.images))
+        times = 1 if recipe.augmentation == NONE else min(VIEWS, asked)
         generator = torch.Generator().manual_seed(recipe.seed)
         views = []
         for _ in range(times):

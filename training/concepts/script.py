@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def train(options, recipe: Recipe) -> None:
         save_seconds=60 * options.save_minutes,
     )
     if accelerator.is_main_process:
-        concept = learner.weights.concept(name, "training.concepts")
+        concept = replace(learner.weights.concept(name, "training.concepts"), base=learner.fingerprint)
         concept_files.save(concept, options.out / FILE)
         print(f"{options.out / FILE}: {(options.out / FILE).stat().st_size / 2**20:.1f} MiB")
 
