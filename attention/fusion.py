@@ -11,8 +11,9 @@ about one ordinary cross-attention, however many they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -71,6 +72,7 @@ def fuse(
     attend: Attend,
     suppression: float = 0.0,
     norm_cap: float = 0.0,
+    own_queries: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> torch.Tensor:
     """Cross-attention of all concepts, before the output projection; (B, L, C).
 
@@ -85,11 +87,16 @@ def fuse(
         suppression: lambda, how far to move away from what the base model would draw (concept-free suppression).
         norm_cap: the most by which suppression may lengthen a token (L1 norm, as a ratio to the unsuppressed mix);
             0 sets no bound.
+        own_queries: by concept, what its own weights add to the queries (B, L, C).
     """
     rows, mixed = len(query), base.clone()
     for together in voices:
         key, value = (x.expand(rows, -1, -1, -1).flatten(0, 1) for x in (together.key, together.value))
-        answer = attend(query[:, together.tokens].flatten(0, 1), key, value).unflatten(0, (rows, -1))
+        asked = query[:, together.tokens]
+        for row, concept in enumerate(together.concepts):
+            if concept in own_queries:
+                asked[:, row] += own_queries[concept][:, together.tokens[row]]
+        answer = attend(asked.flatten(0, 1), key, value).unflatten(0, (rows, -1))
         # From the base towards the concept: shares below 1 leave the rest to the base or to the next voice.
         change = together.share * (answer - base[:, together.tokens])
         # One after another: where concepts meet, a GPU would add them in another order every time.

@@ -120,14 +120,6 @@ def layer_masks(partition: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return _normalized(F.adaptive_avg_pool2d(partition, grid))
 
 
-def below_one_cell(partition: torch.Tensor, grid: tuple[int, int]) -> list[int]:
-    """Indices of the concepts that hold most of no cell of a grid (h, w), usually the coarsest layer's, and so will be
-    weak there. Concepts without a pixel are none of them."""
-    concepts = partition[:-1]
-    most = layer_masks(partition, grid)[:-1].amax((1, 2))
-    return [i for i in range(len(concepts)) if most[i] < THRESHOLD and concepts[i].any()]
-
-
 def picture(partition: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
     """A partition (N + 1, H, W) to look at, (H, W, 3): a colour per concept over the dark grey of the background, or
     over the grey of an image (H', W', 3)."""

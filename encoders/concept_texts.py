@@ -42,18 +42,16 @@ def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str
     Raises:
         ValueError: neither the concept's placeholder nor its class word is in the text.
     """
-    text = base
+    text = plain_text(base, others)
     for other in others:
-        if other.placeholder:
-            text = re.sub(rf"{_whole(other.placeholder)}\s*", "", text)
         if about_others == DROP_OTHERS and other.class_word and other.class_word.lower() != own.class_word.lower():
-            text = _without(text, other.class_word)
-    if own.placeholder and re.search(_whole(own.placeholder), text):
+            text = _without(text, other.class_word, own.class_word)
+    if own.placeholder and re.search(whole_word(own.placeholder), text):
         return _tidy(text)
     found = _class_word(text, own)
     if found is None:
         wanted = " or ".join(filter(None, (repr(own.class_word) if own.class_word else "", own.placeholder)))
-        raise ValueError(f"text: one with {wanted or 'the class word of the concept'} in it is wanted, not {base!r}")
+        raise ValueError(f"prompt: one with {wanted or 'the class word of the concept'} in it is wanted, not {base!r}")
     if not own.placeholder:
         return _tidy(text)
     # "an owl" becomes "a <new1> owl": the article belongs to the word that follows it.
@@ -61,13 +59,21 @@ def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str
     return _tidy(f"{before}{own.placeholder} {text[found.start() :]}")
 
 
+def plain_text(base: str, names: Sequence[Name]) -> str:
+    """The base text without placeholders, which only concepts' own texts can hold."""
+    for name in names:
+        if name.placeholder:
+            base = re.sub(rf"{whole_word(name.placeholder)}\s*", "", base)
+    return _tidy(base)
+
+
 def check_text(text: str, own: Name, others: Sequence[Name]) -> None:
     """Raises ValueError unless a concept's text holds its placeholder exactly once and no other concept's."""
-    times = len(re.findall(_whole(own.placeholder), text)) if own.placeholder else 1
+    times = len(re.findall(whole_word(own.placeholder), text)) if own.placeholder else 1
     if times != 1:
         raise ValueError(f"texts: {own.placeholder} exactly once is wanted in {text!r}, not {times} times")
     for other in others:
-        if other.placeholder and re.search(_whole(other.placeholder), text):
+        if other.placeholder and re.search(whole_word(other.placeholder), text):
             raise ValueError(
                 f"texts: {own.placeholder or own.class_word} alone is wanted in {text!r}, for with "
                 f"{other.placeholder} beside it the two would mix"
@@ -80,10 +86,10 @@ def names_class(text: str, own: Name) -> bool:
 
 
 def _class_word(text: str, own: Name) -> re.Match | None:
-    return re.search(_whole(own.class_word), text, re.IGNORECASE) if own.class_word else None
+    return re.search(whole_word(own.class_word), text, re.IGNORECASE) if own.class_word else None
 
 
-def _whole(word: str) -> str:
+def whole_word(word: str) -> str:
     """A pattern for a word that is not part of a longer one; "cat" is not in "catalog"."""
     before, after = (r"(?<!\w)" if _is_word(word[0]) else ""), (r"(?!\w)" if _is_word(word[-1]) else "")
     return f"{before}{re.escape(word)}{after}"
@@ -93,9 +99,15 @@ def _is_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _without(text: str, class_word: str) -> str:
-    """The text without what is said of a class word: its article, the adjectives between, and one conjunction."""
-    phrase = rf"(?:(?<!\w){_DETERMINERS}\s+(?:(?!and\b|with\b|or\b)[\w-]+\s+){{0,4}}?)?{_whole(class_word)}"
+def _without(text: str, class_word: str, kept: str) -> str:
+    """The text without what is said of a class word: its article, the adjectives between, and one conjunction. What is
+    `kept` stays, though the class word be part of it."""
+    if kept and re.search(whole_word(class_word), kept, re.IGNORECASE):
+        first, *rest = re.split(f"({whole_word(kept)})", text, flags=re.IGNORECASE)
+        held = iter(rest[::2])
+        marked = "\0".join([first, *rest[1::2]])
+        return re.sub("\0", lambda _: next(held), _without(marked, class_word, ""))
+    phrase = rf"(?:(?<!\w){_DETERMINERS}\s+(?:(?!and\b|with\b|or\b)[\w-]+\s+){{0,4}}?)?{whole_word(class_word)}"
     after, before = r"\s*,?\s*(?<!\w)(?:and|with)\s+|\s*,\s*", r"\s*,?\s+(?:and|with)(?!\w)\s*|\s*,\s*"
     joined = f"(?:{after}){phrase}|{phrase}(?:{before})|{phrase}"
     return re.sub(joined, " ", text, flags=re.IGNORECASE)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class
+from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text, whole_word
 from ..encoders.concepts import Concept, join
 from .concepts import check_tokens, with_text
 from .fusion import SpokenConcept
@@ -54,7 +54,7 @@ def encode_prompts(
 
     Args:
         clip: the host's CLIP of the model.
-        base: describes the whole picture with class words.
+        base: describes the whole picture with class words; the plain prompt has no placeholder that stands in it.
         negative: what it should not show.
         concepts: a bank's.
         background: a concept for what lies behind; its text is made from `base` too.
@@ -80,10 +80,10 @@ def encode_prompts(
         text = lines[i] or concept_text(base, own, others, about_others)
         check_text(text, own, others)
         if not names_class(text, own):
-            log.warning("Concept Prompts: %r does not say what %s is (%s)", text, own.placeholder, own.class_word)
+            log.warning("Concept Prompts: %r does not say what %s is (%s)", text, concept.name, own.class_word)
         spoken.append(SpokenConcept(concept, encode_text(clip, text, concept)))
         said.append(text)
-    plain = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (base, negative)]
+    plain = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (plain_text(base, names), negative)]
     count = len(concepts)
     return ConceptPrompts(*plain, tuple(spoken[:count]), spoken[count] if background is not None else None, tuple(said))
 
@@ -110,7 +110,7 @@ def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> 
     for placeholder, rows in words.items():
         name = next(iter(rows))
         foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), marked)
-        marked = re.sub(re.escape(placeholder), " ".join([word] * len(rows[name])), marked)
+        marked = re.sub(whole_word(placeholder), " ".join([word] * len(rows[name])), marked)
         places[foreign] = placeholder, word, rows
     tokens = clip.tokenize(marked)
     for encoder, chunks in tokens.items():

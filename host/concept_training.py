@@ -8,6 +8,7 @@ way.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def check(vae, pictures: Pictures, class_word: str, placeholder: str, recipe: Re
     """What the concept is called; raises ValueError with one sentence where a training could not begin."""
     factor = vae.spacial_compression_encode()
     if side % factor or side < factor:
-        raise ValueError(f"side: a multiple of {factor} is wanted for this VAE, not {side}")
+        raise ValueError(f"size: a multiple of {factor} is wanted for this VAE, not {side}")
     return name_of(class_word, placeholder, recipe)
 
 
@@ -196,12 +197,13 @@ class _Trainer:
             comfy.model_management.throw_exception_if_processing_interrupted()
             # A report may draw a preview, for which the host may have made room.
             comfy.model_management.load_models_gpu(self.patchers)
-            losses = self._losses(generator)
+            return self._losses(generator)
+
+        def after(step, losses):
             report(step, float(losses["concept"].detach()), self.concept)
-            return losses
 
         half = self.model.get_dtype_inference() != torch.float32
-        run.train(loss_of, self.recipe.steps, save_seconds=60.0, half=half)
+        run.train(loss_of, self.recipe.steps, save_seconds=60.0, half=half, after=after)
 
     def _losses(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         recipe = self.recipe
@@ -238,7 +240,12 @@ class _Trainer:
                 conds = passes.encode(self.model, entry, latent, POSITIVE, self.recipe.seed)
                 if not own:
                     conds = self._texts[caption] = {key: value.detach() for key, value in conds.items()}
-            rows.append(conds)
+            rows.append(dict(conds))
+        length = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
+        for row in rows:
+            # As the host does with prompts of different length.
+            context = row["c_crossattn"]
+            row["c_crossattn"] = context.repeat(1, length // context.shape[1], 1)
         return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
     def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -19,12 +19,12 @@ import torch
 
 from ..attention.fusion import Voices, fuse, voices_of
 from ..attention.masks import check_aspect
-from ..attention.partition import layer_masks
-from ..encoders.concepts import Concept
+from ..attention.partition import THRESHOLD, layer_masks
+from ..encoders.concepts import PARTS, Concept, layer_name
 from . import passes
 from .concepts import keys_and_values
-from .layers import Change, MaskedLayer, Rows, changes_of
-from .patching import NEGATIVE, POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
+from .layers import Change, MaskedLayer, OwnQueries, Rows, changes_of
+from .patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
 from .sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of
 
 log = logging.getLogger("conceptloom")
@@ -123,15 +123,17 @@ def apply(
     active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
     if not active:
         return model.clone(), positive
-    if settings.suppression > 1:
+    if settings.suppression > 1 and settings.mode == FEATURES:
         log.warning("%s: a suppression of %g is far beyond 0.3 and burns colours", NAME, settings.suppression)
     if settings.layers == DECODER:
         sites = [site for site in sites if site.key[0] == "output"]
+    if settings.mode == SCORES and (settings.start_percent > 0 or settings.end_percent < 1):
+        raise ValueError("mode: features is wanted where start_percent and end_percent leave a part of the steps out")
     maps = torch.stack([mask for _, mask in placed])
     chosen = [placed[i][0] for i in active]
     changes: dict[str, list[Change]] = {}
     if settings.elsewhere == IN_PLACE:
-        changes, left_out = changes_of([spoken.concept for spoken in chosen], model)
+        changes, left_out = changes_of([spoken.concept for spoken in chosen], model, sites)
         if left_out:
             log.warning("%s: %d patches in layers that see no places are left out", NAME, left_out)
     fused = attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings))
@@ -190,6 +192,12 @@ class FusionRun:
         self._sized: dict[tuple, torch.Tensor] = {}
         self._voices: dict[tuple, list[Voices]] = {}
         self._changes: dict[torch.device, dict[str, list[Change]]] = {}
+        # Of one evaluation; each device has its own.
+        self._queries: dict[tuple[Site, torch.device], OwnQueries] = {}
+        self._suppressed: dict[tuple[Site, torch.device, int], torch.Tensor] = {}
+        self._with_own_outputs = {
+            site for site in system.sites if f"{layer_name(site.key)}.{PARTS['out']}" in system.changes
+        }
         self._warned: set[SpokenConcept] = set()
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
@@ -207,16 +215,30 @@ class FusionRun:
         rows, changes = self._rows(evaluation), self.system.changes
         if not rows or not changes:
             return {}
-        unet, size = evaluation.model.diffusion_model, tuple(evaluation.x.shape[-2:])
-        device = evaluation.x.device
+        unet, device, count = evaluation.model.diffusion_model, evaluation.x.device, len(evaluation.x)
         if device not in self._changes:
             dtype = evaluation.model.get_dtype_inference()
             self._changes[device] = {n: [one.to(device, dtype) for one in found] for n, found in changes.items()}
         masks = partial(self._masks, device=device)
-        return {
-            n: MaskedLayer(unet.get_submodule(n), found, masks, size, rows)
-            for n, found in self._changes[device].items()
-        }
+        handlers: dict[str, LayerHandler] = {}
+        # Where concepts share a stream, the base must not see their queries, nor they what suppression takes away.
+        shared = {}
+        if self.system.settings.mode == FEATURES:
+            shared = {
+                f"{layer_name(site.key)}.{PARTS[part]}": (part, site) for site in self.system.sites for part in PARTS
+            }
+        for name, found in self._changes[device].items():
+            layer = unet.get_submodule(name)
+            part, site = shared.get(name, ("", None))
+            if part == "q":
+                handlers[name] = self._queries[site, device] = OwnQueries(layer, found, count, rows)
+            else:
+                missing = {"missing": partial(self._taken_away, site, device)} if part == "out" else {}
+                handlers[name] = MaskedLayer(layer, found, masks, count, rows, **missing)
+        return handlers
+
+    def _taken_away(self, site: Site, device: torch.device, part: Rows) -> torch.Tensor | float:
+        return self._suppressed.pop((site, device, part.rows.start), 0.0)
 
     def _rows(self, evaluation: Evaluation) -> list[Rows]:
         """The rows that see concepts, one entry per conditioning."""
@@ -227,7 +249,7 @@ class FusionRun:
             rows = slice(i * n, (i + 1) * n)
             if role.startswith(_CONCEPT):
                 found.append(Rows(rows, int(role.removeprefix(_CONCEPT))))
-            elif role != NEGATIVE and self.system.settings.mode == FEATURES:
+            elif role == POSITIVE and self.system.settings.mode == FEATURES:
                 found.append(Rows(rows, None))
         return found
 
@@ -264,9 +286,11 @@ class FusionRun:
         for part in self._rows(evaluation):
             query = call.q[part.rows]
             if part.concept is None:
-                out[part.rows] = fuse(
-                    query, base[part.rows], voices, call.attend, settings.suppression, settings.norm_cap
-                )
+                suppression, here = settings.suppression, (site, query.device)
+                own = self._queries[here].take(part) if here in self._queries else {}
+                out[part.rows] = fuse(query, base[part.rows], voices, call.attend, suppression, settings.norm_cap, own)
+                if suppression and site in self._with_own_outputs:
+                    self._suppressed[(*here, part.rows.start)] = suppression * base[part.rows]
             else:
                 concept_key, concept_value = (x.expand(len(query), -1, -1) for x in spoken[part.concept])
                 out[part.rows] = call.attend(query, concept_key, concept_value)
@@ -291,7 +315,7 @@ class FusionRun:
                     # Those put together are the ones to keep, so that none is held twice.
                     spoken[number] = (together.key[row : row + 1], together.value[row : row + 1])
             for one, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
-                if most < 0.5 and one not in self._warned:
+                if most < THRESHOLD and one not in self._warned:
                     self._warned.add(one)
                     log.warning(
                         "%s: %s is smaller than a cell of a layer of %dx%d, where it will be weak",
@@ -310,3 +334,5 @@ class FusionRun:
         self._sized.clear()
         self._voices.clear()
         self._changes.clear()
+        self._queries.clear()
+        self._suppressed.clear()

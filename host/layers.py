@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ..encoders.concepts import PARTS, Concept, layer_name
+from ..encoders.concepts import PARTS, Concept, Key, layer_name
 from .concept_weights import UNET, Weights, difference
+from .sites import Site
 
 Sized = Callable[[tuple[int, int]], torch.Tensor]
 """Masks (n, h, w) of the concepts at a layer's size."""
@@ -61,19 +62,20 @@ class Change:
         return self.strength * out
 
 
-def changes_of(concepts: Sequence[Concept], model) -> tuple[dict[str, list[Change]], int]:
+def changes_of(concepts: Sequence[Concept], model, sites: Sequence[Site]) -> tuple[dict[str, list[Change]], int]:
     """The concepts' changes by layer of the diffusion model, and how many patches no layer could take.
 
     Args:
         concepts: in the order of their masks.
         model: the host's MODEL.
+        sites: the cross-attention in which concepts are seen; queries and outputs of others stay as they are.
     """
     weights = Weights.of(model)
     unet = model.model.diffusion_model
     found: dict[str, list[Change]] = {}
     left_out = 0
     for i, concept in enumerate(concepts):
-        for name, (factors, bias) in _differences(concept, weights):
+        for name, (factors, bias) in _differences(concept, weights, {site.key for site in sites}):
             if _sees_places(unet, name):
                 found.setdefault(name, []).append(Change(i, concept.strength, factors, bias))
             else:
@@ -81,11 +83,11 @@ def changes_of(concepts: Sequence[Concept], model) -> tuple[dict[str, list[Chang
     return found, left_out
 
 
-def _differences(concept: Concept, weights: Weights) -> Iterable[tuple[str, tuple]]:
+def _differences(concept: Concept, weights: Weights, seen: set[Key]) -> Iterable[tuple[str, tuple]]:
     """(layer, (factors, bias)) of all that a concept changes beside keys and values."""
     for key, parts in concept.deltas.items():
         for part in ("q", "out"):
-            if part in parts:
+            if part in parts and key in seen:
                 yield f"{layer_name(key)}.{PARTS[part]}", (parts[part].factors, parts[part].bias)
     layers: dict[str, dict[str, tuple]] = {}
     for key, patch in concept.others.items():
@@ -130,39 +132,61 @@ class MaskedLayer:
         layer: torch.nn.Module,
         changes: Sequence[Change],
         masks: Sized,
-        size: tuple[int, int],
+        rows: int,
         parts: Sequence[Rows],
+        missing: Callable[[Rows], torch.Tensor | float] = lambda _part: 0.0,
     ):
-        """`size` of the latent (h, w)."""
-        self.layer, self.changes, self.masks, self.size, self.parts = layer, changes, masks, size, parts
+        """`rows` of the whole batch. `missing` is what some rows' input lacks for the concepts."""
+        self.layer, self.changes, self.masks, self.rows, self.parts = layer, changes, masks, rows, parts
+        self.missing = missing
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
         """The layer's output (B, L, C) or (B, C, h, w) with the changes added."""
         as_picture = isinstance(self.layer, torch.nn.Conv2d)
-        grid = tuple(out.shape[-2:]) if as_picture else grid_of(out.shape[1], self.size)
+        grid = tuple(out.shape[-2:]) if as_picture else grid
+        check_whole(out, grid, self.rows, as_picture)
         masks = self.masks(grid).to(out)
-        for change in self.changes:
-            mask = masks[change.concept] if as_picture else masks[change.concept].flatten()[:, None]
-            for part in self.parts:
+        for part in self.parts:
+            given = x[part.rows] + self.missing(part)
+            for change in self.changes:
                 if part.concept is None:
-                    out[part.rows] += mask * change.apply(self.layer, x[part.rows])
+                    mask = masks[change.concept] if as_picture else masks[change.concept].flatten()[:, None]
+                    out[part.rows] += mask * change.apply(self.layer, given)
                 elif part.concept == change.concept:
-                    out[part.rows] += change.apply(self.layer, x[part.rows])
+                    out[part.rows] += change.apply(self.layer, given)
         return out
 
 
-def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The grid (h, w) of a layer with so many tokens, of a UNet that halves a latent of `size` (h, w), rounding up.
+class OwnQueries:
+    """Handles the layer that makes the queries of a cross-attention: what each concept's own weights add is kept for
+    when that concept answers, and the base's queries stay as they are."""
 
-    Raises:
-        ValueError: no level has so many.
-    """
-    h, w = size
-    while h * w > tokens:
-        h, w = (h + 1) // 2, (w + 1) // 2
-    if h * w != tokens:
+    def __init__(self, layer: torch.nn.Module, changes: Sequence[Change], rows: int, parts: Sequence[Rows]):
+        """`rows` of the whole batch."""
+        self.layer, self.changes, self.rows, self.parts = layer, changes, rows, parts
+        self._kept: dict[int, dict[int, torch.Tensor]] = {}
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        """The layer's output as it is."""
+        check_whole(out, grid, self.rows)
+        self._kept = {
+            part.rows.start: {change.concept: change.apply(self.layer, x[part.rows]) for change in self.changes}
+            for part in self.parts
+        }
+        return out
+
+    def take(self, part: Rows) -> dict[int, torch.Tensor]:
+        """What was kept for some rows, by concept (B, L, C); it is let go of here."""
+        return self._kept.pop(part.rows.start, {})
+
+
+def check_whole(out: torch.Tensor, grid: tuple[int, int] | None, rows: int, as_picture: bool = False) -> None:
+    """Raises ValueError where a layer does not see the batch of whole pictures, because another node (HyperTile, token
+    merging) gives it parts of them."""
+    cells = tuple(out.shape[-2:]) if as_picture else (out.shape[1],)
+    wanted = grid if as_picture else grid and (grid[0] * grid[1],)
+    if len(out) != rows or cells != wanted:
         raise ValueError(
-            f"Multi-Concept Fusion (Concept Weaver): model: one whose layers see the whole picture is wanted, but "
-            f"another node gives them {tokens} places"
+            "Multi-Concept Fusion (Concept Weaver): model: one whose layers see the whole picture is wanted, but "
+            f"another node gives them parts of shape {tuple(out.shape)}; with elsewhere set to left out they need not"
         )
-    return h, w

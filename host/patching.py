@@ -26,6 +26,8 @@ log = logging.getLogger("conceptloom")
 RUNS = "conceptloom_runs"
 ROLE_TAG = "conceptloom_role"
 POSITIVE, NEGATIVE = "positive", "negative"
+_NEGATIVES = (NEGATIVE, "empty_negative_prompt")
+"""Sides that guidance moves away from; the second is Perp-Neg's."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,11 @@ class _Scope:
     @classmethod
     def open(cls, run: Run, sampling: Sampling) -> _Scope:
         conds = sampling.guider.conds
-        roles = {cond["uuid"]: cond.get(ROLE_TAG, side) for side, entries in conds.items() for cond in entries or ()}
+        roles = {
+            cond["uuid"]: cond.get(ROLE_TAG, NEGATIVE if side in _NEGATIVES else side)
+            for side, entries in conds.items()
+            for cond in entries or ()
+        }
         return cls(run, sampling.sigmas, roles, set(conds) == {POSITIVE, NEGATIVE})
 
     def read(self, model, x, sigma, options) -> Evaluation:

@@ -105,12 +105,19 @@ class PlugAndPlay:
         """Opens a run.
 
         Raises:
-            ValueError: the latent's size or batch is not that of the inversion.
+            ValueError: the inversion was another model's, or of another size or batch.
         """
         steps = len(sampling.sigmas) - 1
         until = int(self.settings.residual_share * steps), int(self.settings.attention_share * steps)
         if not any(until):
             return None
+        width = sampling.guider.model_patcher.model.model_config.unet_config["context_dim"]
+        spoken = self.source.conditioning[0][0].shape[-1]
+        if spoken != width:
+            raise ValueError(
+                f"{NAME}: trajectory: one that was inverted with this model is wanted, whose text states are {width} "
+                f"wide, not {spoken}"
+            )
         wanted, given = tuple(self.source.trajectory.latents.shape[1:]), tuple(sampling.noise.shape)
         if wanted[1:] != given[1:] or wanted[0] not in (1, given[0]):
             raise ValueError(
@@ -127,7 +134,6 @@ class InjectionRun:
         self.system = system
         self.seed = sampling.seed
         self.residual_until, self.attention_until = residual_until, attention_until
-        self.passes = 0
         self._conds: dict[torch.device, dict[str, torch.Tensor]] = {}
         self._records: dict[tuple, dict[Site, tuple[torch.Tensor, ...]]] = {}
 
@@ -150,7 +156,6 @@ class InjectionRun:
 
     def _source_pass(self, evaluation: Evaluation, wanted: Sequence[Site]) -> dict[Site, tuple[torch.Tensor, ...]]:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        self.passes += 1
         x = self.system.source.trajectory.at(evaluation.noise_level).to(evaluation.x)
         unet = evaluation.model.diffusion_model
         last = [site for site in family_of(unet).sites(unet) if site in wanted][-1]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from comfy.ldm.modules import attention as kernels
-from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialVideoTransformer
+from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
 SELF, CROSS, RESIDUAL = "self", "cross", "residual"
@@ -114,8 +114,8 @@ class ResidualCall:
 Handler = Callable[[AttentionCall], torch.Tensor] | Callable[[ResidualCall], torch.Tensor]
 
 
-LayerHandler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(input, output) of a layer -> the output it shall have."""
+LayerHandler = Callable[[torch.Tensor, torch.Tensor, tuple[int, int] | None], torch.Tensor]
+"""(input, output, grid) of a layer -> the output it shall have; grid (h, w) is that of the transformer around it."""
 
 _RESTING = ContextVar("conceptloom_layers_rest", default=False)
 
@@ -123,11 +123,27 @@ _RESTING = ContextVar("conceptloom_layers_rest", default=False)
 @contextmanager
 def handled_layers(diffusion_model, handlers: Mapping[str, LayerHandler]) -> Iterator[None]:
     """Layers of a model, by their names in it, are handled while this is open."""
+    grids: dict[str | None, tuple[int, int]] = {}
 
-    def hook(handler: LayerHandler) -> Callable:
-        return lambda _layer, inputs, output: output if _RESTING.get() else handler(inputs[0], output)
+    def note(name: str) -> Callable:
+        def before(_transformer, inputs) -> None:
+            if not _RESTING.get():
+                grids[name] = tuple(inputs[0].shape[-2:])
 
-    hooks = [diffusion_model.get_submodule(n).register_forward_hook(hook(h)) for n, h in handlers.items()]
+        return before
+
+    def hook(handler: LayerHandler, around: str | None) -> Callable:
+        return lambda _layer, inputs, output: (
+            output if _RESTING.get() else handler(inputs[0], output, grids.get(around))
+        )
+
+    hooks = []
+    if handlers:
+        named = dict(diffusion_model.named_modules())
+        transformers = [name for name, module in named.items() if isinstance(module, SpatialTransformer)]
+        around = {n: next((t for t in transformers if n.startswith(f"{t}.")), None) for n in handlers}
+        hooks = [named[t].register_forward_pre_hook(note(t)) for t in {*around.values()} - {None}]
+        hooks += [named[n].register_forward_hook(hook(h, around[n])) for n, h in handlers.items()]
     try:
         yield
     finally:

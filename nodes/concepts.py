@@ -43,15 +43,15 @@ def as_concepts(value: Concept | list[Concept]) -> list[Concept]:
     return [value] if isinstance(value, Concept) else list(value)
 
 
-def one_concept(value: Concept | list[Concept]) -> Concept:
-    """The concept of a wire that carries one.
+def one_concept(value: Concept | list[Concept], name: str = "concept") -> Concept:
+    """The concept of a wire that carries one; `name` is what the error calls it.
 
     Raises:
         ValueError: it carries several.
     """
     concepts = as_concepts(value)
     if len(concepts) != 1:
-        raise ValueError(f"concept: one concept is wanted, not a bank of {len(concepts)}")
+        raise ValueError(f"{name}: one concept is wanted, not a bank of {len(concepts)}")
     return concepts[0]
 
 

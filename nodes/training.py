@@ -117,8 +117,8 @@ class TrainConcept(io.ComfyNode):
                     "keep_checkpoint",
                     default=False,
                     advanced=True,
-                    tooltip="Keeps a checkpoint in output/concepts every minute: when this training is cancelled or "
-                    "crashes, the same one goes on where it was. It is removed at the end.",
+                    tooltip="Keeps a checkpoint in output/concept_training every minute: when this training is "
+                    "cancelled or crashes, the same one goes on where it was. It is removed at the end.",
                 ),
                 io.Mask.Input(
                     "masks", optional=True, tooltip="White on the concept, one per picture; the loss counts there."
@@ -149,7 +149,7 @@ class TrainConcept(io.ComfyNode):
         masks=None,
         **recipe,
     ) -> io.NodeOutput:
-        checkpoints = Path(folder_paths.get_output_directory()) / "concepts" if keep_checkpoint else None
+        checkpoints = Path(folder_paths.get_output_directory()) / "concept_training" if keep_checkpoint else None
         with speaking_for(cls):
             pictures = Pictures(
                 list(images[..., :3]),

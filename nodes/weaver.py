@@ -78,7 +78,7 @@ class ConceptPrompts(io.ComfyNode):
     @classmethod
     def execute(cls, clip, concepts, prompt, negative_prompt, other_concepts, texts, background=None) -> io.NodeOutput:
         with speaking_for(cls):
-            behind = None if background is None else one_concept(background)
+            behind = None if background is None else one_concept(background, "background")
             made = concept_prompts.encode_prompts(
                 clip, prompt, negative_prompt, as_concepts(concepts), behind, texts, other_concepts
             )
@@ -202,7 +202,7 @@ class MultiConceptFusion(io.ComfyNode):
                     options=list(fusion.ELSEWHERE),
                     default=fusion.IN_PLACE,
                     advanced=True,
-                    tooltip="What a LoRA changes outside cross-attention: applied inside its concept's mask, which "
+                    tooltip="What a LoRA changes outside keys and values: applied inside its concept's mask, which "
                     "keeps its full effect there, or left out, as the paper has it.",
                 ),
                 io.Float.Input(

@@ -11,7 +11,6 @@ from conceptloom.attention.partition import (
     SMALLER_IN_FRONT,
     SURER_IN_FRONT,
     assemble,
-    below_one_cell,
     dilate,
     divide,
     layer_masks,
@@ -161,12 +160,6 @@ def test_layers_of_any_size_get_means_that_add_up_to_one(size, grid):
         down, across = size[0] // grid[0], size[1] // grid[1]
         means = partition.double().unfold(1, down, down).unfold(2, across, across).mean((-1, -2))
         torch.testing.assert_close(layer_masks(partition, grid).double(), means, atol=1e-6, rtol=0)
-
-
-def test_concepts_below_one_cell_are_named_and_empty_ones_are_not():
-    masks = block((0, 5, 0, 5), (20, 40, 0, 20), (0, 0, 0, 0))
-    assert below_one_cell(divide(masks, 0), (4, 4)) == [0]
-    assert below_one_cell(divide(masks, 0), (8, 8)) == []
 
 
 def test_masks_of_several_resolutions_show_the_same_scene():

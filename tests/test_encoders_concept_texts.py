@@ -36,6 +36,7 @@ def test_the_placeholder_stands_before_the_class_word(base, own, expected):
         ("a red striped cat, the big dog and an owl", DOG, [CAT, OWL], "the big <new2> dog"),
         ("a cat with a dog", CAT, [DOG], "a <new1> cat"),
         ("two cats and a dog", DOG, [CAT], "two cats and a <new2> dog"),
+        ("a police dog and a dog", Name("police dog", "<new9>"), [DOG], "a <new9> police dog"),
         ("a cat and a cat", CAT, [Name("cat", "<new9>")], "a <new1> cat and a cat"),
     ],
 )
@@ -44,7 +45,7 @@ def test_the_others_can_be_left_out(base, own, others, expected):
 
 
 def test_a_text_without_the_concept_is_refused():
-    with pytest.raises(ValueError, match="text: one with 'cat' or <new1> in it is wanted, not 'a dog'"):
+    with pytest.raises(ValueError, match="prompt: one with 'cat' or <new1> in it is wanted, not 'a dog'"):
         concept_text("a dog", CAT, [])
 
 

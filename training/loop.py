@@ -101,10 +101,12 @@ class Run:
         report_every: int = 0,
         save_seconds: float = 180.0,
         half: bool = True,
+        after: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
     ) -> None:
         """Train to `steps`. `loss_of(step, generator)` returns named losses whose sum is minimised; their means over
         `every` steps go to `log.csv` and the screen, `report`'s numbers to `report.csv` each `report_every` steps.
-        `half` computes in bfloat16 where the device is fast at it."""
+        `half` computes in bfloat16 where the device is fast at it. `after(step, losses)` is told when a step is done
+        and holds no memory."""
         sums: dict[str, float] = {}
         counted = 0
         saved_at = began = time.monotonic()
@@ -120,12 +122,16 @@ class Run:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            del total
             self.step += 1
             if self.averaged is not None:
                 self._update_average()
             for name, value in {**losses, "gradient_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
             counted += 1
+            losses = {name: value.detach() for name, value in losses.items()}
+            if after:
+                after(self.step - 1, losses)
             if self.step % every == 0:
                 means = torch.stack(list(sums.values())) / counted
                 if accelerator:

@@ -108,6 +108,19 @@ class TestPrompts:
         assert torch.equal(states(made.positive), states(plain))
         assert made.background is None
 
+    def test_the_plain_prompt_has_no_placeholders(self, clip, concept):
+        star, mug = concept("fish"), concept("tree", "<new2>", "mug")
+        made = self.encode(clip, star, mug, base="a <new1> star and a <new2> mug")
+        assert made.texts == ("a <new1> star and a mug", "a star and a <new2> mug")
+        plain = self.encode(clip, star, mug)
+        assert torch.equal(states(made.positive), states(plain.positive))
+
+    def test_a_placeholder_may_be_part_of_other_words(self, clip, concept):
+        made = self.encode(clip, concept("fish", "sks"), base="a star on two desks")
+        plain = self.encode(clip, concept("fish", "<new1>"), base="a star on two desks")
+        assert made.texts == ("a sks star on two desks",)
+        assert torch.equal(states(made.concepts[0].conditioning), states(plain.concepts[0].conditioning))
+
     def test_own_texts_replace_the_made_ones_line_by_line(self, clip, concept):
         made = self.encode(clip, concept(), concept("tree", "<new2>", "mug"), texts="\njust a <new2> mug")
         assert made.texts == ("a <new1> star and a mug", "just a <new2> mug")
@@ -138,7 +151,7 @@ class TestPrompts:
         star, mug = concept(), concept("tree", "<new2>", "mug")
         with pytest.raises(ValueError, match="at most one line for each of the 1 concepts"):
             self.encode(clip, star, texts="a\nb")
-        with pytest.raises(ValueError, match="text: one with 'star' or <new1> in it is wanted"):
+        with pytest.raises(ValueError, match="prompt: one with 'star' or <new1> in it is wanted"):
             self.encode(clip, star, base="a dog")
         with pytest.raises(ValueError, match="<new1> exactly once is wanted"):
             self.encode(clip, star, texts="a star")

@@ -138,6 +138,24 @@ class TestConcept:
             guider.sample(x, torch.zeros_like(x), comfy.samplers.KSAMPLER(once), torch.tensor([3.0, 0.0]))
         assert torch.allclose(seen["drawn"], seen["trained"], atol=2e-3)
 
+    def test_captions_of_one_chunk_and_of_two_are_learnt_together(self, parts):
+        from conceptloom.training.concepts.pictures import Pictures
+
+        image = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(1))
+        pictures = Pictures([image] * 2, [None] * 2, ["a {}", "a {}" + " and a red mug" * 30])
+        lengths = []
+        train(parts, steps=4, pictures=pictures, report=lambda step, *_: lengths.append(step))
+        assert lengths == [0, 1, 2, 3]
+
+    def test_previews_are_drawn_when_nothing_of_the_step_is_left(self, parts):
+        """A preview may move the training's model away from its device, which must not be between the passes."""
+        between = []
+        with pytest.MonkeyPatch.context() as patch:
+            backward = torch.Tensor.backward
+            patch.setattr(torch.Tensor, "backward", lambda self: (between.append("backward"), backward(self)))
+            train(parts, steps=2, report=lambda *_: between.append("report"))
+        assert between == ["backward", "report"] * 2
+
     def test_pictures_of_the_class_take_part(self, parts):
         prior = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(5))
         key = ("middle", 0, 0)
@@ -203,6 +221,13 @@ class TestRefusals:
             Pictures([], [], ["a {}"])
         with pytest.raises(ValueError, match="captions: one line, or one for each of 3 pictures is wanted, not 2"):
             Pictures([image] * 3, [None] * 3, ["a {}"] * 2)
+        for mask, sentence in (
+            (torch.zeros(64, 64), "masks: mask 2: one that shows the concept is wanted, but it is empty"),
+            (torch.ones(64, 96), r"masks: mask 2: the shape of the picture \(64x64\) is wanted, not 96x64"),
+            (torch.full((64, 64), float("nan")), "masks: mask 2: finite values are wanted"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                Pictures([image] * 2, [None, mask], ["a {}"])
         with pytest.raises(ValueError, match="exactly once is wanted, where the concept is meant, not 'a star'"):
             Pictures([image], [None], ["a star"])
 

@@ -303,6 +303,12 @@ class TestOrdinaryLoras:
         model.add_patches(comfy.lora.load_lora(self.lora(toy), names))
         return model
 
+    @staticmethod
+    def sites(toy):
+        from conceptloom.host.sites import CROSS, UNetFamily
+
+        return [site for site in UNetFamily().sites(toy.base.diffusion_model) if site.kind == CROSS]
+
     def bank(self, toy, partition):
         from conceptloom.host.fusion import SpokenConcept
 
@@ -317,6 +323,122 @@ class TestOrdinaryLoras:
         expected = toy.sample(self.merged(toy), cfg=1.0)
         assert float((drawn - expected).norm() / expected.norm()) < 2e-3
         assert float((toy.sample(cfg=1.0) - expected).norm() / expected.norm()) > 0.05
+
+    def test_queries_and_outputs_are_the_concepts_own_and_the_base_is_the_bases(self, toy, monkeypatch):
+        """h_i is a whole cross-attention with a concept's weights, h_base one with none of them."""
+        generator, extra = torch.Generator().manual_seed(9), {}
+        bank = Bank(toy, 2)
+        for i, spoken in enumerate(bank.concepts):
+            for key in spoken.concept.deltas:
+                extra[i, key] = {
+                    part: torch.randn(w, w, generator=generator) * 0.05 for part, w in self.widths(bank, key)
+                }
+        bank.concepts = [self.with_parts(spoken, i, extra) for i, spoken in enumerate(bank.concepts)]
+        bank.partition = torch.zeros(3, 16, 16)
+        bank.partition[0, :, :8], bank.partition[1, :8, 8:], bank.partition[2, 8:, 8:] = 1, 1, 1
+        drawn = toy.sample(fused(toy, bank, suppression=0.8), cfg=1.0)
+        for key, layer in bank.layers.items():
+
+            def forward(x, context=None, value=None, mask=None, transformer_options=None, key=key, layer=layer):
+                grid = tuple(transformer_options["activations_shape"][-2:])
+                masks = layer_masks(bank.partition, grid).flatten(1)
+                base = full_attention(layer.to_q(x), layer.to_k(context), layer.to_v(context))
+                mixed = masks[-1, :, None] * layer.to_out(base)
+                for spoken, share in zip(bank.concepts, masks, strict=False):
+                    own = {part: delta.matrix() for part, delta in spoken.concept.deltas[key].items()}
+                    p = spoken.conditioning[0][0]
+                    answer = full_attention(
+                        x @ (layer.to_q.weight + own["q"]).T,
+                        p @ (layer.to_k.weight + own["k"]).T,
+                        p @ (layer.to_v.weight + own["v"]).T,
+                    )
+                    mixed = mixed + share[:, None] * (layer.to_out(answer) + answer @ own["out"].T)
+                return 1.8 * mixed - 0.8 * layer.to_out(base)
+
+            monkeypatch.setattr(layer, "forward", forward)
+        expected = toy.sample(cfg=1.0)
+        assert close(drawn, expected)
+        monkeypatch.undo()
+        without = [replace(s, concept=self.keys_and_values(s.concept)) for s in bank.concepts]
+        bank.concepts = without
+        assert (
+            float((toy.sample(fused(toy, bank, suppression=0.8), cfg=1.0) - expected).norm() / expected.norm()) > 5e-2
+        )
+
+    @staticmethod
+    def widths(bank, key):
+        return [("q", len(bank.layers[key].to_q.weight)), ("out", len(bank.layers[key].to_q.weight))]
+
+    @staticmethod
+    def with_parts(spoken, number, extra):
+        from conceptloom.encoders.concepts import Delta
+
+        deltas = {
+            key: {**parts, **{part: Delta((matrix,)) for part, matrix in extra[number, key].items()}}
+            for key, parts in spoken.concept.deltas.items()
+        }
+        return replace(spoken, concept=replace(spoken.concept, deltas=deltas))
+
+    @staticmethod
+    def keys_and_values(concept):
+        deltas = {key: {part: parts[part] for part in "kv"} for key, parts in concept.deltas.items()}
+        return replace(concept, deltas=deltas)
+
+    def test_the_decoder_alone_leaves_the_encoders_queries_too(self, toy):
+        from conceptloom.host.layers import changes_of
+
+        bank = Bank(toy, 1)
+        extra = {(0, key): {"q": torch.ones(w, w)} for key in bank.layers for _, w in self.widths(bank, key)}
+        concept = self.with_parts(bank.concepts[0], 0, extra).concept
+        decoder = [site for site in self.sites(toy) if site.key[0] == "output"]
+        assert {name.split(".")[0] for name in changes_of([concept], toy.model, decoder)[0]} == {"output_blocks"}
+
+    def test_one_lora_in_two_halves_and_two_formats_is_the_lora_everywhere(self, toy):
+        """Oracle O2 for all layers, with factors on the left and whole differences on the right."""
+        from conceptloom.host.concepts import load_concept
+        from conceptloom.host.fusion import SpokenConcept
+
+        lora, whole = self.lora(toy), {}
+        for name in self.LAYERS:
+            up, down = lora[f"diffusion_model.{name}.lora_up.weight"], lora[f"diffusion_model.{name}.lora_down.weight"]
+            whole[f"diffusion_model.{name}.diff"] = (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+        halves = [load_concept(toy.model, state, name=f"{i}") for i, state in enumerate((lora, whole))]
+        assert {len(delta.factors) for one in halves for p in one.deltas.values() for delta in p.values()} == {1, 2}
+        bank = self.bank(toy, torch.stack([torch.ones(16, 16), torch.zeros(16, 16)]))
+        expected = toy.sample(fused(toy, bank))
+        bank.concepts = [SpokenConcept(half, toy.positive) for half in halves]
+        bank.partition = torch.zeros(3, 16, 16)
+        bank.partition[0, :, :7], bank.partition[1, :, 7:] = 1, 1
+        drawn = toy.sample(fused(toy, bank))
+        assert float((drawn - expected).norm() / expected.norm()) < 2e-3
+        bank.concepts[1] = replace(bank.concepts[1], concept=replace(halves[1], others={}))
+        assert float((toy.sample(fused(toy, bank)) - expected).norm() / expected.norm()) > 2e-2
+
+    def test_parts_of_the_picture_are_refused(self, toy):
+        """HyperTile and token merging give self-attention's layers something else than the picture's cells."""
+        from comfy_extras.nodes_hypertile import HyperTile
+        from comfy_extras.nodes_tomesd import TomePatchModel
+
+        everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+        for model in (
+            HyperTile.execute(toy.model, 32, 2, 0, False)[0],
+            TomePatchModel.execute(toy.model, 0.75)[0],
+        ):
+            bank = self.bank(toy, everywhere)
+            with pytest.raises(ValueError, match="layers see the whole picture is wanted.*left out they need not"):
+                toy.sample(fused(toy, bank, model=model))
+            toy.sample(fused(toy, bank, model=model, elsewhere="left out"))
+
+    def test_deep_shrink_by_any_factor_keeps_a_lora_in_its_place(self, toy):
+        from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+        shrunk = PatchModelAddDownscale.execute(toy.model, 3, 1.5, 0.0, 0.35, True, "bicubic", "bicubic")[0]
+        everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+        drawn = toy.sample(fused(toy, self.bank(toy, everywhere), model=shrunk, suppression=0.0), cfg=1.0)
+        merged = self.merged(toy)
+        expected = PatchModelAddDownscale.execute(merged, 3, 1.5, 0.0, 0.35, True, "bicubic", "bicubic")[0]
+        expected = toy.sample(expected, cfg=1.0)
+        assert float((drawn - expected).norm() / expected.norm()) < 2e-3
 
     def test_the_negative_side_sees_nothing_of_it(self, toy):
         """With both sides of guidance equal but for the LoRA, guidance 0 is the negative alone."""
@@ -335,15 +457,15 @@ class TestOrdinaryLoras:
     def test_each_layer_changes_its_own_place_alone(self, toy):
         from conceptloom.host.layers import MaskedLayer, Rows, changes_of
 
-        changes, left_out = changes_of([self.concept(toy)], toy.model)
+        changes, left_out = changes_of([self.concept(toy)], toy.model, self.sites(toy))
         assert left_out == 0 and len(changes) == len(self.LAYERS) - 2
         masks = torch.zeros(1, 16, 16)
         masks[:, :5, :7] = 1
         for name, x in (("out.2", torch.randn(2, 32, 16, 16)), (self.LAYERS[9], torch.randn(2, 256, 32))):
             layer = toy.base.diffusion_model.get_submodule(name)
-            handled = MaskedLayer(layer, changes[name], lambda grid: masks, (16, 16), [Rows(slice(0, 1), None)])
+            handled = MaskedLayer(layer, changes[name], lambda grid: masks, 2, [Rows(slice(0, 1), None)])
             plain = layer(x)
-            out = handled(x, plain.clone())
+            out = handled(x, plain.clone(), (16, 16))
             inside = (out != plain).any(1 if x.ndim == 4 else 2).view(2, 16, 16)
             assert torch.equal(inside[0], masks[0].bool()) and not inside[1].any()
 
@@ -351,7 +473,7 @@ class TestOrdinaryLoras:
         from conceptloom.host.layers import changes_of
 
         concept = self.concept(toy, extra=("time_embed.0", "input_blocks.1.0.emb_layers.1"))
-        assert changes_of([concept], toy.model)[1] == 2
+        assert changes_of([concept], toy.model, self.sites(toy))[1] == 2
 
     def test_plug_and_plays_source_pass_sees_nothing_of_it(self, toy):
         from conceptloom.host import plugandplay
@@ -524,6 +646,20 @@ class TestCompany:
         naive(toy, bank, monkeypatch, 0.3)
         assert close(drawn, toy.sample(**sides))
 
+    def test_perp_negs_empty_prompt_has_no_concepts(self, toy):
+        """Guided away from a negative that is the empty prompt itself, the picture is that of ordinary guidance."""
+        import comfy.sample
+        from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+        bank = Bank(toy, 2)
+        guider = Guider_PerpNeg(fused(toy, bank))
+        guider.set_conds(toy.positive, toy.negative, toy.negative)
+        guider.set_cfg(5.0, 1.0)
+        noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 16, 16), 3)
+        sampler = comfy.samplers.KSampler(toy.model, 3, "cpu", "euler", "normal", 1.0)
+        drawn = guider.sample(noise, torch.zeros(1, 4, 16, 16), comfy.samplers.sampler_object("euler"), sampler.sigmas)
+        assert close(drawn, toy.sample(fused(toy, bank)))
+
     def test_hypertile_and_deep_shrink(self, toy, monkeypatch):
         """Both leave cross-attention a whole picture, the second in fewer cells in a part of the steps."""
         from comfy_extras.nodes_hypertile import HyperTile
@@ -574,6 +710,10 @@ class TestRefusals:
     def test_a_range_that_ends_before_it_begins(self, toy):
         with pytest.raises(ValueError, match=r"start_percent: at most end_percent \(0.2\) is wanted, not 0.5"):
             fused(toy, Bank(toy, 1), start_percent=0.5, end_percent=0.2)
+
+    def test_a_part_of_the_steps_with_scores(self, toy):
+        with pytest.raises(ValueError, match="mode: features is wanted where start_percent and end_percent leave"):
+            fused(toy, Bank(toy, 1), mode="scores", end_percent=0.5)
 
     def test_a_model_of_another_family(self, toy):
         from conceptloom.host import concepts, plugandplay

@@ -191,8 +191,35 @@ class TestCompany:
         for one in (apply(toy, source()), toy.apply(subject)):
             assert not torch.allclose(both, toy.sample(one, STEPS), atol=1e-3)
 
+    def test_controlnet_acts_on_the_picture_and_not_on_the_source(self, toy, source):
+        from comfy.controlnet import ControlBase
+
+        class Control(ControlBase):
+            def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+                return {"middle": [torch.full((len(x_noisy), 128, 2, 2), 0.5)], "output": [], "input": []}
+
+            def get_models(self):
+                return []
+
+        control, given = Control(), source()
+        sides = {
+            side: [[c, {**extra, "control": control}] for c, extra in getattr(toy, side)]
+            for side in ("positive", "negative")
+        }
+        drawn = toy.sample(apply(toy, given), STEPS, **sides)
+        expected = toy.sample(naive(toy, given, (4, 7, 9), 4, 2), STEPS, **sides)
+        assert torch.allclose(drawn, expected, atol=1e-5)
+        assert not torch.allclose(drawn, toy.sample(apply(toy, given), STEPS), atol=1e-2)
+
 
 class TestRefusals:
+    def test_a_trajectory_of_another_model(self, toy, source):
+        from dataclasses import replace
+
+        wider = replace(source(), conditioning=[[torch.zeros(1, 7, 96), {}]])
+        with pytest.raises(ValueError, match="trajectory: one that was inverted with this model.*64 wide, not 96"):
+            toy.sample(apply(toy, wider), STEPS)
+
     def test_a_latent_of_another_size(self, toy, source):
         with pytest.raises(ValueError, match="Plug-and-Play Injection: latent: the size and batch of the inversion"):
             toy.sample(apply(toy, source()), STEPS, size=(16, 24))

@@ -71,7 +71,7 @@ def weave(
     members, noise = [prompts, described, inverted, injected, fused], None
     if fresh:
         renewed = flow.add(
-            "ConceptLoomRenewNoise", {"noise": inverted["noise"], "partition": partition, "seed": 3}, column=4
+            "ConceptLoomRenewNoise", {"noise": inverted["noise"], "partition": partition, "seed": 0}, column=4
         )
         members.append(renewed)
         noise = renewed[0]
@@ -85,7 +85,7 @@ def shapeland(flow: Workflow) -> None:
     base = shapeland_base(flow)
     flow.note(
         "## Each concept in its place\n"
-        "Three concepts were trained on four small pictures each: a star, a fish and a house whose looks no word "
+        "Three concepts were trained on eight small pictures each: a star, a fish and a house whose looks no word "
         "says. The **template** gives the scene; its masks say where each concept goes. **Multi-Concept Fusion** lets "
         "each answer there with its own weights, in one evaluation of the model for all.\n\n"
         "Press **Run**.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...attention.masks import as_mask, check_aspect
 from ...encoders.concept_texts import Name, check_placeholder
 from .augment import NONE, View, augment
 from .learner import Recipe
@@ -38,6 +39,12 @@ class Pictures:
             raise ValueError("images: at least one picture is wanted, but there is none")
         if len(self.masks) != len(self.images):
             raise ValueError(f"masks: one for each of {len(self.images)} pictures is wanted, not {len(self.masks)}")
+        for number, (image, mask) in enumerate(zip(self.images, self.masks, strict=True), 1):
+            if mask is not None:
+                shown = as_mask(mask, f"masks: mask {number}")
+                check_aspect(shown, tuple(image.shape[:2]), f"masks: mask {number}")
+                if not shown.any():
+                    raise ValueError(f"masks: mask {number}: one that shows the concept is wanted, but it is empty")
         if len(self.captions) not in (1, len(self.images)):
             raise ValueError(
                 f"captions: one line, or one for each of {len(self.images)} pictures is wanted, not "
