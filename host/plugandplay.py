@@ -10,6 +10,7 @@ counts the rows (ControlNet, IPAdapter).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +24,16 @@ from .inversion import SourceTrajectory
 from .patching import POSITIVE, Evaluation, Sampling, attach
 from .sites import RESIDUAL, SELF, AttentionCall, Handler, ResidualCall, Site, family_of, parse_numbers
 
+log = logging.getLogger("conceptloom")
+
 KEY = "conceptloom_plug_and_play"
 NAME = "Plug-and-Play Injection"
 
 PAPER, PUBLISHED = "three blocks (paper)", "all from the second on (published code)"
 PRESETS = (PAPER, PUBLISHED)
+
+
+_OFF = 1e-3  # the part of a noise level by which it may differ from the inversion's
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,10 @@ class PlugAndPlay:
                 f"{NAME}: latent: the size and batch of the inversion {wanted} are wanted, not {given}; sample from "
                 "the noise that DDIM Inversion gives"
             )
+        known = torch.tensor(self.source.trajectory.sigmas)
+        levels = torch.tensor(sampling.sigmas[: max(until)])
+        if ((levels[:, None] - known).abs().amin(1) > _OFF * levels).any():
+            log.warning("%s: sampling goes by other noise levels than the inversion's, whose SIGMAS fit better", NAME)
         return InjectionRun(self, sampling, *until)
 
 

@@ -9,20 +9,13 @@ from comfy_api.latest import io
 
 from ..encoders.concepts import Concept, join
 from ..host import concepts
-from .types import ConceptSocket, speaking_for
+from .types import ConceptSocket, in_order, own_places, register_folder, speaking_for
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 FOLDER, LORAS, EMBEDDINGS = "concepts", "loras", "embeddings"
 NO_FILE = "none"
-SHIPPED = Path(__file__).resolve().parents[1] / "shapeland" / "weights" / FOLDER
 
-_PLACES = [str(Path(p) / FOLDER) for p in (folder_paths.models_dir, folder_paths.get_output_directory())]
-# A user's extra_model_paths.yaml may have named the folder already, without the endings.
-_known, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-folder_paths.folder_names_and_paths[FOLDER] = (
-    list(dict.fromkeys([*_known, *_PLACES, str(SHIPPED)])),
-    folder_paths.supported_pt_extensions,
-)
+register_folder(FOLDER, *own_places(FOLDER))
 
 
 def concept_inputs(tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
@@ -34,8 +27,7 @@ def concept_inputs(tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
 
 def gather_concepts(found: io.Autogrow.Type) -> list[Concept]:
     """All concepts in the order of their sockets."""
-    names = sorted(found, key=lambda name: int(name.removeprefix("concept")))
-    return [concept for name in names if found[name] is not None for concept in as_concepts(found[name])]
+    return [concept for value in in_order(found) for concept in as_concepts(value)]
 
 
 def as_concepts(value: Concept | list[Concept]) -> list[Concept]:

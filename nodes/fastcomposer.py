@@ -13,19 +13,20 @@ from ..host import delay, fastcomposer
 from ..host import fastcomposer_files as files
 from ..host.placeholders import MARK
 from ..samplers.switching import COUNTINGS, NEAREST
-from .types import FuserSocket, SubjectSocket, gather_subjects, speaking_for, subject_inputs
+from .types import (
+    FuserSocket,
+    SubjectSocket,
+    gather_subjects,
+    own_places,
+    register_folder,
+    speaking_for,
+    subject_inputs,
+)
 
 CATEGORY = "ConceptLoom/FastComposer"
 FOLDER = "fastcomposer"
-SHIPPED = Path(__file__).resolve().parents[1] / "shapeland" / "weights" / FOLDER
 
-_PLACES = [str(Path(p) / FOLDER) for p in (folder_paths.models_dir, folder_paths.get_output_directory())]
-# A user's extra_model_paths.yaml may have named the folder already, without the endings.
-_known, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-folder_paths.folder_names_and_paths[FOLDER] = (
-    list(dict.fromkeys([*_known, *_PLACES, str(SHIPPED)])),
-    folder_paths.supported_pt_extensions,
-)
+register_folder(FOLDER, *own_places(FOLDER))
 
 
 class LoadFastComposer(io.ComfyNode):

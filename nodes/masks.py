@@ -16,19 +16,14 @@ from comfy_api.latest import io
 from ..attention.instances import ABSENT, ERROR, read_scores
 from ..attention.partition import OVERLAPS, SMALLER_IN_FRONT, assemble, picture
 from ..host import box_segmenting, segmenting
-from .types import PartitionSocket, SegmenterSocket, one_picture, preview, speaking_for
+from .types import PartitionSocket, SegmenterSocket, in_order, one_picture, preview, register_folder, speaking_for
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 DETECTORS, SAMS = "grounding-dino", "sams"
 SAM3, TEXT_BOXES, DRAWN_BOXES, SHAPELAND = "SAM3", "Grounding DINO + SAM", "boxes + SAM", "Shapeland judge"
 
-# Packs that cut out things share these folders; another one may have named them already, without our place or endings.
 for _folder in (DETECTORS, SAMS):
-    _known, _endings = folder_paths.folder_names_and_paths.get(_folder, ([], set()))
-    folder_paths.folder_names_and_paths[_folder] = (
-        list(dict.fromkeys([*_known, str(Path(folder_paths.models_dir) / _folder)])),
-        {*_endings, *folder_paths.supported_pt_extensions},
-    )
+    register_folder(_folder, Path(folder_paths.models_dir) / _folder)
 
 
 def _threshold(default: float) -> io.Float.Input:
@@ -244,9 +239,7 @@ class ConceptMasks(io.ComfyNode):
 
 def _gather(masks: io.Autogrow.Type) -> list[torch.Tensor]:
     """All masks (H, W) in the order of their sockets."""
-    names = sorted(masks, key=lambda name: int(name.removeprefix("mask")))
-    batches = [masks[name] for name in names if masks[name] is not None]
-    return [mask for batch in batches for mask in batch.reshape(-1, *batch.shape[-2:])]
+    return [mask for batch in in_order(masks) for mask in batch.reshape(-1, *batch.shape[-2:])]
 
 
 NODES: list[type[io.ComfyNode]] = [LoadSegmenter, TextToMasks, ConceptMasks]

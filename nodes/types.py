@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
@@ -38,14 +41,33 @@ def subject_inputs(tooltip: str, minimum: int = 1, maximum: int = 16) -> io.Auto
     return io.Autogrow.Input("subjects", template=template, tooltip=tooltip)
 
 
+def in_order(sockets: io.Autogrow.Type) -> list:
+    """What is on the sockets of a growing input, from the first to the last; empty ones are left out."""
+    names = sorted(sockets, key=lambda name: int(re.search(r"\d+$", name)[0]))
+    return [sockets[name] for name in names if sockets[name] is not None]
+
+
 def gather_subjects(subjects: io.Autogrow.Type) -> list[Subject]:
     """All subjects in the order of their sockets."""
-    gathered: list[Subject] = []
-    for name in sorted(subjects, key=lambda name: int(name.removeprefix("subject"))):
-        value = subjects[name]
-        if value is not None:
-            gathered.extend((value,) if isinstance(value, Subject) else value)
-    return gathered
+    return [s for value in in_order(subjects) for s in ((value,) if isinstance(value, Subject) else value)]
+
+
+def register_folder(name: str, *places: Path | str) -> None:
+    """Makes a folder of models known to the host, with its usual endings, at these places.
+
+    A user's extra_model_paths.yaml or another pack may have named the folder already; theirs comes first.
+    """
+    known, endings = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    folder_paths.folder_names_and_paths[name] = (
+        list(dict.fromkeys([*known, *map(str, places)])),
+        {*endings, *folder_paths.supported_pt_extensions},
+    )
+
+
+def own_places(name: str) -> tuple[Path, ...]:
+    """Where models of a kind of ours lie: the host's models and output, and what the pack brings for Shapeland."""
+    shipped = Path(__file__).resolve().parents[1] / "shapeland" / "weights"
+    return tuple(Path(root) / name for root in (folder_paths.models_dir, folder_paths.get_output_directory(), shipped))
 
 
 def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:

@@ -26,12 +26,29 @@ if ONE_OF_SEVERAL:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+SERVED = ("test_browser", "test_server", "test_true_models", "test_workflow_tools", "test_workflows")
+"""Files whose tests run on the real server."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Of processes that share the suite one has the server, so that no template is drawn twice; all else goes file by
+    file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.split("::")[0])
+            return "the server" if file.stem in SERVED else str(file)
+
+    return ByFile(config, log)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Processes that share the suite take its files in order: those of the real server, which last longest, first."""
+    """What lasts longest comes first."""
     if ONE_OF_SEVERAL:
-        slow = {item.path for item in items if {"server", "browser"} & set(getattr(item, "fixturenames", ()))}
-        items.sort(key=lambda item: item.path not in slow)
+        items.sort(key=lambda item: item.path.stem not in SERVED)
 
 
 @pytest.fixture(scope="session")

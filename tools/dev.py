@@ -89,7 +89,7 @@ def run_tests(arguments: list[str]) -> int:
     python, host = prepare([*SERVER_MODULES, "pytest", "xdist"])
     environ = {**os.environ, "COMFYUI_PATH": str(host.path)}
     if not arguments:
-        arguments = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+        arguments = ["-n", "2", "--dist", "loadscope", "--no-loadscope-reorder"]
     return subprocess.run([python, "-m", "pytest", "-rs", *arguments], cwd=ROOT, env=environ).returncode
 
 

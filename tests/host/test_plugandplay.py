@@ -76,6 +76,13 @@ def apply(toy, source, model=None, **settings):
     return apply(toy.model if model is None else model, source, Settings(**settings))
 
 
+def comfy_levels(toy, steps):
+    """The schedule of the toy's sampling."""
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(toy.base.model_sampling, "normal", steps)
+
+
 class TestFeatures:
     @pytest.mark.parametrize(
         ("blocks", "numbers"),
@@ -213,6 +220,14 @@ class TestCompany:
 
 
 class TestRefusals:
+    def test_other_noise_levels_than_the_inversions_are_told_of(self, toy, source, caplog):
+        caplog.set_level("WARNING")
+        schedule = tuple(sorted(float(x) for x in comfy_levels(toy, STEPS)))
+        toy.sample(apply(toy, source(levels=schedule)), STEPS)
+        assert "other noise levels" not in caplog.text
+        toy.sample(apply(toy, source()), STEPS)
+        assert "goes by other noise levels than the inversion's" in caplog.text
+
     def test_a_trajectory_of_another_model(self, toy, source):
         from dataclasses import replace
 
