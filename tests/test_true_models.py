@@ -93,7 +93,11 @@ def draw(server, name, change=lambda api: api):
         if node["class_type"] == "ConceptLoomDrawScene":
             node["inputs"]["size"] = SIDE
     before = len(server.log_text())
-    run = server.run(api)
+    try:
+        run = server.run(api)
+    finally:
+        # Models of true size must not stay among what the server remembers.
+        server.request("/free", b'{"free_memory": true}')
     # Previews of cached nodes come after the picture.
     saved = [picture for picture in run.pictures if picture.saved]
     picture = Image.open(io.BytesIO(saved[-1].data)).convert("RGB")
