@@ -215,7 +215,8 @@ def main(argv: list[str]) -> int:
         rows = measure(rig, names, options.arch)
         facts = "".join(f"\n- {fact}" for name in names for fact in facts_of(name, rig))
     where = f"{torch.get_num_threads()} threads of a CPU" if options.device == "cpu" else torch.cuda.get_device_name()
-    title = f"{plan.label} on {options.device}"
+    # A section per choice of systems, so that measuring one does not take away the others' figures.
+    title = ", ".join([f"{plan.label} on {options.device}", *options.systems])
     how = (
         f"Latent {plan.side}x{plan.side}, one picture, {plan.steps} steps of {SAMPLER} ({SCHEDULER}), cfg {CFG:g}, "
         f"{plan.rounds} rounds, on {where}."

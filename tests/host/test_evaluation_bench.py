@@ -42,7 +42,7 @@ def test_rows_and_document(quick, tmp_path, capsys):
     assert 5.5 < first["unet_evaluations"] < 6.0
     assert plain["ratio"] == 1.0 and all(row["ratio"] > 0 and row["seconds"] > 0 for row in rows)
     page = (tmp_path / "bench.md").read_text()
-    assert "## tiny on cpu" in page and "| 1.55 " in page and "| 1.10 " in page
+    assert "## tiny on cpu, freecustom\n" in page and "| 1.55 " in page and "| 1.10 " in page
     assert page.count("| freecustom") == capsys.readouterr().out.count("| freecustom") == 2
 
 
