@@ -26,8 +26,8 @@ if ONE_OF_SEVERAL:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-SERVED = ("test_browser", "test_server", "test_true_models", "test_workflow_tools", "test_workflows")
-"""Files whose tests run on the real server."""
+SERVED = ("test_browser", "test_workflows", "test_workflow_tools", "test_server", "test_true_models")
+"""Files whose tests run on the real server, in order: the last ones make it forget what it ran."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -48,7 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What lasts longest comes first."""
     if ONE_OF_SEVERAL:
-        items.sort(key=lambda item: item.path.stem not in SERVED)
+        items.sort(key=lambda item: SERVED.index(item.path.stem) if item.path.stem in SERVED else len(SERVED))
 
 
 @pytest.fixture(scope="session")
