@@ -23,7 +23,7 @@ from .concept_weights import Weights
 SAMPLER, SCHEDULER, CFG = "euler", "normal", 5.0
 STEPS, PREVIEW_STEPS = 25, 12
 AT_ONCE = 4
-"""Pictures of a class in one batch; more would need more memory than training does."""
+"""Pictures of a class in one batch."""
 
 
 def train_with_progress(

@@ -237,8 +237,8 @@ class FusionRun:
                 handlers[name] = MaskedLayer(layer, found, masks, count, rows, **missing)
         return handlers
 
-    def _taken_away(self, site: Site, device: torch.device, part: Rows) -> torch.Tensor | float:
-        return self._suppressed.pop((site, device, part.rows.start), 0.0)
+    def _taken_away(self, site: Site, device: torch.device, part: Rows) -> torch.Tensor | None:
+        return self._suppressed.pop((site, device, part.rows.start), None)
 
     def _rows(self, evaluation: Evaluation) -> list[Rows]:
         """The rows that see concepts, one entry per conditioning."""

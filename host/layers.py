@@ -134,9 +134,9 @@ class MaskedLayer:
         masks: Sized,
         rows: int,
         parts: Sequence[Rows],
-        missing: Callable[[Rows], torch.Tensor | float] = lambda _part: 0.0,
+        missing: Callable[[Rows], torch.Tensor | None] = lambda _part: None,
     ):
-        """`rows` of the whole batch. `missing` is what some rows' input lacks for the concepts."""
+        """`rows` of the whole batch. `missing` is what some rows' input lacks for the concepts, or None."""
         self.layer, self.changes, self.masks, self.rows, self.parts = layer, changes, masks, rows, parts
         self.missing = missing
 
@@ -147,7 +147,9 @@ class MaskedLayer:
         check_whole(out, grid, self.rows, as_picture)
         masks = self.masks(grid).to(out)
         for part in self.parts:
-            given = x[part.rows] + self.missing(part)
+            given, missing = x[part.rows], self.missing(part)
+            if missing is not None:
+                given = given + missing
             for change in self.changes:
                 if part.concept is None:
                     mask = masks[change.concept] if as_picture else masks[change.concept].flatten()[:, None]
