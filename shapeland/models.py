@@ -40,6 +40,8 @@ UNET_CONFIG = {
     "cross_attention_dim": WIDTH,
     "attention_head_dim": 4,
 }
+NEXT_UNET_CONFIG = {**UNET_CONFIG, "attention_head_dim": 2}
+"""Of the weights that come next: two heads cost less than four and, of 32 or 64 channels each, see no less."""
 _TOWER = {
     "hidden_size": WIDTH,
     "intermediate_size": 4 * WIDTH,
@@ -66,11 +68,11 @@ _TOKEN_IDS = "token_ids"
 _STAGES = {"text": "clip", "vision": "clip"}
 
 
-def build_unet():
+def build_unet(config: dict = UNET_CONFIG):
     """A diffusers `UNet2DConditionModel` with Stable Diffusion 1.5's blocks and random weights."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**UNET_CONFIG)
+    return UNet2DConditionModel(**config)
 
 
 def build_text(vocabulary: int = VOCABULARY, start: int = START, end: int = END):

@@ -15,14 +15,18 @@ from .world import Mention
 class Score:
     """How a picture meets its caption.
 
-    `nouns_right`: every noun stands there as often as named and nothing else does. `described` of the named things had
-    a colour said of them, `described_right` of these have it. `twins`: cosine of the identity embeddings of two equal
+    `things`: how many are named. `nouns_right`: every noun stands there as often as named and nothing else does.
+    `described` of the named things had a colour said of them, `described_right` of these have it; `patterned` and
+    `patterned_right` count those with a pattern said of them. `twins`: cosine of the identity embeddings of two equal
     nouns, or None where the caption has no such pair or the picture does not show it.
     """
 
+    things: int
     nouns_right: bool
     described: int
     described_right: int
+    patterned: int
+    patterned_right: int
     twins: float | None
 
 
@@ -36,23 +40,34 @@ def score_picture(mentions: list[Mention], readings: list[Reading]) -> Score:
     asked = Counter()
     for m in mentions:
         asked[m.noun] += m.count
-    described = right = 0
+    described = right = patterned = pattern_right = 0
     twins = None
     for m, found in zip(mentions, assign(mentions, readings), strict=True):
         if m.color is not None:
             described += m.count
             right += sum(r.color == m.color and m.second in (None, r.second) for r in found)
+        if m.pattern is not None:
+            patterned += m.count
+            pattern_right += sum(r.pattern == m.pattern for r in found)
         if m.count > 1 and len(found) > 1:
             twins = float(found[0].embedding @ found[1].embedding)
-    return Score(asked == Counter(r.noun for r in readings), described, right, twins)
+    nouns_right = asked == Counter(r.noun for r in readings)
+    return Score(asked.total(), nouns_right, described, right, patterned, pattern_right, twins)
 
 
 def summarise(scores: list[Score]) -> dict[str, float]:
-    """Shares over many pictures: nouns (with counts), colors (of described things) and mean twin similarity."""
+    """Shares over many pictures: nouns (with counts), the same among captions of one, two and three things, colors and
+    patterns (of things that have them said), and mean twin similarity; NaN where there is nothing to count."""
     twins = [s.twins for s in scores if s.twins is not None]
-    described = sum(s.described for s in scores)
+    by_number = {f"nouns_{n}": [s.nouns_right for s in scores if s.things == n] for n in (1, 2, 3)}
     return {
-        "nouns": sum(s.nouns_right for s in scores) / max(1, len(scores)),
-        "colors": sum(s.described_right for s in scores) / max(1, described),
+        "nouns": _share(sum(s.nouns_right for s in scores), len(scores)),
+        **{name: _share(sum(right), len(right)) for name, right in by_number.items()},
+        "colors": _share(sum(s.described_right for s in scores), sum(s.described for s in scores)),
+        "patterns": _share(sum(s.patterned_right for s in scores), sum(s.patterned for s in scores)),
         "twins": float(torch.tensor(twins).mean()) if twins else float("nan"),
     }
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")

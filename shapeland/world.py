@@ -20,6 +20,9 @@ NOUNS = ("ball", "star", "heart", "tree", "fish", "mug", "house", "moon")
 PLURALS = ("balls", "stars", "hearts", "trees", "fish", "mugs", "houses", "moons")
 PATTERNS = ("striped", "dotted", "checked", "ringed")
 COUNTS = ("a", "two", "three")
+SIZES = ("small", "big")
+ACROSS = ("left", "right")
+DOWN = ("top", "bottom")
 MAX_THINGS = 5
 """In one picture; the pictures that Shapeland's models learn from hold up to three."""
 
@@ -38,9 +41,47 @@ BACKGROUNDS = tuple(BACKGROUND_RGB)
 
 _DETAIL_RGB = np.array((0.16, 0.15, 0.18), np.float32)
 _SUPERSAMPLING = 3
-_RADIUS = {1: (13.0, 19.0), 2: (10.5, 14.5), 3: (9.5, 12.0), 4: (8.5, 10.5), 5: (8.0, 9.5)}
-_PERIOD = (7.0, 12.0)
 _SECOND_SHARE = (0.33, 0.45)
+# A thing whose centre is nearer than this to an edge of the picture is said to stand there.
+_EDGE = 24.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How scenes are laid out and told.
+
+    `radius` and `period` are the ranges, in pixels, of things by their number and of patterns. `in_order`: things are
+    named from left to right. Captions of a share `detailed` say all looks of every thing and a share `bare` only nouns;
+    the others say of each what `describe` draws. A share `placed` of all captions says where things stand and whether
+    they are big or small.
+    """
+
+    radius: dict[int, tuple[float, float]]
+    period: tuple[float, float]
+    in_order: bool
+    detailed: float
+    bare: float
+    placed: float
+
+
+SHIPPED = Recipe(
+    radius={1: (13.0, 19.0), 2: (10.5, 14.5), 3: (9.5, 12.0), 4: (8.5, 10.5), 5: (8.0, 9.5)},
+    period=(7.0, 12.0),
+    in_order=False,
+    detailed=0.0,
+    bare=0.0,
+    placed=0.0,
+)
+"""What the shipped weights have learnt."""
+NEXT = Recipe(
+    radius={1: (14.0, 20.0), 2: (11.0, 15.5), 3: (10.5, 13.0), 4: (8.5, 10.5), 5: (8.0, 9.5)},
+    period=(9.0, 13.0),
+    in_order=True,
+    detailed=0.7,
+    bare=0.15,
+    placed=0.5,
+)
+"""What `training.shapeland` draws, for the weights that come next."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +103,7 @@ class Identity:
 
     def vector(self) -> np.ndarray:
         """The identity as 14 numbers of comparable scale: both colours, pattern one-hot, period, share, angle."""
-        low, high = _PERIOD
+        low, high = NEXT.period
         first, last = _SECOND_SHARE
         # A pattern looks the same after half a turn (stripes), a quarter turn (dots, checks) or any turn (rings).
         symmetry = (2.0, 4.0, 4.0, 0.0)[self.pattern]
@@ -265,7 +306,11 @@ def _color_near(rng: np.random.Generator, color: int) -> tuple[float, float, flo
 
 
 def random_identity(
-    rng: np.random.Generator, color: int | None = None, second: int | None = None, pattern: int | None = None
+    rng: np.random.Generator,
+    color: int | None = None,
+    second: int | None = None,
+    pattern: int | None = None,
+    recipe: Recipe = SHIPPED,
 ) -> Identity:
     """An identity with the given parts fixed (indices into COLORS and PATTERNS) and the rest drawn from `rng`."""
     drawn_color, drawn_second, drawn_pattern = rng.integers(len(COLORS)), rng.integers(1, len(COLORS)), rng.integers(4)
@@ -279,33 +324,25 @@ def random_identity(
         second=second,
         second_rgb=_color_near(rng, second),
         pattern=int(drawn_pattern) if pattern is None else pattern,
-        period=float(rng.uniform(*_PERIOD)),
+        period=float(rng.uniform(*recipe.period)),
         angle=float(rng.uniform(0, np.pi)),
         share=float(rng.uniform(*_SECOND_SHARE)),
     )
 
 
-def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Centres and radii of `count` things that overlap at the most a little."""
-    while True:
-        radii = rng.uniform(*_RADIUS[count], count)
-        margin = radii * 0.92
-        xs, ys = rng.uniform(margin, SIZE - margin), rng.uniform(margin, SIZE - margin)
-        gaps = np.hypot(xs[:, None] - xs, ys[:, None] - ys) / (radii[:, None] + radii)
-        if count == 1 or gaps[~np.eye(count, dtype=bool)].min() > 0.86:
-            # What stands lower in the picture is nearer, as on a ground seen from above.
-            return sorted(zip(xs.tolist(), ys.tolist(), radii.tolist(), strict=True), key=lambda p: p[1])
-
-
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says of one kind of thing: noun, how many, and the described parts of its identity (or None)."""
+    """What a caption says of one kind of thing: noun, how many, the described parts of its identity, and of a single
+    thing its size and where it stands (indices into SIZES, ACROSS and DOWN); None where it says nothing."""
 
     noun: int
     count: int = 1
     color: int | None = None
     second: int | None = None
     pattern: int | None = None
+    size: int | None = None
+    across: int | None = None
+    down: int | None = None
 
 
 def caption_of(mentions: list[Mention], background: int | None) -> tuple[str, list[int], list[tuple[int, ...]]]:
@@ -317,17 +354,23 @@ def caption_of(mentions: list[Mention], background: int | None) -> tuple[str, li
             words.append("and")
         words.append(COUNTS[m.count - 1])
         start = len(words)
+        if m.size is not None:
+            words.append(SIZES[m.size])
         if m.color is not None:
-            if m.count == 1 and COLORS[m.color][0] in "aeiou":
+            if m.count == 1 and m.size is None and COLORS[m.color][0] in "aeiou":
                 words[-1] = "an"
             words.append(COLORS[m.color])
             if m.second is not None:
                 words += ["and", COLORS[m.second]]
         if m.pattern is not None:
             words.append(PATTERNS[m.pattern])
-        attributes.append(tuple(j for j in range(start, len(words)) if words[j] != "and"))
+        described = [j for j in range(start, len(words)) if words[j] != "and"]
         nouns.append(len(words))
         words.append((NOUNS if m.count == 1 else PLURALS)[m.noun])
+        place = [names[at] for names, at in ((DOWN, m.down), (ACROSS, m.across)) if at is not None]
+        if place:
+            words += ["at", "the", *place]
+        attributes.append((*described, *range(len(words) - len(place), len(words))))
     if background is not None:
         words += ["on", "a", BACKGROUNDS[background], "background"]
     return " ".join(words), nouns, attributes
@@ -352,7 +395,7 @@ def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
     mentions: list[Mention] = []
     current: dict = {}
     for word in words:
-        if word in ("a", "an", "the", "one", "on", "and", "with"):
+        if word in ("a", "an", "the", "one", "on", "and", "with", "at"):
             continue
         if word in COUNTS:
             current["count"] = COUNTS.index(word) + 1
@@ -360,6 +403,10 @@ def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
             current["second" if "color" in current else "color"] = COLORS.index(word)
         elif word in PATTERNS:
             current["pattern"] = PATTERNS.index(word)
+        elif word in SIZES:
+            current["size"] = SIZES.index(word)
+        elif word in (*ACROSS, *DOWN):
+            mentions = _placed(mentions, current, word, caption)
         elif word in NOUNS or word in PLURALS:
             noun = NOUNS.index(word) if word in NOUNS else PLURALS.index(word)
             if current.get("color") is not None and current.get("color") == current.get("second"):
@@ -369,7 +416,8 @@ def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
         else:
             raise ValueError(
                 f"Shapeland does not know the word '{word}' in '{caption}': things are {', '.join(NOUNS)}; colours "
-                f"{', '.join(COLORS)}; patterns {', '.join(PATTERNS)}; backgrounds {', '.join(BACKGROUNDS)}."
+                f"{', '.join(COLORS)}; patterns {', '.join(PATTERNS)}; sizes {', '.join(SIZES)}; places "
+                f"{', '.join((*ACROSS, *DOWN))}; backgrounds {', '.join(BACKGROUNDS)}."
             )
     if current or not mentions:
         raise ValueError(f"'{caption}' must name at least one of {', '.join(NOUNS)} and end each description with it.")
@@ -379,45 +427,140 @@ def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
     return mentions, background
 
 
+def _placed(mentions: list[Mention], current: dict, word: str, caption: str) -> list[Mention]:
+    """`mentions` with the place `word` said of the last of them."""
+    if current or not mentions:
+        raise ValueError(f"'{word}' in '{caption}' must follow the thing that stands there, as in 'a ball at the {word}'.")
+    name, names = ("across", ACROSS) if word in ACROSS else ("down", DOWN)
+    last = mentions[-1]
+    if last.count > 1:
+        raise ValueError(f"'{word}' in '{caption}' is said of {last.count} things, but a place can be said of one only.")
+    return [*mentions[:-1], replace(last, **{name: names.index(word)})]
+
+
+def size_of(radius: float, count: int, recipe: Recipe) -> int | None:
+    """The index of the word for a thing's size among things of a picture with `count` of them: small and big are the
+    lower and the upper third."""
+    low, high = recipe.radius[count]
+    third = (radius - low) / (high - low) * 3
+    return 0 if third < 1 else 1 if third > 2 else None
+
+
+def edge_of(centre: float) -> int | None:
+    """0 at the left or the top, 1 at the right or the bottom, None between."""
+    return 0 if centre < _EDGE else 1 if centre > SIZE - _EDGE else None
+
+
+def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -> list[tuple[int, float, float, float]]:
+    """The things of `mentions` as (mention, x, y, radius), which overlap at the most a little, from the farthest to the
+    nearest: what stands lower in the picture is nearer, as on a ground seen from above.
+
+    Raises ValueError with one sentence if there is no room for them where the words want them.
+    """
+    owners = np.array([i for i, m in enumerate(mentions) for _ in range(m.count)])
+    count, tries = len(owners), 256
+    low, high = recipe.radius[count]
+    third = (high - low) / 3
+    said = [mentions[i] for i in owners]
+    smallest = np.array([low + 2 * third if m.size == 1 else low for m in said])
+    largest = np.array([low + third if m.size == 0 else high for m in said])
+    bounds = {}
+    for name in ("across", "down"):
+        at = [getattr(m, name) for m in said]
+        first = np.array([SIZE - _EDGE if a == 1 else 0.0 for a in at])
+        last = np.array([_EDGE if a == 0 else float(SIZE) for a in at])
+        bounds[name] = first, last
+    apart = ~np.eye(count, dtype=bool)
+    for attempt in range(60):
+        radii = rng.uniform(smallest, largest, (tries, count))
+        margin = radii * 0.92
+        xs, ys = (
+            rng.uniform(np.maximum(bounds[n][0], margin), np.minimum(bounds[n][1], SIZE - margin))
+            for n in ("across", "down")
+        )
+        gaps = np.hypot(xs[:, :, None] - xs[:, None], ys[:, :, None] - ys[:, None])
+        gaps = gaps / (radii[:, :, None] + radii[:, None])
+        fits = np.ones(tries, bool) if count == 1 else gaps[:, apart].min(1) > 0.86
+        # Words that put the second thing left of the first are obeyed: they come before the order.
+        if recipe.in_order and attempt < 40:
+            centres = np.stack([xs[:, owners == i].mean(1) for i in range(len(mentions))], 1)
+            fits &= (np.diff(centres, axis=1) > 0).all(1)
+        if fits.any():
+            best = int(fits.argmax())
+            things = zip(owners.tolist(), xs[best].tolist(), ys[best].tolist(), radii[best].tolist(), strict=True)
+            return sorted(things, key=lambda thing: thing[2])
+    raise ValueError(f"'{caption_of(mentions, None)[0]}' leaves no room for all things where it wants them.")
+
+
+def _shipped_places(
+    rng: np.random.Generator, mentions: list[Mention], recipe: Recipe
+) -> list[tuple[int, float, float, float]]:
+    """As `_places`, for captions whose order says nothing."""
+    owners = [i for i, m in enumerate(mentions) for _ in range(m.count)]
+    count = len(owners)
+    while True:
+        radii = rng.uniform(*recipe.radius[count], count)
+        margin = radii * 0.92
+        xs, ys = rng.uniform(margin, SIZE - margin), rng.uniform(margin, SIZE - margin)
+        gaps = np.hypot(xs[:, None] - xs, ys[:, None] - ys) / (radii[:, None] + radii)
+        if count == 1 or gaps[~np.eye(count, dtype=bool)].min() > 0.86:
+            places = sorted(zip(xs.tolist(), ys.tolist(), radii.tolist(), strict=True), key=lambda p: p[1])
+            order = rng.permutation(count)
+            return [(owners[i], *place) for i, place in zip(order, places, strict=True)]
+
+
+def _lay_out(
+    mentions: list[Mention], kinds: dict[int, Identity], rng: np.random.Generator, recipe: Recipe
+) -> tuple[list[Thing], list[int]]:
+    """The things of `mentions`, whose nouns have the identities `kinds`, and which mention each belongs to."""
+    said = any(v is not None for m in mentions for v in (m.size, m.across, m.down))
+    places = (_places if recipe.in_order or said else _shipped_places)(rng, mentions, recipe)
+    things = []
+    for owner, x, y, radius in places:
+        noun = mentions[owner].noun
+        things.append(Thing(noun, kinds[noun], x, y, radius, float(rng.uniform(-0.26, 0.26)), bool(rng.integers(2))))
+    return things, [owner for owner, *_ in places]
+
+
+def _told(
+    things: list[Thing], owners: list[int], mentions: list[Mention], said: int | None, background: int, rgb: np.ndarray
+) -> Scene:
+    """A scene of `things` with the caption of `mentions`, which says the background `said`."""
+    caption, noun_at, attributes_at = caption_of(mentions, said)
+    return Scene(
+        tuple(things),
+        background,
+        tuple(np.clip(rgb, 0, 1).tolist()),
+        caption,
+        tuple(noun_at[i] for i in owners),
+        tuple(attributes_at[i] for i in owners),
+    )
+
+
 def scene_from(
     mentions: list[Mention],
     background: int | None,
     rng: np.random.Generator,
     identities: list[Identity | None] | None = None,
-    caption: str | None = None,
+    recipe: Recipe = SHIPPED,
 ) -> Scene:
     """A scene that holds what `mentions` say, the rest drawn from `rng`.
 
     `identities[i]` fixes the identity of mention i. The same noun mentioned twice shares the first one's identity.
-    `caption` overrides the text (it must have the word layout of `caption_of`).
+
+    Raises ValueError with one sentence if there is no room for the things where `mentions` want them.
     """
-    text, noun_at, attributes_at = caption_of(mentions, background)
     kinds: dict[int, Identity] = {}
     for i, m in enumerate(mentions):
         given = identities[i] if identities is not None else None
         if m.noun not in kinds:
-            kinds[m.noun] = given or random_identity(rng, m.color, m.second, m.pattern)
+            kinds[m.noun] = given or random_identity(rng, m.color, m.second, m.pattern, recipe)
+    said = background
     if background is None:
         background = int(rng.integers(len(BACKGROUNDS)))
     base = np.array(BACKGROUND_RGB[BACKGROUNDS[background]]) + rng.uniform(-0.03, 0.03, 3)
-    owners = [i for i, m in enumerate(mentions) for _ in range(m.count)]
-    places = _place(rng, len(owners))
-    order = rng.permutation(len(owners))
-    things, noun_words, attribute_words = [], [], []
-    for (x, y, radius), which in zip(places, order, strict=True):
-        owner = owners[which]
-        noun = mentions[owner].noun
-        things.append(Thing(noun, kinds[noun], x, y, radius, float(rng.uniform(-0.26, 0.26)), bool(rng.integers(2))))
-        noun_words.append(noun_at[owner])
-        attribute_words.append(attributes_at[owner])
-    return Scene(
-        tuple(things),
-        background,
-        tuple(np.clip(base, 0, 1).tolist()),
-        text if caption is None else caption,
-        tuple(noun_words),
-        tuple(attribute_words),
-    )
+    things, owners = _lay_out(mentions, kinds, rng, recipe)
+    return _told(things, owners, mentions, said, background, base)
 
 
 def describe(rng: np.random.Generator, noun: int, identity: Identity, count: int = 1) -> Mention:
@@ -432,26 +575,51 @@ def describe(rng: np.random.Generator, noun: int, identity: Identity, count: int
     )
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
+def _tell(
+    rng: np.random.Generator, mentions: list[Mention], things: list[Thing], owners: list[int], recipe: Recipe
+) -> list[Mention]:
+    """What a caption says of `things`, which belong to the bare `mentions`."""
+    style = rng.random()
+    placed = rng.random() < recipe.placed
+    told = []
+    for i, m in enumerate(mentions):
+        mine = [thing for thing, owner in zip(things, owners, strict=True) if owner == i]
+        identity = mine[0].identity
+        if style < recipe.detailed:
+            m = replace(m, color=identity.color, second=identity.second, pattern=identity.pattern)
+        elif style < 1 - recipe.bare:
+            m = describe(rng, m.noun, identity, m.count)
+        if placed and m.count == 1:
+            where = mine[0]
+            size = size_of(where.radius, len(things), recipe)
+            m = replace(m, size=size, across=edge_of(where.x), down=edge_of(where.y))
+        told.append(m)
+    return told
+
+
+def random_scene(rng: np.random.Generator, count: int | None = None, recipe: Recipe = SHIPPED) -> Scene:
     """A scene of `count` things (1 to 3, drawn if None); equal nouns stand together in about a third of the crowds."""
     if count is None:
         count = int(rng.choice(3, p=(0.35, 0.40, 0.25))) + 1
     groups = [1] * count
     if count > 1 and rng.random() < 0.35:
         groups = [2] + [1] * (count - 2) if count == 2 or rng.random() < 0.75 else [3]
-    nouns = rng.choice(len(NOUNS), len(groups), replace=False)
-    identities = [random_identity(rng) for _ in groups]
-    mentions = [
-        describe(rng, int(noun), identity, size) for noun, identity, size in zip(nouns, identities, groups, strict=True)
-    ]
-    order = rng.permutation(len(mentions))
-    mentions, identities = [mentions[i] for i in order], [identities[i] for i in order]
+    nouns = [int(noun) for noun in rng.choice(len(NOUNS), len(groups), replace=False)]
+    identities = [random_identity(rng, recipe=recipe) for _ in groups]
+    if recipe.in_order:
+        bare = [Mention(noun, size) for noun, size in zip(nouns, groups, strict=True)]
+    else:
+        bare = [describe(rng, noun, i, size) for noun, i, size in zip(nouns, identities, groups, strict=True)]
+    order = rng.permutation(len(bare))
+    bare, identities = [bare[i] for i in order], [identities[i] for i in order]
     background = int(rng.integers(len(BACKGROUNDS)))
-    scene = scene_from(mentions, background, rng, identities)
-    if rng.random() < 0.15:
-        # Some captions are silent about the background.
-        scene = replace(scene, caption=scene.caption.rsplit(" on a ", 1)[0])
-    return scene
+    base = np.array(BACKGROUND_RGB[BACKGROUNDS[background]]) + rng.uniform(-0.03, 0.03, 3)
+    kinds = {m.noun: identity for m, identity in zip(bare, identities, strict=True)}
+    things, owners = _lay_out(bare, kinds, rng, recipe)
+    told = _tell(rng, bare, things, owners, recipe) if recipe.in_order else bare
+    # Some captions are silent about the background.
+    said = background if rng.random() >= 0.15 else None
+    return _told(things, owners, told, said, background, base)
 
 
 def draw_description(

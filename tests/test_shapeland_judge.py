@@ -61,7 +61,7 @@ def test_centres_are_centroids():
     assert torch.equal(centres_of(mask), torch.tensor([[31.0, 15.0]]))
 
 
-def test_scores_count_nouns_colours_and_twins():
+def test_scores_count_nouns_colours_patterns_and_twins():
     red_star, pair, plain = world.Mention(1, color=0), world.Mention(0, count=2, color=3), world.Mention(4)
     right = score_picture([red_star, plain], [reading(4, color=5), reading(1, color=0)])
     assert (right.nouns_right, right.described, right.described_right) == (True, 1, 1)
@@ -73,8 +73,20 @@ def test_scores_count_nouns_colours_and_twins():
     assert (missing.described, missing.described_right, missing.twins) == (1, 0, None)
     said_both = world.Mention(1, color=0, second=2)
     assert score_picture([said_both], [reading(1, color=0, second=1)]).described_right == 0
-    total = summarise([right, twins, missing])
-    assert total == {"nouns": pytest.approx(2 / 3), "colors": pytest.approx(2 / 4), "twins": 1.0}
+    striped, dotted = world.Mention(1, pattern=0), world.Mention(0, count=2, pattern=1)
+    patterns = score_picture([striped, dotted], [reading(1), reading(0), reading(0)])
+    assert (patterns.things, patterns.patterned, patterns.patterned_right) == (3, 3, 1)
+    total = summarise([right, twins, missing, patterns])
+    assert total == {
+        "nouns": pytest.approx(3 / 4),
+        "nouns_1": 0.0,
+        "nouns_2": 1.0,
+        "nouns_3": 1.0,
+        "colors": pytest.approx(2 / 4),
+        "patterns": pytest.approx(1 / 3),
+        "twins": 1.0,
+    }
+    assert all(np.isnan(v) for v in summarise([]).values())
 
 
 def test_a_mention_takes_no_more_things_than_it_names():

@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 def test_shards_hold_the_worlds_truth(data):
     for row in range(48):
-        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row))))
+        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT))
         scene = picture.scene
         words = [scenes.WORDS[w] for w in data.take("words", np.array([row]))[0] if w]
         assert " ".join(words) == scene.caption
@@ -43,20 +43,25 @@ def test_shards_hold_the_worlds_truth(data):
 def test_what_a_phrase_says_is_read_from_its_words(data):
     batch = clip.clip_batch(data, np.arange(48), "cpu")
     for row in range(48):
-        scene = world.random_scene(np.random.default_rng((3, 0, row)))
+        scene = world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT)
         mentions = {m.noun: m for m in world.parse_caption(scene.caption)[0]}
         for i, thing in enumerate(scene.things):
             m = mentions[thing.noun]
-            said = [thing.noun, *(-1 if v is None else v for v in (m.color, m.second, m.pattern))]
-            assert batch["said"][row, i].tolist() == said
+            words = (m.color, m.second, m.pattern, m.size, m.across, m.down)
+            assert batch["said"][row, i].tolist() == [thing.noun, *(-1 if v is None else v for v in words)]
             identity = thing.identity
-            assert batch["have"][row, i].tolist() == [thing.noun, identity.color, identity.second, identity.pattern]
+            looks, places = batch["have"][row, i].split((4, 3))
+            assert looks.tolist() == [thing.noun, identity.color, identity.second, identity.pattern]
+            # What is said is true, and where nothing is said the truth is known all the same.
+            assert all(v is None or v == true for v, true in zip(words[3:], places.tolist(), strict=True))
+            assert places[1] == (0 if thing.x < 24 else 1 if thing.x > 40 else -2)
 
 
 def test_a_phrase_is_true_of_every_thing_that_has_what_it_says():
-    said = torch.tensor([[1, 2, -1, -1], [1, -1, -1, 3], [0, -1, -1, -1]])
-    have = torch.tensor([[1, 2, 5, 3], [1, 4, 2, 3]])
-    assert clip.phrase_is_true(said, have).tolist() == [[True, False], [True, True], [False, False]]
+    said = torch.tensor([[1, 2, -1, -1, -1], [1, -1, -1, 3, -1], [0, -1, -1, -1, -1], [1, -1, -1, -1, 0]])
+    have = torch.tensor([[1, 2, 5, 3, -2], [1, 4, 2, 3, 0]])
+    truth = [[True, False], [True, True], [False, False], [False, True]]
+    assert clip.phrase_is_true(said, have).tolist() == truth
 
 
 def test_localization_loss_counts_attention_outside_minus_inside():
@@ -77,7 +82,7 @@ def test_things_of_one_noun_share_their_words_place(data):
     describes, masks, present = unet.word_supervision(data, rows, unet.thing_cells(data, rows, "cpu"))
     pairs = 0
     for row in range(48):
-        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row))))
+        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT))
         label = data.take("label", np.array([row]))[0]
         for i, thing in enumerate(picture.scene.things):
             same = [j for j, other in enumerate(picture.scene.things) if other.noun == thing.noun]
@@ -153,7 +158,7 @@ def test_things_are_said_with_all_their_looks_and_bare(data):
     batch = fuser.said_and_bare(data, np.arange(48), base)
     expected = []
     for row in range(48):
-        scene = world.random_scene(np.random.default_rng((3, 0, row)))
+        scene = world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT)
         label = data.take("label", np.array([row]))[0]
         expected += [(row, thing) for i, thing in enumerate(scene.things) if (label == i + 1).sum() >= 20]
     assert len(expected) == len(batch["picture"]) > 48

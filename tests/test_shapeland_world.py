@@ -5,8 +5,8 @@ import pytest
 from conceptloom.shapeland import world
 
 
-def scenes(count, seed=0):
-    return [world.random_scene(np.random.default_rng((seed, i))) for i in range(count)]
+def scenes(count, seed=0, recipe=world.SHIPPED):
+    return [world.random_scene(np.random.default_rng((seed, i)), recipe=recipe) for i in range(count)]
 
 
 def test_same_seed_draws_the_same_picture():
@@ -15,8 +15,9 @@ def test_same_seed_draws_the_same_picture():
     assert first.scene == second.scene
 
 
-def test_captions_read_back_as_what_was_drawn():
-    for scene in scenes(300):
+@pytest.mark.parametrize("recipe", [world.SHIPPED, world.NEXT])
+def test_captions_read_back_as_what_was_drawn(recipe):
+    for scene in scenes(300, recipe=recipe):
         mentions, background = world.parse_caption(scene.caption)
         assert background in (None, scene.background)
         drawn = sorted(thing.noun for thing in scene.things)
@@ -28,15 +29,61 @@ def test_captions_read_back_as_what_was_drawn():
             assert m.pattern in (None, identity.pattern)
 
 
-def test_noun_words_point_at_the_noun_of_each_thing():
-    for scene in scenes(300):
+@pytest.mark.parametrize("recipe", [world.SHIPPED, world.NEXT])
+def test_noun_words_point_at_the_noun_of_each_thing(recipe):
+    for scene in scenes(300, recipe=recipe):
         words = scene.caption.split()
         for thing, at, described_by in zip(scene.things, scene.noun_words, scene.attribute_words, strict=True):
             assert words[at] in (world.NOUNS[thing.noun], world.PLURALS[thing.noun])
             said = {words[i] for i in described_by}
             identity = thing.identity
             appearance = {world.COLORS[identity.color], world.COLORS[identity.second], world.PATTERNS[identity.pattern]}
-            assert said <= appearance
+            assert said <= {*appearance, *world.SIZES, *world.ACROSS, *world.DOWN}
+
+
+def test_things_are_named_from_left_to_right_with_true_words_for_place_and_size():
+    told = 0
+    for scene in scenes(300, recipe=world.NEXT):
+        mentions, _ = world.parse_caption(scene.caption)
+        centres = [np.mean([t.x for t in scene.things if t.noun == m.noun]) for m in mentions]
+        assert centres == sorted(centres)
+        low, high = world.NEXT.radius[len(scene.things)]
+        for m in mentions:
+            thing = next(t for t in scene.things if t.noun == m.noun)
+            told += m.across is not None
+            assert m.across in (None, 0 if thing.x < 24 else 1 if thing.x > 40 else -1)
+            assert m.down in (None, 0 if thing.y < 24 else 1 if thing.y > 40 else -1)
+            share = (thing.radius - low) / (high - low)
+            assert m.size in (None, 0 if share < 1 / 3 else 1 if share > 2 / 3 else -1)
+    assert told > 60
+
+
+def test_captions_say_all_looks_or_none_in_their_shares():
+    full = bare = described = 0
+    for scene in scenes(600, recipe=world.NEXT):
+        mentions, _ = world.parse_caption(scene.caption)
+        looks = [(m.color, m.second, m.pattern) for m in mentions]
+        full += all(None not in look for look in looks)
+        bare += all(look == (None,) * 3 for look in looks)
+        described += 1
+    # Scenes that are told by `describe` are full or bare now and then too.
+    assert 0.66 < full / described < 0.78 and 0.11 < bare / described < 0.23
+
+
+def test_a_description_is_obeyed_in_place_and_size():
+    text = "a small red star at the bottom right and a big house at the left"
+    for seed in range(20):
+        picture, _ = world.draw_description(text, seed)
+        star, house = (next(t for t in picture.scene.things if t.noun == n) for n in (1, 6))
+        assert star.x > 40 and star.y > 40 and house.x < 24
+        low, high = world.SHIPPED.radius[2]
+        assert star.radius < low + (high - low) / 3 and house.radius > high - (high - low) / 3
+
+
+def test_a_description_without_room_gets_one_sentence():
+    crowd = " and ".join(f"a big {noun} at the top left" for noun in ("star", "ball", "mug"))
+    with pytest.raises(ValueError, match="leaves no room"):
+        world.draw_description(crowd, 0)
 
 
 def test_equal_nouns_share_one_identity_and_different_ones_do_not():
@@ -132,6 +179,9 @@ def test_masks_of_a_description_come_in_the_order_of_its_words():
         ("a red", "must name"),
         ("", "must name"),
         ("a red and red ball", "same colour"),
+        ("a left ball", "must follow"),
+        ("at the top a ball", "must follow"),
+        ("two balls at the left", "one only"),
     ],
 )
 def test_what_the_world_does_not_know_gets_one_sentence(caption, named):

@@ -8,7 +8,7 @@ import torch
 from ...shapeland import models
 from ...shapeland.autoencoder import Autoencoder
 from ..loop import Run, warmup_cosine
-from .common import RUNS, SEED, open_scenes, pixels, psnr, rows_of, save_sheet
+from .common import RUNS, SEED, open_scenes, pixels, psnr, rows_of, save_sheet, weights_file
 from .scenes import SHARD
 
 # Noise added to the latents while training, relative to their spread: neighbouring latents must decode alike, so that
@@ -50,4 +50,4 @@ def train_autoencoder(device: str, steps: int) -> None:
         latents = model.encode(held_out)
         model.mean.copy_(latents.mean((0, 2, 3)))
         model.std.copy_(latents.std((0, 2, 3)))
-    models.save("autoencoder", model.state_dict())
+    models.save("autoencoder", model.state_dict(), weights_file("autoencoder"))

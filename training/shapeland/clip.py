@@ -8,7 +8,18 @@ import torch.nn.functional as F
 
 from ...shapeland import models, world
 from ..loop import Run, warmup_cosine
-from .common import RUNS, SEED, build_compact_text, open_scenes, pixels, rows_of, tokens, word_tokens
+from .common import (
+    RUNS,
+    SEED,
+    build_compact_text,
+    compact_text,
+    open_scenes,
+    pixels,
+    rows_of,
+    tokens,
+    weights_file,
+    word_tokens,
+)
 from .scenes import MAX_WORDS, SHARD, WORDS, Scenes
 
 
@@ -49,24 +60,41 @@ class Clip(torch.nn.Module):
 
 
 def phrase_is_true(said: torch.Tensor, have: torch.Tensor) -> torch.Tensor:
-    """(n, m) truth of what phrase i says (n, 4: noun, colour, second, pattern; -1 unsaid) for thing j (m, 4)."""
+    """(n, m) truth of what phrase i says (n, 7: see `KINDS`; -1 unsaid) for thing j (m, 7; -2 where no word is true)."""
     return ((said[:, None] == have[None]) | (said[:, None] < 0)).all(-1)
 
 
+KINDS = ("noun", "color", "second", "pattern", "size", "across", "down")
 _COLOR_WORDS = np.array([w in world.COLORS for w in WORDS])
-_PATTERN_WORDS = np.array([w in world.PATTERNS for w in WORDS])
+# What else is said of a thing, and which words say it.
+_OTHER_WORDS = {
+    KINDS.index(kind): np.array([w in words for w in WORDS])
+    for kind, words in (("pattern", world.PATTERNS), ("size", world.SIZES), ("across", world.ACROSS), ("down", world.DOWN))
+}
+
+
+def places_of(data: Scenes, rows: np.ndarray) -> np.ndarray:
+    """Indices (n, 3, 3) of the words that are true of each thing's size and place, -2 where none is."""
+    place, counts = data.take("place", rows), (data.take("noun", rows) >= 0).sum(1)
+    found = np.full(place.shape, -2, np.int64)
+    for row, count in enumerate(counts):
+        for i, (x, y, radius) in enumerate(place[row, :count].tolist()):
+            words = world.size_of(radius, int(count), world.NEXT), world.edge_of(x), world.edge_of(y)
+            found[row, i] = [-2 if word is None else word for word in words]
+    return found
 
 
 def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.Tensor]:
     """Pictures, tokens and the truth about each thing: what its phrase says and what it has."""
     words, noun, describes = (data.take(k, rows) for k in ("words", "noun", "describes"))
-    have = np.concatenate([noun[..., None], data.take("color", rows)], -1).astype(np.int64)
+    have = np.concatenate([noun[..., None], data.take("color", rows), places_of(data, rows)], -1).astype(np.int64)
     described = np.where(describes > 0, words[:, None], 0)
     colors = _COLOR_WORDS[described].sum(-1)
     said = have.copy()
     said[..., 1][colors < 1] = -1
     said[..., 2][colors < 2] = -1
-    said[..., 3][~_PATTERN_WORDS[described].any(-1)] = -1
+    for kind, is_said in _OTHER_WORDS.items():
+        said[..., kind][~is_said[described].any(-1)] = -1
     cells = data.take("label", rows).reshape(-1, 8, 8, 8, 8)
     regions = np.stack([(cells == i + 1).mean((2, 4)).reshape(-1, 64) for i in range(3)], 1)
     covered = regions.sum(-1, keepdims=True)
@@ -83,12 +111,15 @@ def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.T
     }
 
 
-def train_clip(device: str, steps: int) -> None:
-    """CLIP's towers; writes both files and the share of held-out pairs judged right."""
+def train_clip(device: str, steps: int, shipped: bool = False) -> None:
+    """CLIP's towers; writes both files. A run without a checkpoint starts from the shipped weights if so wished."""
     shards = 4
     data = open_scenes(shards)
     torch.manual_seed(SEED)
     model = Clip()
+    if shipped:
+        model.text = compact_text()
+        model.vision.load_state_dict(models.load("vision"))
     run = Run(RUNS / "clip", model, warmup_cosine(1e-3, 200, steps), steps, SEED, average=0.998, device=device)
     held_out = clip_batch(data, np.arange(3 * SHARD, 3 * SHARD + 256), device)
 
@@ -108,5 +139,5 @@ def train_clip(device: str, steps: int) -> None:
         for side in ("text", "vision")
     }
     ids = word_tokens()
-    models.save("text", {**part["text"], "token_ids": ids.int()})
-    models.save("vision", part["vision"])
+    models.save("text", {**part["text"], "token_ids": ids.int()}, weights_file("text"))
+    models.save("vision", part["vision"], weights_file("vision"))

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from ...shapeland import models
 from . import scenes as scene_files
 
 RUNS = Path("runs/shapeland")
+# What the stages make and read, until the whole of it is shipped.
+WEIGHTS = RUNS / "weights"
 SEED = 0
 # The last shard is held out: no stage trains on it.
 SHARDS = 20
+
+
+def weights_file(name: str) -> Path:
+    """Where the stages keep the weights of a part."""
+    return WEIGHTS / models.FILES[name].name
 
 
 def open_scenes(shards: int = SHARDS) -> scene_files.Scenes:
@@ -86,6 +94,20 @@ def word_tokens() -> torch.Tensor:
             raise ValueError(f"The word '{word}' is {len(inner)} tokens of CLIP's vocabulary, but must be one.")
         ids += inner
     return torch.tensor([*ids, models.START])
+
+
+def compact_text(path: Path | None = None) -> torch.nn.Module:
+    """The shipped text tower over compact tokens, or that of the file `path`. Words that are not in the file have the
+    mean of those that are, as in `models.load`."""
+    state, table = models.load("text", path), "text_model.embeddings.token_embedding.weight"
+    # The file lists its tokens in the order of compact ones; words are only ever appended.
+    ids = load_file(path or models.FILES["text"])["token_ids"].long()
+    rows = state[table][ids]
+    absent = rows.mean(0).expand(START + 1 - len(rows), -1)
+    state[table] = torch.cat((rows[:-1], absent, rows[-1:]))
+    model = build_compact_text()
+    model.load_state_dict(state)
+    return model
 
 
 def build_compact_text():

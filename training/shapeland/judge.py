@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ...shapeland import models, world
 from ...shapeland.judge import Judge, crop_thing
 from ..loop import Run, warmup_cosine
-from .common import RUNS, SEED, open_scenes, rows_of
+from .common import RUNS, SEED, open_scenes, rows_of, weights_file
 from .scenes import SHARD, Scenes
 
 TEMPERATURE = 0.1
@@ -23,11 +23,11 @@ def draw_pairs(count: int, seed: int) -> list[tuple[world.Picture, world.Picture
     pairs = []
     for i in range(count):
         rng = np.random.default_rng((seed, 7, i))
-        identity = world.random_identity(rng)
+        identity = world.random_identity(rng, recipe=world.NEXT)
         first, second = rng.choice(len(world.NOUNS), 2, replace=False)
         pairs.append(
             tuple(
-                world.render(world.scene_from([world.Mention(int(noun))], None, rng, [identity]))
+                world.render(world.scene_from([world.Mention(int(noun))], None, rng, [identity], world.NEXT))
                 for noun in (first, second)
             )
         )
@@ -117,7 +117,7 @@ def train_judge(device: str, steps: int) -> None:
 
     run.train(loss_of, 50, report, 400)
     judge.load_state_dict(run.best_state())
-    models.save("judge", judge.state_dict())
+    models.save("judge", judge.state_dict(), weights_file("judge"))
     result = measure(judge, data, np.arange(3 * SHARD, 4 * SHARD), device)
     (run.folder / "report.json").write_text(json.dumps(result, indent=1))
 

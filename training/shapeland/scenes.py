@@ -11,7 +11,7 @@ import numpy as np
 from ...shapeland import world
 
 SHARD = 8192
-MAX_WORDS = 30
+MAX_WORDS = 40
 _FIELDS = {
     "image": (np.uint8, (world.SIZE, world.SIZE, 3)),
     # 0 is background, i + 1 thing i: where it is the most visible one.
@@ -30,6 +30,7 @@ _FIELDS = {
 WORDS = (
     "", *world.NOUNS, *(p for p in world.PLURALS if p not in world.NOUNS), *world.COLORS, *world.PATTERNS,
     *world.BACKGROUNDS, *world.COUNTS, "an", "and", "on", "background",
+    *world.SIZES, *world.ACROSS, *world.DOWN, "at", "the",
 )  # fmt: skip
 _WORD_INDEX = {word: i for i, word in enumerate(WORDS)}
 
@@ -38,7 +39,7 @@ def _draw_shard(folder: Path, seed: int, shard: int) -> None:
     arrays = {name: np.zeros((SHARD, *shape), dtype) for name, (dtype, shape) in _FIELDS.items()}
     arrays["noun"][:] = -1
     for row in range(SHARD):
-        picture = world.render(world.random_scene(np.random.default_rng((seed, shard, row))))
+        picture = world.render(world.random_scene(np.random.default_rng((seed, shard, row)), recipe=world.NEXT))
         scene = picture.scene
         arrays["image"][row] = np.round(picture.image * 255)
         covered = picture.masks.sum(0)

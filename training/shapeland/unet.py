@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from ...shapeland import models, world
 from ...shapeland.autoencoder import CHANNELS, Autoencoder
@@ -20,14 +19,15 @@ from .common import (
     RUNS,
     SEED,
     SHARDS,
-    build_compact_text,
+    compact_text,
     open_scenes,
     pixels,
     rows_of,
     save_sheet,
     tokens,
+    weights_file,
 )
-from .scenes import SHARD, WORDS, Scenes
+from .scenes import MAX_WORDS, SHARD, WORDS, Scenes
 
 UNCONDITIONAL = 0.1
 # A share of the training on top of even noise levels goes to the steps at which silhouettes are decided. Measured on a
@@ -43,29 +43,23 @@ READ = 0.02
 LOCALIZE, LOCALIZE_LATER, LOCALIZE_PICTURES = 0.5, 0.1, 320_000
 
 
-def frozen_autoencoder(device: str) -> Autoencoder:
-    """The shipped autoencoder for evaluation."""
+def frozen_autoencoder(device: str, path: Path | None = None) -> Autoencoder:
+    """The shipped autoencoder, or that of the file `path`, for evaluation."""
     model = Autoencoder()
-    model.load_state_dict(models.load("autoencoder"))
+    model.load_state_dict(models.load("autoencoder", path))
     return model.eval().requires_grad_(False).to(device)
 
 
-def frozen_text(device: str):
-    """The shipped text tower over compact tokens (see `common.tokens`)."""
-    state = models.load("text")
-    table = "text_model.embeddings.token_embedding.weight"
-    # The file lists its tokens in the order of compact ones.
-    state[table] = state[table][load_file(models.FILES["text"])["token_ids"].long()]
-    model = build_compact_text()
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False).to(device)
+def frozen_text(device: str, path: Path | None = None):
+    """The shipped text tower, or that of the file `path`, over compact tokens (see `common.tokens`)."""
+    return compact_text(path).eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()
 def latents_of(data: Scenes, folder: Path, shards: int, device: str) -> np.ndarray:
     """Latents (pictures, 8, 16, 16) of all shards as fp16, encoded once and kept in a file per shard."""
     folder.mkdir(parents=True, exist_ok=True)
-    model, parts = frozen_autoencoder(device), []
+    model, parts = frozen_autoencoder(device, weights_file("autoencoder")), []
     for shard in range(shards):
         path = folder / f"{shard:04d}.npy"
         if not path.exists():
@@ -207,7 +201,7 @@ class _Taught(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.unet = models.build_unet()
+        self.unet = models.build_unet(models.NEXT_UNET_CONFIG)
         tapped = self.unet.up_blocks[1], self.unet.up_blocks[2]
         self.features: list[torch.Tensor] = []
         for block in tapped:
@@ -227,7 +221,7 @@ def train_unet(device: str, steps: int, batch: int, compiled: bool = False, ship
     latents = latents_of(data, RUNS / "latents", SHARDS, device)
     trained = (SHARDS - 1) * SHARD
     torch.manual_seed(SEED)
-    taught, text = _Taught(), frozen_text(device)
+    taught, text = _Taught(), frozen_text(device, weights_file("text"))
     unet = taught.unet
     if shipped:
         unet.load_state_dict(models.load("unet"))
@@ -306,7 +300,7 @@ def sample(unet, context: torch.Tensor, empty: torch.Tensor, steps: int, guidanc
 
 def held_out_scenes(count: int) -> list[tuple[list[world.Mention], str]]:
     """Captions of scenes that no training picture shows: what they mention, and the text."""
-    scenes = [world.random_scene(np.random.default_rng((SEED, 10_000, i))) for i in range(count)]
+    scenes = [world.random_scene(np.random.default_rng((SEED, 10_000, i)), recipe=world.NEXT) for i in range(count)]
     return [(world.parse_caption(s.caption)[0], s.caption) for s in scenes]
 
 
@@ -315,14 +309,15 @@ def evaluate(
     state: dict[str, torch.Tensor], sheet: Path, device: str, pictures: int, steps: int, guidance: float = 4.0
 ) -> dict[str, float]:
     """Draw held-out captions with the UNet `state`, let the judge read them, save a sheet of the first 64."""
-    unet = models.build_unet().to(device)
+    unet = models.build_unet(models.NEXT_UNET_CONFIG).to(device)
     unet.load_state_dict(state)
     unet.eval().to(memory_format=torch.channels_last)
-    text, autoencoder, judge = frozen_text(device), frozen_autoencoder(device), Judge().to(device)
-    judge.load_state_dict(models.load("judge"))
+    text, autoencoder = frozen_text(device, weights_file("text")), frozen_autoencoder(device, weights_file("autoencoder"))
+    judge = Judge().to(device)
+    judge.load_state_dict(models.load("judge", weights_file("judge")))
     asked = held_out_scenes(pictures)
     index = {word: i for i, word in enumerate(WORDS)}
-    spoken = np.zeros((pictures, 30), np.int64)
+    spoken = np.zeros((pictures, MAX_WORDS), np.int64)
     for row, (_, caption) in enumerate(asked):
         spoken[row, : len(caption.split())] = [index[w] for w in caption.split()]
     empty = text(tokens(spoken[:1] * 0, device)).last_hidden_state
