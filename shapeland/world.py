@@ -430,11 +430,11 @@ def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
 def _placed(mentions: list[Mention], current: dict, word: str, caption: str) -> list[Mention]:
     """`mentions` with the place `word` said of the last of them."""
     if current or not mentions:
-        raise ValueError(f"'{word}' in '{caption}' must follow the thing that stands there, as in 'a ball at the {word}'.")
+        raise ValueError(f"'{word}' in '{caption}' must follow the thing that is there, as in 'a ball at the {word}'.")
     name, names = ("across", ACROSS) if word in ACROSS else ("down", DOWN)
     last = mentions[-1]
     if last.count > 1:
-        raise ValueError(f"'{word}' in '{caption}' is said of {last.count} things, but a place can be said of one only.")
+        raise ValueError(f"'{word}' in '{caption}' is said of {last.count} things, but can be said of one only.")
     return [*mentions[:-1], replace(last, **{name: names.index(word)})]
 
 

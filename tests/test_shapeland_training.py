@@ -13,7 +13,7 @@ from conceptloom.encoders.fastcomposer import FUSER, split  # noqa: E402
 from conceptloom.encoders.fuser import Fuser  # noqa: E402
 from conceptloom.shapeland import models, world  # noqa: E402
 from conceptloom.training.base import open_base  # noqa: E402
-from conceptloom.training.shapeland import clip, fuser, scenes, unet  # noqa: E402
+from conceptloom.training.shapeland import autoencoder, clip, fuser, lessons, scenes, unet  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "SHARD", 48)
+        patch.setattr(lessons, "SHARD", 48)
         scenes.draw(folder, 1, seed=3, workers=1)
         yield scenes.Scenes(folder, 1)
 
@@ -77,23 +78,46 @@ def test_localization_loss_counts_attention_outside_minus_inside():
     assert float(loss) == pytest.approx(2 * (0.125 - 0.75))
 
 
-def test_things_of_one_noun_share_their_words_place(data):
-    rows = np.arange(48)
-    describes, masks, present = unet.word_supervision(data, rows, unet.thing_cells(data, rows, "cpu"))
+def test_lessons_hold_what_is_true_of_each_thing(data):
+    latents = torch.arange(48.0)[:, None, None, None].expand(48, 8, 16, 16).half()
+    lesson = lessons.Lessons(data, latents, "cpu").take(np.arange(47, -1, -1))
     pairs = 0
-    for row in range(48):
+    for at, row in enumerate(range(47, -1, -1)):
         picture = world.render(world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT))
+        scene = picture.scene
         label = data.take("label", np.array([row]))[0]
-        for i, thing in enumerate(picture.scene.things):
-            same = [j for j, other in enumerate(picture.scene.things) if other.noun == thing.noun]
-            union = np.isin(label, [j + 1 for j in same]).reshape(16, 4, 16, 4).mean((1, 3))
-            assert np.allclose(masks[row, i], union)
+        assert lesson.latents[at].eq(row).all()
+        spoken = [scenes.WORDS[w] for w in lesson.tokens(torch.zeros(48, dtype=torch.bool))[at, 1:] if w]
+        assert " ".join(spoken) == scene.caption
+        assert not lesson.tokens(torch.ones(48, dtype=torch.bool))[at, 1:].any()
+        for i, thing in enumerate(scene.things):
+            identity = thing.identity
+            known = [thing.noun, identity.color, identity.second, identity.pattern]
+            assert lesson.classes[at, i].tolist() == known
+            same = [j for j, other in enumerate(scene.things) if other.noun == thing.noun]
+            for cells, who in ((lesson.cells, [i]), (lesson.named, same)):
+                expected = np.isin(label, [j + 1 for j in who]).reshape(16, 4, 16, 4).mean((1, 3))
+                assert np.allclose(cells[at, i], expected)
             pairs += len(same) > 1
             # The start token stands before the first word.
-            assert describes[row, i, 0] == 0
-            assert describes[row, i, 1 + picture.scene.noun_words[i]] == 1
-        assert present[row].sum() == len(picture.scene.things)
+            marked = {int(j) - 1 for j in lesson.describes[at, i].nonzero()}
+            assert marked == {scene.noun_words[i], *scene.attribute_words[i]}
+        assert lesson.present[at].sum() == len(scene.things)
+        assert (lesson.classes[at, len(scene.things) :, 0] == -1).all()
     assert pairs > 4
+
+
+def test_latents_move_as_their_pictures_do():
+    """Means of blocks commute with turns and halving."""
+    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pictures = latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    seen = set()
+    for seed in range(12):
+        there, picture = (autoencoder.moved(x, torch.Generator().manual_seed(seed)) for x in (latents, pictures))
+        assert torch.allclose(there, torch.nn.functional.avg_pool2d(picture, 4), atol=1e-6)
+        assert not torch.equal(there, latents)
+        seen.add(tuple(there.shape))
+    assert seen == {(2, 3, 4, 4), (2, 3, 2, 2)}
 
 
 def test_readings_are_cross_entropies_of_what_covers_each_cell():

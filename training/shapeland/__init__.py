@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
         "--compile", action="store_true", help="compile the unet: minutes at the start, then a sixth faster"
     )
     parser.add_argument(
-        "--from-shipped", action="store_true", help="a new run of the unet starts from the shipped weights"
+        "--from-shipped", action="store_true", help="a new run of autoencoder, clip or unet starts from shipped weights"
     )
     options = parser.parse_args(argv)
     if options.stage == "scenes":
@@ -35,11 +35,11 @@ def main(argv: list[str]) -> None:
     elif options.stage == "autoencoder":
         from .autoencoder import train_autoencoder
 
-        train_autoencoder(options.device, options.steps or 3000)
+        train_autoencoder(options.device, options.steps or 3000, options.from_shipped)
     elif options.stage == "clip":
         from .clip import train_clip
 
-        train_clip(options.device, options.steps or 1400)
+        train_clip(options.device, options.steps or 1400, options.from_shipped)
     elif options.stage == "judge":
         from .judge import train_judge
 

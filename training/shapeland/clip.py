@@ -60,16 +60,16 @@ class Clip(torch.nn.Module):
 
 
 def phrase_is_true(said: torch.Tensor, have: torch.Tensor) -> torch.Tensor:
-    """(n, m) truth of what phrase i says (n, 7: see `KINDS`; -1 unsaid) for thing j (m, 7; -2 where no word is true)."""
+    """(n, m) truth of what phrase i says (n, 7: see `KINDS`; -1 unsaid) of thing j (m, 7; -2 where no word is true)."""
     return ((said[:, None] == have[None]) | (said[:, None] < 0)).all(-1)
 
 
 KINDS = ("noun", "color", "second", "pattern", "size", "across", "down")
 _COLOR_WORDS = np.array([w in world.COLORS for w in WORDS])
-# What else is said of a thing, and which words say it.
+# By the number of what they say beside noun and colours.
 _OTHER_WORDS = {
-    KINDS.index(kind): np.array([w in words for w in WORDS])
-    for kind, words in (("pattern", world.PATTERNS), ("size", world.SIZES), ("across", world.ACROSS), ("down", world.DOWN))
+    kind: np.array([w in words for w in WORDS])
+    for kind, words in enumerate((world.PATTERNS, world.SIZES, world.ACROSS, world.DOWN), KINDS.index("pattern"))
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,18 @@ def open_scenes(shards: int = SHARDS) -> scene_files.Scenes:
     return scene_files.Scenes(RUNS / "scenes", shards)
 
 
+@lru_cache(2)
+def _order(epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((SEED, epoch)).permutation(count)
+
+
 def rows_of(step: int, batch: int, count: int) -> np.ndarray:
     """The pictures of a step: a fresh permutation of `count` rows per epoch, read in order."""
     start = step * batch
     parts, need = [], batch
     while need:
         epoch, offset = divmod(start, count)
-        part = np.random.default_rng((SEED, epoch)).permutation(count)[offset : offset + need]
+        part = _order(epoch, count)[offset : offset + need]
         parts.append(part)
         start, need = start + len(part), need - len(part)
     return np.concatenate(parts)
@@ -70,12 +76,12 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 START = len(scene_files.WORDS)
 
 
-def tokens(words: np.ndarray, device: str) -> torch.Tensor:
+def tokens(words: np.ndarray | torch.Tensor, device: str | torch.device) -> torch.Tensor:
     """Word rows (n, MAX_WORDS) as compact token rows (n, 77): start, the words, end and padding."""
-    row = torch.zeros(len(words), models.TOKENS, dtype=torch.long)
+    row = torch.zeros(len(words), models.TOKENS, dtype=torch.long, device=device)
     row[:, 0] = START
-    row[:, 1 : 1 + words.shape[1]] = torch.from_numpy(words.astype(np.int64))
-    return row.to(device)
+    row[:, 1 : 1 + words.shape[1]] = torch.as_tensor(words, device=device)
+    return row
 
 
 def word_tokens() -> torch.Tensor:

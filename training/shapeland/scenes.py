@@ -84,6 +84,14 @@ class Scenes:
         }
         self.count = shards * SHARD
 
+    def shards(self, name: str) -> list[np.ndarray]:
+        """Field `name` of all pictures, shard by shard."""
+        return self._maps[name]
+
+    def whole(self, name: str) -> np.ndarray:
+        """Field `name` of all pictures."""
+        return np.concatenate(self._maps[name])
+
     def take(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Field `name` of the pictures `rows` (n,)."""
         maps = self._maps[name]

@@ -18,16 +18,15 @@ from ..loop import MuonAdamW, Run, bfloat16_where_fast
 from .common import (
     RUNS,
     SEED,
-    SHARDS,
     compact_text,
     open_scenes,
-    pixels,
     rows_of,
     save_sheet,
     tokens,
     weights_file,
 )
-from .scenes import MAX_WORDS, SHARD, WORDS, Scenes
+from .lessons import Lesson, Lessons, encoded
+from .scenes import MAX_WORDS, WORDS
 
 UNCONDITIONAL = 0.1
 # A share of the training on top of even noise levels goes to the steps at which silhouettes are decided. Measured on a
@@ -41,6 +40,11 @@ HIDDEN_FROM = 6.0
 READ = 0.02
 # Weight of the localization loss at the start of the run and after `LOCALIZE_PICTURES` pictures.
 LOCALIZE, LOCALIZE_LATER, LOCALIZE_PICTURES = 0.5, 0.1, 320_000
+# Learning rate, the share of the steps at the end over which it falls to nothing, and how long averages reach back: a
+# longer one lags behind the fall (measured: 61.7% of nouns where the last weights had 65.6%).
+RATE, DECAY, AVERAGE = 1e-3, 0.3, 0.99
+# At which times the report says what captions are worth.
+GAIN_TIMES = (150, 500, 700, 850, 970)
 
 
 def frozen_autoencoder(device: str, path: Path | None = None) -> Autoencoder:
@@ -53,25 +57,6 @@ def frozen_autoencoder(device: str, path: Path | None = None) -> Autoencoder:
 def frozen_text(device: str, path: Path | None = None):
     """The shipped text tower, or that of the file `path`, over compact tokens (see `common.tokens`)."""
     return compact_text(path).eval().requires_grad_(False).to(device)
-
-
-@torch.no_grad()
-def latents_of(data: Scenes, folder: Path, shards: int, device: str) -> np.ndarray:
-    """Latents (pictures, 8, 16, 16) of all shards as fp16, encoded once and kept in a file per shard."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model, parts = frozen_autoencoder(device, weights_file("autoencoder")), []
-    for shard in range(shards):
-        path = folder / f"{shard:04d}.npy"
-        if not path.exists():
-            rows = np.arange(shard * SHARD, (shard + 1) * SHARD)
-            with bfloat16_where_fast(device):
-                chunks = [
-                    model.encode(pixels(data.take("image", r), device)).half().cpu()
-                    for r in np.split(rows, SHARD // 32)
-                ]
-            np.save(path, torch.cat(chunks).numpy())
-        parts.append(np.load(path))
-    return np.concatenate(parts)
 
 
 def noise_levels(device: str) -> torch.Tensor:
@@ -142,27 +127,6 @@ def localization_loss(
     return total / len(kept)
 
 
-def thing_cells(data: Scenes, rows: np.ndarray, device: str) -> torch.Tensor:
-    """The share (n, 3, 16, 16) of each latent cell that each thing covers."""
-    label = data.take("label", rows)
-    cells = np.stack([label == i + 1 for i in range(3)], 1).reshape(-1, 3, 16, 4, 16, 4).mean((3, 5), np.float32)
-    return torch.from_numpy(cells).to(device)
-
-
-def word_supervision(
-    data: Scenes, rows: np.ndarray, cells: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`describes`, `masks` and `present` of `localization_loss` from `thing_cells`; things named by one noun share
-    their masks."""
-    noun_word, device = data.take("noun_word", rows), cells.device
-    present = data.take("noun", rows) >= 0
-    shared = (noun_word[:, :, None] == noun_word[:, None]) & present[:, None]
-    masks = torch.einsum("nij,njhw->nihw", torch.from_numpy(shared).to(device).float(), cells).clamp(0, 1)
-    describes = np.zeros((len(rows), 3, models.TOKENS), np.float32)
-    describes[:, :, 1 : 1 + data.take("describes", rows).shape[2]] = data.take("describes", rows)
-    return torch.from_numpy(describes).to(device), masks, torch.from_numpy(present).to(device).float()
-
-
 class Readers(torch.nn.Module):
     """Linear maps that read nouns, colours and patterns off the UNet's features while it is trained.
 
@@ -214,70 +178,94 @@ def unet_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
 
 
-def train_unet(device: str, steps: int, batch: int, compiled: bool = False, shipped: bool = False) -> None:
+class _Teacher:
+    """What one step of training looks at: noisy latents of some pictures, with their captions and all that is true."""
+
+    def __init__(self, taught: _Taught, lessons: Lessons, text, batch: int, predict):
+        self.taught, self.lessons, self.text, self.batch, self.predict = taught, lessons, text, batch, predict
+        self.alphas = noise_levels(lessons.device)
+        self.kept = open_attention(taught.unet)
+
+    def noised(
+        self, lesson: Lesson, t: torch.Tensor, silent: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The latents with noise of times t (n,), the v that is to be predicted, and the text states of captions that
+        are empty for the `silent` (n,)."""
+        x = lesson.latents
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        a, s = (part.sqrt()[:, None, None, None] for part in (self.alphas[t], 1 - self.alphas[t]))
+        with torch.no_grad():
+            context = self.text(lesson.tokens(silent)).last_hidden_state
+        return a * x + s * noise, a * noise - s * x, context
+
+    def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The parts of the loss of one step."""
+        lesson = self.lessons.take(rows_of(step, self.batch, self.lessons.trained))
+        silent, shaping, level = torch.rand(3, self.batch, generator=generator)
+        silent = (silent < UNCONDITIONAL).to(self.alphas.device)
+        low, high = (torch.where(shaping < SHAPING_SHARE, *ends) for ends in zip(SHAPING, (0, 1000), strict=True))
+        t = (low + level * (high - low)).long().to(self.alphas.device)
+        noisy, target, context = self.noised(lesson, t, silent, generator)
+        self.kept.clear()
+        self.taught.features.clear()
+        error = (self.predict(noisy, t, context).sample.float() - target).square().mean()
+        progress = min(1.0, step * self.batch / LOCALIZE_PICTURES)
+        localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
+        spoken = visibility(self.alphas[t]) * (~silent).float()
+        located = localization_loss(self.kept, lesson.describes, lesson.named, lesson.present, spoken)
+        read = self.taught.readers.loss(self.taught.features, lesson.cells, lesson.classes)
+        return {"noise": error, "localization": localize * located, "reading": READ * read}
+
+    @torch.no_grad()
+    def gains(self, unet, pictures: int = 128) -> dict[str, float]:
+        """By which part of it captions lower the loss of held-out pictures at some times."""
+        lesson = self.lessons.take(np.arange(self.lessons.trained, self.lessons.trained + pictures))
+        found = {}
+        for time in GAIN_TIMES:
+            t, loss = torch.full((pictures,), time, device=self.alphas.device), []
+            for mute in (False, True):
+                silent = torch.full_like(t, mute, dtype=torch.bool)
+                noisy, target, context = self.noised(lesson, t, silent, torch.Generator().manual_seed(time))
+                loss.append(float((unet(noisy, t, context).sample.float() - target).square().mean()))
+            found[f"gain_{time}"] = round(1 - loss[0] / loss[1], 4)
+        return found
+
+
+def train_unet(
+    device: str, steps: int, batch: int, compiled: bool = False, shipped: bool = False, report_every: int = 2000
+) -> None:
     """v-prediction with localization and reading; keeps averaged weights, judges samples on the way. A run without a
     checkpoint starts from the shipped weights if so wished, else from nothing."""
-    data = open_scenes()
-    latents = latents_of(data, RUNS / "latents", SHARDS, device)
-    trained = (SHARDS - 1) * SHARD
     torch.manual_seed(SEED)
     taught, text = _Taught(), frozen_text(device, weights_file("text"))
     unet = taught.unet
     if shipped:
         unet.load_state_dict(models.load("unet"))
-    decay = max(1, steps // 2)
+    decay = max(1, int(DECAY * steps))
 
     def rate(step):
-        # Constant, then linear to nothing over the second half: a run can be continued by doubling its steps.
-        return 1e-3 * min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
+        # Constant, then linear to nothing: a run can be continued from any step before its fall by taking more steps.
+        return RATE * min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
 
     optimizer = MuonAdamW(taught, 0.02, ("unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"))
-    # A short average, for the rate's fall to nothing averages too: one ten times as long lags behind it (measured:
-    # 61.7% of nouns where the last weights have 65.6%).
-    run = Run(RUNS / "unet", taught, rate, steps, SEED, average=0.99, device=device, optimizer=optimizer)
-    kept = open_attention(unet)
+    run = Run(RUNS / "unet", taught, rate, steps, SEED, average=AVERAGE, device=device, optimizer=optimizer)
     unet.to(memory_format=torch.channels_last)
-    predict = torch.compile(unet) if compiled else unet
-    alphas = noise_levels(device)
-
-    def loss_of(step, generator):
-        rows = rows_of(step, batch, trained)
-        x = torch.from_numpy(latents[rows]).to(device).float()
-        silent = torch.rand(batch, generator=generator) < UNCONDITIONAL
-        spoken = np.where(silent.numpy()[:, None], 0, data.take("words", rows))
-        with torch.no_grad():
-            context = text(tokens(spoken, device)).last_hidden_state
-        shaping = torch.rand(batch, generator=generator) < SHAPING_SHARE
-        low, high = (torch.where(shaping, edge, bound) for edge, bound in zip(SHAPING, (0, 1000), strict=True))
-        t = (low + torch.rand(batch, generator=generator) * (high - low)).long().to(device)
-        noise = torch.randn(x.shape, generator=generator).to(device)
-        alpha = alphas[t]
-        a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
-        kept.clear()
-        taught.features.clear()
-        v = predict(a * x + s * noise, t, context).sample.float()
-        error = (v - (a * noise - s * x)).square().mean()
-        progress = 1.0 if shipped else min(1.0, step * batch / LOCALIZE_PICTURES)
-        localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
-        spoken_weight = visibility(alpha) * (~silent).float().to(device)
-        cells = thing_cells(data, rows, device)
-        located = localization_loss(kept, *word_supervision(data, rows, cells), spoken_weight)
-        classes = np.concatenate((data.take("noun", rows)[:, :, None], data.take("color", rows)), 2)
-        read = taught.readers.loss(taught.features, cells, torch.from_numpy(classes).to(device).long())
-        return {"noise": error, "localization": localize * located, "reading": READ * read}
+    data = open_scenes()
+    autoencoder = frozen_autoencoder(device, weights_file("autoencoder"))
+    lessons = Lessons(data, encoded(data, autoencoder, RUNS / "latents", device), device)
+    teacher = _Teacher(taught, lessons, text, batch, torch.compile(unet) if compiled else unet)
 
     def report(step):
-        sheet = run.folder / f"samples_{step:06d}.png"
-        return evaluate(unet_state(run.best_state()), sheet, device, pictures=64, steps=25)
+        state, sheet = unet_state(run.best_state()), run.folder / f"samples_{step:06d}.png"
+        return {**teacher.gains(_ready(state, device)), **evaluate(state, sheet, device, pictures=128, steps=25)}
 
-    run.train(loss_of, 100, report, 1000)
-    models.save("unet", unet_state(run.best_state()))
+    run.train(teacher.losses, 100, report, report_every)
+    models.save("unet", unet_state(run.best_state()), weights_file("unet"))
 
 
 def check_unet(device: str) -> None:
-    """Prints what the judge says of 512 held-out captions that the shipped UNet draws, and keeps it in `check.json`."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    found = evaluate(models.load("unet"), RUNS / "check.png", device, pictures=512, steps=50)
+    """Prints what the judge says of 512 held-out captions that the trained UNet draws, and keeps it in `check.json`."""
+    found = evaluate(models.load("unet", weights_file("unet")), RUNS / "check.png", device, pictures=512, steps=50)
     (RUNS / "check.json").write_text(json.dumps(found))
     print(found)
 
@@ -304,15 +292,21 @@ def held_out_scenes(count: int) -> list[tuple[list[world.Mention], str]]:
     return [(world.parse_caption(s.caption)[0], s.caption) for s in scenes]
 
 
+def _ready(state: dict[str, torch.Tensor], device: str):
+    """A UNet of these weights, for evaluation."""
+    unet = models.build_unet(models.NEXT_UNET_CONFIG).to(device)
+    unet.load_state_dict(state)
+    return unet.eval().to(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def evaluate(
     state: dict[str, torch.Tensor], sheet: Path, device: str, pictures: int, steps: int, guidance: float = 4.0
 ) -> dict[str, float]:
     """Draw held-out captions with the UNet `state`, let the judge read them, save a sheet of the first 64."""
-    unet = models.build_unet(models.NEXT_UNET_CONFIG).to(device)
-    unet.load_state_dict(state)
-    unet.eval().to(memory_format=torch.channels_last)
-    text, autoencoder = frozen_text(device, weights_file("text")), frozen_autoencoder(device, weights_file("autoencoder"))
+    unet = _ready(state, device)
+    text = frozen_text(device, weights_file("text"))
+    autoencoder = frozen_autoencoder(device, weights_file("autoencoder"))
     judge = Judge().to(device)
     judge.load_state_dict(models.load("judge", weights_file("judge")))
     asked = held_out_scenes(pictures)
