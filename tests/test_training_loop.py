@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conceptloom.training.loop import MuonAdamW, Run, orthogonalize, warmup_cosine
+from conceptloom.training.loop import Lanes, MuonAdamW, Run, orthogonalize, replica, warmup_cosine
 
 
 def model():
@@ -33,6 +33,35 @@ def test_a_resumed_run_is_bit_identical(tmp_path, optimizer):
         assert torch.equal(a, b)
     for a, b in zip(whole.best_state().values(), resumed.best_state().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_lanes_take_the_gradient_of_the_whole_batch_and_resume_exactly(tmp_path):
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def lane(net, rows):
+        return lambda step, generator: {"error": (net(x[rows]) - step / 10).square().mean()}
+
+    def run_to(folder, steps, lanes):
+        net = model()
+        rows = [slice(part, None, lanes) for part in range(lanes)]
+        run = Run(folder, net, lambda step: 1e-2, steps, average=0.9)
+        run.train(Lanes([lane(replica(net), some) for some in rows]), every=2)
+        return run.model.state_dict().values()
+
+    alone, together = run_to(tmp_path / "one", 6, 1), run_to(tmp_path / "two", 6, 2)
+    run_to(tmp_path / "parts", 4, 2)
+    resumed = run_to(tmp_path / "parts", 6, 2)
+    for a, b, c in zip(alone, together, resumed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert torch.equal(b, c)
+
+
+def test_a_run_stops_when_its_time_is_over_and_keeps_what_it_has(tmp_path):
+    net = model()
+    run = Run(tmp_path, net, lambda step: 1e-2, 1000)
+    run.train(lambda step, generator: {"error": net(torch.ones(1, 3, 8, 8)).square().mean()}, every=2, seconds=0.2)
+    assert 0 < run.step < 1000
+    assert Run(tmp_path, model(), lambda step: 1e-2, 1000).step == run.step
 
 
 def test_steps_on_the_gram_matrix_are_muon_s_own():

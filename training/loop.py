@@ -2,14 +2,62 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ..encoders.files import whole_file
 from .logs import add_row, go_back
+
+Losses = Callable[[int, torch.Generator], dict[str, torch.Tensor]]
+"""(step, generator) to named losses, whose sum is minimised."""
+
+
+class Lanes:
+    """The losses of a step, in parts that are computed at the same time, each by a thread of its own on one processor.
+
+    A model of some millions of weights gains next to nothing from a second thread on each operation (measured on two
+    cores: 3.2 s for a step of Shapeland's UNet instead of 3.5 s), and nearly all of it from a thread for each half of
+    the batch. The parts must share their parameters and nothing else that changes (see `replica`).
+    """
+
+    def __init__(self, parts: Sequence[Losses]):
+        self.parts = parts
+        self._threads = ThreadPoolExecutor(len(parts))
+
+    def gradients(
+        self, parameters: Sequence[torch.nn.Parameter], step: int, seed: int, device: str, half: bool
+    ) -> dict[str, torch.Tensor]:
+        """Sets the parameters' gradients to the mean over the parts, and returns the means of their losses."""
+
+        def work(number: int) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor | None, ...]]:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * len(self.parts) + number)
+            with bfloat16_where_fast(device, half):
+                losses = self.parts[number](step, generator)
+            # Not backward(), by which threads would add to the same tensors at once.
+            gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
+            return {name: value.detach() for name, value in losses.items()}, gradients
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(before if len(self.parts) == 1 else 1)
+        try:
+            results = list(self._threads.map(work, range(len(self.parts))))
+        finally:
+            torch.set_num_threads(before)
+        for parameter, *found in zip(parameters, *(gradients for _, gradients in results), strict=True):
+            present = [gradient for gradient in found if gradient is not None]
+            parameter.grad = sum(present[1:], present[0]) / len(self.parts) if present else None
+        return {name: sum(losses[name] for losses, _ in results) / len(results) for name in results[0][0]}
+
+
+def replica(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module that shares its parameters and buffers, for another thread."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 class Run:
@@ -95,47 +143,41 @@ class Run:
 
     def train(
         self,
-        loss_of: Callable[[int, torch.Generator], dict[str, torch.Tensor]],
+        loss_of: Losses | Lanes,
         every: int,
         report: Callable[[int], dict[str, float]] | None = None,
         report_every: int = 0,
         save_seconds: float = 180.0,
         half: bool = True,
         after: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
+        seconds: float = float("inf"),
     ) -> None:
-        """Train to `steps`. `loss_of(step, generator)` returns named losses whose sum is minimised; their means over
-        `every` steps go to `log.csv` and the screen, `report`'s numbers to `report.csv` each `report_every` steps.
-        `half` computes in bfloat16 where the device is fast at it. `after(step, losses)` is told when a step is done
-        and holds no memory."""
+        """Train to `steps`, or until `seconds` have passed. The means of the losses over `every` steps go to `log.csv`
+        and the screen, `report`'s numbers to `report.csv` each `report_every` steps. `half` computes in bfloat16 where
+        the device is fast at it. `after(step, losses)` is told when a step is done and holds no memory."""
         sums: dict[str, float] = {}
         counted = 0
         saved_at = began = time.monotonic()
-        while self.step < self.steps:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        end = began + seconds
+        while self.step < self.steps and time.monotonic() < end:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(self.step)
-            accelerator = self.accelerator
-            with accelerator.autocast() if accelerator else bfloat16_where_fast(self.device, half):
-                losses = loss_of(self.step, generator)
-            total = sum(losses.values())
-            accelerator.backward(total) if accelerator else total.backward()
+            losses = self._gradients(loss_of, half)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            del total
             self.step += 1
             if self.averaged is not None:
                 self._update_average()
             for name, value in {**losses, "gradient_norm": norm}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float()
+                sums[name] = sums.get(name, 0.0) + value.float()
             counted += 1
-            losses = {name: value.detach() for name, value in losses.items()}
             if after:
                 after(self.step - 1, losses)
             if self.step % every == 0:
                 means = torch.stack(list(sums.values())) / counted
-                if accelerator:
-                    means = accelerator.reduce(means, "mean")
+                if self.accelerator:
+                    means = self.accelerator.reduce(means, "mean")
                 row = {name: round(mean, 5) for name, mean in zip(sums, means.tolist(), strict=True)}
                 row["seconds"] = round((time.monotonic() - began) / counted, 3)
                 self._log("log.csv", row)
@@ -147,6 +189,18 @@ class Run:
                 self.save()
                 saved_at = time.monotonic()
         self.save()
+
+    def _gradients(self, loss_of: Losses | Lanes, half: bool) -> dict[str, torch.Tensor]:
+        """Computes the gradients of a step; returns its losses, which hold no memory."""
+        if isinstance(loss_of, Lanes):
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            return loss_of.gradients(trained, self.step, self.seed, self.device, half)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        with self.accelerator.autocast() if self.accelerator else bfloat16_where_fast(self.device, half):
+            losses = loss_of(self.step, generator)
+        total = sum(losses.values())
+        self.accelerator.backward(total) if self.accelerator else total.backward()
+        return {name: value.detach() for name, value in losses.items()}
 
     def _update_average(self) -> None:
         # A short memory at first: the average must forget the random initialisation.

@@ -10,6 +10,7 @@ reads them.
 from __future__ import annotations
 
 import argparse
+import os
 
 
 def main(argv: list[str]) -> None:
@@ -21,9 +22,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the unet: minutes at the start, then a sixth faster"
-    )
+    parser.add_argument("--lanes", type=int, help="threads that share a step of the unet; default: a CPU's cores, or 1")
+    parser.add_argument("--compile", action="store_true", help="compile the unet: minutes at the start")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="interrupt the unet's run after so many")
     parser.add_argument(
         "--from-shipped", action="store_true", help="a new run of autoencoder, clip or unet starts from shipped weights"
     )
@@ -55,4 +56,12 @@ def main(argv: list[str]) -> None:
     else:
         from .unet import train_unet
 
-        train_unet(options.device, options.steps or 30000, options.batch, options.compile, options.from_shipped)
+        train_unet(
+            options.device,
+            options.steps or 60000,
+            options.batch,
+            options.lanes or (min(os.cpu_count(), max(1, options.batch // 8)) if options.device == "cpu" else 1),
+            options.compile,
+            options.from_shipped,
+            60 * options.minutes,
+        )
