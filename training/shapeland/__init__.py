@@ -1,10 +1,10 @@
 """Train Shapeland's models: `python tools/run.py training.shapeland STAGE`, the same on a CPU and a GPU.
 
-Stages, in the order in which each needs the ones before: scenes, autoencoder, clip, judge, unet, fuser. Every stage is
-deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped, and
-writes its weights to `shapeland/weights/` at its end; only the fuser's stay in its folder, for FastComposer's training
-to start from. The stage `check` trains nothing: the shipped UNet draws 512 held-out captions in 50 steps, and the judge
-reads them.
+Stages, in the order in which each needs the ones before: scenes, autoencoder, decoder, clip, judge, unet. Every stage
+is deterministic by seed and keeps its checkpoint, loss log, samples and, at its end, weights in `runs/shapeland/`. It
+continues where it stopped. The stage `fuser` works on the shipped weights; its own stay in its folder, for
+FastComposer's training to start from. The stage `check` trains nothing: the trained UNet draws 512 held-out captions in
+50 steps, and the judge reads them.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from __future__ import annotations
 import argparse
 import os
 
+STAGES = ("scenes", "autoencoder", "decoder", "clip", "judge", "unet", "fuser", "check")
+
 
 def main(argv: list[str]) -> None:
     """Run the stage named by the command line."""
     import torch
 
     parser = argparse.ArgumentParser(prog="training.shapeland", description=__doc__)
-    parser.add_argument("stage", choices=("scenes", "autoencoder", "clip", "judge", "unet", "fuser", "check"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more")
     parser.add_argument("--lanes", type=int, help="threads that share a step of the unet; default: a CPU's cores, or 1")
     parser.add_argument("--compile", action="store_true", help="compile the unet: minutes at the start")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="interrupt the unet's run after so many")
-    parser.add_argument(
-        "--from-shipped", action="store_true", help="a new run of autoencoder, clip or unet starts from shipped weights"
-    )
+    parser.add_argument("--from-shipped", action="store_true", help="a new run starts from the shipped weights")
     options = parser.parse_args(argv)
     if options.stage == "scenes":
         from .common import open_scenes
@@ -37,6 +37,10 @@ def main(argv: list[str]) -> None:
         from .autoencoder import train_autoencoder
 
         train_autoencoder(options.device, options.steps or 3000, options.from_shipped)
+    elif options.stage == "decoder":
+        from .autoencoder import train_decoder
+
+        train_decoder(options.device, options.steps or 600)
     elif options.stage == "clip":
         from .clip import train_clip
 
@@ -44,7 +48,7 @@ def main(argv: list[str]) -> None:
     elif options.stage == "judge":
         from .judge import train_judge
 
-        train_judge(options.device, options.steps or 2800)
+        train_judge(options.device, options.steps or 2800, options.from_shipped)
     elif options.stage == "fuser":
         from .fuser import train_fuser
 

@@ -30,7 +30,6 @@ def moved(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def train_autoencoder(device: str, steps: int, shipped: bool = False) -> None:
     """Absolute plus squared error with noisy latents, which move with the picture; writes weights whose latents have
     mean 0 and variance 1. A run without a checkpoint starts from the shipped weights if so wished."""
-    data = open_scenes(4)
     torch.manual_seed(SEED)
     model = Autoencoder()
     if shipped:
@@ -38,40 +37,69 @@ def train_autoencoder(device: str, steps: int, shipped: bool = False) -> None:
         # Latents get their scale anew at the end.
         model.mean.zero_()
         model.std.fill_(1)
-    run = Run(RUNS / "autoencoder", model, warmup_cosine(2e-3, 100, steps), steps, SEED, average=0.995, device=device)
-    held_out = pixels(data.take("image", np.arange(3 * SHARD, 3 * SHARD + 512)), device)
 
-    def loss_of(step, generator):
-        x = pixels(data.take("image", rows_of(step, 16, 3 * SHARD)), device)
+    def loss_of(x, generator):
         latents = model.encode(x)
         spread = latents.detach().float().std((0, 2, 3), keepdim=True)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        latents = latents + NOISE * spread * noise
-        absolute, squared = errors(model.decode(latents).float(), x)
+        latents = latents + NOISE * spread * torch.randn(latents.shape, generator=generator).to(device)
+        absolute, squared = _errors(model.decode(latents), x)
         seed = generator.initial_seed()
         there = [moved(tensor, torch.Generator().manual_seed(seed)) for tensor in (latents, x)]
-        elsewhere = sum(errors(model.decode(there[0]).float(), there[1]))
+        elsewhere = sum(_errors(model.decode(there[0]), there[1]))
         return {"absolute": absolute, "squared": squared, "moved": EQUIVARIANCE * elsewhere}
 
-    def errors(y, x):
-        return (y - x).abs().mean(), 4 * (y - x).square().mean()
+    trained, held_out = _train(model, "autoencoder", loss_of, steps, device)
+    with torch.no_grad():
+        latents = trained.encode(held_out)
+        trained.mean.copy_(latents.mean((0, 2, 3)))
+        trained.std.copy_(latents.std((0, 2, 3)))
+    models.save("autoencoder", trained.state_dict(), weights_file("autoencoder"))
+
+
+def train_decoder(device: str, steps: int) -> None:
+    """The decoder alone goes on learning, so that latents stay as they are: it need not decode moved ones any more,
+    which cost it sharpness. Rewrites the autoencoder's weights."""
+    torch.manual_seed(SEED)
+    model = Autoencoder()
+    model.load_state_dict(models.load("autoencoder", weights_file("autoencoder")))
+    model.encoder.requires_grad_(False)
+
+    def loss_of(x, generator):
+        with torch.no_grad():
+            latents = model.encode(x)
+        latents = latents + NOISE * torch.randn(latents.shape, generator=generator).to(device)
+        absolute, squared = _errors(model.decode(latents), x)
+        return {"absolute": absolute, "squared": squared}
+
+    trained, _ = _train(model, "decoder", loss_of, steps, device)
+    models.save("autoencoder", trained.state_dict(), weights_file("autoencoder"))
+
+
+def _errors(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    difference = y.float() - x
+    return difference.abs().mean(), 4 * difference.square().mean()
+
+
+def _train(model: Autoencoder, name: str, loss_of, steps: int, device: str) -> tuple[Autoencoder, torch.Tensor]:
+    """The averaged model after a run in the folder `name`, and pictures that it has not seen."""
+    data = open_scenes(4)
+    run = Run(RUNS / name, model, warmup_cosine(2e-3, 100, steps), steps, SEED, average=0.995, device=device)
+    held_out = pixels(data.take("image", np.arange(3 * SHARD, 3 * SHARD + 512)), device)
 
     def averaged():
-        model = Autoencoder().to(device)
-        model.load_state_dict(run.best_state())
-        return model
+        best = Autoencoder().to(device)
+        best.load_state_dict(run.best_state())
+        return best
 
     @torch.no_grad()
     def report(step):
-        model = averaged()
-        y = model.decode(model.encode(held_out)).clamp(-1, 1)
+        best = averaged()
+        y = best.decode(best.encode(held_out)).clamp(-1, 1)
         save_sheet(torch.stack([held_out[:32], y[:32]], 1).flatten(0, 1), run.folder / "samples.png")
         return {"psnr": round(psnr(y, held_out), 3)}
 
-    run.train(loss_of, 50, report, 250)
-    model = averaged()
-    with torch.no_grad():
-        latents = model.encode(held_out)
-        model.mean.copy_(latents.mean((0, 2, 3)))
-        model.std.copy_(latents.std((0, 2, 3)))
-    models.save("autoencoder", model.state_dict(), weights_file("autoencoder"))
+    def step_loss(step, generator):
+        return loss_of(pixels(data.take("image", rows_of(step, 16, 3 * SHARD)), device), generator)
+
+    run.train(step_loss, 50, report, 250)
+    return averaged(), held_out

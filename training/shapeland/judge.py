@@ -68,11 +68,14 @@ def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
-def train_judge(device: str, steps: int) -> None:
-    """Segmentation, centres, attributes and identity in one run; writes weights and `report.json`."""
+def train_judge(device: str, steps: int, shipped: bool = False) -> None:
+    """Segmentation, centres, attributes and identity in one run; writes weights and `report.json`. A run without a
+    checkpoint starts from the shipped weights if so wished."""
     data = open_scenes(4)
     torch.manual_seed(SEED)
     judge = Judge()
+    if shipped:
+        judge.load_state_dict(models.load("judge"))
     run = Run(RUNS / "judge", judge, warmup_cosine(2e-3, 100, steps), steps, SEED, average=0.998, device=device)
     crops = pair_crops(draw_pairs(PAIRS, SEED))
     grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy"))
