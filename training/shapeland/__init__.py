@@ -1,8 +1,8 @@
 """Train Shapeland's models: `python tools/run.py training.shapeland STAGE`, the same on a CPU and a GPU.
 
 Stages, in the order in which each needs the ones before: scenes, autoencoder, decoder, clip, judge, unet. Every stage
-is deterministic by seed and keeps its checkpoint, loss log, samples and, at its end, weights in `runs/shapeland/`. It
-continues where it stopped. The stage `fuser` works on the shipped weights; its own stay in its folder, for
+is deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped,
+and writes its weights to `shapeland/weights/next/` at its end. The stage `fuser` works on the shipped weights; its own stay in its folder, for
 FastComposer's training to start from. The stage `check` trains nothing: the trained UNet draws 512 held-out captions in
 50 steps, and the judge reads them.
 """

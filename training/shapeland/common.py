@@ -14,8 +14,8 @@ from ...shapeland import models
 from . import scenes as scene_files
 
 RUNS = Path("runs/shapeland")
-# What the stages make and read, until the whole of it is shipped.
-WEIGHTS = RUNS / "weights"
+# What the stages make and read. It takes the shipped weights' place when the last of them is done.
+WEIGHTS = models.WEIGHTS / "next"
 SEED = 0
 # The last shard is held out: no stage trains on it.
 SHARDS = 8
