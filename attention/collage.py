@@ -46,7 +46,7 @@ def place(
         ValueError: there is no subject, no right number of placements, or nothing of a subject is seen.
     """
     if not subjects:
-        raise ValueError("subjects: at least one is wanted, but none is connected")
+        raise ValueError("subjects: expected at least one, got none")
     height, width = context.shape[:2]
     if placement is None:
         boxes = row_of_boxes(len(subjects), height, width)

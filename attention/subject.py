@@ -55,18 +55,13 @@ class Subject:
             raise ValueError(f"weight: a number from 0 (off) to {MAX_WEIGHT:g} is wanted, not {self.weight:g}")
         mask = None if self.mask is None else as_mask(self.mask)
         if mask is not None:
-            _check_white(
-                mask,
-                "mask",
-                "the subject",
-                "paint it (Load Image gives a black one until then)",
-                "use the whole picture",
-            )
+            remedy = "paint the subject in the mask editor of Load Image, or remove the wire to use the whole picture"
+            _check_white(mask, "mask", "the subject", remedy)
             check_aspect(mask, tuple(image.shape[:2]))
         target_mask = None if self.target_mask is None else as_mask(self.target_mask, name="target_mask")
         if target_mask is not None:
-            where = "the place of the subject in the new picture"
-            _check_white(target_mask, "target_mask", where, "paint it", "let the subject appear anywhere")
+            remedy = "paint it, or remove the wire to let the subject appear anywhere"
+            _check_white(target_mask, "target_mask", "the subject's place in the new picture", remedy)
         object.__setattr__(self, "image", image[..., :3])
         object.__setattr__(self, "noun", noun)
         object.__setattr__(self, "mask", mask)
@@ -79,11 +74,9 @@ class Subject:
         return replace(self, encodings={**self.encodings, encoder: value})
 
 
-def _check_white(mask: torch.Tensor, name: str, on: str, remedy: str, without: str) -> None:
+def _check_white(mask: torch.Tensor, name: str, where: str, remedy: str) -> None:
     if not (mask > 0).any():
-        raise ValueError(
-            f"{name}: expected white on {on}, got a mask that is black all over; {remedy}, or remove the wire to {without}"
-        )
+        raise ValueError(f"{name}: expected white on {where}, got an empty mask (all black): {remedy}")
 
 
 def describe(noun: str) -> str:

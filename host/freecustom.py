@@ -171,11 +171,11 @@ class FreeCustom:
             binarize(e.subject.mask, settings.mask_threshold, tuple(e.subject.image.shape[:2])) for e in self.encoded
         ]
         self.active = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0]
-        for i in self.active:
-            if not self.masks[i].any():
+        for subject, mask in ((self.encoded[i].subject, self.masks[i]) for i in self.active):
+            if not mask.any():
                 raise ValueError(
-                    f'mask_threshold: expected at most the largest value of the mask of "{self.encoded[i].subject.noun}" '
-                    f"({float(self.encoded[i].subject.mask.max()):.2g}), got {settings.mask_threshold:g}"
+                    f"mask_threshold: expected at most {float(subject.mask.max()):.2g}, the largest value in the mask of "
+                    f'"{subject.noun}", got {settings.mask_threshold:g}'
                 )
         coverages = [float(self.masks[i].float().mean()) for i in self.active]
         weights = [self.encoded[i].subject.weight for i in self.active]
@@ -209,8 +209,8 @@ class FreeCustom:
             "apply_model", {}
         ):
             raise ValueError(
-                f"{NAME}: model: one without TorchCompileModel is wanted, since compiled code does not notice attention "
-                "patches that come and go"
+                f"{NAME}: model: one without TorchCompileModel is wanted, since compiled code does not notice "
+                "attention patches that come and go"
             )
         self._advise(sampling)
         size = tuple(sampling.noise.shape[-2:])

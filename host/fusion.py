@@ -151,8 +151,10 @@ def apply(
 
 @dataclass(frozen=True, eq=False)
 class ConceptFusion:
-    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts, `changes` theirs by layer, `advice`
-    what to say when a sampling begins."""
+    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts, `changes` theirs by layer.
+
+    `advice` is what to say when a sampling begins.
+    """
 
     concepts: Sequence[SpokenConcept]
     maps: torch.Tensor
