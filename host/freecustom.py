@@ -139,14 +139,14 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
 def record_shares(model, steps: str, blocks: str) -> tuple[object, ShareRecord]:
     """A clone of a MODEL with FreeCustom that records attention shares, and the record it will fill.
 
+    Without FreeCustom, or where none of its subjects is drawn on, it is the MODEL itself and a record of nothing.
+
     Raises:
-        ValueError: the model has no FreeCustom, or it is active at none of the blocks.
+        ValueError: `steps` or `blocks` cannot be read, or FreeCustom is active at none of the blocks.
     """
     system = attached(model, KEY)
-    if system is None:
-        raise ValueError(
-            "model: one that comes from Multi-Reference Self-Attention (FreeCustom), with a subject, is wanted"
-        )
+    if system is None or not system.references:
+        return model, ShareRecord((), None, frozenset())
     record = ShareRecord.of(steps, blocks, system.sites, [e.subject.noun for e in system.encoded])
     again = FreeCustom(system.encoded, system.settings, system.sites, system.vae, record, system.node)
     return attach(model, KEY, again, system.node), record

@@ -24,7 +24,7 @@ def gather_concepts(found: io.Autogrow.Type) -> list[Concept]:
     Raises:
         ValueError: there is none.
     """
-    return [concept for value in in_order(found, "concepts") for concept in as_concepts(value)]
+    return [concept for value in in_order(found, "concepts", "Load Concept") for concept in as_concepts(value)]
 
 
 def as_concepts(value: Concept | list[Concept]) -> list[Concept]:

@@ -215,7 +215,9 @@ class FuseSubjects(Node):
 
     @classmethod
     def execute(cls, clip, fuser, subjects, prompt, strength, placeholder) -> io.NodeOutput:
-        fused = fastcomposer.fuse(clip, fuser, prompt, gather_subjects(subjects), placeholder, strength)
+        fused = fastcomposer.fuse(
+            clip, fuser, prompt, gather_subjects(subjects, "Subject Encoder"), placeholder, strength
+        )
         return io.NodeOutput(*fused)
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
 from ..attention.heatmap import share_pictures
 from ..attention.mrsa import FORMULAS
 from ..host import bank, freecustom, references, sites
+from ..host.advice import advise
 from ..host.shares import ALL
 from .types import Node, ShareRecordSocket, gather_subjects, subject_inputs
 
 CUSTOM_BLOCKS = "custom list"
+
+NOTHING_RECORDED = (
+    "nothing recorded; sample with the model of Record Attention Share, which comes after "
+    "Multi-Reference Self-Attention, and connect its record"
+)
 
 
 class MultiReferenceSelfAttention(Node):
@@ -168,7 +175,7 @@ class RecordAttentionShare(Node):
             display_name="Record Attention Share",
             category="ConceptLoom/FreeCustom",
             description="Records, while this model samples, how much of each place's attention goes to each subject. "
-            "The picture stays the same. Attention Share shows the record.",
+            "The picture stays the same. Attention Share shows the record. A model without references passes through.",
             search_aliases=["attention map", "heat map", "visualize attention", "FreeCustom", "debug"],
             inputs=[
                 io.Model.Input(
@@ -207,10 +214,10 @@ class AttentionShare(Node):
             node_id="ConceptLoomAttentionShare",
             display_name="Attention Share",
             category="ConceptLoom/FreeCustom",
-            description="Heat maps of how much of each place's attention went to each subject while it was sampled.",
+            description="Heat maps of how much of each place's attention went to each subject while it was sampled. "
+            "Where nothing was recorded, the picture passes through and the node says so.",
             search_aliases=["attention map", "heat map", "visualize attention", "leakage", "FreeCustom"],
             inputs=[
-                ShareRecordSocket.Input("record", tooltip="From Record Attention Share."),
                 io.Latent.Input(
                     "latent",
                     tooltip="The sampler's output, unchanged. It makes this node run after sampling, and says which "
@@ -224,6 +231,11 @@ class AttentionShare(Node):
                     tooltip="Stretches each map to the full colour range. Off, colours are shares from 0 to 1 and "
                     "compare between subjects.",
                 ),
+                ShareRecordSocket.Input(
+                    "record",
+                    optional=True,
+                    tooltip="From Record Attention Share. Without it the picture passes through.",
+                ),
             ],
             outputs=[
                 io.Image.Output("heat_maps", tooltip="One picture per subject, for each picture of the batch in turn."),
@@ -232,8 +244,12 @@ class AttentionShare(Node):
         )
 
     @classmethod
-    def execute(cls, record, latent, image, opacity, stretch) -> io.NodeOutput:
-        return io.NodeOutput(*share_pictures(record.find(latent["samples"]), image, opacity, stretch))
+    def execute(cls, latent, image, opacity, stretch, record=None) -> io.NodeOutput:
+        shares = None if record is None else record.find(latent["samples"])
+        if shares is None:
+            advise("Attention Share", NOTHING_RECORDED)
+            return io.NodeOutput(image, torch.zeros(image.shape[:3]))
+        return io.NodeOutput(*share_pictures(shares, image, opacity, stretch))
 
 
 NODES: list[type[Node]] = [MultiReferenceSelfAttention, RecordAttentionShare, AttentionShare]

@@ -234,8 +234,9 @@ class ConceptMasks(Node):
 
 
 def _gather(masks: io.Autogrow.Type) -> list[torch.Tensor]:
-    """All masks (H, W) in the order of their sockets."""
-    return [mask for batch in in_order(masks, "masks") for mask in batch.reshape(-1, *batch.shape[-2:])]
+    """All masks (H, W) in the order of their sockets; ValueError where there are none."""
+    batches = in_order(masks, "masks", "Text to Masks or a mask of each concept")
+    return [mask for batch in batches for mask in batch.reshape(-1, *batch.shape[-2:])]
 
 
 NODES: list[type[Node]] = [LoadSegmenter, TextToMasks, ConceptMasks]

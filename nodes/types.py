@@ -60,16 +60,16 @@ def growing(id: str, one: io.Input, tooltip: str, maximum: int = 16) -> io.Autog
     return io.Autogrow.Input(id, io.Autogrow.TemplatePrefix(one, prefix=one.id, min=0, max=maximum), tooltip=tooltip)
 
 
-def in_order(sockets: io.Autogrow.Type, name: str) -> list:
+def in_order(sockets: io.Autogrow.Type, name: str, source: str) -> list:
     """What is on the sockets of a growing input, from the first to the last; empty ones are left out.
 
     Raises:
-        ValueError: all are empty; `name` is the input's.
+        ValueError: all are empty; `name` is the input's, `source` what to connect to it.
     """
     names = sorted(sockets, key=lambda socket: int(re.search(r"\d+$", socket)[0]))
     found = [sockets[socket] for socket in names if sockets[socket] is not None]
     if not found:
-        raise ValueError(f"{name}: expected at least one, got none")
+        raise ValueError(f"{name}: expected at least one, got none; connect {source}")
     return found
 
 
@@ -79,13 +79,13 @@ def subject_inputs(tooltip: str) -> io.Autogrow.Input:
     return growing("subjects", one, tooltip)
 
 
-def gather_subjects(subjects: io.Autogrow.Type) -> list[Subject]:
+def gather_subjects(subjects: io.Autogrow.Type, source: str = "Reference Subject") -> list[Subject]:
     """All subjects in the order of their sockets.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; `source` is what to connect.
     """
-    found = in_order(subjects, "subjects")
+    found = in_order(subjects, "subjects", source)
     return [subject for value in found for subject in ((value,) if isinstance(value, Subject) else value)]
 
 

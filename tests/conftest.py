@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import struct
 import sys
 import threading
 import uuid
@@ -19,6 +20,9 @@ from hostserver import HostServer, Picture  # noqa: E402
 from run import alias_pack, open_host  # noqa: E402
 
 alias_pack()
+
+PROGRESS_TEXT = 3
+"""Kind of the websocket's binary frames that hold a text for a node."""
 
 ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 if ONE_OF_SEVERAL:
@@ -105,13 +109,23 @@ class Follower:
         async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
             self.listening.set()
             async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    self._binary(message.data)
+                    continue
                 if message.type is not aiohttp.WSMsgType.TEXT:
-                    continue  # previews come as binary frames
+                    continue
                 event = json.loads(message.data)
                 self.events.append((event["type"], event["data"]))
                 if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                     break
         self.ended.set()
+
+    def _binary(self, data: bytes) -> None:
+        """Keeps a text that the host shows on a node; other binary frames are previews."""
+        kind, length = struct.unpack_from(">II", data)
+        if kind == PROGRESS_TEXT:
+            node, text = data[8 : 8 + length].decode(), data[8 + length :].decode()
+            self.events.append(("progress_text", {"node": node, "text": text}))
 
 
 class Server(HostServer):
