@@ -299,15 +299,33 @@ class TestAttentionShare:
         model, record = recorded()
         samples = toy.sample(model)
         for wrong, sentence in (
-            (lambda: recorded(toy.model), "Record Attention Share: model: one that comes from Multi-Reference"),
             (lambda: recorded(steps="first"), "Record Attention Share: steps: expected numbers such as"),
             (lambda: recorded(blocks="0-3"), "Record Attention Share: blocks: some of those where references are seen"),
-            (lambda: view(record, samples * 2), "Attention Share: latent: the unchanged output of a sampler"),
+            (lambda: view(record, samples * 2), "Attention Share: latent: expected the unchanged output of a sampler"),
             (lambda: view(record, samples, image=torch.rand(3, 8, 8, 3)), "Attention Share: image: the 1 pictures"),
         ):
             with pytest.raises(ValueError) as caught:
                 wrong()
             assert str(caught.value).startswith(sentence)
+
+    def test_without_the_system_the_model_passes_through(self, recorded, patch, reference, view, toy):
+        off = patch(subjects={"subject0": reference(noun="dog", weight=0.0)})
+        for model in (toy.model, off):
+            same, record = recorded(model, blocks="0-3")
+            assert same is model
+            self.check_nothing(view, record, toy.sample(same))
+
+    def test_where_no_step_sees_references_nothing_is_recorded(self, recorded, view, toy):
+        model, record = recorded(steps="90")
+        self.check_nothing(view, record, toy.sample(model))
+
+    def check_nothing(self, view, record, samples):
+        """The picture passes through, and no share is anywhere."""
+        image = torch.rand(1, 128, 128, 3)
+        for given in (record, None):
+            pictures, shares = view(given, samples, image=image)
+            assert torch.equal(pictures, image)
+            assert torch.equal(shares, torch.zeros(1, 128, 128))
 
     def test_failed_runs_leave_no_maps(self, recorded, toy):
         model, record = recorded()
