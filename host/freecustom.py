@@ -173,9 +173,10 @@ class FreeCustom:
         self.active = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0]
         for subject, mask in ((self.encoded[i].subject, self.masks[i]) for i in self.active):
             if not mask.any():
+                most, given = float(subject.mask.max()), settings.mask_threshold
                 raise ValueError(
-                    f"mask_threshold: expected at most {float(subject.mask.max()):.2g}, the largest value in the mask of "
-                    f'"{subject.noun}", got {settings.mask_threshold:g}'
+                    f'mask_threshold: expected at most {most:.2g}, the largest value in the mask of "{subject.noun}", '
+                    f"got {given:g}"
                 )
         coverages = [float(self.masks[i].float().mean()) for i in self.active]
         weights = [self.encoded[i].subject.weight for i in self.active]

@@ -76,8 +76,8 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
         with_attention = {number for numbers in ordered for number in numbers}
         if wanted - with_attention:
             raise ValueError(
-                f"blocks: decoder blocks with attention, of this model {min(with_attention)} to {max(with_attention)}, "
-                f"are wanted, not {min(wanted - with_attention)}"
+                f"blocks: expected decoder blocks with attention, of this model {min(with_attention)} to "
+                f"{max(with_attention)}, got {min(wanted - with_attention)}"
             )
     branch = next(site for site in sites if site.kind == RESIDUAL and site.key[1] == second)
     return branch, tuple(site for site in own if site.key[1] in wanted)

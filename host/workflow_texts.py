@@ -18,7 +18,8 @@ _ENCODERS = {
     "ConceptLoomFuseSubjects": ("prompt",),
     "ConceptLoomConceptPrompts": ("prompt",),
 }
-_CARRIERS = {"CONDITIONING", "GUIDER", "CONCEPTLOOM_CONCEPT_PROMPTS"}
+# A tuple, for the type of an output may be a list, which no set can be asked for.
+_CARRIERS = ("CONDITIONING", "GUIDER", "CONCEPTLOOM_CONCEPT_PROMPTS")
 
 
 def executing_prompt() -> str | None:

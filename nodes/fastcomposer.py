@@ -209,7 +209,7 @@ class FuseSubjects(Node):
             outputs=[
                 io.Conditioning.Output("text_only", tooltip="The prompt alone, for the first steps."),
                 io.Conditioning.Output("subject", tooltip="The prompt with the subjects."),
-                io.String.Output("report", tooltip="The token that each subject landed on."),
+                io.String.Output("report", tooltip="The token that each subject landed on, and warnings."),
             ],
         )
 

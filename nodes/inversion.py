@@ -82,7 +82,7 @@ class DDIMInversion(Node):
                 io.Float.Output(
                     display_name="error",
                     tooltip="How far the reconstruction is from the picture, relative to the latent's norm; of a batch "
-                    "the largest. Above 0.15 the log warns.",
+                    "the largest. Above 0.15 the node warns.",
                 ),
             ],
         )

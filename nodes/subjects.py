@@ -41,20 +41,21 @@ class ReferenceSubject(Node):
                     min=0.0,
                     max=MAX_WEIGHT,
                     step=0.1,
-                    tooltip="How strongly the subject is drawn on: attention odds times e^weight. 3 is the published "
-                    "value, 2 is gentler, 0 switches the subject off.",
+                    tooltip="How strongly the subject is drawn on: attention odds times e^weight. 3, the published "
+                    "value, suits Stable Diffusion; 1 suits Shapeland, whose small pictures drown at 3. 0 switches the "
+                    "subject off.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White on the subject, in the shape of the picture. Without it the whole picture is drawn "
-                    "on, background included.",
+                    tooltip="White on the subject, in the shape of the picture. Without a wire the whole picture is "
+                    "drawn on, background included; an empty mask is refused.",
                 ),
                 io.Mask.Input(
                     "target_mask",
                     optional=True,
                     tooltip="White where the subject may appear in the new picture, which keeps subjects from mixing. "
-                    "Without it the subject may appear anywhere.",
+                    "Without a wire the subject may appear anywhere; an empty mask is refused.",
                 ),
             ],
             outputs=[SubjectSocket.Output("subject", tooltip="The subject, for any ConceptLoom system.")],

@@ -115,7 +115,7 @@ def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     """
     if image.ndim != 4 or len(image) != 1:
         given = f"a batch of {len(image)}" if image.ndim == 4 else f"a tensor of shape {tuple(image.shape)}"
-        raise ValueError(f"{name}: one picture is wanted, not {given}")
+        raise ValueError(f"{name}: expected one picture, got {given}")
     return image[0]
 
 

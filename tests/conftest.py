@@ -30,7 +30,15 @@ if ONE_OF_SEVERAL:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-SERVED = ("test_browser", "test_workflows", "test_workflow_tools", "test_server", "test_true_models")
+SERVED = (
+    "test_browser",
+    "test_workflows",
+    "test_workflow_tools",
+    "test_server",
+    "test_refusals",
+    "test_advice",
+    "test_true_models",
+)
 """Files whose tests run on the real server, in order: the last ones make it forget what it ran."""
 
 

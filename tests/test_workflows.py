@@ -67,6 +67,7 @@ def test_api_workflow_runs(file, server, object_info):
     if absent:
         pytest.skip(f"the server has no {', '.join(absent)}")
     run = server.run(api)
+    assert run.named("progress_text") == [], "a template gives no warning"
     assert run.pictures
     for picture in run.pictures:
         assert picture.data, picture.name

@@ -47,7 +47,7 @@ def patch(nodes, toy, reference):
 
 
 BAD_SUBJECTS = [
-    ({"image": torch.rand(3, 64, 64, 3)}, "image: one picture is wanted, not a batch of 3"),
+    ({"image": torch.rand(3, 64, 64, 3)}, "image: expected one picture, got a batch of 3"),
     ({"image": torch.full((1, 64, 64, 3), float("nan"))}, "image: finite values"),
     ({"noun": " "}, "noun: a word"),
     ({"weight": -0.5}, "weight: a number from 0 (off) to 10 is wanted, not -0.5"),
@@ -210,7 +210,7 @@ class TestCollage:
             ),
             ({"placement": {"x": 0, "y": 0, "width": 4, "height": 4}}, "boxes: one per subject is wanted"),
             ({"placement": torch.zeros(2, 8, 8)}, "mask: at least one pixel"),
-            ({"context": torch.zeros(2, 8, 8, 3)}, "context: one picture is wanted, not a batch of 2"),
+            ({"context": torch.zeros(2, 8, 8, 3)}, "context: expected one picture, got a batch of 2"),
         ],
     )
     def test_bad_input(self, collage, changes, sentence):
