@@ -271,15 +271,14 @@ ROWS = [
         {"subjects.subject1": ["soft star", 0]},
         'mask_threshold: expected at most 0.3, the largest value in the mask of "star", got 0.5',
     ),
-    Row(
-        "RecordAttentionShare", {"model": ["world", 0]}, f"model: one that comes from {MRSA}, with a subject, is wanted"
-    ),
     Row("RecordAttentionShare", {"steps": "first"}, "steps: expected numbers such as"),
     Row(
         "RecordAttentionShare", {"blocks": "0-3"}, "blocks: some of those where references are seen (10, 11, 12, 13, 14"
     ),
     Row(
-        "AttentionShare", {"latent": ["canvas", 0]}, "latent: the unchanged output of a sampler that uses the recorded"
+        "AttentionShare",
+        {"latent": ["canvas", 0]},
+        "latent: expected the unchanged output of a sampler that uses the recorded",
     ),
     Row("AttentionShare", {"image": ["pictures", 0]}, "image: the 1 pictures of the latent are wanted, not 3"),
     Row("ConvertFastComposer", {"filename": "a/b"}, "filename: a name without folders is wanted, not 'a/b'"),
