@@ -43,10 +43,10 @@ def place(
         The collage (H, W, 3), what is seen of each subject (N, H, W), and the subjects in it.
 
     Raises:
-        ValueError: there is no subject, or no right number of placements.
+        ValueError: there is no subject, no right number of placements, or nothing of a subject is seen.
     """
     if not subjects:
-        raise ValueError("subjects: at least one is wanted, but none is connected")
+        raise ValueError("subjects: expected at least one, got none")
     height, width = context.shape[:2]
     if placement is None:
         boxes = row_of_boxes(len(subjects), height, width)
@@ -56,6 +56,12 @@ def place(
         boxes = [Box(*(float(box[side]) for side in Box._fields)) for box in flat_boxes(placement)]
     cutouts = [(subject.image, subject.mask) for subject in subjects]
     picture, masks = paste(context, cutouts, boxes, threshold=threshold, **style)
+    for subject, mask in zip(subjects, masks, strict=True):
+        if not mask.any():
+            raise ValueError(
+                f'placement: expected a place where "{subject.noun}" is seen, got one outside the context or behind '
+                "other subjects"
+            )
     prompt = prompt.strip() or " and ".join(describe(subject.noun) for subject in subjects)
     placed = (
         replace(subject, image=picture, mask=mask, prompt=prompt) for subject, mask in zip(subjects, masks, strict=True)

@@ -31,7 +31,7 @@ class Subject:
         encodings: what encoders made of the subject, by the encoder's name.
 
     Raises:
-        ValueError: an attribute has a wrong shape or range, or holds values that are not finite.
+        ValueError: an attribute has a wrong shape or range, holds values that are not finite, or is an empty mask.
     """
 
     image: torch.Tensor
@@ -55,8 +55,13 @@ class Subject:
             raise ValueError(f"weight: a number from 0 (off) to {MAX_WEIGHT:g} is wanted, not {self.weight:g}")
         mask = None if self.mask is None else as_mask(self.mask)
         if mask is not None:
+            remedy = "paint the subject in the mask editor of Load Image, or remove the wire to use the whole picture"
+            _check_white(mask, "mask", "the subject", remedy)
             check_aspect(mask, tuple(image.shape[:2]))
         target_mask = None if self.target_mask is None else as_mask(self.target_mask, name="target_mask")
+        if target_mask is not None:
+            remedy = "paint it, or remove the wire to let the subject appear anywhere"
+            _check_white(target_mask, "target_mask", "the subject's place in the new picture", remedy)
         object.__setattr__(self, "image", image[..., :3])
         object.__setattr__(self, "noun", noun)
         object.__setattr__(self, "mask", mask)
@@ -67,6 +72,11 @@ class Subject:
     def with_encoding(self, encoder: str, value: Any) -> Subject:
         """The same subject with what `encoder` made of it added."""
         return replace(self, encodings={**self.encodings, encoder: value})
+
+
+def _check_white(mask: torch.Tensor, name: str, where: str, remedy: str) -> None:
+    if not (mask > 0).any():
+        raise ValueError(f"{name}: expected white on {where}, got an empty mask (all black): {remedy}")
 
 
 def describe(noun: str) -> str:

@@ -7,7 +7,6 @@ the same states as a vocabulary with one more word.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ import torch
 
 from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text, whole_word
 from ..encoders.concepts import Concept, join
+from .advice import advise
 from .concepts import check_tokens, with_text
 from .fusion import SpokenConcept
 from .placeholders import stand_in
-
-log = logging.getLogger("conceptloom")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +78,7 @@ def encode_prompts(
         text = lines[i] or concept_text(base, own, others, about_others)
         check_text(text, own, others)
         if not names_class(text, own):
-            log.warning("Concept Prompts: %r does not say what %s is (%s)", text, concept.name, own.class_word)
+            advise("Concept Prompts", f"{text!r} does not say what {concept.name} is ({own.class_word})")
         spoken.append(SpokenConcept(concept, encode_text(clip, text, concept)))
         said.append(text)
     plain = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (plain_text(base, names), negative)]

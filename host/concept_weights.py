@@ -6,7 +6,6 @@ difference is what a patch makes of the unpatched weight: delta = W' - W. Factor
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..encoders.concept_formats import LORA, ConceptFile
 from ..encoders.concepts import PARTS, Concept, Delta, Key, architecture, fingerprint, layer_name
+from .advice import advise
 from .sites import CROSS, family_of
-
-log = logging.getLogger("conceptloom")
 
 UNET = "diffusion_model."
 _TEXT_LORA = ("lora_te", "text_encoder")
@@ -174,7 +172,10 @@ def check_fit(concept: Concept, model) -> None:
             layer = f"{names[key, part]}.weight"
             _check_shape(delta.shape, weights.shape(layer), layer)
     if concept.base and concept.base != weights.fingerprint():
-        log.warning("%s: it was made on another base model of this kind, where it may look different", concept.name)
+        advise(
+            "Load Concept",
+            f"{concept.name} was made on another base model of this kind, so it may look different here",
+        )
 
 
 def _patches(file: ConceptFile, model, weights: Weights) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def _patches(file: ConceptFile, model, weights: Weights) -> dict[str, Any]:
                 f"none of its {len(file.lora)} tensors does"
             )
         if unknown:
-            log.warning("LoRA: %d tensors are for no layer of this model, such as %s", len(unknown), unknown[0])
+            advise("Load Concept", f"{len(unknown)} tensors are for no layer of this model, such as {unknown[0]}")
         return patches
     if file.text_width != weights.text_width:
         _refuse_width(file.text_width, weights.text_width)

@@ -7,7 +7,6 @@ concept's share is added, so LoRAs on the model, quantised weights and the host'
 
 from __future__ import annotations
 
-import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,10 +22,9 @@ import torch
 from ..encoders import concept_files, concept_formats
 from ..encoders.concept_formats import Tokens
 from ..encoders.concepts import PARTS, Concept, Key, layer_name
+from .advice import advise
 from .concept_weights import check_fit, difference, is_whole, lora_patches, read_weights, unpatched
 from .sites import Site
-
-log = logging.getLogger("conceptloom")
 
 AS_CONCEPT, AS_LORA = "concept", "LoRA"
 FORMS = (AS_CONCEPT, AS_LORA)
@@ -151,7 +149,8 @@ def with_text(concept: Concept, clip):
             found, unknown = lora_patches(state, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
             foreign = None if found else next(iter(unknown), None)
             if found and unknown:
-                log.warning("%s: %d tensors are for no layer of this CLIP", concept.name, len(unknown))
+                sentence = f"of {concept.name}, {len(unknown)} tensors are for no layer of this CLIP and are not used"
+                advise("Concept Prompts", sentence)
         else:
             found = {f"clip_{encoder}.transformer.{key}": ("set", (tensor,)) for key, tensor in state.items()}
             found = {key: patch for key, patch in found.items() if not key.endswith("position_ids")}

@@ -5,7 +5,6 @@ Xiao et al., "FastComposer: Tuning-Free Multi-Subject Image Generation with Loca
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,12 @@ import torch
 from ..attention.subject import Subject
 from ..encoders.fuser import fuse_rows
 from ..encoders.reference import KEEP, prepare_reference
+from .advice import advise
 from .fastcomposer_files import LoadedFuser, fingerprint, same_tower
 from .placeholders import MARK, Place, find_subjects, locate, trained_layer, without_emphasis
 
-log = logging.getLogger("conceptloom")
-
 ENCODING = "fastcomposer"
+FUSE = "Fuse Subjects (MLP)"
 SEPARATE, AVERAGED = "each is a subject", "all show one subject"
 FOREIGN_TOWER = (
     "the subjects were encoded by another vision tower than the fuser's own, which weakens their likeness: take "
@@ -90,9 +89,16 @@ def fuse(
         f"{number}. {subject.noun}: token {place.row} {place.word!r}" + ("" if subject.weight else ", off (weight 0)")
         for number, (subject, place) in enumerate(zip(subjects, places, strict=True), 1)
     ]
+    odd = [
+        f'the prompt does not say "{subject.noun}"; subject {number} is fused into {place.word!r}'
+        for number, (subject, place) in enumerate(zip(subjects, places, strict=True), 1)
+        if subject.weight and subject.noun.casefold() not in plain.casefold()
+    ]
     if fuser.tower is not None and not all(same_tower(e.tower, fuser.tower) for e in embeddings):
-        log.warning("Fuse Subjects (MLP): %s.", FOREIGN_TOWER)
-        report.append(f"Warning: {FOREIGN_TOWER}.")
+        odd.append(FOREIGN_TOWER)
+    for sentence in odd:
+        advise(FUSE, sentence)
+        report.append(f"Warning: {sentence}.")
     text_only = clip.encode_from_tokens_scheduled(tokens)
     width = text_only[0][0].shape[-1]
     if width != fuser.module.text_width:

@@ -21,15 +21,18 @@ import torch.nn.functional as F
 from ..attention import mrsa
 from ..attention.masks import ASPECT_TOLERANCE, binarize
 from ..attention.subject import Subject
+from .advice import advise, executing_node
 from .bank import RAM, Bank
 from .patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
 from .references import PER_STEP, ReferencePasses
 from .shares import ShareRecord, ShareRun
 from .sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of
+from .workflow_texts import executing_prompt
 
 log = logging.getLogger("conceptloom")
 
 KEY = "conceptloom_freecustom"
+NAME = "Multi-Reference Self-Attention (FreeCustom)"
 NEGATIVE_PROMPT, SHARE_POSITIVE = "negative prompt", "share positive"
 SAMPLER_SEED = -1
 CROWDED = 20.0
@@ -136,56 +139,52 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
 def record_shares(model, steps: str, blocks: str) -> tuple[object, ShareRecord]:
     """A clone of a MODEL with FreeCustom that records attention shares, and the record it will fill.
 
+    Without FreeCustom, or where none of its subjects is drawn on, it is the MODEL itself and a record of nothing.
+
     Raises:
-        ValueError: the model has no FreeCustom, or it is active at none of the blocks.
+        ValueError: `steps` or `blocks` cannot be read, or FreeCustom is active at none of the blocks.
     """
     system = attached(model, KEY)
-    if system is None:
-        raise ValueError(
-            "model: one that comes from Multi-Reference Self-Attention (FreeCustom), with a subject, is wanted"
-        )
+    if system is None or not system.references:
+        return model, ShareRecord((), None, frozenset())
     record = ShareRecord.of(steps, blocks, system.sites, [e.subject.noun for e in system.encoded])
-    again = FreeCustom(system.encoded, system.settings, system.sites, system.vae, record)
-    return attach(model, KEY, again), record
+    again = FreeCustom(system.encoded, system.settings, system.sites, system.vae, record, system.node)
+    return attach(model, KEY, again, system.node), record
 
 
 class FreeCustom:
-    """The system attached to a MODEL. It owns the references' latents and the bank; both go when the MODEL goes."""
+    """The system attached to a MODEL. It owns the references' latents and the bank; both go when the MODEL goes.
 
-    def __init__(self, encoded: Sequence[Encoded], settings: Settings, sites: Sequence[Site], vae, record):
+    Raises:
+        ValueError: the mask of a subject that is switched on has nothing at the threshold.
+    """
+
+    def __init__(self, encoded: Sequence[Encoded], settings: Settings, sites: Sequence[Site], vae, record, node=None):
         self.encoded = tuple(encoded)
         self.settings = settings
         self.sites = tuple(sites)
         self.vae = vae
         self.record = record
+        self.node = node or executing_node()
         self.bank = Bank(settings.bank_mib << 20, settings.bank_device)
         self.masks = [
             binarize(e.subject.mask, settings.mask_threshold, tuple(e.subject.image.shape[:2])) for e in self.encoded
         ]
-        self.active = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0 and self._has_area(i)]
+        self.active = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0]
+        for subject, mask in ((self.encoded[i].subject, self.masks[i]) for i in self.active):
+            if not mask.any():
+                most, given = float(subject.mask.max()), settings.mask_threshold
+                raise ValueError(
+                    f'mask_threshold: expected at most {most:.2g}, the largest value in the mask of "{subject.noun}", '
+                    f"got {given:g}"
+                )
         coverages = [float(self.masks[i].float().mean()) for i in self.active]
         weights = [self.encoded[i].subject.weight for i in self.active]
         lifts = mrsa.balance_biases(coverages, settings.balance) if self.active else []
         self.lifts = dict(zip(self.active, lifts, strict=True))
         self.references = self._share_rows()
         self._latents: OrderedDict[tuple[int, int], list[torch.Tensor]] = OrderedDict()
-        odds = mrsa.crowding(coverages, weights)
-        if settings.formula == "official" and odds > CROWDED:
-            log.warning(
-                "FreeCustom: the references outweigh the picture %.0f to 1; fewer subjects, lower weights or tighter "
-                "masks leave it more of itself",
-                odds,
-            )
-
-    def _has_area(self, index: int) -> bool:
-        if self.masks[index].any():
-            return True
-        log.warning(
-            'FreeCustom: the mask of "%s" is empty at threshold %g, so it contributes nothing',
-            self.encoded[index].subject.noun,
-            self.settings.mask_threshold,
-        )
-        return False
+        self.crowding = mrsa.crowding(coverages, weights) if settings.formula == "official" else 0.0
 
     def _share_rows(self) -> list[Reference]:
         """Subjects of the same picture and prompt share one row of the reference pass."""
@@ -211,11 +210,32 @@ class FreeCustom:
             "apply_model", {}
         ):
             raise ValueError(
-                "Multi-Reference Self-Attention (FreeCustom): model: one without TorchCompileModel is wanted, since "
-                "compiled code does not notice attention patches that come and go"
+                f"{NAME}: model: one without TorchCompileModel is wanted, since compiled code does not notice "
+                "attention patches that come and go"
             )
+        self._advise(sampling)
         size = tuple(sampling.noise.shape[-2:])
         return ReferenceRun(self, sampling, self._encode(size, patcher.model))
+
+    def _advise(self, sampling: Sampling) -> None:
+        """Says what is allowed but rarely meant."""
+        if self.crowding > CROWDED:
+            advise(
+                NAME,
+                f"the references outweigh the picture {self.crowding:.0f} to 1; fewer subjects, lower weights or "
+                "tighter masks leave it more of itself",
+                sampling.node,
+            )
+        prompt = executing_prompt()
+        for noun in dict.fromkeys(self.encoded[i].subject.noun for i in self.active):
+            # Parts of words count too, for "dogs" has the dog in it.
+            if prompt is not None and noun.casefold() not in prompt.casefold():
+                advise(
+                    NAME,
+                    f'the prompt does not say "{noun}": a subject is drawn on where the picture shows its noun, so '
+                    "name it in the prompt",
+                    sampling.node,
+                )
 
     def _encode(self, size: tuple[int, int], model) -> list[torch.Tensor]:
         """Latents of the references, (1, C, h, w) each, about as large as a picture of this latent size."""
@@ -232,8 +252,8 @@ class FreeCustom:
             for i, reference in enumerate(self.references):
                 if not torch.isfinite(latents[i]).all():
                     raise ValueError(
-                        f"Multi-Reference Self-Attention (FreeCustom): vae: finite latents are wanted, but the "
-                        f'reference "{reference.noun}" gave NaN or infinity'
+                        f'{NAME}: vae: finite latents are wanted, but the reference "{reference.noun}" gave NaN or '
+                        "infinity"
                     )
             self._latents[size] = [latents[i] for i in range(len(self.references))]
             while len(self._latents) > LATENT_SIZES_KEPT:
@@ -392,7 +412,7 @@ class ReferenceRun:
         """Says something once per run."""
         if sentence not in self._warned:
             self._warned.add(sentence)
-            log.warning("FreeCustom: %s", sentence)
+            advise(NAME, sentence, self.sampling.node)
 
     def finish(self, samples: torch.Tensor) -> None:
         """Hands over the attention shares, and says what the bank holds."""

@@ -8,7 +8,6 @@ afterwards.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +21,11 @@ from ..attention.masks import check_aspect
 from ..attention.partition import THRESHOLD, layer_masks
 from ..encoders.concepts import PARTS, Concept, layer_name
 from . import passes
+from .advice import advise
 from .concepts import keys_and_values
 from .layers import Change, MaskedLayer, OwnQueries, Rows, changes_of
 from .patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
 from .sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of
-
-log = logging.getLogger("conceptloom")
 
 KEY = "conceptloom_concept_fusion"
 NAME = "Multi-Concept Fusion (Concept Weaver)"
@@ -123,8 +121,9 @@ def apply(
     active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
     if not active:
         return model.clone(), positive
+    advice = []
     if settings.suppression > 1 and settings.mode == FEATURES:
-        log.warning("%s: a suppression of %g is far beyond 0.3 and burns colours", NAME, settings.suppression)
+        advice.append(f"a suppression of {settings.suppression:g} is far beyond 0.3 and burns colours")
     if settings.layers == DECODER:
         sites = [site for site in sites if site.key[0] == "output"]
     if settings.mode == SCORES and (settings.start_percent > 0 or settings.end_percent < 1):
@@ -135,8 +134,8 @@ def apply(
     if settings.elsewhere == IN_PLACE:
         changes, left_out = changes_of([spoken.concept for spoken in chosen], model, sites)
         if left_out:
-            log.warning("%s: %d patches in layers that see no places are left out", NAME, left_out)
-    fused = attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings))
+            advice.append(f"{left_out} patches in layers that see no places are left out")
+    fused = attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings, tuple(advice)))
     if settings.mode == FEATURES:
         return fused, positive
     rest = (1 - maps[active].sum(0)).clamp(min=0)
@@ -152,13 +151,17 @@ def apply(
 
 @dataclass(frozen=True, eq=False)
 class ConceptFusion:
-    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts, `changes` theirs by layer."""
+    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts, `changes` theirs by layer.
+
+    `advice` is what to say when a sampling begins.
+    """
 
     concepts: Sequence[SpokenConcept]
     maps: torch.Tensor
     sites: Sequence[Site]
     changes: Mapping[str, Sequence[Change]]
     settings: Settings
+    advice: tuple[str, ...] = ()
 
     def begin(self, sampling: Sampling) -> FusionRun:
         """Opens a run.
@@ -168,6 +171,8 @@ class ConceptFusion:
                 the whole of it.
         """
         check_aspect(self.maps.sum(0), tuple(sampling.noise.shape[-2:]), f"{NAME}: partition")
+        for sentence in self.advice:
+            advise(NAME, sentence, sampling.node)
         if self.settings.mode == SCORES:
             return FusionRun(self, sampling)
         entries = sampling.guider.conds.get(POSITIVE) or []
@@ -184,6 +189,7 @@ class FusionRun:
     def __init__(self, system: ConceptFusion, sampling: Sampling):
         levels = sampling.guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
         self.system = system
+        self.node = sampling.node
         self.seed = sampling.seed
         self.size = tuple(sampling.noise.shape[-2:])
         self.first_level = levels(system.settings.start_percent)
@@ -317,11 +323,12 @@ class FusionRun:
             for one, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
                 if most < THRESHOLD and one not in self._warned:
                     self._warned.add(one)
-                    log.warning(
-                        "%s: %s is smaller than a cell of a layer of %dx%d, where it will be weak",
+                    height, width = grid
+                    advise(
                         NAME,
-                        one.concept.name,
-                        *reversed(grid),
+                        f"{one.concept.name} is smaller than a cell of a layer of {width}x{height}, where it will be "
+                        "weak; enlarge its mask or the picture",
+                        self.node,
                     )
         return self._voices[at]
 

@@ -7,7 +7,6 @@ LATENTs that go in and out are in the VAE's, as everywhere in the host.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,8 @@ from ..attention.masks import check_aspect
 from ..attention.partition import layer_masks
 from ..samplers import inversion
 from ..samplers.inversion import Trajectory
+from .advice import advise
 from .patching import POSITIVE
-
-log = logging.getLogger("conceptloom")
 
 MAX_ERROR = 0.15
 """Relative error of the reconstruction from which on it no longer shows the same picture."""
@@ -115,10 +113,10 @@ def invert(
     noise = _walk(model, conditioning, samples, rising, up, _part_of(callback, 0, both))
     reconstruction = _walk(model, conditioning, noise, falling, down, _part_of(callback, len(falling) - 1, both))
     if not error <= MAX_ERROR:
-        log.warning(
-            "DDIM Inversion: sampled again, the picture comes out %.0f%% different; more steps, more refinements or a "
+        advise(
+            "DDIM Inversion",
+            f"sampled again, the picture comes out {100 * error:.0f}% different; more steps, more refinements or a "
             "prompt that describes it better bring it closer",
-            100 * error,
         )
     source = SourceTrajectory(trajectory, conditioning, error)
     return Inverted(_like(latent, noise), source, falling, _like(latent, reconstruction), error)

@@ -10,7 +10,6 @@ A *system* (FreeCustom and its siblings) is attached to a MODEL and registers tw
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -19,9 +18,8 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .advice import executing_node, withdraw_earlier
 from .sites import Handler, LayerHandler, Site, family_of, handled_layers
-
-log = logging.getLogger("conceptloom")
 
 RUNS = "conceptloom_runs"
 ROLE_TAG = "conceptloom_role"
@@ -95,12 +93,14 @@ class Sampling:
         noise: (B, C, h, w), the shape of the picture's latent.
         sigmas: the schedule, as numbers.
         seed: the sampler's.
+        node: id of the node that attached the system, for `advice.advise`.
     """
 
     guider: Any
     noise: torch.Tensor
     sigmas: tuple[float, ...]
     seed: int
+    node: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,15 @@ class _Scope:
         )
 
 
-def attach(model, key: str, system: System):
-    """A clone of the MODEL with the system attached, in the place of one of the same key."""
+def attach(model, key: str, system: System, node: str | None = None):
+    """A clone of the MODEL with the system attached, in the place of one of the same key.
+
+    What it advises while a picture is sampled is shown on `node`; None means the node that is executed now.
+    """
     model = model.clone()
     detach_key(model, key)
     model.set_attachments(key, system)
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, _outer_sample(key, system))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, _outer_sample(key, system, node or executing_node()))
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _apply_model(key))
     return model
 
@@ -162,11 +165,12 @@ def attached(model, key: str) -> System | None:
     return model.get_attachment(key)
 
 
-def _outer_sample(key: str, system: System) -> Callable:
+def _outer_sample(key: str, system: System, node: str | None) -> Callable:
     def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
-        sampling = Sampling(guider, noise, tuple(sigmas.tolist()), seed or 0)
+        sampling = Sampling(guider, noise, tuple(sigmas.tolist()), seed or 0, node)
+        withdraw_earlier(node)
         run = system.begin(sampling)
         if run is None:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

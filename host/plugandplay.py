@@ -10,7 +10,6 @@ counts the rows (ControlNet, IPAdapter).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +19,10 @@ import comfy.sampler_helpers
 import torch
 
 from . import passes
+from .advice import advise
 from .inversion import SourceTrajectory
 from .patching import POSITIVE, Evaluation, Sampling, attach
 from .sites import RESIDUAL, SELF, AttentionCall, Handler, ResidualCall, Site, family_of, parse_numbers
-
-log = logging.getLogger("conceptloom")
 
 KEY = "conceptloom_plug_and_play"
 NAME = "Plug-and-Play Injection"
@@ -78,8 +76,8 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
         with_attention = {number for numbers in ordered for number in numbers}
         if wanted - with_attention:
             raise ValueError(
-                f"blocks: decoder blocks with attention, of this model {min(with_attention)} to {max(with_attention)}, "
-                f"are wanted, not {min(wanted - with_attention)}"
+                f"blocks: expected decoder blocks with attention, of this model {min(with_attention)} to "
+                f"{max(with_attention)}, got {min(wanted - with_attention)}"
             )
     branch = next(site for site in sites if site.kind == RESIDUAL and site.key[1] == second)
     return branch, tuple(site for site in own if site.key[1] in wanted)
@@ -133,7 +131,11 @@ class PlugAndPlay:
         known = torch.tensor(self.source.trajectory.sigmas)
         levels = torch.tensor(sampling.sigmas[: max(until)])
         if ((levels[:, None] - known).abs().amin(1) > _OFF * levels).any():
-            log.warning("%s: sampling goes by other noise levels than the inversion's, whose SIGMAS fit better", NAME)
+            advise(
+                NAME,
+                "sampling goes by other noise levels than the inversion's, whose SIGMAS fit better",
+                sampling.node,
+            )
         return InjectionRun(self, sampling, *until)
 
 

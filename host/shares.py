@@ -29,14 +29,15 @@ class ShareRecord:
     Attributes:
         nouns: names of the subjects, in the order of the maps.
         steps: sampling steps to record; None means all.
-        sites: the layers to record.
-        pictures: per fingerprint of a latent its maps (B, 1 + N, h, w), on the CPU; the picture's own share first.
+        sites: the layers to record; none where there is nothing to record.
+        pictures: per fingerprint of a latent its maps (B, 1 + N, h, w), on the CPU, the picture's own share first; None
+            where its sampling saw no references.
     """
 
     nouns: tuple[str, ...]
     steps: frozenset[int] | None
     sites: frozenset[Site]
-    pictures: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
+    pictures: OrderedDict[str, torch.Tensor | None] = field(default_factory=OrderedDict)
 
     @classmethod
     def of(cls, steps: str, blocks: str, sites: Sequence[Site], nouns: Sequence[str]) -> ShareRecord:
@@ -54,21 +55,23 @@ class ShareRecord:
                 raise ValueError(f"blocks: some of those where references are seen ({seen}) are wanted, not {blocks!r}")
         return cls(tuple(nouns), None if steps.strip() == ALL else parse_numbers(steps, "steps"), chosen)
 
-    def find(self, samples: torch.Tensor) -> torch.Tensor:
-        """The maps (B, 1 + N, h, w) of a finished latent.
+    def find(self, samples: torch.Tensor) -> torch.Tensor | None:
+        """The maps (B, 1 + N, h, w) of a finished latent, None if there was nothing to record in its sampling.
 
         Raises:
             ValueError: no sampling gave this latent.
         """
-        maps = self.pictures.get(fingerprint(samples))
-        if maps is None:
+        if not self.sites:
+            return None
+        name = fingerprint(samples)
+        if name not in self.pictures:
             raise ValueError(
-                "latent: the unchanged output of a sampler that uses the recorded MODEL is wanted; if it is that, "
-                "change the seed once so that it samples again"
+                "latent: expected the unchanged output of a sampler that uses the recorded MODEL, got another latent; "
+                "if it is that, change the seed once so that it samples again"
             )
-        return maps
+        return self.pictures[name]
 
-    def keep(self, samples: torch.Tensor, maps: torch.Tensor) -> None:
+    def keep(self, samples: torch.Tensor, maps: torch.Tensor | None) -> None:
         """Keeps the maps of a picture; the oldest go when there are too many."""
         self.pictures[fingerprint(samples)] = maps
         while len(self.pictures) > PICTURES_KEPT:
@@ -95,8 +98,9 @@ class ShareRun:
         self.counts[grid] = self.counts.get(grid, 0) + 1
 
     def finish(self, samples: torch.Tensor) -> None:
-        """Leaves the mean over all recorded calls in the record."""
+        """Leaves the mean over all recorded calls in the record, None if there were none."""
         if not self.totals:
+            self.record.keep(samples, None)
             return
         fine = [
             resize(total.flatten(0, 1), self.size).view(*total.shape[:2], *self.size) for total in self.totals.values()

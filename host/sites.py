@@ -304,7 +304,7 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, ...]:
         return tuple(filter(by_preset[blocks], own))
     numbers = parse_numbers(blocks, "blocks")
     if max(numbers) >= len(own):
-        raise ValueError(f"blocks: numbers from 0 to {len(own) - 1} are wanted for this model, not {max(numbers)}")
+        raise ValueError(f"blocks: expected numbers from 0 to {len(own) - 1} for this model, got {max(numbers)}")
     return tuple(site for site in own if site.index in numbers)
 
 
@@ -318,8 +318,8 @@ def parse_numbers(text: str, name: str) -> frozenset[int]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.strip().isdigit() or (last and not last.strip().isdigit()):
-            raise ValueError(f'{name}: numbers such as "10-15" or "3, 7-9" are wanted, not {text!r}')
+            raise ValueError(f'{name}: expected numbers such as "10-15" or "3, 7-9", got {text!r}')
         numbers.update(range(int(first), int(last or first) + 1))
     if not numbers:
-        raise ValueError(f"{name}: rising ranges are wanted, not {text!r}")
+        raise ValueError(f"{name}: expected rising ranges, got {text!r}")
     return frozenset(numbers)

@@ -1,10 +1,11 @@
 """The face of the pack: every node the host sees is listed here, in the order of its menu."""
 
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension
 
 from . import concepts, fastcomposer, freecustom, inversion, masks, shapeland, subjects, training, weaver
+from .types import Node
 
-NODES: list[type[io.ComfyNode]] = [
+NODES: list[type[Node]] = [
     node
     for module in (subjects, freecustom, fastcomposer, training, concepts, masks, inversion, weaver, shapeland)
     for node in module.NODES
@@ -14,7 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
 class ConceptLoomExtension(ComfyExtension):
     """What the host asks for when it loads the pack."""
 
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+    async def get_node_list(self) -> list[type[Node]]:
         return list(NODES)
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..encoders.concepts import Concept, join
 from ..host import concepts
-from .types import ConceptSocket, in_order, own_places, register_folder, speaking_for
+from .types import ConceptSocket, Node, growing, in_order, own_places, register_folder
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 FOLDER, LORAS, EMBEDDINGS = "concepts", "loras", "embeddings"
@@ -18,16 +18,13 @@ NO_FILE = "none"
 register_folder(FOLDER, *own_places(FOLDER))
 
 
-def concept_inputs(tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
-    """Any number of CONCEPT inputs; a wire may carry several concepts."""
-    one = ConceptSocket.Input("concept", tooltip="A concept from Load Concept, or several from Concept Bank.")
-    template = io.Autogrow.TemplatePrefix(one, prefix="concept", min=1, max=maximum)
-    return io.Autogrow.Input("concepts", template=template, tooltip=tooltip)
-
-
 def gather_concepts(found: io.Autogrow.Type) -> list[Concept]:
-    """All concepts in the order of their sockets."""
-    return [concept for value in in_order(found) for concept in as_concepts(value)]
+    """All concepts in the order of their sockets.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return [concept for value in in_order(found, "concepts", "Load Concept") for concept in as_concepts(value)]
 
 
 def as_concepts(value: Concept | list[Concept]) -> list[Concept]:
@@ -60,7 +57,7 @@ def _path(name: str, *folders: str) -> str:
     return folder_paths.get_full_path_or_raise(folder, name.removeprefix(f"{folder}/"))
 
 
-class LoadConcept(io.ComfyNode):
+class LoadConcept(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -118,12 +115,11 @@ class LoadConcept(io.ComfyNode):
     def execute(cls, model, file, class_word, strength, token_file, placeholder) -> io.NodeOutput:
         path = _path(file, LORAS)
         token_path = None if token_file == NO_FILE else _path(token_file, EMBEDDINGS)
-        with speaking_for(cls):
-            concept = concepts.load_concept(model, path, token_path, class_word, placeholder, strength)
+        concept = concepts.load_concept(model, path, token_path, class_word, placeholder, strength)
         return io.NodeOutput(concept, concepts.describe(concept))
 
 
-class ConceptBank(io.ComfyNode):
+class ConceptBank(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -132,17 +128,24 @@ class ConceptBank(io.ComfyNode):
             category=CATEGORY,
             description="Several concepts on one wire, in order. Goes wherever a concept goes, into further banks too.",
             search_aliases=["concepts", "list", "combine", "multi concept", "Concept Weaver"],
-            inputs=[concept_inputs("The concepts, for one kind of model and with a placeholder of their own each.")],
+            inputs=[
+                growing(
+                    "concepts",
+                    ConceptSocket.Input(
+                        "concept", tooltip="A concept from Load Concept, or several from Concept Bank."
+                    ),
+                    tooltip="The concepts, for one kind of model and with a placeholder of their own each.",
+                )
+            ],
             outputs=[ConceptSocket.Output("concept", tooltip="All concepts.")],
         )
 
     @classmethod
     def execute(cls, concepts) -> io.NodeOutput:
-        with speaking_for(cls):
-            return io.NodeOutput(join(gather_concepts(concepts)))
+        return io.NodeOutput(join(gather_concepts(concepts)))
 
 
-class SaveConcept(io.ComfyNode):
+class SaveConcept(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -182,11 +185,8 @@ class SaveConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, filename, form, rank) -> io.NodeOutput:
-        with speaking_for(cls):
-            report = concepts.save(
-                one_concept(concept), Path(folder_paths.get_output_directory()), filename, form, rank
-            )
+        report = concepts.save(one_concept(concept), Path(folder_paths.get_output_directory()), filename, form, rank)
         return io.NodeOutput(report, ui={"text": (report,)})
 
 
-NODES: list[type[io.ComfyNode]] = [LoadConcept, ConceptBank, SaveConcept]
+NODES: list[type[Node]] = [LoadConcept, ConceptBank, SaveConcept]

@@ -15,11 +15,11 @@ from ..host.placeholders import MARK
 from ..samplers.switching import COUNTINGS, NEAREST
 from .types import (
     FuserSocket,
+    Node,
     SubjectSocket,
     gather_subjects,
     own_places,
     register_folder,
-    speaking_for,
     subject_inputs,
 )
 
@@ -29,7 +29,7 @@ FOLDER = "fastcomposer"
 register_folder(FOLDER, *own_places(FOLDER))
 
 
-class LoadFastComposer(io.ComfyNode):
+class LoadFastComposer(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -73,8 +73,7 @@ class LoadFastComposer(io.ComfyNode):
     @classmethod
     def execute(cls, file, model=None, clip=None, clip_vision=None) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, file)
-        with speaking_for(cls):
-            parts = files.load(path, model, clip, clip_vision, folder_paths.get_folder_paths("embeddings"))
+        parts = files.load(path, model, clip, clip_vision, folder_paths.get_folder_paths("embeddings"))
         outputs = {
             "MODEL": parts.model,
             "CLIP": parts.clip,
@@ -90,7 +89,7 @@ def _absent(output: str, file: str) -> ExecutionBlocker:
     return ExecutionBlocker(f"Load FastComposer: {output} is wanted, but {file} holds none and no input gives one.")
 
 
-class ConvertFastComposer(io.ComfyNode):
+class ConvertFastComposer(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -124,12 +123,11 @@ class ConvertFastComposer(io.ComfyNode):
     @classmethod
     def execute(cls, file, filename, unet, rank, model=None) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, file)
-        with speaking_for(cls):
-            report = files.convert(path, Path(folder_paths.get_output_directory()), filename, unet, rank, model)
+        report = files.convert(path, Path(folder_paths.get_output_directory()), filename, unet, rank, model)
         return io.NodeOutput(report, ui={"text": (report,)})
 
 
-class SubjectEncoder(io.ComfyNode):
+class SubjectEncoder(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -166,12 +164,11 @@ class SubjectEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_vision, subjects, background, crop, pictures) -> io.NodeOutput:
-        with speaking_for(cls):
-            encoded = fastcomposer.encode_subjects(clip_vision, gather_subjects(subjects), background, crop, pictures)
+        encoded = fastcomposer.encode_subjects(clip_vision, gather_subjects(subjects), background, crop, pictures)
         return io.NodeOutput(encoded)
 
 
-class FuseSubjects(io.ComfyNode):
+class FuseSubjects(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -212,18 +209,19 @@ class FuseSubjects(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output("text_only", tooltip="The prompt alone, for the first steps."),
                 io.Conditioning.Output("subject", tooltip="The prompt with the subjects."),
-                io.String.Output("report", tooltip="The token that each subject landed on."),
+                io.String.Output("report", tooltip="The token that each subject landed on, and warnings."),
             ],
         )
 
     @classmethod
     def execute(cls, clip, fuser, subjects, prompt, strength, placeholder) -> io.NodeOutput:
-        with speaking_for(cls):
-            fused = fastcomposer.fuse(clip, fuser, prompt, gather_subjects(subjects), placeholder, strength)
+        fused = fastcomposer.fuse(
+            clip, fuser, prompt, gather_subjects(subjects, "Subject Encoder"), placeholder, strength
+        )
         return io.NodeOutput(*fused)
 
 
-class DelayedSubjectConditioning(io.ComfyNode):
+class DelayedSubjectConditioning(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -277,11 +275,10 @@ class DelayedSubjectConditioning(io.ComfyNode):
     @classmethod
     def execute(cls, text_only, subject, alpha, switch_step, start_at_step, counting) -> io.NodeOutput:
         plan = delay.Delay(alpha, None if switch_step < 0 else switch_step, start_at_step, counting)
-        with speaking_for(cls):
-            return io.NodeOutput(delay.delayed(text_only, subject, plan))
+        return io.NodeOutput(delay.delayed(text_only, subject, plan))
 
 
-NODES: list[type[io.ComfyNode]] = [
+NODES: list[type[Node]] = [
     LoadFastComposer,
     SubjectEncoder,
     FuseSubjects,

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
 from ..attention.heatmap import share_pictures
 from ..attention.mrsa import FORMULAS
 from ..host import bank, freecustom, references, sites
+from ..host.advice import advise
 from ..host.shares import ALL
-from .types import ShareRecordSocket, gather_subjects, speaking_for, subject_inputs
+from .types import Node, ShareRecordSocket, gather_subjects, subject_inputs
 
 CUSTOM_BLOCKS = "custom list"
 
+NOTHING_RECORDED = (
+    "nothing recorded; sample with the model of Record Attention Share, which comes after "
+    "Multi-Reference Self-Attention, and connect its record"
+)
 
-class MultiReferenceSelfAttention(io.ComfyNode):
+
+class MultiReferenceSelfAttention(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -32,13 +39,26 @@ class MultiReferenceSelfAttention(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Encodes the prompts of the references."),
                 io.Vae.Input("vae", tooltip="Encodes the reference pictures, when sampling begins, at its size."),
                 subject_inputs("The subjects. Two or three work best; each wants its noun in your prompt."),
-                io.Combo.Input(
+                io.DynamicCombo.Input(
                     "blocks",
-                    options=[*sites.PRESETS, CUSTOM_BLOCKS],
-                    default=sites.LAST_TWO_STAGES,
+                    options=[
+                        *(io.DynamicCombo.Option(preset, []) for preset in sites.PRESETS),
+                        io.DynamicCombo.Option(
+                            CUSTOM_BLOCKS,
+                            [
+                                io.String.Input(
+                                    "numbers",
+                                    default="10-15",
+                                    tooltip='Self-attention layers by number, such as "10-15" or "3, 7-9". SD 1.x and '
+                                    "2.x have 0-15, SDXL has 0-69.",
+                                )
+                            ],
+                        ),
+                    ],
                     tooltip="Where references are seen. Last two decoder stages: as published (stages 5 and 6 of "
                     "SD 1.5, layers 10-15; of SDXL layers 34-69). Stage before last: 5 alone, structure, cheaper. Last "
-                    "stage: 6 alone, texture; the finest of SDXL. All blocks: much copying, little freedom.",
+                    "stage: 6 alone, texture; the finest of SDXL. All blocks: much copying, little freedom. Custom "
+                    "list: layers by number.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -82,13 +102,6 @@ class MultiReferenceSelfAttention(io.ComfyNode):
                     tooltip="official: the published code, adds the weight to the logits and hides masked keys. paper: "
                     "multiplies logits by weight and mask, so masked keys keep a share. paper_drop: the same without "
                     "masked keys. The paper's want weights near 1 to 1.5.",
-                ),
-                io.String.Input(
-                    "custom_blocks",
-                    default="10-15",
-                    advanced=True,
-                    tooltip='Self-attention layers by number, such as "10-15" or "3, 7-9", when blocks is custom list. '
-                    "SD 1.x and 2.x have 0-15, SDXL has 0-69.",
                 ),
                 io.Combo.Input(
                     "reference_noise",
@@ -146,16 +159,15 @@ class MultiReferenceSelfAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, subjects, blocks, custom_blocks, **settings) -> io.NodeOutput:
-        chosen = custom_blocks if blocks == CUSTOM_BLOCKS else blocks
-        with speaking_for(cls):
-            patched = freecustom.apply(
-                model, vae, clip, gather_subjects(subjects), freecustom.Settings(blocks=chosen, **settings)
-            )
+    def execute(cls, model, clip, vae, subjects, blocks, **settings) -> io.NodeOutput:
+        chosen = blocks.get("numbers", blocks["blocks"])
+        patched = freecustom.apply(
+            model, vae, clip, gather_subjects(subjects), freecustom.Settings(blocks=chosen, **settings)
+        )
         return io.NodeOutput(patched)
 
 
-class RecordAttentionShare(io.ComfyNode):
+class RecordAttentionShare(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -163,7 +175,7 @@ class RecordAttentionShare(io.ComfyNode):
             display_name="Record Attention Share",
             category="ConceptLoom/FreeCustom",
             description="Records, while this model samples, how much of each place's attention goes to each subject. "
-            "The picture stays the same. Attention Share shows the record.",
+            "The picture stays the same. Attention Share shows the record. A model without references passes through.",
             search_aliases=["attention map", "heat map", "visualize attention", "FreeCustom", "debug"],
             inputs=[
                 io.Model.Input(
@@ -192,21 +204,20 @@ class RecordAttentionShare(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, blocks) -> io.NodeOutput:
-        with speaking_for(cls):
-            return io.NodeOutput(*freecustom.record_shares(model, steps, blocks))
+        return io.NodeOutput(*freecustom.record_shares(model, steps, blocks))
 
 
-class AttentionShare(io.ComfyNode):
+class AttentionShare(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ConceptLoomAttentionShare",
             display_name="Attention Share",
             category="ConceptLoom/FreeCustom",
-            description="Heat maps of how much of each place's attention went to each subject while it was sampled.",
+            description="Heat maps of how much of each place's attention went to each subject while it was sampled. "
+            "Where nothing was recorded, the picture passes through and the node says so.",
             search_aliases=["attention map", "heat map", "visualize attention", "leakage", "FreeCustom"],
             inputs=[
-                ShareRecordSocket.Input("record", tooltip="From Record Attention Share."),
                 io.Latent.Input(
                     "latent",
                     tooltip="The sampler's output, unchanged. It makes this node run after sampling, and says which "
@@ -220,6 +231,11 @@ class AttentionShare(io.ComfyNode):
                     tooltip="Stretches each map to the full colour range. Off, colours are shares from 0 to 1 and "
                     "compare between subjects.",
                 ),
+                ShareRecordSocket.Input(
+                    "record",
+                    optional=True,
+                    tooltip="From Record Attention Share. Without it the picture passes through.",
+                ),
             ],
             outputs=[
                 io.Image.Output("heat_maps", tooltip="One picture per subject, for each picture of the batch in turn."),
@@ -228,9 +244,12 @@ class AttentionShare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, record, latent, image, opacity, stretch) -> io.NodeOutput:
-        with speaking_for(cls):
-            return io.NodeOutput(*share_pictures(record.find(latent["samples"]), image, opacity, stretch))
+    def execute(cls, latent, image, opacity, stretch, record=None) -> io.NodeOutput:
+        shares = None if record is None else record.find(latent["samples"])
+        if shares is None:
+            advise("Attention Share", NOTHING_RECORDED)
+            return io.NodeOutput(image, torch.zeros(image.shape[:3]))
+        return io.NodeOutput(*share_pictures(shares, image, opacity, stretch))
 
 
-NODES: list[type[io.ComfyNode]] = [MultiReferenceSelfAttention, RecordAttentionShare, AttentionShare]
+NODES: list[type[Node]] = [MultiReferenceSelfAttention, RecordAttentionShare, AttentionShare]

@@ -8,10 +8,10 @@ from comfy_api.latest import io
 
 from ..host import inversion as host
 from ..samplers.inversion import MODES, PNP
-from .types import PartitionSocket, TrajectorySocket, speaking_for
+from .types import Node, PartitionSocket, TrajectorySocket
 
 
-class DDIMInversion(io.ComfyNode):
+class DDIMInversion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -82,7 +82,7 @@ class DDIMInversion(io.ComfyNode):
                 io.Float.Output(
                     display_name="error",
                     tooltip="How far the reconstruction is from the picture, relative to the latent's norm; of a batch "
-                    "the largest. Above 0.15 the log warns.",
+                    "the largest. Above 0.15 the node warns.",
                 ),
             ],
         )
@@ -90,17 +90,14 @@ class DDIMInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, conditioning, steps, scheduler, mode, refinements) -> io.NodeOutput:
         callback = latent_preview.prepare_callback(model, steps)
-        with speaking_for(cls):
-            return io.NodeOutput(
-                *host.invert(model, latent, conditioning, steps, scheduler, mode, refinements, callback)
-            )
+        return io.NodeOutput(*host.invert(model, latent, conditioning, steps, scheduler, mode, refinements, callback))
 
 
 _OTHER = 0x52656E6577
 """Keeps the host's noise of a seed apart from that out of which the same seed may have made the template."""
 
 
-class RenewNoise(io.ComfyNode):
+class RenewNoise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -138,8 +135,7 @@ class RenewNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, partition, seed, strength) -> io.NodeOutput:
-        with speaking_for(cls):
-            return io.NodeOutput(host.renew(noise, partition, seed ^ _OTHER, strength))
+        return io.NodeOutput(host.renew(noise, partition, seed ^ _OTHER, strength))
 
 
-NODES: list[type[io.ComfyNode]] = [DDIMInversion, RenewNoise]
+NODES: list[type[Node]] = [DDIMInversion, RenewNoise]

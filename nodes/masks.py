@@ -16,7 +16,7 @@ from comfy_api.latest import io
 from ..attention.instances import ABSENT, ERROR, read_scores
 from ..attention.partition import OVERLAPS, SMALLER_IN_FRONT, assemble, picture
 from ..host import box_segmenting, segmenting
-from .types import PartitionSocket, SegmenterSocket, in_order, one_picture, preview, register_folder, speaking_for
+from .types import Node, PartitionSocket, SegmenterSocket, growing, in_order, one_picture, preview, register_folder
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 DETECTORS, SAMS = "grounding-dino", "sams"
@@ -46,7 +46,7 @@ def _sam() -> io.Combo.Input:
     )
 
 
-class LoadSegmenter(io.ComfyNode):
+class LoadSegmenter(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -103,8 +103,7 @@ class LoadSegmenter(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind) -> io.NodeOutput:
-        with speaking_for(cls):
-            return io.NodeOutput(_LOADERS[kind["kind"]](kind))
+        return io.NodeOutput(_LOADERS[kind["kind"]](kind))
 
 
 def _path(folder: str, file: str) -> Path:
@@ -124,7 +123,7 @@ _LOADERS = {
 }
 
 
-class TextToMasks(io.ComfyNode):
+class TextToMasks(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -162,15 +161,13 @@ class TextToMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, segmenter, image, nouns, absent) -> io.NodeOutput:
-        with speaking_for(cls):
-            masks, scores, seen = segmenting.text_to_masks(segmenter, one_picture(image), nouns, absent)
+        masks, scores, seen = segmenting.text_to_masks(segmenter, one_picture(image), nouns, absent)
         return io.NodeOutput(masks, scores, ui=preview(cls, seen))
 
 
-class ConceptMasks(io.ComfyNode):
+class ConceptMasks(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        one = io.Mask.Input("mask", tooltip="White on a concept; a batch holds several concepts.")
         return io.Schema(
             node_id="ConceptLoomConceptMasks",
             display_name="Concept Masks",
@@ -180,9 +177,9 @@ class ConceptMasks(io.ComfyNode):
             search_aliases=["partition", "regional prompt", "mask concepts", "grow mask", "regions"],
             has_intermediate_output=True,
             inputs=[
-                io.Autogrow.Input(
+                growing(
                     "masks",
-                    template=io.Autogrow.TemplatePrefix(one, prefix="mask", min=1, max=16),
+                    io.Mask.Input("mask", tooltip="White on a concept; a batch holds several concepts."),
                     tooltip="The masks of the concepts, in the order of the concepts. An empty one leaves its concept "
                     "out.",
                 ),
@@ -229,17 +226,17 @@ class ConceptMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, masks, dilation, feather, overlap, scores=None, image=None) -> io.NodeOutput:
-        with speaking_for(cls):
-            partition = assemble(
-                _gather(masks), dilation, feather, overlap, None if scores is None else read_scores(scores)
-            )
-            seen = picture(partition, None if image is None else one_picture(image))
+        partition = assemble(
+            _gather(masks), dilation, feather, overlap, None if scores is None else read_scores(scores)
+        )
+        seen = picture(partition, None if image is None else one_picture(image))
         return io.NodeOutput(partition, partition, ui=preview(cls, seen))
 
 
 def _gather(masks: io.Autogrow.Type) -> list[torch.Tensor]:
-    """All masks (H, W) in the order of their sockets."""
-    return [mask for batch in in_order(masks) for mask in batch.reshape(-1, *batch.shape[-2:])]
+    """All masks (H, W) in the order of their sockets; ValueError where there are none."""
+    batches = in_order(masks, "masks", "Text to Masks or a mask of each concept")
+    return [mask for batch in batches for mask in batch.reshape(-1, *batch.shape[-2:])]
 
 
-NODES: list[type[io.ComfyNode]] = [LoadSegmenter, TextToMasks, ConceptMasks]
+NODES: list[type[Node]] = [LoadSegmenter, TextToMasks, ConceptMasks]

@@ -8,11 +8,12 @@ from comfy_api.latest import io
 
 from ..host import shapeland as host
 from ..shapeland import report, world
+from .types import Node
 
 CATEGORY = "ConceptLoom/Shapeland"
 
 
-class LoadShapeland(io.ComfyNode):
+class LoadShapeland(Node):
     """The four parts of Shapeland's model."""
 
     @classmethod
@@ -43,7 +44,7 @@ class LoadShapeland(io.ComfyNode):
         )
 
 
-class DrawScene(io.ComfyNode):
+class DrawScene(Node):
     """A picture of the world, by description."""
 
     @classmethod
@@ -115,7 +116,7 @@ class DrawScene(io.ComfyNode):
         return io.NodeOutput(torch.from_numpy(picture.image)[None], torch.from_numpy(masks))
 
 
-class ReadPicture(io.ComfyNode):
+class ReadPicture(Node):
     """What the judge sees."""
 
     @classmethod
@@ -158,4 +159,4 @@ class ReadPicture(io.ComfyNode):
         return io.NodeOutput(mask, report.describe(readings, compared))
 
 
-NODES: list[type[io.ComfyNode]] = [LoadShapeland, DrawScene, ReadPicture]
+NODES: list[type[Node]] = [LoadShapeland, DrawScene, ReadPicture]

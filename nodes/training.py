@@ -11,10 +11,10 @@ from ..host import concept_studio
 from ..training.concepts.augment import AUGMENTATIONS, NONE
 from ..training.concepts.learner import Recipe
 from ..training.concepts.pictures import Pictures
-from .types import ConceptSocket, preview, speaking_for
+from .types import ConceptSocket, Node, preview
 
 
-class TrainConcept(io.ComfyNode):
+class TrainConcept(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -150,26 +150,25 @@ class TrainConcept(io.ComfyNode):
         **recipe,
     ) -> io.NodeOutput:
         checkpoints = Path(folder_paths.get_output_directory()) / "concept_training" if keep_checkpoint else None
-        with speaking_for(cls):
-            pictures = Pictures(
-                list(images[..., :3]),
-                [None] * len(images) if masks is None else list(masks),
-                [line.strip() for line in captions.splitlines() if line.strip()],
-            )
-            concept, loss, report = concept_studio.train_with_progress(
-                model,
-                clip,
-                vae,
-                pictures,
-                class_word,
-                placeholder,
-                Recipe(batch=batch_size, **recipe),
-                size,
-                class_pictures,
-                preview_every,
-                checkpoints,
-            )
+        pictures = Pictures(
+            list(images[..., :3]),
+            [None] * len(images) if masks is None else list(masks),
+            [line.strip() for line in captions.splitlines() if line.strip()],
+        )
+        concept, loss, report = concept_studio.train_with_progress(
+            model,
+            clip,
+            vae,
+            pictures,
+            class_word,
+            placeholder,
+            Recipe(batch=batch_size, **recipe),
+            size,
+            class_pictures,
+            preview_every,
+            checkpoints,
+        )
         return io.NodeOutput(concept, loss[None], report, ui=preview(cls, loss))
 
 
-NODES: list[type[io.ComfyNode]] = [TrainConcept]
+NODES: list[type[Node]] = [TrainConcept]

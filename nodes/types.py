@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import folder_paths
@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..attention.subject import Subject
+from ..host.advice import withdraw_earlier
 
 PREVIEW_SIDE = 256
 
@@ -25,31 +26,67 @@ SegmenterSocket = io.Custom("CONCEPTLOOM_SEGMENTER")
 TrajectorySocket = io.Custom("CONCEPTLOOM_TRAJECTORY")
 
 
-@contextmanager
-def speaking_for(node: type[io.ComfyNode]) -> Iterator[None]:
-    """Puts the node's name before the sentence of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{node.GET_SCHEMA().display_name}: {error}") from error
+class Node(io.ComfyNode):
+    """Base of all nodes: puts the node's name before a ValueError of `execute`, and takes old advice off the node.
+
+    The host runs `execute` on a copy of the class that nobody may change, so the name comes from a schema of its own.
+    """
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        execute = vars(cls)["execute"].__func__
+        if not hasattr(execute, "__wrapped__"):  # the host's copies of a node come by here too
+            cls.execute = classmethod(_with_name(execute))
 
 
-def subject_inputs(tooltip: str, minimum: int = 1, maximum: int = 16) -> io.Autogrow.Input:
+def _with_name(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    @wraps(execute)
+    def named(cls, *args, **inputs):
+        withdraw_earlier()
+        try:
+            return execute(cls, *args, **inputs)
+        except ValueError as error:
+            raise ValueError(f"{cls.define_schema().display_name}: {error}") from error
+
+    return named
+
+
+def growing(id: str, one: io.Input, tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
+    """An input that grows with every wire, and to which `in_order` wants at least one.
+
+    None is required of the host, which would ask for "subjects.subject0", a name that the node does not show, though
+    another be connected.
+    """
+    return io.Autogrow.Input(id, io.Autogrow.TemplatePrefix(one, prefix=one.id, min=0, max=maximum), tooltip=tooltip)
+
+
+def in_order(sockets: io.Autogrow.Type, name: str, source: str) -> list:
+    """What is on the sockets of a growing input, from the first to the last; empty ones are left out.
+
+    Raises:
+        ValueError: all are empty; `name` is the input's, `source` what to connect to it.
+    """
+    names = sorted(sockets, key=lambda socket: int(re.search(r"\d+$", socket)[0]))
+    found = [sockets[socket] for socket in names if sockets[socket] is not None]
+    if not found:
+        raise ValueError(f"{name}: expected at least one, got none; connect {source}")
+    return found
+
+
+def subject_inputs(tooltip: str) -> io.Autogrow.Input:
     """Any number of SUBJECT inputs; a wire may carry several subjects."""
     one = SubjectSocket.Input("subject", tooltip="A subject from Reference Subject, or several from Concept Collage.")
-    template = io.Autogrow.TemplatePrefix(one, prefix="subject", min=minimum, max=maximum)
-    return io.Autogrow.Input("subjects", template=template, tooltip=tooltip)
+    return growing("subjects", one, tooltip)
 
 
-def in_order(sockets: io.Autogrow.Type) -> list:
-    """What is on the sockets of a growing input, from the first to the last; empty ones are left out."""
-    names = sorted(sockets, key=lambda name: int(re.search(r"\d+$", name)[0]))
-    return [sockets[name] for name in names if sockets[name] is not None]
+def gather_subjects(subjects: io.Autogrow.Type, source: str = "Reference Subject") -> list[Subject]:
+    """All subjects in the order of their sockets.
 
-
-def gather_subjects(subjects: io.Autogrow.Type) -> list[Subject]:
-    """All subjects in the order of their sockets."""
-    return [s for value in in_order(subjects) for s in ((value,) if isinstance(value, Subject) else value)]
+    Raises:
+        ValueError: there is none; `source` is what to connect.
+    """
+    found = in_order(subjects, "subjects", source)
+    return [subject for value in found for subject in ((value,) if isinstance(value, Subject) else value)]
 
 
 def register_folder(name: str, *places: Path | str) -> None:
@@ -78,7 +115,7 @@ def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     """
     if image.ndim != 4 or len(image) != 1:
         given = f"a batch of {len(image)}" if image.ndim == 4 else f"a tensor of shape {tuple(image.shape)}"
-        raise ValueError(f"{name}: one picture is wanted, not {given}")
+        raise ValueError(f"{name}: expected one picture, got {given}")
     return image[0]
 
 

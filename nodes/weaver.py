@@ -7,13 +7,13 @@ from comfy_api.latest import io
 from ..encoders.concept_texts import KEEP_OTHERS, OTHERS
 from ..host import concept_prompts, fusion, plugandplay
 from .concepts import as_concepts, one_concept
-from .types import ConceptPromptsSocket, ConceptSocket, PartitionSocket, TrajectorySocket, speaking_for
+from .types import ConceptPromptsSocket, ConceptSocket, Node, PartitionSocket, TrajectorySocket
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 CUSTOM_BLOCKS = "custom list"
 
 
-class ConceptPrompts(io.ComfyNode):
+class ConceptPrompts(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -77,15 +77,14 @@ class ConceptPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, concepts, prompt, negative_prompt, other_concepts, texts, background=None) -> io.NodeOutput:
-        with speaking_for(cls):
-            behind = None if background is None else one_concept(background, "background")
-            made = concept_prompts.encode_prompts(
-                clip, prompt, negative_prompt, as_concepts(concepts), behind, texts, other_concepts
-            )
+        behind = None if background is None else one_concept(background, "background")
+        made = concept_prompts.encode_prompts(
+            clip, prompt, negative_prompt, as_concepts(concepts), behind, texts, other_concepts
+        )
         return io.NodeOutput(made, "\n".join(made.texts))
 
 
-class PlugAndPlayInjection(io.ComfyNode):
+class PlugAndPlayInjection(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -115,33 +114,35 @@ class PlugAndPlayInjection(io.ComfyNode):
                     step=0.05,
                     tooltip="The same for queries and keys of self-attention: holds the layout.",
                 ),
-                io.Combo.Input(
+                io.DynamicCombo.Input(
                     "blocks",
-                    options=[*plugandplay.PRESETS, CUSTOM_BLOCKS],
-                    default=plugandplay.PAPER,
-                    advanced=True,
+                    options=[
+                        *(io.DynamicCombo.Option(preset, []) for preset in plugandplay.PRESETS),
+                        io.DynamicCombo.Option(
+                            CUSTOM_BLOCKS,
+                            [
+                                io.String.Input(
+                                    "numbers", default="4-11", tooltip='Decoder blocks by number, such as "4, 7-9".'
+                                )
+                            ],
+                        ),
+                    ],
+                    extra_dict={"advanced": True},
                     tooltip="Whose self-attention is injected. Concept Weaver's paper names decoder blocks 4, 7 and 9, "
                     "the code of Plug-and-Play takes 4 to 11; of SDXL these are 1, 4 and 1 to 5.",
-                ),
-                io.String.Input(
-                    "custom_blocks",
-                    default="4-11",
-                    advanced=True,
-                    tooltip='Decoder blocks by number, such as "4, 7-9", when blocks is custom list.',
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="Sample it from the inversion's noise, along its sigmas.")],
         )
 
     @classmethod
-    def execute(cls, model, trajectory, residual_share, attention_share, blocks, custom_blocks) -> io.NodeOutput:
-        chosen = custom_blocks if blocks == CUSTOM_BLOCKS else blocks
+    def execute(cls, model, trajectory, residual_share, attention_share, blocks) -> io.NodeOutput:
+        chosen = blocks.get("numbers", blocks["blocks"])
         settings = plugandplay.Settings(residual_share, attention_share, chosen)
-        with speaking_for(cls):
-            return io.NodeOutput(plugandplay.apply(model, trajectory, settings))
+        return io.NodeOutput(plugandplay.apply(model, trajectory, settings))
 
 
-class MultiConceptFusion(io.ComfyNode):
+class MultiConceptFusion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -225,11 +226,10 @@ class MultiConceptFusion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, prompts, partition, **settings) -> io.NodeOutput:
-        with speaking_for(cls):
-            fused, positive = fusion.apply(
-                model, prompts.positive, prompts.concepts, partition, fusion.Settings(**settings), prompts.background
-            )
+        fused, positive = fusion.apply(
+            model, prompts.positive, prompts.concepts, partition, fusion.Settings(**settings), prompts.background
+        )
         return io.NodeOutput(fused, positive, prompts.negative)
 
 
-NODES: list[type[io.ComfyNode]] = [ConceptPrompts, PlugAndPlayInjection, MultiConceptFusion]
+NODES: list[type[Node]] = [ConceptPrompts, PlugAndPlayInjection, MultiConceptFusion]

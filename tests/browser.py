@@ -169,10 +169,15 @@ def open_template(page, pack: str, template: str, problems: list[str]) -> None:
 
 
 def seen_trouble(page) -> list[str]:
-    """Error overlays, error groups and nodes marked red."""
+    """Error overlays, error groups, nodes marked red, and nodes with advice on them."""
     shown = [f"shown: {text}" for text in page.locator(TROUBLE).all_inner_texts()]
     red = page.evaluate("app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
-    return shown + [f"marked red: {kind}" for kind in red]
+    advised = page.evaluate(
+        """app.graph.nodes.flatMap(node => (node.widgets ?? [])
+            .filter(widget => widget.name === '$$node-text-preview')
+            .map(widget => `${node.type}: ${widget.value}`))"""
+    )
+    return shown + [f"marked red: {kind}" for kind in red] + [f"advised: {text}" for text in advised]
 
 
 def press_run(page, problems: list[str]) -> int:

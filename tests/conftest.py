@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import struct
 import sys
 import threading
 import uuid
@@ -20,13 +21,24 @@ from run import alias_pack, open_host  # noqa: E402
 
 alias_pack()
 
+PROGRESS_TEXT = 3
+"""Kind of the websocket's binary frames that hold a text for a node."""
+
 ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 if ONE_OF_SEVERAL:
     # For what tests start too: threads of processes that share processors spend their time in waiting for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-SERVED = ("test_browser", "test_workflows", "test_workflow_tools", "test_server", "test_true_models")
+SERVED = (
+    "test_browser",
+    "test_workflows",
+    "test_workflow_tools",
+    "test_server",
+    "test_refusals",
+    "test_advice",
+    "test_true_models",
+)
 """Files whose tests run on the real server, in order: the last ones make it forget what it ran."""
 
 
@@ -105,13 +117,23 @@ class Follower:
         async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
             self.listening.set()
             async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    self._binary(message.data)
+                    continue
                 if message.type is not aiohttp.WSMsgType.TEXT:
-                    continue  # previews come as binary frames
+                    continue
                 event = json.loads(message.data)
                 self.events.append((event["type"], event["data"]))
                 if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                     break
         self.ended.set()
+
+    def _binary(self, data: bytes) -> None:
+        """Keeps a text that the host shows on a node; other binary frames are previews."""
+        kind, length = struct.unpack_from(">II", data)
+        if kind == PROGRESS_TEXT:
+            node, text = data[8 : 8 + length].decode(), data[8 + length :].decode()
+            self.events.append(("progress_text", {"node": node, "text": text}))
 
 
 class Server(HostServer):

@@ -9,7 +9,7 @@ from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
 from test_workflow_tools import weave
-from workflow_format import to_api
+from workflow_format import BYPASSED, MUTED, to_api
 
 TEMPLATES = sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if "shapeland" in file.stem.lower())
 NO_TEMPLATE = pytest.param("none", marks=pytest.mark.skip(reason="workflows/ has no Shapeland template yet"))
@@ -68,6 +68,16 @@ class TestToyTemplate:
         seen = visit("good", renderer)
         assert seen.problems == []
         assert seen.pictures == 2
+        assert seen.api == to_api(ui, object_info), "the frontend converts it differently"
+
+    @pytest.mark.parametrize("renderer", RENDERERS)
+    def test_bypassed_and_muted_nodes(self, visit, toy_folder, object_info, renderer):
+        ui = weave(object_info).ui()
+        nodes = {node["type"]: node for node in ui["nodes"]}  # of several the last: the second yarn
+        nodes["ToyYarn"]["mode"], nodes["SolidMask"]["mode"] = BYPASSED, MUTED
+        self.publish(toy_folder, "off", ui)
+        seen = visit("off", renderer)
+        assert seen.problems == []
         assert seen.api == to_api(ui, object_info), "the frontend converts it differently"
 
     def test_trouble_is_seen(self, visit, toy_folder, object_info):

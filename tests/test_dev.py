@@ -245,6 +245,29 @@ class TestServer:
         with pytest.raises(Problem, match="server ended: no such module"), server:
             pass
 
+    @pytest.mark.parametrize(
+        ("environ", "processors", "expected"),
+        [
+            ({}, 64, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "4"}),
+            ({}, 2, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}),
+            ({"OMP_NUM_THREADS": "16"}, 64, {"OMP_WAIT_POLICY": "PASSIVE"}),
+            ({"MKL_NUM_THREADS": "16"}, 64, {"OMP_WAIT_POLICY": "PASSIVE"}),
+            ({"OMP_WAIT_POLICY": "ACTIVE"}, 64, {"OMP_NUM_THREADS": "4"}),
+        ],
+    )
+    def test_few_threads_that_sleep_unless_the_user_says_otherwise(self, environ, processors, expected):
+        assert hostserver.thread_settings(environ, processors) == expected
+
+    def test_server_gets_these_threads(self, tmp_path, monkeypatch):
+        host = make_host(tmp_path / "host")
+        names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+        (host / "main.py").write_text(f"import os; print(*(os.environ[name] for name in {names}))\n")
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        server = hostserver.HostServer(Path(sys.executable), host, tmp_path / "base", cpu=True, log=tmp_path / "log")
+        with pytest.raises(Problem, match="server ended: 7 PASSIVE"), server:
+            pass
+
     def test_refusal_names_the_node(self):
         body = """{"error": {"message": "Prompt outputs failed validation"}, "node_errors": {"7": {
             "class_type": "Painter", "errors": [{"message": "Value not in list", "details": "ink: 'x'"}]}}}"""
@@ -299,10 +322,35 @@ class TestCommands:
             dev.main(["demo", "freecustom"])
 
     def test_demo_filters_by_system(self, tmp_path):
-        for name in ("02_Concept-Weaver_Shapeland", "01_FreeCustom-shapeland", "03_FreeCustom_SD15"):
+        for name in (
+            "02_Concept-Weaver_Shapeland",
+            "01_FreeCustom-shapeland",
+            "03_FreeCustom_SD15",
+            "04_overshapeland",
+        ):
             (tmp_path / f"{name}.json").touch()
-        assert [file.stem[:2] for file in dev.demo_workflows([], tmp_path)] == ["01", "02"]
+        (tmp_path / "05_fastcomposer_shapeland.json").touch()
+        assert [file.stem[:2] for file in dev.demo_workflows([], tmp_path)] == ["01", "02", "05"]
         assert [file.stem[:2] for file in dev.demo_workflows(["concept_weaver"], tmp_path)] == ["02"]
+        assert dev.demo_workflows(["composer"], tmp_path) == []
+
+    @pytest.mark.parametrize("name", dev.SYSTEMS)
+    def test_every_system_has_something_to_draw(self, name):
+        assert dev.demo_workflows([name], environment.ROOT / "workflows" / "api")
+
+    @pytest.mark.parametrize("command", ["demo", "eval", "bench"])
+    @pytest.mark.parametrize("name", dev.PLANNED)
+    def test_planned_systems_are_called_planned(self, root, capsys, command, name):
+        with pytest.raises(SystemExit):
+            dev.main([command, name])
+        assert f"{name} is planned and not there yet: choose from freecustom, fast" in capsys.readouterr().err
+
+    def test_readme_calls_the_same_systems_planned(self):
+        rows = (environment.ROOT / "README.md").read_text(encoding="utf-8").partition("|---")[2].partition("\n\n")[0]
+        named = [line.split("|")[1].strip().lower() for line in rows.splitlines()[1:]]
+        planned = {name.removesuffix(" (planned)") for name in named if name.endswith(" (planned)")}
+        assert planned == set(dev.PLANNED)
+        assert {name.replace(" ", "_") for name in named if not name.endswith(")")} == set(dev.SYSTEMS)
 
     def test_problem_ends_in_one_line_without_traceback(self, tmp_path):
         command = [sys.executable, str(Path(dev.__file__)), "eval"]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from workflow_builder import Workflow
-from workflow_format import api_problems, layout_problems, to_api, types_fit, ui_problems
+from workflow_format import BYPASSED, MUTED, api_problems, layout_problems, to_api, types_fit, ui_problems
 
 
 def weave(info: dict) -> Workflow:
@@ -81,6 +81,50 @@ def test_description_is_deterministic_and_without_fault(ui, object_info):
 def test_what_was_built_runs(ui, object_info, server):
     run = server.run(to_api(ui, object_info))
     assert {picture.node for picture in run.pictures} == {"5", "6"}
+
+
+class TestSwitchedOff:
+    """Bypassed and muted nodes, as the frontend (ExecutableNodeDTO) resolves what is linked to them."""
+
+    def linked(self, info: dict, *modes: tuple[str, int]) -> dict:
+        """Inputs of the API nodes, by type, with nodes of the named types in these modes."""
+        flow = Workflow(info, "off")
+        model = flow.add("ToyYarn")  # stands for anything that is no picture
+        one, two = flow.add("EmptyImage"), flow.add("EmptyImage")
+        batch = flow.add("ImageBatch", {"image1": one[0], "image2": two[0]}, column=1)
+        mask = flow.add("ImageToMask", {"image": batch[0]}, column=2)
+        pasted = flow.add(
+            "ImageCompositeMasked", {"destination": one[0], "source": batch[0], "mask": mask[0]}, column=3
+        )
+        flow.add("PreviewImage", {"images": pasted[0]}, column=4)
+        flow.add("MaskPreview", {"mask": mask[0]}, column=4)
+        flow.add("PreviewAny", {"source": mask[0]}, column=4)
+        flow.add("ToyWeave", {"yarns": [model["yarn"]]}, column=4)
+        ui = flow.ui()
+        for node in ui["nodes"]:
+            node["mode"] = dict(modes).get(node["type"], 0)
+        return {node["class_type"]: node["inputs"] for node in to_api(ui, info).values()}
+
+    def test_bypassed_node_hands_on_the_input_at_its_outputs_place(self, object_info):
+        assert self.linked(object_info, ("ImageCompositeMasked", BYPASSED))["PreviewImage"] == {"images": ["2", 0]}
+
+    def test_bypassed_nodes_in_a_row(self, object_info):
+        found = self.linked(object_info, ("ImageBatch", BYPASSED))
+        assert found["ImageToMask"]["image"] == found["ImageCompositeMasked"]["source"] == ["2", 0]
+        found = self.linked(object_info, ("ImageBatch", BYPASSED), ("ImageToMask", BYPASSED))
+        # Nothing of its type is there for a mask; a socket of any type takes what stands at the output's place.
+        assert "mask" not in found["MaskPreview"] and "mask" not in found["ImageCompositeMasked"]
+        assert found["PreviewAny"] == {"source": ["2", 0]}
+
+    def test_muted_node_hands_on_nothing(self, object_info):
+        found = self.linked(object_info, ("ImageBatch", MUTED))
+        assert "ImageBatch" not in found
+        assert "image" not in found["ImageToMask"] and "source" not in found["ImageCompositeMasked"]
+        assert found["ImageCompositeMasked"]["destination"] == ["2", 0]
+
+    def test_widgets_keep_their_values_and_growing_inputs_lose_theirs(self, object_info):
+        found = self.linked(object_info, ("ToyYarn", BYPASSED))["ToyWeave"]
+        assert found == {"size": 64, "binding": "plain", "label": ""}
 
 
 def test_stored_form(ui):

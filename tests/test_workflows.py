@@ -1,13 +1,18 @@
 """Every shipped workflow is valid on the real server, and those that can run here are run."""
 
+import copy
+import io
 import json
 import re
+import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from environment import ROOT, absent_weights
+from hostserver import PromptError
 from PIL import Image
-from workflow_format import MODEL_FILE, api_problems, to_api, ui_problems
+from workflow_format import BYPASSED, MODEL_FILE, MUTED, api_problems, to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
 UI_FILES = sorted(FOLDER.glob("*.json"))
@@ -62,9 +67,159 @@ def test_api_workflow_runs(file, server, object_info):
     if absent:
         pytest.skip(f"the server has no {', '.join(absent)}")
     run = server.run(api)
+    assert run.named("progress_text") == [], "a template gives no warning"
     assert run.pictures
     for picture in run.pictures:
         assert picture.data, picture.name
+
+
+@each([file for file in UI_FILES if "shapeland" in file.stem], "workflows/")
+def test_with_any_node_bypassed_or_muted(file, server, object_info):
+    """A picture, or sentences that say what is wrong and where, whichever of our nodes is switched off."""
+    if absent_weights():
+        pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
+    # Nodes that hand nothing on are the same bypassed and muted: what the host gets is tried once.
+    tried = {json.dumps(api, sort_keys=True): (what, api) for what, api in switched_off(read(file), object_info)}
+    faults = []
+    for what, api in tried.values():
+        refused, sentence, pictures = outcome(server, api)
+        faults += [f"{what}: {fault}" for fault in unclear(refused, sentence, api, object_info)]
+        if not (refused or sentence or pictures):
+            faults.append(f"{what}: neither a picture nor a sentence")
+    assert not faults, "\n".join(faults)
+
+
+def switched_off(ui: dict, info: dict) -> Iterator[tuple[str, dict]]:
+    """The workflow, shortened, with each of our nodes bypassed and muted in turn."""
+    for place, node in enumerate(ui["nodes"]):
+        if node["type"].startswith("ConceptLoom"):
+            for mode, name in ((BYPASSED, "bypassed"), (MUTED, "muted")):
+                changed = copy.deepcopy(ui)
+                changed["nodes"][place]["mode"] = mode
+                yield f"{info[node['type']]['display_name']} ({node['id']}) {name}", shortened(to_api(changed, info))
+
+
+def shortened(api: dict) -> dict:
+    """The workflow with few steps where it samples, inverts or trains; a schedule that is split keeps all."""
+    for node in api.values():
+        inputs = node["inputs"]
+        if isinstance(inputs.get("steps"), int) and node["class_type"] != "BasicScheduler":
+            inputs["steps"] = 1 if node["class_type"] == "KSampler" else 2
+        if node["class_type"] == "ConceptLoomTrainConcept":
+            inputs |= {"class_pictures": 0, "preview_every": 0}
+    return api
+
+
+def outcome(server, api: dict) -> tuple[dict, str, int]:
+    """What a client is told: the errors of refused nodes by their ids, the error of a run that failed, and the number
+    of pictures. The host runs what does not depend on a refused node."""
+    try:
+        answer = json.loads(server.request("/prompt", json.dumps({"prompt": api, "client_id": "off"}).encode()))
+    except urllib.error.HTTPError as error:
+        answer = json.loads(error.read())
+    refused = answer["node_errors"] or {}
+    if "prompt_id" not in answer:
+        return refused, "", 0
+    try:
+        entry = server.finish(answer["prompt_id"])
+    except PromptError as error:
+        return refused, str(error), 0
+    return refused, "", sum(len(output.get("images", ())) for output in entry["outputs"].values())
+
+
+def unclear(refused: dict, sentence: str, api: dict, info: dict) -> Iterator[str]:
+    """What a person would not understand of an outcome.
+
+    The host may miss an input that the node shows, in its own words; a node of ours that fails has to say its own name,
+    and no other may fail.
+    """
+    for number, errors in refused.items():
+        shown = info[api[number]["class_type"]]["input"]
+        for error in errors["errors"]:
+            named = error["extra_info"].get("input_name")
+            if error["type"] != "required_input_missing" or named not in shown["required"]:
+                yield f"{errors['class_type']}: {error['message']}: {error['details']}"
+    if sentence:
+        kind, _, told = sentence.partition(": ")
+        if not kind.startswith("ConceptLoom") or not told.startswith(f"{info[kind]['display_name']}: "):
+            yield sentence
+
+
+def off(file: str, info: dict, *types: str) -> dict:
+    """A template, shortened, with a node of each of these types bypassed."""
+    ui = read(FOLDER / f"{file}.json")
+    for kind in types:
+        next(node for node in ui["nodes"] if node["type"] == f"ConceptLoom{kind}" and not node["mode"])["mode"] = (
+            BYPASSED
+        )
+    return shortened(to_api(ui, info))
+
+
+def with_previews(api: dict, **links: list) -> dict:
+    """The workflow with more previews, by the ids that they get."""
+    return api | {
+        name: {"class_type": "PreviewImage", "inputs": {"images": link}, "_meta": {"title": name}}
+        for name, link in links.items()
+    }
+
+
+def pixels(run, node: str) -> bytes:
+    """The picture that a node shows, without what its file says of the workflow."""
+    (data,) = (picture.data for picture in run.pictures if picture.node == node)
+    with Image.open(io.BytesIO(data)) as image:
+        return image.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["MultiReferenceSelfAttention", "RecordAttentionShare"])
+def test_attention_share_without_its_system_shows_the_picture_and_says_so(server, object_info, kind):
+    api = off("freecustom_shapeland", object_info, kind)
+    number, viewer = next((n, node) for n, node in api.items() if node["class_type"] == "ConceptLoomAttentionShare")
+    viewer["inputs"]["opacity"] = 0.5  # what was told before is not told again while the host remembers the node
+    run = server.run(with_previews(api, heat=[number, 0], picture=viewer["inputs"]["image"]))
+    assert pixels(run, "heat") == pixels(run, "picture")
+    told = [told["text"] for told in run.named("progress_text") if told["node"] == number]
+    assert told[-1].startswith("Nothing recorded")
+
+
+def test_a_bypassed_system_leaves_the_plain_picture(server, object_info):
+    api = off("freecustom_shapeland", object_info, "MultiReferenceSelfAttention")
+    one, other = ([number, 0] for number, node in api.items() if node["class_type"] == "VAEDecode")
+    run = server.run(with_previews(api, one=one, other=other))
+    assert pixels(run, "one") == pixels(run, "other")
+    run = server.run(with_previews(off("freecustom_shapeland", object_info), one=one, other=other))
+    assert pixels(run, "one") != pixels(run, "other")
+
+
+@pytest.mark.parametrize(
+    ("file", "kinds", "sentence"),
+    [
+        (
+            "freecustom_shapeland",
+            ["ReferenceSubject", "ReferenceSubject"],
+            "Multi-Reference Self-Attention (FreeCustom): subjects: expected at least one, got none; connect Reference "
+            "Subject",
+        ),
+        (
+            "fastcomposer_shapeland",
+            ["ReferenceSubject", "ReferenceSubject"],
+            "Subject Encoder (FastComposer): subjects: expected at least one, got none; connect Reference Subject",
+        ),
+        (
+            "concept_weaver_shapeland",
+            ["TextToMasks"],
+            "Concept Masks: masks: expected at least one, got none; connect Text to Masks or a mask of each concept",
+        ),
+        (
+            "self_template_shapeland",
+            ["LoadConcept", "LoadConcept"],
+            "Concept Bank: concepts: expected at least one, got none; connect Load Concept",
+        ),
+    ],
+)
+def test_nothing_on_a_growing_input_is_said(server, object_info, file, kinds, sentence):
+    refused, told, _ = outcome(server, off(file, object_info, *kinds))
+    assert not refused
+    assert told.partition(": ")[2] == sentence
 
 
 def test_training_in_the_graph_shows_its_progress(server):

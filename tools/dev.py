@@ -25,20 +25,22 @@ from pathlib import Path
 from environment import ROOT, WORK, Problem, absent_weights, prepare, say
 from hostserver import HostServer, PromptError, check_port
 
-SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver", "profusion", "composer")
+SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver")
+PLANNED = ("profusion", "composer")
 SERVER_MODULES = ["torch", "torchvision", "aiohttp", "einops", "safetensors"]
 MODULE_OF = {"eval": "report", "bench": "bench"}
 
 
-def plain(text: str) -> str:
-    """Letters and digits only, lower case: how system names and file names are compared."""
-    return re.sub(r"[^a-z0-9]", "", text.lower())
+def holds(stem: str, name: str) -> bool:
+    """Whether a file's name has these words in it, whole and in order: "composer" is not in "FastComposer"."""
+    words, sought = (re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") for text in (stem, name))
+    return f"_{sought}_" in f"_{words}_"
 
 
 def demo_workflows(names: list[str], folder: Path) -> list[Path]:
     """The Shapeland workflows in API format, or those of the named systems."""
-    found = sorted(file for file in folder.glob("*.json") if "shapeland" in plain(file.stem))
-    return [file for file in found if not names or any(plain(name) in plain(file.stem) for name in names)]
+    found = sorted(file for file in folder.glob("*.json") if holds(file.stem, "shapeland"))
+    return [file for file in found if not names or any(holds(file.stem, name) for name in names)]
 
 
 def demo(names: list[str]) -> int:
@@ -112,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = result.add_subparsers(dest="command", required=True)
     names = commands.add_parser("demo", help="draw the Shapeland workflows").add_argument
-    names("names", metavar="NAME", nargs="*", help=f"systems: {', '.join(SYSTEMS)}")
+    names("names", metavar="NAME", nargs="*", help=f"systems: {', '.join(SYSTEMS)} (planned: {', '.join(PLANNED)})")
     port = commands.add_parser("serve", help="the host with the pack loaded").add_argument
     port("--port", type=int, default=8188, help="default: %(default)s")
     for name, about in (("test", "pytest"), ("eval", "the report"), ("bench", "the benchmark")):
@@ -125,6 +127,9 @@ def main(argv: list[str]) -> int:
     options, rest = parser().parse_known_args(argv)
     if options.command in ("demo", "serve") and rest:
         parser().error(f"unknown arguments: {' '.join(rest)}")
+    named = options.names if options.command == "demo" else rest if options.command in MODULE_OF else []
+    for name in (name for name in named if name in PLANNED):
+        parser().error(f"{name} is planned and not there yet: choose from {', '.join(SYSTEMS)}")
     if options.command == "demo":
         for name in set(options.names) - set(SYSTEMS):
             parser().error(f"there is no system {name!r}: choose from {', '.join(SYSTEMS)}")

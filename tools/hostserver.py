@@ -25,6 +25,7 @@ from environment import ROOT, Problem
 
 PACK = "conceptloom"
 START_SECONDS = 300
+MOST_THREADS = 4
 
 
 class PromptError(Exception):
@@ -81,6 +82,23 @@ def has_accelerator(python: Path) -> bool:
     return subprocess.run([str(python), "-c", test], capture_output=True).returncode == 0
 
 
+def thread_settings(environ: Mapping[str, str], processors: int) -> dict[str, str]:
+    """Variables that keep the threads of torch's OpenMP from wasting the time of a busy processor.
+
+    Waiting threads sleep: as a rule they spin, and where others need the processor, each of a small model's many short
+    operations then waits for a thread that is not running. A few threads do, for models as small as Shapeland's have
+    nothing to give to more. What the user has set stays.
+
+    Args:
+        environ: the user's environment.
+        processors: how many this machine has.
+    """
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(min(MOST_THREADS, processors))}
+    if "MKL_NUM_THREADS" in environ:
+        del settings["OMP_NUM_THREADS"]  # a number of threads too, to which torch looks where there is no other
+    return {name: value for name, value in settings.items() if name not in environ}
+
+
 class HostServer:
     """A ComfyUI server as a context manager: started on entry, ended on exit.
 
@@ -125,7 +143,8 @@ class HostServer:
 
     def __enter__(self) -> HostServer:
         stream = open(self.log, "wb") if self.log else None  # noqa: SIM115 (the process owns it)
-        environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+        threads = thread_settings(os.environ, os.cpu_count() or 1)
+        environ = {**os.environ, **threads, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             self.command, cwd=self.cwd, env=environ, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
         )

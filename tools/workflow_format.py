@@ -7,6 +7,7 @@ stores every input by name. `info` is always the server's `/object_info`.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from schema import AUTOGROW, DYNAMIC_COMBO, Field, fields, live_fields, option_fields
@@ -18,6 +19,8 @@ SEED_NAMES = ("seed", "noise_seed")
 # Which model files a loader offers depends on the machine, so an absent one is no fault of a workflow.
 MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin|gguf)$")
 ANY_TYPE = {"*", "COMFY_MATCHTYPE_V3"}
+# Modes of a node in a UI workflow: muted ones are left out, bypassed ones hand on what they get.
+MUTED, BYPASSED = 2, 4
 
 TITLE_HEIGHT = 30
 PREVIEW_HEIGHT = 300
@@ -45,23 +48,69 @@ def types_fit(output: str, wanted: str) -> bool:
 
 
 def to_api(ui: dict, info: dict[str, dict]) -> dict[str, dict]:
-    """A UI workflow in API format, as the frontend would post it; ValueError where it cannot be."""
+    """A UI workflow in API format, as the frontend would post it; ValueError where it cannot be.
+
+    Muted and bypassed nodes are not in it. An input linked to a muted node stays empty, one linked to a bypassed node
+    gets what `passed_through` finds for it.
+    """
+    nodes = {node["id"]: node for node in ui["nodes"]}
     links = {link[0]: link for link in ui["links"]}
+
+    def origin(entry: dict) -> list | None:
+        """The API link [node id, output number] of an input, None if nothing comes through it."""
+        if entry.get("link") is None:
+            return None
+        _, source, slot, *_ = links[entry["link"]]
+        node = nodes[source]
+        if node["mode"] == MUTED:
+            return None
+        if node["mode"] == BYPASSED:
+            through = passed_through(node, slot, entry["type"], info[node["type"]])
+            return origin(through) if through else None
+        return [str(source), slot]
+
     return {
         str(node["id"]): {
-            "inputs": node_inputs(node, info[node["type"]], links),
+            "inputs": node_inputs(node, info[node["type"]], origin),
             "class_type": node["type"],
             "_meta": {"title": node.get("title") or info[node["type"]]["display_name"] or node["type"]},
         }
         for node in ui["nodes"]
-        if node["type"] not in FRONTEND_ONLY
+        if node["type"] not in FRONTEND_ONLY and node["mode"] not in (MUTED, BYPASSED)
     }
 
 
-def node_inputs(node: dict, info: dict, links: dict[int, list]) -> dict[str, Any]:
-    """The named inputs of a UI node: its widgets' values, and over them its links."""
+def passed_through(node: dict, slot: int, wanted: str, info: dict) -> dict | None:
+    """The input of a bypassed node that takes its output's place, as the frontend chooses it.
+
+    That is the input at the output's own number if its type fits, else the first of exactly the wanted type, else the
+    first that fits; the frontend has a widget's socket behind all others.
+
+    Args:
+        node: the bypassed node.
+        slot: number of its output.
+        wanted: type of the input at the link's other end.
+        info: what the server says of the node.
+    """
+    sockets = [entry for entry in node["inputs"] if "widget" not in entry]
+    linked = {entry["name"]: entry for entry in node["inputs"] if "widget" in entry}
+    stored = widget_values(node, info)
+    sockets += [linked.get(name, {"name": name, "type": kind}) for name, (kind, _) in stored.items()]
+    if wanted == "*":
+        return (sockets[slot] if slot < len(sockets) else sockets[0]) if sockets else None
+
+    def fits(entry: dict) -> bool:
+        return types_fit(entry["type"], node["outputs"][slot]["type"]) and types_fit(entry["type"], wanted)
+
+    same_place = [entry for entry in sockets[slot : slot + 1] if fits(entry)]
+    exact = [entry for entry in sockets if entry["type"] == wanted]
+    return next(iter([*same_place, *exact, *filter(fits, sockets)]), None)
+
+
+def widget_values(node: dict, info: dict) -> dict[str, tuple[str, Any]]:
+    """Type and stored value of each widget of a UI node; ValueError where they do not match."""
     stored = list(node["widgets_values"])
-    values: dict[str, Any] = {}
+    values: dict[str, tuple[str, Any]] = {}
 
     def read(level: list[Field]) -> None:
         for field in level:
@@ -69,19 +118,22 @@ def node_inputs(node: dict, info: dict, links: dict[int, list]) -> dict[str, Any
                 continue
             if not stored:
                 raise ValueError(f"node {node['id']} ({node['type']}) stores no value for {field.name}")
-            values[field.name] = stored.pop(0)
+            values[field.name] = (field.type, stored.pop(0))
             del stored[: len(stored_after(field))]
             if field.type == DYNAMIC_COMBO:
-                read(option_fields(field, values[field.name]))
+                read(option_fields(field, values[field.name][1]))
 
     read(fields(info["input"]))
     if stored:
         raise ValueError(f"node {node['id']} ({node['type']}) stores values that no widget takes: {stored}")
-    for entry in node["inputs"]:
-        if entry.get("link") is not None:
-            _, source, slot, *_ = links[entry["link"]]
-            values[entry["name"]] = [str(source), slot]
     return values
+
+
+def node_inputs(node: dict, info: dict, origin: Callable[[dict], list | None]) -> dict[str, Any]:
+    """The named inputs of a UI node: its widgets' values, and over them the links that `origin` finds."""
+    values = {name: value for name, (_, value) in widget_values(node, info).items()}
+    links = {entry["name"]: origin(entry) for entry in node["inputs"]}
+    return {**values, **{name: link for name, link in links.items() if link is not None}}
 
 
 def is_link(value: Any) -> bool:

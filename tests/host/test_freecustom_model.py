@@ -26,11 +26,10 @@ class TestUntouched:
     """Oracle 12."""
 
     def test_nothing_to_see_gives_the_hosts_bits(self, toy, plain):
-        empty = torch.zeros(128, 128)
         for model in (
             toy.apply(),
             toy.apply(toy.subject(weight=0.0)),
-            toy.apply(toy.subject(mask=empty), toy.subject(1, mask=empty), formula="paper"),
+            toy.apply(toy.subject(weight=0.0), toy.subject(1, weight=0.0), formula="paper"),
             toy.apply(toy.subject(), start_percent=1.0),
         ):
             assert torch.equal(toy.sample(model), plain)

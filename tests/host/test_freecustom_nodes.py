@@ -18,8 +18,10 @@ def nodes(toy):
 
 
 def defaults(node):
-    """Every widget's default."""
-    return {i.id: i.default if i.default is not None else "" for i in node.GET_SCHEMA().inputs if hasattr(i, "default")}
+    """Every widget's default, as the host hands it over."""
+    inputs = node.GET_SCHEMA().inputs
+    values = {i.id: i.default if i.default is not None else "" for i in inputs if hasattr(i, "default")}
+    return values | {i.id: {i.id: i.options[0].key} for i in inputs if hasattr(i, "options") and i.id not in values}
 
 
 @pytest.fixture
@@ -45,13 +47,16 @@ def patch(nodes, toy, reference):
 
 
 BAD_SUBJECTS = [
-    ({"image": torch.rand(3, 64, 64, 3)}, "image: one picture is wanted, not a batch of 3"),
+    ({"image": torch.rand(3, 64, 64, 3)}, "image: expected one picture, got a batch of 3"),
     ({"image": torch.full((1, 64, 64, 3), float("nan"))}, "image: finite values"),
     ({"noun": " "}, "noun: a word"),
     ({"weight": -0.5}, "weight: a number from 0 (off) to 10 is wanted, not -0.5"),
     ({"mask": torch.ones(2, 64, 64)}, "mask: one mask (height, width) is wanted, not (2, 64, 64)"),
     ({"mask": torch.ones(1, 64, 96)}, "mask: the shape of the picture (64x64) is wanted, not 96x64"),
+    ({"mask": torch.zeros(1, 64, 64)}, "mask: expected white on the subject, got an empty mask (all black): paint"),
+    ({"mask": torch.zeros(1, 64, 64), "image": torch.rand(1, 64, 96, 3)}, "mask: expected white on the subject"),
     ({"target_mask": torch.ones(2, 8, 8)}, "target_mask: one mask"),
+    ({"target_mask": torch.zeros(1, 8, 8)}, "target_mask: expected white on the subject's place in the new picture"),
 ]
 
 
@@ -60,6 +65,16 @@ def test_bad_subjects(reference, changes, sentence):
     with pytest.raises(ValueError) as caught:
         reference(**changes)
     assert str(caught.value).startswith("Reference Subject: " + sentence)
+
+
+def custom(numbers):
+    return {"blocks": {"blocks": "custom list", "numbers": numbers}}
+
+
+def soft_subject():
+    from conceptloom.attention.subject import Subject
+
+    return Subject(torch.rand(64, 64, 3), "dog", torch.full((64, 64), 0.3))
 
 
 class BadVAE:
@@ -76,12 +91,14 @@ BAD_SETTINGS = [
     ({"clip": None}, "clip: the one of the model's checkpoint is wanted"),
     ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent: at most end_percent (0.2) is wanted, not 0.8"),
     ({"formula": "sum"}, "formula: one of official, paper, paper_drop is wanted, not 'sum'"),
-    ({"blocks": "custom list", "custom_blocks": "ten"}, 'blocks: numbers such as "10-15" or "3, 7-9" are wanted'),
-    ({"blocks": "custom list", "custom_blocks": ""}, 'blocks: numbers such as "10-15"'),
-    ({"blocks": "custom list", "custom_blocks": "15-10"}, "blocks: rising ranges are wanted"),
+    (custom("ten"), 'blocks: expected numbers such as "10-15" or "3, 7-9", got \'ten\''),
+    (custom(""), 'blocks: expected numbers such as "10-15"'),
+    (custom("15-10"), "blocks: expected rising ranges, got '15-10'"),
+    (custom("10-16"), "blocks: expected numbers from 0 to 15 for this model, got 16"),
+    ({"subjects": {}}, "subjects: expected at least one, got none"),
     (
-        {"blocks": "custom list", "custom_blocks": "10-16"},
-        "blocks: numbers from 0 to 15 are wanted for this model, not 16",
+        {"subjects": {"subject0": soft_subject()}},
+        'mask_threshold: expected at most 0.3, the largest value in the mask of "dog", got 0.5',
     ),
 ]
 
@@ -112,11 +129,11 @@ def test_latents_that_are_not_finite_name_their_reference(toy, patch, reference,
         toy.sample(model)
 
 
-def test_what_is_odd_but_allowed_is_said(patch, reference, caplog):
+def test_references_that_drown_the_picture_are_said(patch, reference, toy, caplog):
     with caplog.at_level(logging.WARNING):
-        patch(subjects={"subject0": reference(mask=torch.zeros(1, 64, 64), noun="hat")})
-        assert 'the mask of "hat" is empty' in caplog.text
-        patch(subjects={f"subject{i}": reference() for i in range(3)})
+        toy.sample(patch(subjects={f"subject{i}": reference(weight=2.0) for i in range(2)}))
+        assert not caplog.text
+        toy.sample(patch(subjects={f"subject{i}": reference() for i in range(3)}))
         assert "outweigh the picture 60 to 1" in caplog.text
 
 
@@ -186,10 +203,14 @@ class TestCollage:
     @pytest.mark.parametrize(
         ("changes", "sentence"),
         [
-            ({"subjects": {}}, "subjects: at least one is wanted"),
+            ({"subjects": {}}, "subjects: expected at least one, got none"),
+            (
+                {"placement": [{"x": x, "y": 0, "width": 4, "height": 4} for x in (0, 900)]},
+                'placement: expected a place where "owl" is seen',
+            ),
             ({"placement": {"x": 0, "y": 0, "width": 4, "height": 4}}, "boxes: one per subject is wanted"),
             ({"placement": torch.zeros(2, 8, 8)}, "mask: at least one pixel"),
-            ({"context": torch.zeros(2, 8, 8, 3)}, "context: one picture is wanted, not a batch of 2"),
+            ({"context": torch.zeros(2, 8, 8, 3)}, "context: expected one picture, got a batch of 2"),
         ],
     )
     def test_bad_input(self, collage, changes, sentence):
@@ -278,15 +299,33 @@ class TestAttentionShare:
         model, record = recorded()
         samples = toy.sample(model)
         for wrong, sentence in (
-            (lambda: recorded(toy.model), "Record Attention Share: model: one that comes from Multi-Reference"),
-            (lambda: recorded(steps="first"), "Record Attention Share: steps: numbers such as"),
+            (lambda: recorded(steps="first"), "Record Attention Share: steps: expected numbers such as"),
             (lambda: recorded(blocks="0-3"), "Record Attention Share: blocks: some of those where references are seen"),
-            (lambda: view(record, samples * 2), "Attention Share: latent: the unchanged output of a sampler"),
+            (lambda: view(record, samples * 2), "Attention Share: latent: expected the unchanged output of a sampler"),
             (lambda: view(record, samples, image=torch.rand(3, 8, 8, 3)), "Attention Share: image: the 1 pictures"),
         ):
             with pytest.raises(ValueError) as caught:
                 wrong()
             assert str(caught.value).startswith(sentence)
+
+    def test_without_the_system_the_model_passes_through(self, recorded, patch, reference, view, toy):
+        off = patch(subjects={"subject0": reference(noun="dog", weight=0.0)})
+        for model in (toy.model, off):
+            same, record = recorded(model, blocks="0-3")
+            assert same is model
+            self.check_nothing(view, record, toy.sample(same))
+
+    def test_where_no_step_sees_references_nothing_is_recorded(self, recorded, view, toy):
+        model, record = recorded(steps="90")
+        self.check_nothing(view, record, toy.sample(model))
+
+    def check_nothing(self, view, record, samples):
+        """The picture passes through, and no share is anywhere."""
+        image = torch.rand(1, 128, 128, 3)
+        for given in (record, None):
+            pictures, shares = view(given, samples, image=image)
+            assert torch.equal(pictures, image)
+            assert torch.equal(shares, torch.zeros(1, 128, 128))
 
     def test_failed_runs_leave_no_maps(self, recorded, toy):
         model, record = recorded()

@@ -678,9 +678,9 @@ class TestCompany:
 
 def test_strong_suppression_is_told_of(toy, caplog):
     caplog.set_level("WARNING")
-    fused(toy, Bank(toy, 1), suppression=1.0)
+    toy.sample(fused(toy, Bank(toy, 1), suppression=1.0))
     assert "suppression" not in caplog.text
-    fused(toy, Bank(toy, 1), suppression=1.5)
+    toy.sample(fused(toy, Bank(toy, 1), suppression=1.5))
     assert "a suppression of 1.5 is far beyond 0.3 and burns colours" in caplog.text
 
 

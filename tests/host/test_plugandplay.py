@@ -244,7 +244,7 @@ class TestRefusals:
             toy.sample(apply(toy, source(2)), STEPS, batch=3)
 
     def test_blocks_without_attention(self, toy, source):
-        with pytest.raises(ValueError, match="blocks: decoder blocks with attention, of this model 3 to 11"):
+        with pytest.raises(ValueError, match="blocks: expected decoder blocks with attention, of this model 3 to 11"):
             apply(toy, source(), blocks="1-4")
 
 

@@ -1,5 +1,7 @@
 """A pack with one node of every kind of input, so that the tools can be tested without our real nodes."""
 
+from types import SimpleNamespace
+
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
 
@@ -70,7 +72,54 @@ class ToyWeave(io.ComfyNode):
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
-NODES = [ToyYarn, ToyWeave]
+class ToyTensor(io.ComfyNode):
+    """A tensor of any shape and value as picture, mask, latent and conditioning: what no other node gives."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ToyTensor",
+            display_name="Tensor",
+            category="Toy",
+            inputs=[
+                io.String.Input("shape", default="1, 64, 64, 3", tooltip="Its sides."),
+                io.String.Input("value", default="1", tooltip="A number, or nan."),
+            ],
+            outputs=[io.Image.Output(), io.Mask.Output(), io.Latent.Output(), io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, shape, value):
+        tensor = torch.full([int(side) for side in shape.split(",")], float(value))
+        return io.NodeOutput(tensor, tensor, {"samples": tensor}, [[tensor, {}]])
+
+
+class ToyMisfits(io.ComfyNode):
+    """A model of no known family, a CLIP and a VAE that a checkpoint does not hold, and a VAE of 16 channels."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ToyMisfits",
+            display_name="Misfits",
+            category="Toy",
+            inputs=[],
+            outputs=[
+                io.Model.Output("model"),
+                io.Clip.Output("clip"),
+                io.Vae.Output("vae"),
+                io.Vae.Output("wide_vae"),
+                io.Conditioning.Output("conditioning"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls):
+        model = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
+        return io.NodeOutput(model, None, None, SimpleNamespace(latent_channels=16), [])
+
+
+NODES = [ToyYarn, ToyWeave, ToyTensor, ToyMisfits]
 
 
 class ToyExtension(ComfyExtension):

@@ -53,7 +53,7 @@ def shapeland(flow: Workflow) -> None:
         "- another `identity_seed` in a reference: the picture follows\n"
         "- `weight` of a subject: 0 switches it off\n"
         "- a new sampler seed: the reference passes come from the bank, so it is faster\n"
-        "- `weight` 3, the published value: it drowns a model as small as this one\n"
+        "- `weight` 3, right for Stable Diffusion: it drowns pictures as small as these, so 1 is used here\n"
         "- `blocks`: the last stage alone keeps more of the prompt, all blocks copy more",
         column=0,
     )
@@ -135,7 +135,7 @@ def stable_diffusion(flow: Workflow, file: dict, size: int, steps: int, cfg: flo
     )
     flow.note(
         "### When it does not work\n"
-        "- The subject is weak: raise its `weight` (2 to 4), and describe its whole reference in `prompt`\n"
+        "- The subject is weak: raise its `weight` (3 to 4), and describe its whole reference in `prompt`\n"
         "- The picture falls apart: lower the weights, or end at 0.7\n"
         "- Subjects mix: give each a `target_mask`\n"
         "- Then try other seeds: a new one costs hardly more than without references",

@@ -1,0 +1,66 @@
+"""Advice that a person must see: one call logs it and shows it on the node that it is about.
+
+The host can show a text on any node while a workflow runs, and the frontend keeps it there afterwards. What a model
+finds out while a sampler runs is shown on the node that patched the model, where it can be mended.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_execution.utils import get_executing_context
+
+log = logging.getLogger("conceptloom")
+
+NO_ADVICE = "No warnings."
+"""Replaces advice that no longer holds: the frontend ignores an empty text."""
+
+_shown: dict[str, tuple[str, list[str]]] = {}
+"""By node id what is shown on it: the run that said it, and its sentences."""
+
+
+def executing_node() -> str | None:
+    """Id of the node that the host executes now; None outside of a workflow."""
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+def advise(name: str, sentence: str, node: str | None = None) -> None:
+    """Logs a warning and shows it on a node, once per run of a workflow, after what was said before.
+
+    Args:
+        name: of the node, as the menu shows it, for the log.
+        sentence: begins with a small letter and ends without a full stop.
+        node: id of the node to show it on; None means the one that is executed.
+    """
+    context = get_executing_context()
+    if context is None:
+        log.warning("%s: %s", name, sentence)
+        return
+    node = node or context.node_id
+    _forget_earlier(node, context.prompt_id)
+    _, sentences = _shown.setdefault(node, (context.prompt_id, []))
+    if sentence not in sentences:
+        log.warning("%s: %s", name, sentence)
+        sentences.append(sentence)
+        _show("\n".join(f"{one[0].upper()}{one[1:]}." for one in sentences), node)
+
+
+def withdraw_earlier(node: str | None = None) -> None:
+    """Takes advice of earlier runs off a node; None means the one that is executed."""
+    context = get_executing_context()
+    if context is not None and _forget_earlier(node or context.node_id, context.prompt_id):
+        _show(NO_ADVICE, node or context.node_id)
+
+
+def _forget_earlier(node: str, run: str) -> bool:
+    """Whether there was advice of another run, which is now forgotten."""
+    return node in _shown and _shown[node][0] != run and _shown.pop(node) is not None
+
+
+def _show(text: str, node: str) -> None:
+    from server import PromptServer  # only a running server executes nodes
+
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_progress_text(text, node, server.client_id)

@@ -1,0 +1,533 @@
+"""What the client of a real server is told about bad input: one prompt per row, milliseconds each.
+
+To add a row: `Row(node, changes, sentence)`. `node` is a node id without the prefix ConceptLoom, or a node of the host
+that samples with what a node of ours made. `changes` are its inputs in API form, over those in GOOD and the defaults
+of the schema; a link names a part of PARTS, which is added to the prompt with all that it is linked to. `sentence` is
+the beginning of what the client gets, after the node's name where `node` is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import pytest
+from environment import absent_weights
+from hostserver import PromptError
+from schema import live_fields
+
+pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
+
+PREFIX, NODE = "ConceptLoom", "node"
+
+
+def tensor(shape: str, value: str = "1") -> tuple[str, dict]:
+    return "ToyTensor", {"shape": shape, "value": value}
+
+
+def solid(width: int = 64, height: int = 64, value: float = 1.0) -> tuple[str, dict]:
+    return "SolidMask", {"width": width, "height": height, "value": value}
+
+
+def text(words: str) -> tuple[str, dict]:
+    return "CLIPTextEncode", {"clip": ["world", 1], "text": words}
+
+
+def sampled(**changes: Any) -> tuple[str, dict]:
+    inputs = {"model": ["world", 0], "positive": ["words", 0], "negative": ["words", 0], "latent_image": ["canvas", 0]}
+    return "KSampler", {**inputs, "seed": 0, "steps": 1, "cfg": 1.0, **changes}
+
+
+def subject(**changes: Any) -> tuple[str, dict]:
+    return f"{PREFIX}ReferenceSubject", {"image": ["picture", 0], "noun": "star", **changes}
+
+
+def encoded(*subjects: str) -> tuple[str, dict]:
+    links = {f"subjects.subject{i}": [name, 0] for i, name in enumerate(subjects)}
+    return f"{PREFIX}SubjectEncoder", {"clip_vision": ["world", 3], **links}
+
+
+def concept(file: str, **changes: Any) -> tuple[str, dict]:
+    return f"{PREFIX}LoadConcept", {"model": ["world", 0], "file": f"{file}.safetensors", **changes}
+
+
+def inversion(latent: str) -> tuple[str, dict]:
+    inputs = {"model": ["world", 0], "latent": [latent, 0], "conditioning": ["words", 0]}
+    return f"{PREFIX}DDIMInversion", {**inputs, "steps": 1, "refinements": 0}
+
+
+def plug(source: str) -> tuple[str, dict]:
+    inputs = {"model": ["world", 0], "trajectory": [source, 1]}
+    return f"{PREFIX}PlugAndPlayInjection", {**inputs, "residual_share": 1.0}
+
+
+def fusion(partition: str) -> tuple[str, dict]:
+    inputs = {"model": ["world", 0], "prompts": ["prompts", 0], "partition": [partition, 0]}
+    return f"{PREFIX}MultiConceptFusion", inputs
+
+
+def masks(*names: str, **changes: Any) -> tuple[str, dict]:
+    return f"{PREFIX}ConceptMasks", {**{f"masks.mask{i}": [name, 0] for i, name in enumerate(names)}, **changes}
+
+
+PARTS: dict[str, tuple[str, dict]] = {
+    "world": (f"{PREFIX}LoadShapeland", {}),
+    "misfits": ("ToyMisfits", {}),
+    "words": text("a star and a heart on a navy background"),
+    "picture": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 1, "color": 255}),
+    "pictures": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 3, "color": 255}),
+    "not finite": tensor("1, 64, 64, 3", "nan"),
+    "two masks": tensor("2, 64, 64"),
+    "two wrong masks": tensor("2, 64, 96"),
+    "two empty masks": tensor("2, 64, 64", "0"),
+    "not finite masks": tensor("3, 64, 64", "nan"),
+    "white": solid(),
+    "left": ("CropMask", {"mask": ["white", 0], "x": 0, "y": 0, "width": 64, "height": 64}),
+    "wide": solid(96),
+    "black": solid(value=0.0),
+    "soft": solid(value=0.3),
+    "box": ("PrimitiveBoundingBox", {"x": 0, "y": 0, "width": 4, "height": 4}),
+    "canvas": ("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}),
+    "wide canvas": ("EmptyLatentImage", {"width": 96, "height": 64, "batch_size": 1}),
+    "latent": ("VAEEncode", {"pixels": ["picture", 0], "vae": ["world", 2]}),
+    "latents": ("VAEEncode", {"pixels": ["pictures", 0], "vae": ["world", 2]}),
+    "blank": tensor("1, 8, 16, 16", "0"),
+    "4 channels": tensor("1, 4, 16, 16"),
+    "video": tensor("1, 8, 3, 16, 16"),
+    "latent not finite": tensor("1, 8, 16, 16", "nan"),
+    "masked latent": ("SetLatentNoiseMask", {"samples": ["latent", 0], "mask": ["white", 0]}),
+    "three prompts": tensor("3, 77, 128"),
+    "two conditionings": (
+        "ConditioningCombine",
+        {"conditioning_1": ["words", 0], "conditioning_2": ["words", 0]},
+    ),
+    "area": (
+        "ConditioningSetArea",
+        {"conditioning": ["words", 0], "width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0},
+    ),
+    "skipping clip": ("CLIPSetLastLayer", {"clip": ["world", 1], "stop_at_clip_layer": -2}),
+    "star": subject(),
+    "heart": subject(noun="heart"),
+    "soft star": subject(mask=["soft", 0]),
+    "free": (
+        f"{PREFIX}MultiReferenceSelfAttention",
+        {"model": ["world", 0], "clip": ["world", 1], "vae": ["world", 2], "subjects.subject1": ["star", 0]},
+    ),
+    "recorder": (f"{PREFIX}RecordAttentionShare", {"model": ["free", 0]}),
+    "recorded": sampled(model=["recorder", 0]),
+    "composer": (
+        f"{PREFIX}LoadFastComposer",
+        {
+            "file": "shapeland.safetensors",
+            "model": ["world", 0],
+            "clip": ["world", 1],
+            "clip_vision": ["world", 3],
+        },
+    ),
+    "one embedded": encoded("star"),
+    "two embedded": encoded("star", "star"),
+    "star and heart embedded": encoded("star", "heart"),
+    "delayed": (
+        f"{PREFIX}DelayedSubjectConditioning",
+        {"text_only": ["words", 0], "subject": ["words", 0], "alpha": 0.5},
+    ),
+    "star concept": concept("star"),
+    "fish concept": concept("fish"),
+    "bank": (
+        f"{PREFIX}ConceptBank",
+        {"concepts.concept1": ["star concept", 0], "concepts.concept2": ["fish concept", 0]},
+    ),
+    "prompts": (
+        f"{PREFIX}ConceptPrompts",
+        {"clip": ["world", 1], "concepts": ["star concept", 0], "prompt": "a star", "negative_prompt": ""},
+    ),
+    "partition": masks("left"),
+    "wide partition": masks("wide"),
+    "partition of two": masks("left", "black"),
+    "judge": (f"{PREFIX}LoadSegmenter", {"kind": "Shapeland judge"}),
+    "inversion": inversion("latent"),
+    "inversions": inversion("latents"),
+    "plug": plug("inversion"),
+    "plugs": plug("inversions"),
+    "fusion": fusion("partition"),
+    "wide fusion": fusion("wide partition"),
+}
+"""Nodes that rows link to, by name: class and inputs."""
+
+GOOD: dict[str, dict] = {
+    "ReferenceSubject": PARTS["star"][1],
+    "ConceptCollage": {"context": ["picture", 0], "subjects.subject0": ["star", 0], "subjects.subject1": ["heart", 0]},
+    "MultiReferenceSelfAttention": PARTS["free"][1],
+    "RecordAttentionShare": PARTS["recorder"][1],
+    "AttentionShare": {"record": ["recorder", 1], "latent": ["recorded", 0], "image": ["picture", 0]},
+    "ConvertFastComposer": {"file": "shapeland.safetensors"},
+    "SubjectEncoder": PARTS["one embedded"][1],
+    "FuseSubjects": {
+        "clip": ["composer", 1],
+        "fuser": ["composer", 4],
+        "subjects.subject0": ["one embedded", 0],
+        "prompt": "a star",
+    },
+    "DelayedSubjectConditioning": PARTS["delayed"][1],
+    "LoadConcept": PARTS["star concept"][1],
+    "ConceptBank": {},
+    "SaveConcept": {"concept": ["star concept", 0]},
+    "ConceptPrompts": PARTS["prompts"][1],
+    "LoadSegmenter": {},
+    "TextToMasks": {"segmenter": ["judge", 0], "image": ["picture", 0], "nouns": "star"},
+    "ConceptMasks": {},
+    "DDIMInversion": PARTS["inversion"][1],
+    "RenewNoise": {"noise": ["inversion", 0], "partition": ["partition", 0]},
+    "PlugAndPlayInjection": PARTS["plug"][1],
+    "MultiConceptFusion": PARTS["fusion"][1],
+    "TrainConcept": {
+        "model": ["world", 0],
+        "clip": ["world", 1],
+        "vae": ["world", 2],
+        "images": ["pictures", 0],
+        "class_word": "star",
+        "size": 64,
+        "steps": 1,
+    },
+    "DrawScene": {},
+    "KSampler": sampled()[1],
+}
+"""Inputs with which each node runs, but for the defaults."""
+
+NOTHING_TO_REFUSE = {"LoadShapeland", "ReadPicture", "LoadFastComposer"}
+"""Take any picture, or refuse by their files alone."""
+
+
+class Row(NamedTuple):
+    """See the module's text."""
+
+    node: str
+    changes: dict
+    sentence: str
+
+
+MRSA = "Multi-Reference Self-Attention (FreeCustom)"
+FUSION = "Multi-Concept Fusion (Concept Weaver)"
+
+ROWS = [
+    Row("ReferenceSubject", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
+    Row("ReferenceSubject", {"image": ["not finite", 0]}, "image: finite values are wanted"),
+    Row("ReferenceSubject", {"noun": " "}, "noun: a word for the subject is wanted (such as dog), not an empty text"),
+    Row("ReferenceSubject", {"mask": ["two masks", 1]}, "mask: one mask (height, width) is wanted, not (2, 64, 64)"),
+    Row("ReferenceSubject", {"mask": ["wide", 0]}, "mask: the shape of the picture (64x64) is wanted, not 96x64"),
+    Row(
+        "ReferenceSubject",
+        {"mask": ["black", 0]},
+        "mask: expected white on the subject, got an empty mask (all black): paint the subject in the mask editor of "
+        "Load Image, or remove the wire to use the whole picture",
+    ),
+    Row("ReferenceSubject", {"target_mask": ["two masks", 1]}, "target_mask: one mask (height, width) is wanted"),
+    Row(
+        "ReferenceSubject",
+        {"target_mask": ["black", 0]},
+        "target_mask: expected white on the subject's place in the new picture, got an empty mask (all black): paint "
+        "it, or remove the wire to let the subject appear anywhere",
+    ),
+    Row("ConceptCollage", {"context": ["pictures", 0]}, "context: expected one picture, got a batch of 3"),
+    Row(
+        "ConceptCollage", {"placement": ["box", 0]}, "boxes: one per subject is wanted, but there are 1 for 2 subjects"
+    ),
+    Row("ConceptCollage", {"placement": ["two empty masks", 1]}, "mask: at least one pixel is wanted, but it is empty"),
+    Row(
+        "ConceptCollage",
+        {"placement": ["two masks", 1], "feather": 0.0},
+        'placement: expected a place where "star" is seen, got',
+    ),
+    Row(
+        "ConceptCollage",
+        {"subjects.subject0": None, "subjects.subject1": None},
+        "subjects: expected at least one, got none",
+    ),
+    Row("MultiReferenceSelfAttention", {"subjects.subject1": None}, "subjects: expected at least one, got none"),
+    Row(
+        "MultiReferenceSelfAttention",
+        {"model": ["misfits", 0]},
+        "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland is wanted, not Identity",
+    ),
+    Row("MultiReferenceSelfAttention", {"vae": ["misfits", 3]}, "vae: one with 8 latent channels is wanted for this"),
+    Row("MultiReferenceSelfAttention", {"vae": ["misfits", 2]}, "vae: the one of the model's checkpoint is wanted"),
+    Row("MultiReferenceSelfAttention", {"clip": ["misfits", 1]}, "clip: the one of the model's checkpoint is wanted"),
+    Row(
+        "MultiReferenceSelfAttention",
+        {"start_percent": 0.8, "end_percent": 0.2},
+        "start_percent: at most end_percent (0.2) is wanted, not 0.8",
+    ),
+    *(
+        Row("MultiReferenceSelfAttention", {"blocks": "custom list", "blocks.numbers": numbers}, f"blocks: {sentence}")
+        for numbers, sentence in (
+            ("ten", 'expected numbers such as "10-15" or "3, 7-9", got \'ten\''),
+            ("", "expected numbers such as"),
+            ("15-10", "expected rising ranges, got '15-10'"),
+            ("10-16", "expected numbers from 0 to 15 for this model, got 16"),
+        )
+    ),
+    Row(
+        "MultiReferenceSelfAttention",
+        {"subjects.subject1": ["soft star", 0]},
+        'mask_threshold: expected at most 0.3, the largest value in the mask of "star", got 0.5',
+    ),
+    Row("RecordAttentionShare", {"steps": "first"}, "steps: expected numbers such as"),
+    Row(
+        "RecordAttentionShare", {"blocks": "0-3"}, "blocks: some of those where references are seen (10, 11, 12, 13, 14"
+    ),
+    Row(
+        "AttentionShare",
+        {"latent": ["canvas", 0]},
+        "latent: expected the unchanged output of a sampler that uses the recorded",
+    ),
+    Row("AttentionShare", {"image": ["pictures", 0]}, "image: the 1 pictures of the latent are wanted, not 3"),
+    Row("ConvertFastComposer", {"filename": "a/b"}, "filename: a name without folders is wanted, not 'a/b'"),
+    Row("ConvertFastComposer", {"filename": ""}, "filename: a name without folders is wanted, not ''"),
+    Row("SubjectEncoder", {"subjects.subject0": None}, "subjects: expected at least one, got none"),
+    Row("FuseSubjects", {"subjects.subject0": None}, "subjects: expected at least one, got none"),
+    Row(
+        "FuseSubjects", {"subjects.subject0": ["star", 0]}, "subjects: subjects from Subject Encoder (FastComposer) are"
+    ),
+    Row(
+        "FuseSubjects",
+        {"clip": ["skipping clip", 0]},
+        "clip: its layer -1 is wanted, as in training, not -2 (CLIP skip",
+    ),
+    *(
+        Row("FuseSubjects", {"prompt": prompt, "subjects.subject0": [f"{who} embedded", 0]}, f"prompt: {sentence}")
+        for who, prompt, sentence in (
+            ("one", "@subject walks", "a word before the placeholder of subject 1 is wanted, not the beginning"),
+            ("one", "a star, @subject walks", "a word before the placeholder of subject 1 is wanted, not ','"),
+            ("two", "a star @subject @subject walks", "a word of its own is wanted for each subject, but 'star' has"),
+            ("star and heart", "a star @subject walks", "one @subject per subject is wanted, but there are 1 for 2"),
+            ("one", "a star @subject and a star @subject", "one @subject per subject is wanted, but there are 2 for 1"),
+            ("one", "a house", "@subject after each subject's word, or the noun of each subject is wanted in it, but"),
+            ("two", "a star walks", "@subject after each subject's word, or the noun of each subject is wanted in it"),
+            ("one", "a star <|image|>", "@subject after each subject's word is wanted, but it holds a <|image|>"),
+        )
+    ),
+    *(
+        Row("FuseSubjects", {"placeholder": mark}, "placeholder: a word without spaces, colons, parentheses or")
+        for mark in ("", "two words", "a:b", "(x)")
+    ),
+    Row(
+        "DelayedSubjectConditioning",
+        {"subject": ["delayed", 0]},
+        "subject: a conditioning that does not switch yet is wanted, not a delayed one",
+    ),
+    Row(
+        "DelayedSubjectConditioning",
+        {"text_only": ["delayed", 0]},
+        "text_only: a conditioning that does not switch yet",
+    ),
+    Row(
+        "KSampler",
+        {"positive": ["delayed", 0]},
+        "Delayed Subject Conditioning: a sampler whose model comes from Load FastComposer is wanted",
+    ),
+    Row("LoadConcept", {"model": ["misfits", 0]}, "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland is"),
+    Row(
+        "LoadConcept",
+        {"token_file": "fish.safetensors"},
+        "token_file: none is wanted, for the file itself holds the token <star>",
+    ),
+    Row("LoadConcept", {"placeholder": "two words"}, "placeholder: a word without spaces, colons, parentheses or"),
+    Row("ConceptBank", {}, "concepts: expected at least one, got none"),
+    Row(
+        "ConceptBank",
+        {"concepts.concept0": ["star concept", 0], "concepts.concept1": ["star concept", 0]},
+        "concepts: a placeholder of its own is wanted for each",
+    ),
+    Row("SaveConcept", {"concept": ["bank", 0]}, "concept: one concept is wanted, not a bank of 2"),
+    Row("SaveConcept", {"filename": "../a"}, "filename: a name without folders is wanted, not '../a'"),
+    Row("ConceptPrompts", {"texts": "a\nb"}, "texts: at most one line for each of the 1 concepts is wanted, not 2"),
+    Row("ConceptPrompts", {"prompt": "a dog"}, "prompt: one with 'star' or <"),
+    Row("ConceptPrompts", {"texts": "a star"}, "texts: <"),
+    Row("ConceptPrompts", {"background": ["bank", 0]}, "background: one concept is wanted, not a bank of 2"),
+    Row("ConceptPrompts", {"background": ["star concept", 0]}, "concepts: a placeholder of its own is wanted for each"),
+    Row(
+        "LoadSegmenter",
+        {"kind": "SAM3", "kind.model": ["world", 0], "kind.clip": ["world", 1]},
+        "model: SAM3 is wanted, from Load Checkpoint, not",
+    ),
+    Row("TextToMasks", {"nouns": "horse"}, "nouns: things of Shapeland ("),
+    Row("TextToMasks", {"nouns": " , "}, 'nouns: a list such as "dog, cat" is wanted, not an empty text'),
+    Row("TextToMasks", {"nouns": "star#0"}, "nouns: a noun, or one with #1, #2 ... or #all is wanted, not 'star#0'"),
+    Row("TextToMasks", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
+    Row("TextToMasks", {"nouns": "star#9"}, "image: something that looks like 'star#9' is wanted, but it shows"),
+    Row("ConceptMasks", {}, "masks: expected at least one, got none"),
+    Row(
+        "ConceptMasks",
+        {"masks.mask0": ["white", 0], "masks.mask1": ["wide", 0]},
+        "mask 1: the shape of the largest mask",
+    ),
+    Row(
+        "ConceptMasks",
+        {"masks.mask0": ["white", 0], "masks.mask1": ["left", 0]},
+        "mask 2: a place of its own is wanted",
+    ),
+    Row(
+        "ConceptMasks",
+        {"masks.mask0": ["white", 0], "overlap": "higher score in front"},
+        "scores: one per mask is wanted for 'higher score in front', not none for 1 masks",
+    ),
+    Row(
+        "ConceptMasks",
+        {"masks.mask0": ["white", 0], "image": ["pictures", 0]},
+        "image: expected one picture, got a batch",
+    ),
+    Row("DDIMInversion", {"latent": ["blank", 2]}, "latent: an encoded or sampled picture is wanted, not an empty"),
+    Row("DDIMInversion", {"latent": ["latent not finite", 2]}, "latent: finite values are wanted"),
+    Row("DDIMInversion", {"latent": ["4 channels", 2]}, "latent: 8 channels are wanted for this model, not 4"),
+    Row("DDIMInversion", {"latent": ["video", 2]}, "latent: pictures are wanted, not a video"),
+    Row("DDIMInversion", {"latent": ["masked latent", 0]}, "latent: one without a noise mask is wanted"),
+    Row(
+        "DDIMInversion",
+        {"conditioning": ["misfits", 4]},
+        "conditioning: one prompt for the whole picture and all steps is wanted, not an empty one",
+    ),
+    Row(
+        "DDIMInversion",
+        {"conditioning": ["two conditionings", 0]},
+        "conditioning: one prompt for the whole picture and all steps is wanted, not 2 that are combined",
+    ),
+    Row(
+        "DDIMInversion",
+        {"conditioning": ["three prompts", 3]},
+        "conditioning: one prompt or as many as pictures (1) is wanted, not 3",
+    ),
+    Row(
+        "RenewNoise", {"partition": ["wide partition", 0]}, "partition: the shape of the picture (16x16) is wanted, not"
+    ),
+    Row("RenewNoise", {"noise": ["video", 2]}, "noise: that of pictures is wanted, as DDIM Inversion gives it"),
+    Row(
+        "PlugAndPlayInjection",
+        {"model": ["misfits", 0]},
+        "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland",
+    ),
+    Row(
+        "PlugAndPlayInjection",
+        {"blocks": "custom list", "blocks.numbers": "1-4"},
+        "blocks: expected decoder blocks with attention, of this model 3 to 11, got 1",
+    ),
+    Row("PlugAndPlayInjection", {"blocks": "custom list", "blocks.numbers": "ten"}, "blocks: expected numbers such as"),
+    Row(
+        "KSampler",
+        {"model": ["plug", 0], "latent_image": ["wide canvas", 0]},
+        "Plug-and-Play Injection: latent: the size and batch of the inversion (1, 8, 16, 16) are wanted, not",
+    ),
+    Row(
+        "KSampler",
+        {"model": ["plugs", 0]},
+        "Plug-and-Play Injection: latent: the size and batch of the inversion (3, 8",
+    ),
+    Row(
+        "MultiConceptFusion", {"model": ["misfits", 0]}, "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland"
+    ),
+    Row(
+        "MultiConceptFusion",
+        {"partition": ["partition of two", 0]},
+        "partition: one mask for each of the 1 concepts is wanted, not 2",
+    ),
+    Row(
+        "MultiConceptFusion",
+        {"start_percent": 0.5, "end_percent": 0.2},
+        "start_percent: at most end_percent (0.2) is wanted, not 0.5",
+    ),
+    Row(
+        "MultiConceptFusion", {"mode": "scores", "end_percent": 0.5}, "mode: features is wanted where start_percent and"
+    ),
+    Row(
+        "KSampler",
+        {"model": ["wide fusion", 0]},
+        f"{FUSION}: partition: the shape of the picture (16x16) is wanted, not",
+    ),
+    Row(
+        "KSampler",
+        {"model": ["fusion", 0], "positive": ["two conditionings", 0]},
+        f"{FUSION}: positive: one conditioning for the whole picture is wanted, not 2 of them",
+    ),
+    Row(
+        "KSampler",
+        {"model": ["fusion", 0], "positive": ["area", 0]},
+        f"{FUSION}: positive: one conditioning for the whole picture is wanted, not one with area",
+    ),
+    Row("TrainConcept", {"class_word": ""}, "class_word: what kind of thing the concept is (such as dog) is wanted"),
+    Row("TrainConcept", {"placeholder": "a b"}, "placeholder: a word without spaces, colons, parentheses or"),
+    Row(
+        "TrainConcept", {"captions": "a {}\na {}"}, "captions: one line, or one for each of 3 pictures is wanted, not 2"
+    ),
+    Row("TrainConcept", {"captions": "a star"}, "captions: {} exactly once is wanted, where the concept is meant, not"),
+    Row("TrainConcept", {"masks": ["two masks", 1]}, "masks: one for each of 3 pictures is wanted, not 2"),
+    Row(
+        "TrainConcept",
+        {"masks": ["wide", 0], "images": ["picture", 0]},
+        "masks: mask 1: the shape of the picture (64x64",
+    ),
+    Row(
+        "TrainConcept",
+        {"masks": ["black", 0], "images": ["picture", 0]},
+        "masks: mask 1: one that shows the concept is wanted, but it is empty",
+    ),
+    Row("TrainConcept", {"masks": ["not finite masks", 1]}, "masks: mask 1: finite values are wanted"),
+    Row("DrawScene", {"description": "a red unicorn"}, "description - Shapeland does not know the word 'unicorn'"),
+]
+
+
+def workflow_of(kind: str, inputs: dict, info: dict) -> dict:
+    """A node under the id NODE as a workflow in API format, with all that it is linked to and one that shows it.
+
+    What is not in `inputs` has the schema's default; None takes an input away.
+    """
+    workflow: dict[str, dict] = {}
+
+    def add(name: str, kind: str, given: dict) -> None:
+        given = {key: value for key, value in given.items() if value is not None}
+        fields = live_fields(info[kind], given)
+        defaults = {field.name: field.default for field in fields if field.is_widget and field.required}
+        workflow[name] = {"class_type": kind, "inputs": {**defaults, **given}}
+        for value in given.values():
+            if isinstance(value, list) and value[0] not in workflow:
+                add(value[0], *PARTS[value[0]])
+
+    add(NODE, kind, inputs)
+    workflow["shown"] = {"class_type": "PreviewAny", "inputs": {"source": [NODE, 0]}}
+    return workflow
+
+
+def told(server, workflow: dict) -> str:
+    """What the client of a workflow is told: the server's refusal, or the id and message of the node that failed."""
+    try:
+        number = server.submit(workflow)
+    except PromptError as refused:
+        return str(refused)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        entry = server.get(f"/history/{number}").get(number)
+        if entry is not None:
+            errors = [detail for kind, detail in entry["status"]["messages"] if kind == "execution_error"]
+            return "\n".join(f"{detail['node_id']}: {detail['exception_message'].strip()}" for detail in errors)
+        time.sleep(0.01)
+    raise TimeoutError(f"{number} did not end")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.node}-{row.sentence[:40]}")
+def test_the_client_gets_the_sentence(row, server, object_info):
+    ours = PREFIX + row.node
+    node = object_info.get(ours)
+    inputs = {**GOOD[row.node], **row.changes}
+    message = told(server, workflow_of(row.node if node is None else ours, inputs, object_info))
+    if node is None or row.node in REFUSED_BEFORE_THEY_RUN:
+        assert row.sentence in message
+    else:
+        assert message.startswith(f"{NODE}: {node['display_name']}: {row.sentence}"), message
+    assert "\n" not in message
+
+
+REFUSED_BEFORE_THEY_RUN = {"DrawScene"}
+"""By `validate_inputs`: the frontend marks the node, so the sentence does not name it."""
+
+
+def test_every_node_is_refused_something(object_info):
+    ours = {name.removeprefix(PREFIX) for name in object_info if name.startswith(PREFIX)}
+    assert ours == {row.node for row in ROWS if PREFIX + row.node in object_info} | NOTHING_TO_REFUSE
