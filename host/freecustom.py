@@ -25,11 +25,12 @@ from .bank import RAM, Bank
 from .patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
 from .references import PER_STEP, ReferencePasses
 from .shares import ShareRecord, ShareRun
-from .sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of
+from .sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of, network_of
 
 log = logging.getLogger("conceptloom")
 
 KEY = "conceptloom_freecustom"
+NAME = "Multi-Reference Self-Attention (FreeCustom)"
 NEGATIVE_PROMPT, SHARE_POSITIVE = "negative prompt", "share positive"
 SAMPLER_SEED = -1
 CROWDED = 20.0
@@ -106,7 +107,8 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
     Raises:
         ValueError: model, VAE, CLIP or a setting cannot be used; says which and why.
     """
-    sites = choose_sites(family_of(model.model.diffusion_model).sites(model.model.diffusion_model), settings.blocks)
+    unet = network_of(model.model)
+    sites = choose_sites(family_of(unet).sites(unet), settings.blocks)
     if vae is None or clip is None:
         missing = "vae" if vae is None else "clip"
         raise ValueError(f"{missing}: the one of the model's checkpoint is wanted, but the file given has none")
@@ -151,6 +153,8 @@ def record_shares(model, steps: str, blocks: str) -> tuple[object, ShareRecord]:
 
 class FreeCustom:
     """The system attached to a MODEL. It owns the references' latents and the bank; both go when the MODEL goes."""
+
+    name = NAME
 
     def __init__(self, encoded: Sequence[Encoded], settings: Settings, sites: Sequence[Site], vae, record):
         self.encoded = tuple(encoded)
@@ -207,13 +211,6 @@ class FreeCustom:
         if not self.references:
             return None
         patcher = sampling.guider.model_patcher
-        if "torch.compile" in sampling.guider.model_options["transformer_options"].get("wrappers", {}).get(
-            "apply_model", {}
-        ):
-            raise ValueError(
-                "Multi-Reference Self-Attention (FreeCustom): model: one without TorchCompileModel is wanted, since "
-                "compiled code does not notice attention patches that come and go"
-            )
         size = tuple(sampling.noise.shape[-2:])
         return ReferenceRun(self, sampling, self._encode(size, patcher.model))
 
@@ -232,8 +229,8 @@ class FreeCustom:
             for i, reference in enumerate(self.references):
                 if not torch.isfinite(latents[i]).all():
                     raise ValueError(
-                        f"Multi-Reference Self-Attention (FreeCustom): vae: finite latents are wanted, but the "
-                        f'reference "{reference.noun}" gave NaN or infinity'
+                        f'{NAME}: vae: finite latents are wanted, but the reference "{reference.noun}" gave NaN or '
+                        "infinity"
                     )
             self._latents[size] = [latents[i] for i in range(len(self.references))]
             while len(self._latents) > LATENT_SIZES_KEPT:
