@@ -164,7 +164,6 @@ class TestConcept:
         without_weight = train(parts, prior=prior, prior_weight=0.0).deltas[key]["v"].matrix()
         assert not torch.equal(with_prior, without_weight)
 
-
     def test_it_is_the_same_of_a_model_that_is_compiled(self, parts):
         from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -242,7 +241,6 @@ class TestRefusals:
                 Pictures([image] * 2, [None, mask], ["a {}"])
         with pytest.raises(ValueError, match="exactly once is wanted, where the concept is meant, not 'a star'"):
             Pictures([image], [None], ["a star"])
-
 
     def test_a_model_whose_layers_another_node_replaces(self, parts):
         """The copy that is trained on would compute with the original's layers."""
