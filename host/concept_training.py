@@ -32,7 +32,7 @@ from . import passes
 from .concept_prompts import splice
 from .concepts import layer_module
 from .patching import POSITIVE
-from .sites import CROSS, AttentionCall, family_of
+from .sites import CROSS, AttentionCall, family_of, network_of
 
 Report = Callable[[int, float, Callable[[], Concept]], None]
 """Told after each step: how many were done, the loss, and what gives the concept as it is."""
@@ -93,7 +93,13 @@ def _copies(model, clip):
     for given, what in ((model, "model"), (clip.patcher, "clip")):
         if given.cached_patcher_init is None:
             raise ValueError(f"{what}: one from the host's own loaders is wanted, which can be loaded a second time")
-    family_of(model.model.diffusion_model)
+    network_of(model.model)
+    patched = next((name for name in model.object_patches if name.startswith("diffusion_model")), None)
+    if patched:
+        raise ValueError(
+            f"model: expected one whose layers are its checkpoint's, got one with another node's patch of {patched}, "
+            "which would not be of the copy that is trained on; connect the model ahead of that node"
+        )
     # The fresh ones are held too: the host takes a model whose first patcher has gone for a leak, at every load.
     (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
     text = clip.clone()
@@ -145,7 +151,7 @@ class _Trainer:
         self.model, self.device = patcher.model, patcher.load_device
         self.patchers = [patcher, clip.patcher]
         self.clip, self.pictures, self.name, self.recipe, self.side = clip, pictures, name, recipe, side
-        unet = self.model.diffusion_model
+        unet = network_of(self.model)
         self.sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
         layers = {
             site.key: {part: layer_module(self.model, site.key, part).weight.detach() for part in BOTH}
@@ -259,7 +265,7 @@ class _Trainer:
             return call.attend(call.q, key, value)
 
         handlers = {site: partial(attend, site) for site in self.sites}
-        options = family_of(self.model.diffusion_model).install({"cond_or_uncond": [0], "sigmas": sigma}, handlers)
+        options = family_of(network_of(self.model)).install({"cond_or_uncond": [0], "sigmas": sigma}, handlers)
         return passes.evaluate(self.model, x, sigma, conds, options)
 
     def concept(self) -> Concept:

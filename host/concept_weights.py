@@ -21,7 +21,8 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from ..encoders.concept_formats import LORA, ConceptFile
 from ..encoders.concepts import PARTS, Concept, Delta, Key, architecture, fingerprint, layer_name
 from .advice import advise
-from .sites import CROSS, family_of
+from .patching import unload_compiled
+from .sites import CROSS, family_of, network_of
 
 UNET = "diffusion_model."
 _TEXT_LORA = ("lora_te", "text_encoder")
@@ -48,9 +49,10 @@ class Weights:
         Raises:
             ValueError: it is of no family with cross-attention.
         """
-        unet = model.model.diffusion_model
+        unet = network_of(model.model)
         keys = [site.key for site in family_of(unet).sites(unet) if site.kind == CROSS]
         layers = {f"{UNET}{layer_name(key)}.{tail}": (key, part) for key in keys for part, tail in PARTS.items()}
+        unload_compiled(model)
         patches = model.get_key_patches(UNET)
         if not layers or any(f"{layer}.weight" not in patches for layer in layers):
             raise ValueError("model: one with cross-attention in every block that attends is wanted, such as SD 1.5")

@@ -24,7 +24,7 @@ from ..encoders.concept_formats import Tokens
 from ..encoders.concepts import PARTS, Concept, Key, layer_name
 from .advice import advise
 from .concept_weights import check_fit, difference, is_whole, lora_patches, read_weights, unpatched
-from .sites import Site
+from .sites import Site, network_of
 
 AS_CONCEPT, AS_LORA = "concept", "LoRA"
 FORMS = (AS_CONCEPT, AS_LORA)
@@ -117,7 +117,7 @@ def keys_and_values(concept: Concept, model, site: Site, context: torch.Tensor) 
 
 def layer_module(model, key: Key, part: str) -> torch.nn.Module:
     """The linear layer of a BaseModel's cross-attention that a part of a concept is a difference to."""
-    return model.diffusion_model.get_submodule(f"{layer_name(key)}.{PARTS[part]}")
+    return network_of(model).get_submodule(f"{layer_name(key)}.{PARTS[part]}")
 
 
 def check_tokens(concept: Concept, clip) -> None:

@@ -22,6 +22,7 @@ from ..encoders.files import whole_file
 from ..encoders.fuser import Fuser
 from ..encoders.lora import factor
 from . import delay
+from .patching import unload_compiled
 
 AS_LORA, AS_FILE, WITHOUT = "LoRA", "file", "none"
 UNET_FORMS = (AS_LORA, AS_FILE, WITHOUT)
@@ -218,6 +219,7 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
 def _difference(state: dict[str, torch.Tensor], model, rank: int) -> dict[str, torch.Tensor]:
     """A UNet's difference to a MODEL as a LoRA with the names that every LoRA loader reads."""
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    unload_compiled(model)
     own = model.model_state_dict("diffusion_model.")
     lora = {}
     progress = comfy.utils.ProgressBar(len(state))

@@ -26,7 +26,7 @@ from .bank import RAM, Bank
 from .patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
 from .references import PER_STEP, ReferencePasses
 from .shares import ShareRecord, ShareRun
-from .sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of
+from .sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of, network_of
 from .workflow_texts import executing_prompt
 
 log = logging.getLogger("conceptloom")
@@ -109,7 +109,8 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
     Raises:
         ValueError: model, VAE, CLIP or a setting cannot be used; says which and why.
     """
-    sites = choose_sites(family_of(model.model.diffusion_model).sites(model.model.diffusion_model), settings.blocks)
+    unet = network_of(model.model)
+    sites = choose_sites(family_of(unet).sites(unet), settings.blocks)
     if vae is None or clip is None:
         missing = "vae" if vae is None else "clip"
         raise ValueError(f"{missing}: the one of the model's checkpoint is wanted, but the file given has none")
@@ -159,6 +160,8 @@ class FreeCustom:
         ValueError: the mask of a subject that is switched on has nothing at the threshold.
     """
 
+    name = NAME
+
     def __init__(self, encoded: Sequence[Encoded], settings: Settings, sites: Sequence[Site], vae, record, node=None):
         self.encoded = tuple(encoded)
         self.settings = settings
@@ -206,13 +209,6 @@ class FreeCustom:
         if not self.references:
             return None
         patcher = sampling.guider.model_patcher
-        if "torch.compile" in sampling.guider.model_options["transformer_options"].get("wrappers", {}).get(
-            "apply_model", {}
-        ):
-            raise ValueError(
-                f"{NAME}: model: one without TorchCompileModel is wanted, since compiled code does not notice "
-                "attention patches that come and go"
-            )
         self._advise(sampling)
         size = tuple(sampling.noise.shape[-2:])
         return ReferenceRun(self, sampling, self._encode(size, patcher.model))

@@ -25,7 +25,7 @@ from .advice import advise
 from .concepts import keys_and_values
 from .layers import Change, MaskedLayer, OwnQueries, Rows, changes_of
 from .patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
-from .sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of
+from .sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of, network_of
 
 KEY = "conceptloom_concept_fusion"
 NAME = "Multi-Concept Fusion (Concept Weaver)"
@@ -97,7 +97,7 @@ def apply(
     Raises:
         ValueError: the parts do not fit together; says which and why.
     """
-    unet = model.model.diffusion_model
+    unet = network_of(model.model)
     sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
     if len(partition) != len(concepts) + 1:
         raise ValueError(
@@ -155,6 +155,8 @@ class ConceptFusion:
 
     `advice` is what to say when a sampling begins.
     """
+
+    name = NAME
 
     concepts: Sequence[SpokenConcept]
     maps: torch.Tensor
@@ -221,7 +223,7 @@ class FusionRun:
         rows, changes = self._rows(evaluation), self.system.changes
         if not rows or not changes:
             return {}
-        unet, device, count = evaluation.model.diffusion_model, evaluation.x.device, len(evaluation.x)
+        unet, device, count = network_of(evaluation.model), evaluation.x.device, len(evaluation.x)
         if device not in self._changes:
             dtype = evaluation.model.get_dtype_inference()
             self._changes[device] = {n: [one.to(device, dtype) for one in found] for n, found in changes.items()}

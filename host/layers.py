@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..encoders.concepts import PARTS, Concept, Key, layer_name
 from .concept_weights import UNET, Weights, difference
-from .sites import Site
+from .sites import Site, network_of
 
 Sized = Callable[[tuple[int, int]], torch.Tensor]
 """Masks (n, h, w) of the concepts at a layer's size."""
@@ -71,7 +71,7 @@ def changes_of(concepts: Sequence[Concept], model, sites: Sequence[Site]) -> tup
         sites: the cross-attention in which concepts are seen; queries and outputs of others stay as they are.
     """
     weights = Weights.of(model)
-    unet = model.model.diffusion_model
+    unet = network_of(model.model)
     found: dict[str, list[Change]] = {}
     left_out = 0
     for i, concept in enumerate(concepts):

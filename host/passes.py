@@ -15,7 +15,7 @@ import comfy.samplers
 import torch
 
 from .patching import Evaluation
-from .sites import Handler, Site, family_of, resting_layers
+from .sites import Handler, Site, family_of, network_of, resting_layers
 
 _FEATURE_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
 KERNEL_OVERRIDE = "optimized_attention_override"
@@ -73,7 +73,7 @@ def forward(
         sigmas=sigma,
         patches=feature_patches(evaluation),
     )
-    options = family_of(model.diffusion_model).install(options, handlers)
+    options = family_of(network_of(model)).install(options, handlers)
     with contextlib.suppress(StopForward):
         evaluate(model, x, sigma, conds, options)
 

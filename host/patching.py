@@ -6,24 +6,34 @@ A *system* (FreeCustom and its siblings) is attached to a MODEL and registers tw
 - APPLY_MODEL asks the run which *sites* (see `sites`) it wants to handle in this model evaluation, and installs its
   handlers in a copy of the options of this one call. Whatever other nodes have put at a site is seen there, no
   matter who came first, and handed to the handler. A run that wants nothing leaves the call untouched.
+
+While a run is open, compiled modules run uncompiled (`_uncompiled`), whichever node compiled them and in which order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from .advice import executing_node, withdraw_earlier
-from .sites import Handler, LayerHandler, Site, family_of, handled_layers
+from .sites import Handler, LayerHandler, Site, family_of, handled_layers, network_of
+
+log = logging.getLogger("conceptloom")
 
 RUNS = "conceptloom_runs"
 ROLE_TAG = "conceptloom_role"
 POSITIVE, NEGATIVE = "positive", "negative"
+_COMPILE_KEY = "torch.compile"
+"""Of the wrapper that the host's compile node and most others set."""
+
 _NEGATIVES = (NEGATIVE, "empty_negative_prompt")
 """Sides that guidance moves away from; the second is Perp-Neg's."""
 
@@ -78,7 +88,9 @@ class LayerRun(Run, Protocol):
 
 
 class System(Protocol):
-    """What is attached to a MODEL."""
+    """What is attached to a MODEL; `name` is its node's."""
+
+    name: str
 
     def begin(self, sampling: Sampling) -> Run | None:
         """Opens the run of one sampling, before the model is loaded; None leaves the sampling untouched."""
@@ -165,6 +177,13 @@ def attached(model, key: str) -> System | None:
     return model.get_attachment(key)
 
 
+def unload_compiled(model) -> None:
+    """Unloads a MODEL's model where an earlier sampling has left compiled modules in it: weights have other names in
+    those."""
+    if any("._orig_mod." in name for name, _ in model.model.named_parameters()):
+        comfy.model_management.unload_model_and_clones(model)
+
+
 def _outer_sample(key: str, system: System, node: str | None) -> Callable:
     def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
@@ -179,7 +198,8 @@ def _outer_sample(key: str, system: System, node: str | None) -> Callable:
             guider.model_options = comfy.model_patcher.create_model_options_clone(original)
             runs = guider.model_options.setdefault("transformer_options", {}).setdefault(RUNS, {})
             runs[key] = _Scope.open(run, sampling)
-            samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            with _uncompiled(system.name, guider.model_options["transformer_options"]):
+                samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             run.finish(samples)
             return samples
         finally:
@@ -189,17 +209,42 @@ def _outer_sample(key: str, system: System, node: str | None) -> Callable:
     return outer_sample
 
 
+@contextmanager
+def _uncompiled(name: str, options: Mapping) -> Iterator[None]:
+    """Compiled modules run as they are written while this is open.
+
+    Compiled code has no hooks, and the compile nodes drop its guards on the options that carry our handlers: it would
+    go on as it was first run, and draw the picture without them.
+
+    Raises:
+        ValueError: a node has compiled the model, and this PyTorch cannot do without.
+    """
+    compiled = _COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if not hasattr(torch.compiler, "set_stance"):
+        if compiled:
+            raise ValueError(
+                f"{name}: model: expected one that is not compiled, got one from TorchCompileModel; remove that node, "
+                "or update PyTorch to 2.6 or newer"
+            )
+        yield
+        return
+    if compiled:
+        log.info("%s: the model runs uncompiled in this sampling", name)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def _apply_model(key: str) -> Callable:
     def apply_model(executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
         scope = transformer_options.get(RUNS, {}).get(key)
         if scope is not None:
+            network = network_of(executor.class_obj)
             evaluation = scope.read(executor.class_obj, x, sigma, transformer_options)
             handlers = scope.run.handlers(evaluation)
             if handlers:
-                family = family_of(executor.class_obj.diffusion_model)
-                transformer_options = family.install(transformer_options, handlers)
+                transformer_options = family_of(network).install(transformer_options, handlers)
             if isinstance(scope.run, LayerRun):
-                with handled_layers(executor.class_obj.diffusion_model, scope.run.layers(evaluation)):
+                with handled_layers(network, scope.run.layers(evaluation)):
                     return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
         return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

@@ -22,7 +22,7 @@ from . import passes
 from .advice import advise
 from .inversion import SourceTrajectory
 from .patching import POSITIVE, Evaluation, Sampling, attach
-from .sites import RESIDUAL, SELF, AttentionCall, Handler, ResidualCall, Site, family_of, parse_numbers
+from .sites import RESIDUAL, SELF, AttentionCall, Handler, ResidualCall, Site, family_of, network_of, parse_numbers
 
 KEY = "conceptloom_plug_and_play"
 NAME = "Plug-and-Play Injection"
@@ -91,7 +91,7 @@ def apply(model, source: SourceTrajectory, settings: Settings):
     Raises:
         ValueError: the model or a setting cannot be used; says which and why.
     """
-    unet = model.model.diffusion_model
+    unet = network_of(model.model)
     branch, attention = choose_sites(family_of(unet).sites(unet), settings.blocks)
     return attach(model, KEY, PlugAndPlay(source, settings, branch, attention))
 
@@ -99,6 +99,8 @@ def apply(model, source: SourceTrajectory, settings: Settings):
 @dataclass(frozen=True, eq=False)
 class PlugAndPlay:
     """The system attached to a MODEL."""
+
+    name = NAME
 
     source: SourceTrajectory
     settings: Settings
@@ -169,7 +171,7 @@ class InjectionRun:
     def _source_pass(self, evaluation: Evaluation, wanted: Sequence[Site]) -> dict[Site, tuple[torch.Tensor, ...]]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         x = self.system.source.trajectory.at(evaluation.noise_level).to(evaluation.x)
-        unet = evaluation.model.diffusion_model
+        unet = network_of(evaluation.model)
         last = [site for site in family_of(unet).sites(unet) if site in wanted][-1]
         records: dict[Site, tuple[torch.Tensor, ...]] = {}
 

@@ -17,7 +17,7 @@ from ..attention.masks import binarize, token_mask
 from . import passes
 from .bank import BankGroup
 from .patching import NEGATIVE, POSITIVE, Evaluation
-from .sites import AttentionCall, Handler, Site, family_of
+from .sites import AttentionCall, Handler, Site, family_of, network_of
 
 if TYPE_CHECKING:
     from .freecustom import ReferenceRun
@@ -50,7 +50,8 @@ class ReferencePasses:
         self.layouts: dict[Site, mrsa.KeyLayout] = {}
         self.has_target_masks = any(run.system.encoded[i].subject.target_mask is not None for i in run.system.active)
         # The reference pass must meet no layers that treat its batch as frames, whoever injected them.
-        family_of(self.model.diffusion_model).sites(self.model.diffusion_model)
+        network = network_of(self.model)
+        family_of(network).sites(network)
         self._batches = self._make_batches(evaluation)
         self._plans: dict[tuple, mrsa.KeyPlan] = {}
         self._joined: dict[tuple, mrsa.KeyLayout] = {}

@@ -121,8 +121,8 @@ _RESTING = ContextVar("conceptloom_layers_rest", default=False)
 
 
 @contextmanager
-def handled_layers(diffusion_model, handlers: Mapping[str, LayerHandler]) -> Iterator[None]:
-    """Layers of a model, by their names in it, are handled while this is open."""
+def handled_layers(network: torch.nn.Module, handlers: Mapping[str, LayerHandler]) -> Iterator[None]:
+    """Layers of a `network_of` a model, by their names in it, are handled while this is open."""
     grids: dict[str | None, tuple[int, int]] = {}
 
     def note(name: str) -> Callable:
@@ -139,11 +139,10 @@ def handled_layers(diffusion_model, handlers: Mapping[str, LayerHandler]) -> Ite
 
     hooks = []
     if handlers:
-        named = dict(diffusion_model.named_modules())
-        transformers = [name for name, module in named.items() if isinstance(module, SpatialTransformer)]
+        transformers = [n for n, module in network.named_modules() if isinstance(module, SpatialTransformer)]
         around = {n: next((t for t in transformers if n.startswith(f"{t}.")), None) for n in handlers}
-        hooks = [named[t].register_forward_pre_hook(note(t)) for t in {*around.values()} - {None}]
-        hooks += [named[n].register_forward_hook(hook(h, around[n])) for n, h in handlers.items()]
+        hooks = [network.get_submodule(t).register_forward_pre_hook(note(t)) for t in {*around.values()} - {None}]
+        hooks += [network.get_submodule(n).register_forward_hook(hook(h, around[n])) for n, h in handlers.items()]
     try:
         yield
     finally:
@@ -274,17 +273,24 @@ def _as_layer_patch(handlers: Mapping[tuple, Handler], others: Sequence[tuple[ty
 FAMILIES = (UNetFamily(),)
 
 
-def family_of(diffusion_model) -> UNetFamily:
-    """The adapter of a model's family.
+def network_of(model) -> torch.nn.Module:
+    """The diffusion model of a BaseModel; where another node has wrapped it, as compile nodes do, what is inside.
 
     Raises:
         ValueError: no family supports it.
     """
-    for family in FAMILIES:
-        if family.owns(diffusion_model):
-            return family
-    supported = ", ".join(family.names for family in FAMILIES)
-    raise ValueError(f"model: one of the families {supported} is wanted, not {type(diffusion_model).__name__}")
+    found = (part for part in model.diffusion_model.modules() if any(family.owns(part) for family in FAMILIES))
+    network = next(found, None)
+    if network is None:
+        supported = ", ".join(family.names for family in FAMILIES)
+        given = type(model.diffusion_model).__name__
+        raise ValueError(f"model: expected one of the families {supported}, got {given}")
+    return network
+
+
+def family_of(network: torch.nn.Module) -> UNetFamily:
+    """The adapter of the family that owns the `network_of` a model."""
+    return next(family for family in FAMILIES if family.owns(network))
 
 
 def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, ...]:

@@ -164,6 +164,17 @@ class TestConcept:
         without_weight = train(parts, prior=prior, prior_weight=0.0).deltas[key]["v"].matrix()
         assert not torch.equal(with_prior, without_weight)
 
+    def test_it_is_the_same_of_a_model_that_is_compiled(self, parts):
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+        def backend(graph, inputs):
+            raise AssertionError("compiled")
+
+        model, key = parts[0].clone(), ("middle", 0, 0)
+        set_torch_compile_wrapper(model, backend)
+        learnt = train((model, *parts[1:]), steps=1).deltas[key]["v"].matrix()
+        assert torch.equal(learnt, train(parts, steps=1).deltas[key]["v"].matrix())
+
 
 class TestAfterwards:
     def test_a_training_that_was_cancelled_continues_as_if_it_had_not_been(self, parts, tmp_path):
@@ -230,6 +241,17 @@ class TestRefusals:
                 Pictures([image] * 2, [None, mask], ["a {}"])
         with pytest.raises(ValueError, match="exactly once is wanted, where the concept is meant, not 'a star'"):
             Pictures([image], [None], ["a star"])
+
+    def test_a_model_whose_layers_another_node_replaces(self, parts):
+        """The copy that is trained on would compute with the original's layers."""
+        model = parts[0].clone()
+        model.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model, backend="eager"))
+        with pytest.raises(ValueError) as caught:
+            train((model, *parts[1:]))
+        assert str(caught.value) == (
+            "model: expected one whose layers are its checkpoint's, got one with another node's patch of "
+            "diffusion_model, which would not be of the copy that is trained on; connect the model ahead of that node"
+        )
 
 
 def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):

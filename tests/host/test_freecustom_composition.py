@@ -348,14 +348,6 @@ class TestOtherModels:
             toy.base.set_inpaint()
             assert differs(toy.sample(toy.apply(toy.subject(), toy.subject(1))), toy.sample())
 
-    def test_compiled_models_are_refused(self, toy):
-        from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-        model = toy.apply(toy.subject())
-        set_torch_compile_wrapper(model=model, backend="eager")
-        with pytest.raises(ValueError, match="TorchCompileModel"):
-            toy.sample(model)
-
     def test_layers_that_see_frames_are_refused(self, toy, monkeypatch):
         class VanillaTemporalModule(torch.nn.Identity):
             pass

@@ -117,7 +117,7 @@ def test_bad_settings(patch, toy, changes, sentence):
 def test_other_families_are_refused(patch):
     model = SimpleNamespace(model=SimpleNamespace(diffusion_model=NotAUNet()))
     with pytest.raises(
-        ValueError, match="model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland is wanted, not Not"
+        ValueError, match="model: expected one of the families SD 1.x, SD 2.x, SDXL and Shapeland, got NotAUNet"
     ):
         patch(model=model)
 

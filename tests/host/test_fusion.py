@@ -725,7 +725,7 @@ class TestRefusals:
             lambda: plugandplay.apply(flux, None, plugandplay.Settings()),
             lambda: concepts.load_concept(flux, {"unet": {"x.attn2.to_k.weight": torch.zeros(2, 2)}}),
         ):
-            with pytest.raises(ValueError, match="model: one of the families SD 1.x.* is wanted, not Identity"):
+            with pytest.raises(ValueError, match="model: expected one of the families SD 1.x.*, got Identity"):
                 use()
 
     def test_a_concept_of_another_model(self, toy):

@@ -2,9 +2,9 @@
 
 Stages, in the order in which each needs the ones before: scenes, autoencoder, decoder, clip, judge, unet. Every stage
 is deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped,
-and writes its weights to `shapeland/weights/next/` at its end. The stage `fuser` works on the shipped weights; its own stay in its folder, for
-FastComposer's training to start from. The stage `check` trains nothing: the trained UNet draws 512 held-out captions in
-50 steps, and the judge reads them.
+and writes its weights to `shapeland/weights/next/` at its end. The stage `fuser` works on the shipped weights; its own
+stay in its folder, for FastComposer's training to start from. The stage `check` trains nothing: the trained UNet draws
+512 held-out captions in 50 steps, and the judge reads them.
 """
 
 from __future__ import annotations
