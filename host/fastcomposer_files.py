@@ -22,6 +22,7 @@ from ..encoders.files import whole_file
 from ..encoders.fuser import Fuser
 from ..encoders.lora import factor
 from . import delay
+from .files import load_state
 
 AS_LORA, AS_FILE, WITHOUT = "LoRA", "file", "none"
 UNET_FORMS = (AS_LORA, AS_FILE, WITHOUT)
@@ -66,7 +67,7 @@ def load(path: str, model=None, clip=None, clip_vision=None, embedding_directory
         ValueError: the file is no FastComposer's, or holds something that wants a model which is not given or is of
             another kind.
     """
-    parts = split(comfy.utils.load_torch_file(path, safe_load=True))
+    parts = split(load_state(path))
     if parts[UNET]:
         model = _unet(parts[UNET])
         # The host makes a second, fully loaded model by this for what its dynamic memory cannot do.
@@ -87,12 +88,12 @@ def load(path: str, model=None, clip=None, clip_vision=None, embedding_directory
 
 def load_unet(path: str, disable_dynamic: bool = False):
     """The MODEL of a file that holds a UNet."""
-    return _unet(split(comfy.utils.load_torch_file(path, safe_load=True))[UNET], disable_dynamic)
+    return _unet(split(load_state(path))[UNET], disable_dynamic)
 
 
 def load_text_patcher(path: str, embedding_directory: Sequence[str] | None, disable_dynamic: bool = False):
     """The patcher of the CLIP of a file that holds a text encoder."""
-    state = split(comfy.utils.load_torch_file(path, safe_load=True))[TEXT]
+    state = split(load_state(path))[TEXT]
     return _text(state, embedding_directory, disable_dynamic).patcher
 
 
@@ -188,7 +189,7 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
     """
     if not name or name != Path(name).name:
         raise ValueError(f"filename: a name without folders is wanted, not {name!r}")
-    parts = split(comfy.utils.load_torch_file(path, safe_load=True))
+    parts = split(load_state(path))
     if not parts[FUSER]:
         raise ValueError("file: a FastComposer checkpoint is wanted, but this file has no postfuse_module")
     if unet != WITHOUT and not parts[UNET]:

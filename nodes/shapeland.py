@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..host import shapeland as host
 from ..shapeland import report, world
+from .types import speaking_for
 
 CATEGORY = "ConceptLoom/Shapeland"
 
@@ -35,12 +36,13 @@ class LoadShapeland(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(
-            host.load_model(),
-            host.load_clip(embedding_directory=folder_paths.get_folder_paths("embeddings")),
-            host.load_vae(),
-            host.load_clip_vision(),
-        )
+        with speaking_for(cls):
+            return io.NodeOutput(
+                host.load_model(),
+                host.load_clip(embedding_directory=folder_paths.get_folder_paths("embeddings")),
+                host.load_vae(),
+                host.load_clip_vision(),
+            )
 
 
 class DrawScene(io.ComfyNode):
@@ -152,8 +154,9 @@ class ReadPicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, noun: str, reference: torch.Tensor | None = None) -> io.NodeOutput:
-        readings = host.read_pictures(image)
-        compared = None if reference is None else host.read_pictures(reference[:1])[0]
+        with speaking_for(cls):
+            readings = host.read_pictures(image)
+            compared = None if reference is None else host.read_pictures(reference[:1])[0]
         mask = report.union_mask(readings, noun, image.shape[1:3])
         return io.NodeOutput(mask, report.describe(readings, compared))
 
