@@ -128,21 +128,18 @@ class Adapter:
         return (changed,)
 
     def _misfit(self, base: torch.Tensor) -> ValueError:
-        given = ", ".join(f"{part} {tuple(named.tensor.shape)}" for part, named in self.group.items())
-        name = next(iter(self.group.values())).name
-        return ValueError(
-            f"file: expected a {self.kind} for a weight of shape {tuple(base.shape)}, got {given} at {name!r}"
-        )
+        given = ", ".join(f"{named.name} {tuple(named.tensor.shape)}" for named in self.group.values())
+        return ValueError(f"file: expected {self.kind} for a weight of shape {tuple(base.shape)}, got {given}")
 
     def _with_magnitude(self, base: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
         """DoRA, equation 5: the changed weight with the file's norm of each row; or of each column, where LyCORIS says
         so by the shape (1, in)."""
         merged = base + changed
-        ours = "magnitude" not in self.group
-        given = self._part("dora_scale" if ours else "magnitude")
-        by_row = not ours or given.ndim < 2 or given.shape[0] == base.shape[0] and given.numel() == base.shape[0]
+        lycoris = "magnitude" not in self.group
+        given = self._part("dora_scale" if lycoris else "magnitude")
+        by_row = not lycoris or given.ndim < 2 or given.shape[0] == base.shape[0] and given.numel() == base.shape[0]
         axes = [axis for axis in range(base.ndim) if axis != (0 if by_row else 1)]
-        norm = merged.norm(dim=axes, keepdim=True)
+        norm = torch.linalg.vector_norm(merged, dim=axes, keepdim=True)
         if given.numel() != norm.numel():
             raise self._misfit(base)
         return merged * (given.reshape(norm.shape) / (norm + torch.finfo(torch.float32).eps)) - base
@@ -168,12 +165,11 @@ class Adapter:
             parts = [self._part(part) for part in self._lokr_side(side)]
             if len(parts) == 2:
                 rank = len(parts[1])
-            tucker = side == "lokr_w2" and "lokr_t2" in self.group
-            sides.append(
-                _core(self._part("lokr_t2"), *parts) if tucker else parts[0] @ parts[1] if parts[1:] else parts[0]
-            )
+                core = side == "lokr_w2" and "lokr_t2" in self.group
+                parts = [_core(self._part("lokr_t2"), *parts) if core else parts[0] @ parts[1]]
+            sides += parts
         first, second = sides
-        product = torch.kron(first[(...,) + (None,) * (second.ndim - 2)], second).reshape(base.shape)
+        product = torch.kron(first[(...,) + (None,) * (second.ndim - 2)], second.contiguous()).reshape(base.shape)
         factor = self._factor(rank) if rank else 1.0 if self.scale is None else self.scale
         return product * factor
 
@@ -207,7 +203,7 @@ class Adapter:
         return self._part("w_norm" if "w_norm" in self.group else "diff").reshape(base.shape)
 
     def _set(self, base: torch.Tensor) -> torch.Tensor:
-        return self._part("set_weight") - base
+        return self._part("set_weight").reshape(base.shape) - base
 
 
 _CHANGES = {

@@ -16,6 +16,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..encoders.adapter_names import (
     ANYWHERE,
@@ -119,9 +120,39 @@ def difference(change: Any, base: torch.Tensor, key: str) -> tuple[torch.Tensor,
     return (tensor - base,) if kind == "set" else (tensor,)
 
 
+def named_layers(model) -> dict[str, str]:
+    """The host's names of the layers of a MODEL's UNet by every name that files have for them, with underscores."""
+    keys = [key for key in model.model_state_dict(UNET) if key.endswith(".weight")]
+    diffusers = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    names = {key.removeprefix(UNET): key for key in keys}
+    names |= {name: UNET + key for name, key in diffusers.items() if UNET + key in keys}
+    layers = {}
+    for name, key in names.items():
+        plain, layer = name.removesuffix(".weight").replace(".", "_"), key.removesuffix(".weight")
+        layers[plain] = layer
+        # diffusers' first processors have one output layer without a number.
+        if plain.endswith("_to_out_0"):
+            layers[plain.removesuffix("_0")] = layer
+    return layers
+
+
 def is_whole(change: Any) -> bool:
     """Whether a change puts a weight in place of the model's."""
     return isinstance(change, tuple) and change[0] == "set"
+
+
+def host_patch(change: Any, own: Mapping[str, list], key: str) -> Any:
+    """A change as a patch of the host that a strength can scale; None if it changes nothing.
+
+    Args:
+        change: as for `difference`.
+        own: the host's key patches of the model.
+        key: of the weight or bias.
+    """
+    changed = difference(change, unpatched(own, key), key)
+    if not all(factor.any() for factor in changed):
+        return None
+    return LoRAAdapter(set(), (*changed, None, None, None, None)) if len(changed) == 2 else ("diff", changed)
 
 
 def adapters_by_weight(adapter: Adapter, layer: str) -> dict[str, Adapter]:
@@ -212,13 +243,12 @@ def _changes(file: ConceptFile, model, weights: Weights) -> dict[str, Any]:
 
 def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str, Adapter], dict[Layer, Adapter]]:
     """What a LoRA changes of the diffusion model, by the host's names, and of text encoders, by layer."""
-    diffusers = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    diffusers = {name: UNET + key for name, key in diffusers.items() if UNET + key in weights}
     state = file.lora
     if all(map(is_numbered, state)):
-        state = numbered_names(state, {name: weights.shape(key) for name, key in diffusers.items()})
+        names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()
+        state = numbered_names(state, {name: weights.shape(UNET + key) for name, key in names if UNET + key in weights})
     groups, rest = grouped(state)
-    layers = _layers_by_name(diffusers, weights)
+    layers = named_layers(model)
     rank = lokr_rank(groups)
     changes: dict[str, Adapter] = {}
     spoken: dict[Layer, Adapter] = {}
@@ -245,22 +275,6 @@ def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str,
     if unknown:
         log.warning("LoRA: %d tensors are for no layer of this model, such as %s", len(unknown), unknown[0])
     return changes, spoken
-
-
-def _layers_by_name(diffusers: Mapping[str, str], weights: Weights) -> dict[str, str]:
-    """The host's names of all layers by every name that files have for them, with underscores."""
-    names = {key.removeprefix(UNET): key for key in weights.patches} | dict(diffusers)
-    layers = {}
-    for name, key in names.items():
-        plain, _, kind = name.rpartition(".")
-        if kind != "weight":
-            continue
-        plain, layer = plain.replace(".", "_"), key.removesuffix(".weight")
-        layers[plain] = layer
-        # diffusers' first processors have one output layer without a number.
-        if plain.endswith("_to_out_0"):
-            layers[plain.removesuffix("_0")] = layer
-    return layers
 
 
 def _adapter(layer: Layer, group: Group, file: ConceptFile, rank: int | None) -> Adapter:

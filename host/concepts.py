@@ -17,7 +17,6 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..encoders import concept_files, concept_formats
 from ..encoders.adapter_names import TEXT, TEXT_2, Layer
@@ -25,7 +24,7 @@ from ..encoders.adapters import Adapter
 from ..encoders.concept_formats import Tokens
 from ..encoders.concepts import PARTS, Concept, Key, layer_name
 from ..encoders.files import read
-from .concept_weights import adapters_by_weight, check_fit, difference, is_whole, read_weights, unpatched
+from .concept_weights import adapters_by_weight, check_fit, host_patch, is_whole, read_weights
 from .sites import Site
 
 log = logging.getLogger("conceptloom")
@@ -199,15 +198,11 @@ def _other_clip(concept: Concept, lacking: str) -> ValueError:
 
 
 def _scalable(change: Any, own: Mapping[str, list], key: str) -> Any:
-    """A patch of the host for a text encoder, which a strength can scale; None if it changes nothing."""
-    base = unpatched(own, key)
+    """A patch of the host for a text encoder; None if it changes nothing."""
     if is_whole(change) and key.endswith("token_embedding.weight"):
         # Rows behind the vocabulary are the placeholders', which come as tokens.
-        change = ("set", (change[1][0][: len(base)],))
-    changed = difference(change, base, key)
-    if not all(factor.any() for factor in changed):
-        return None
-    return LoRAAdapter(set(), (*changed, None, None, None, None)) if len(changed) == 2 else ("diff", changed)
+        change = ("set", (change[1][0][: len(own[key][0][0])],))
+    return host_patch(change, own, key)
 
 
 def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, rank: int = 0) -> str:
