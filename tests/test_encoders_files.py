@@ -74,7 +74,7 @@ BROKEN = {
     ),
     "a byte too few": (
         WHOLE["safetensors"][0][:-1],
-        "the beginning of a safetensors file, {0} of at least {1} bytes: fetch it again".format(
+        "the beginning of a safetensors file, {} of at least {} bytes: fetch it again".format(
             len(WHOLE["safetensors"][0]) - 1, len(WHOLE["safetensors"][0])
         ),
     ),

@@ -250,6 +250,10 @@ def without(concept, *parts):
     return dataclasses.replace(concept, deltas=deltas)
 
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ENDS = tuple(f".{part}.weight" for part in (*ATTENTION, "ff.net.0.proj"))
+
+
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_numbered_files_of_cloneofsimo_are_read(ending, toy, truth, tmp_path):
     """In the order of diffusers' modules of the time: down, up, middle; attn1, the gate, attn2."""
@@ -260,16 +264,10 @@ def test_numbered_files_of_cloneofsimo_are_read(ending, toy, truth, tmp_path):
         {name.partition(".attn2.")[0] for name in map(truth.diffusers.get, truth.base)},
         key=lambda name: (order[name.partition(".")[0]], name),
     )
-    parts = ("to_q", "to_k", "to_v", "to_out.0")
-    layers = [*(f"attn1.{part}" for part in parts), "ff.net.0.proj", *(f"attn2.{part}" for part in parts)]
-    own = {
-        name: toy.base.diffusion_model.state_dict()[key].flatten(1).shape
-        for key, name in truth.diffusers.items()
-        if key in toy.base.diffusion_model.state_dict()
-        and key.endswith(".weight")
-        and "transformer_blocks" in key
-        and "norm" not in key
-    }
+    layers = [f"attn1.{part}" for part in ATTENTION]
+    layers += ["ff.net.0.proj", *(f"attn2.{part}" for part in ATTENTION)]
+    state = toy.base.diffusion_model.state_dict()
+    own = {name: state[key].flatten(1).shape for key, name in truth.diffusers.items() if f".{name}".endswith(ENDS)}
     factors = {truth.diffusers[name]: pair for name, pair in truth.factors.items()}
     tensors = []
     for block in blocks:
