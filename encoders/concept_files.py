@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .concepts import ENCODERS, PARTS, Concept, Delta, layer_name
-from .files import whole_file
+from .files import read, whole_file
 
 FORMAT, VERSION = "conceptloom_concept", 1
 
@@ -45,7 +45,7 @@ def is_concept_file(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return FORMAT in (file.metadata() or {})
-    except SafetensorError:
+    except (SafetensorError, OSError):
         return False
 
 
@@ -56,14 +56,16 @@ def load(path: Path) -> Concept:
         ValueError: the file is another's, of another version, or not whole.
     """
     path = Path(path)
-    if not is_concept_file(path):
-        raise ValueError(f"file: a concept written by Save Concept is wanted, but {path.name} is none")
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()[FORMAT])
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    state, metadata = read(path)
+    if FORMAT not in metadata:
+        raise ValueError(f"file: expected a concept written by Save Concept, got {path.name}, which is none")
+    try:
+        about = dict(json.loads(metadata[FORMAT]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"file: expected a whole concept, got {path.name} with a damaged description") from error
     version = about.pop("version", None)
     if version != VERSION:
-        raise ValueError(f"file: version {VERSION} of the concept format is wanted, but {path.name} has {version}")
+        raise ValueError(f"file: expected version {VERSION} of the concept format, got {path.name} with {version}")
     tokens, found = {}, {}
     for name, tensor in state.items():
         if match := _TOKEN_NAME.fullmatch(name):
@@ -72,7 +74,7 @@ def load(path: Path) -> Concept:
             part, block, number, depth, end = match.groups()
             found.setdefault((block, int(number), int(depth)), {}).setdefault(part, {})[end] = tensor
         else:
-            raise ValueError(f"file: parts of a concept are wanted, but {path.name} holds {name!r}")
+            raise ValueError(f"file: expected parts of a concept, got {path.name} with {name!r}")
     try:
         deltas = {
             key: {part: Delta(_factors(ends), ends.get("b")) for part, ends in parts.items()}
@@ -80,12 +82,12 @@ def load(path: Path) -> Concept:
         }
         return Concept(deltas=deltas, tokens=tokens, **about)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"file: a whole concept is wanted, but {path.name} is none: {error}") from error
+        raise ValueError(f"file: expected a whole concept, got {path.name}: {error}") from error
 
 
 def _factors(ends: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     if set(ends) - {"b"} not in ({"d"}, {"u", "v"}):
-        raise ValueError(f"a difference or both its factors are wanted, not {', '.join(sorted(ends))}")
+        raise ValueError(f"expected a difference or both its factors, got {', '.join(sorted(ends))}")
     return tuple(ends[end] for end in ("d", "u", "v") if end in ends)
 
 

@@ -1,7 +1,8 @@
 """What files of customised diffusion models hold, whoever wrote them.
 
 Formats are told by what stands in a file, in state dicts that are loaded already. Names of layers stay the file's:
-CompVis's (input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight) or diffusers' (down_blocks.0.attentions.0 and on).
+CompVis's (input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight) or diffusers' (down_blocks.0.attentions.0 and on);
+`adapter_names` reads those of LoRAs.
 The formats are those of Custom Diffusion's CompVis and diffusers training (Kumari et al., arXiv 2212.04488), diffusers'
 own custom_diffusion example, and TweedieMix (Kwon and Ye, arXiv 2410.05591).
 """
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from .adapter_names import is_numbered, names_a_part
 
 COMPVIS = "Custom Diffusion (CompVis)"
 DIFFUSERS = "Custom Diffusion (diffusers)"
@@ -29,9 +32,9 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
 _COMPVIS_TEXT = "cond_stage_model.transformer."
 _COMPVIS_TOKENS = "embed"
 _COMPVIS_LAYERS = ("input_blocks.", "middle_block.", "output_blocks.")
-_LORA_NAME = re.compile(
-    r"lora|\.(hada|lokr|oft)_\w+$|\.(dora_scale|alpha|diff|diff_b|set_weight|w_norm|b_norm|rescale)$|\.[ab][12]\.weight$"
-)
+_BUNDLED = re.compile(r"bundle_emb\.(.+)\.(?:string_to_param\.\*|clip_([lgh]))")
+_SDXL = (("l", 768), ("g", 1280))
+_EMBEDDING_KEYS = {"clip_l": "l", "clip_g": "g", "clip_h": "h"}
 _PROCESSOR_NAME = re.compile(r"\.processor\.(to_(?:k|v|q|out))_custom_diffusion\.")
 _KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
 
@@ -47,9 +50,10 @@ class ConceptFile:
         source_format: the program that wrote it.
         weights: whole weights and biases by the file's names.
         factors: differences of weights as factors (out, r) and (r, in) by the file's names; r may be 0.
-        lora: a LoRA's tensors, of whatever kind, for the host to read.
+        lora: tensors of a LoRA or its relatives by the file's names, for `adapter_names` to read.
         tokens: by placeholder, by text encoder (l, g, h), (n, d).
         text: whole weights of text encoders, by encoder.
+        about: what the file, or one beside it, says in words (`adapter_names.scale_of`).
     """
 
     source_format: str
@@ -58,6 +62,7 @@ class ConceptFile:
     lora: State = field(default_factory=dict)
     tokens: Tokens = field(default_factory=dict)
     text: dict[str, State] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text_width(self) -> int | None:
@@ -65,12 +70,20 @@ class ConceptFile:
         return _text_width([*self.weights.items(), *((name, down) for name, (_, down) in self.factors.items())])
 
 
-def read(state: Mapping[str, Any]) -> ConceptFile:
+def read(state: Any, about: Mapping[str, str] | None = None) -> ConceptFile:
     """What a loaded file holds.
+
+    Args:
+        state: of tensors by name, in sections, or the list of tensors that cloneofsimo/lora once saved.
+        about: safetensors' metadata, and under "adapter_config" what lies in PEFT's file of that name.
 
     Raises:
         ValueError: it is in none of the known formats, or holds numbers that are not finite.
     """
+    if isinstance(state, list) and state and len(state) % 2 == 0 and all(map(torch.is_tensor, state)):
+        state = {f"unet:{n // 2}:{'up' if n % 2 == 0 else 'down'}": tensor for n, tensor in enumerate(state)}
+    if not isinstance(state, Mapping):
+        raise ValueError(f"file: expected a concept, got {_few(state)}")
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if isinstance(state.get(_UNET), Mapping):
@@ -80,9 +93,13 @@ def read(state: Mapping[str, Any]) -> ConceptFile:
         layers, tokens, text, origin = dict(state), {}, {}, DIFFUSERS
     # diffusers saves an empty dict for every processor that was not trained.
     layers = {name: value for name, value in layers.items() if not (isinstance(value, Mapping) and not value)}
-    if any(_LORA_NAME.search(name) for name in layers):
+    if any(map(names_a_part, layers)):
+        tokens |= _bundled(layers)
+        if any(map(is_numbered, layers)):
+            # cloneofsimo/lora keeps its words beside the layers.
+            tokens |= _paired({name: layers.pop(name) for name in list(layers) if not names_a_part(name)}, {})
         _check_tensors(layers)
-        return ConceptFile(LORA, lora=layers, tokens=tokens, text=text)
+        return ConceptFile(LORA, lora=layers, tokens=tokens, text=text, about=about or {})
     if _COMPVIS_TOKENS in layers:
         rows = _tensor(_COMPVIS_TOKENS, layers.pop(_COMPVIS_TOKENS))
         tokens = _numbered(rows, rows.shape[-1] if rows.ndim == 2 else _text_width(layers.items()))
@@ -93,8 +110,8 @@ def read(state: Mapping[str, Any]) -> ConceptFile:
     if not any(_KEYS_AND_VALUES.search(name) for name in layers):
         first = next(iter(layers), None)
         raise ValueError(
-            "file: a concept is wanted (Custom Diffusion, TweedieMix, a LoRA, or one of Save Concept), but this has no "
-            f"keys or values of cross-attention{f', only such as {first!r}' if first else ''}"
+            "file: expected a concept (Custom Diffusion, TweedieMix, a LoRA, or one of Save Concept), got a file "
+            f"without keys or values of cross-attention{f', only such as {first!r}' if first else ''}"
         )
     if any(name.startswith(_COMPVIS_LAYERS) for name in layers):
         origin = COMPVIS
@@ -106,7 +123,7 @@ def read(state: Mapping[str, Any]) -> ConceptFile:
     return ConceptFile(origin + (COMPRESSED if factors else ""), weights, factors, {}, tokens, text)
 
 
-def read_tokens(state: Mapping[str, Any]) -> Tokens:
+def read_tokens(state: Any) -> Tokens:
     """The tokens of a file that holds nothing else: by placeholder, by text encoder (l, g, h), (n, d).
 
     Files that name no placeholder (textual inversion embeddings) get "<new1>".
@@ -114,13 +131,63 @@ def read_tokens(state: Mapping[str, Any]) -> Tokens:
     Raises:
         ValueError: it is no such file.
     """
+    if isinstance(state, Mapping) and "string_to_param" in state:
+        # AUTOMATIC1111 and the first textual inversion; in old files a container of torch's.
+        held = state["string_to_param"]
+        held = getattr(held, "_parameters", held)
+        if not isinstance(held, Mapping) or len(held) != 1:
+            raise ValueError(f"token: expected one embedding in string_to_param, got {_few(held)}")
+        return _paired({"<new1>": next(iter(held.values()))}, {})
+    if isinstance(state, list) and state and all(isinstance(one, Mapping) for one in state):
+        return _by_width([_rows(tensor) for one in state for tensor in one.values()])
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"token: expected an embedding or a file with a concept's word, got {_few(state)}")
     if any(name in state for name in _TOKENS):
         return _paired(*(state.get(name, {}) for name in _TOKENS))
-    if set(state) == {"clip_l", "clip_g"}:
-        return {"<new1>": {"l": _rows(state["clip_l"]), "g": _rows(state["clip_g"])}}
+    if any(name in state for name in _EMBEDDING_KEYS):
+        foreign = next((name for name in state if name not in _EMBEDDING_KEYS), None)
+        if foreign:
+            raise ValueError(f"token: expected rows for {', '.join(_EMBEDDING_KEYS)}, got some for {foreign!r}")
+        return {"<new1>": {_EMBEDDING_KEYS[name]: _rows(tensor) for name, tensor in state.items()}}
     if set(state) == {"emb_params"}:
         return _paired({"<new1>": state["emb_params"]}, {})
+    rest = dict(state)
+    if tokens := _bundled(rest):
+        return tokens
+    foreign = next((name for name in state if names_a_part(name) or _KEYS_AND_VALUES.search(name)), None)
+    if foreign:
+        raise ValueError(f"token: expected an embedding or a file with a concept's word, got one with {foreign!r}")
     return _paired(state, {})
+
+
+def _bundled(state: dict[str, Any]) -> Tokens:
+    """Takes the embeddings that trainers put into LoRAs out of a file."""
+    tokens: Tokens = {}
+    for name in list(state):
+        if match := _BUNDLED.fullmatch(name):
+            rows = _rows(state.pop(name))
+            tokens.setdefault(match[1], {})[match[2] or _only_encoder(rows.shape[1])] = rows
+    return tokens
+
+
+def _by_width(rows: list[torch.Tensor]) -> Tokens:
+    """A nameless token of rows for one text encoder or for SDXL's two, in any order."""
+    widths = {row.shape[1] for row in rows}
+    if len(widths) == 1:
+        return _paired({"<new1>": torch.cat(rows)}, {})
+    if widths != {768, 1280}:
+        given = " and ".join(str(width) for width in sorted(widths))
+        raise ValueError(f"token: expected rows of one width, or of 768 and 1280 for SDXL, got {given}")
+    return {"<new1>": {name: torch.cat([row for row in rows if row.shape[1] == width]) for name, width in _SDXL}}
+
+
+def _few(value: Any) -> str:
+    """The first of what a container holds, for an error."""
+    if isinstance(value, Mapping):
+        return ", ".join(map(repr, list(value)[:3])) or "nothing"
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)} entries" + (f", the first a {type(value[0]).__name__}" if value else "")
+    return f"a {type(value).__name__}"
 
 
 def _sections(state: Mapping[str, Any]) -> tuple[dict, Tokens, dict[str, State]]:

@@ -129,9 +129,9 @@ class Concept:
         placeholder: the word that its tokens stand for in a prompt, such as "<new1>"; empty without tokens.
         tokens: by text encoder (of ENCODERS) the (n, d) input embeddings of the placeholder.
         strength: factor of the deltas; 1 is as trained, 0 the base model.
-        text_patches: what the file changes in text encoders, as it stands there: under "lora" a LoRA's tensors, under
-            an encoder's name that encoder's whole weights.
-        others: the host's patches of the diffusion model outside cross-attention, by weight.
+        text_patches: what the file changes in text encoders: under "lora" `Adapter`s by layer, under an
+            encoder's name that encoder's whole weights by name.
+        others: changes of the diffusion model outside cross-attention, by weight: adapters, or the host's patches.
         source_format: of the file it comes from.
         base: fingerprint of the base model that the deltas are differences to; empty if the file names none.
 
@@ -145,7 +145,7 @@ class Concept:
     placeholder: str = ""
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
     strength: float = 1.0
-    text_patches: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    text_patches: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
     source_format: str = ""
     base: str = ""

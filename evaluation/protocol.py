@@ -22,6 +22,7 @@ from statistics import mean, pstdev
 import torch
 from PIL import Image
 
+from ..encoders.files import read_state
 from .metrics import greedy_minimum
 from .tables import markdown, write_json
 
@@ -112,7 +113,7 @@ def face_reader(weights: Path) -> Callable[[Image.Image], torch.Tensor]:
         raise ModuleNotFoundError(
             "Identity scores need facenet-pytorch: python -m pip install facenet-pytorch"
         ) from error
-    state = torch.load(weights, weights_only=True)
+    state = read_state(weights, "--faces")
     recogniser = InceptionResnetV1(pretrained=None, classify=False)
     # The classifier over its training identities is of no use here.
     recogniser.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})

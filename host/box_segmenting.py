@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.utils
 import torch
+from safetensors import SafetensorError
 
+from ..encoders.files import check, read_state
 from .segmenting import Cutter
 
 SAM_KINDS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -33,7 +35,7 @@ class GroundingDino:
         from transformers import AutoModelForZeroShotObjectDetection
 
         wanted = "detector: Grounding DINO"
-        self.processor, self.model = _from_folder(AutoModelForZeroShotObjectDetection, weights.parent, wanted)
+        self.processor, self.model = _from_folder(AutoModelForZeroShotObjectDetection, weights, wanted)
         self.patcher, self.threshold = _patcher(self.model), threshold
 
     def detect(self, image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -65,7 +67,7 @@ class TransformersSam:
         """
         from transformers import AutoModelForMaskGeneration
 
-        self.processor, self.model = _from_folder(AutoModelForMaskGeneration, weights.parent, "sam: SAM or SAM 2")
+        self.processor, self.model = _from_folder(AutoModelForMaskGeneration, weights, "sam: SAM or SAM 2")
         self.patcher = _patcher(self.model)
 
     def cut(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -94,15 +96,15 @@ class SegmentAnything:
             raise ValueError(
                 f"sam: the package segment-anything is wanted for {path.name}; pip install segment-anything gives it"
             ) from error
-        state = comfy.utils.load_torch_file(str(path), safe_load=True)
+        state = read_state(path, "sam")
         kind = SAM_KINDS.get(len(state.get(_PATCH_WEIGHT, ())))
         if kind is None:
-            raise ValueError(f"sam: a checkpoint of Segment Anything is wanted, not {path.name}")
+            raise ValueError(f"sam: expected a checkpoint of Segment Anything, got {path.name} with other weights")
         model = sam_model_registry[kind]()
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"sam: all weights of SAM {kind} are wanted, but {path.name} has others") from error
+            raise ValueError(f"sam: expected all weights of SAM {kind}, got {path.name} with others") from error
         self.patcher = _patcher(model)
         self.predictor = SamPredictor(model)
 
@@ -121,15 +123,18 @@ def load_cutter(path: Path) -> Cutter:
     return TransformersSam(path) if (path.parent / "config.json").exists() else SegmentAnything(path)
 
 
-def _from_folder(auto_class, folder: Path, wanted: str):
-    """Processor and model of a folder that transformers wrote."""
+def _from_folder(auto_class, weights: Path, wanted: str):
+    """Processor and model of a folder that transformers wrote, in which `weights` lie."""
     from transformers import AutoProcessor
 
+    folder, (name, _, what) = weights.parent, wanted.partition(": ")
+    for file in (weights, *sorted(folder.glob("model*.safetensors")), *sorted(folder.glob("pytorch_model*.bin"))):
+        check(file, name)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         model = auto_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{wanted} is wanted, as transformers saves it, not what is in {folder.name}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{name}: expected {what}, as transformers saves it, got what is in {folder.name}") from error
     return processor, model
 
 

@@ -7,33 +7,35 @@ concept's share is added, so LoRAs on the model, quantised weights and the host'
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
 
 from ..encoders import concept_files, concept_formats
+from ..encoders.adapter_names import TEXT, TEXT_2, Layer
+from ..encoders.adapters import Adapter
 from ..encoders.concept_formats import Tokens
 from ..encoders.concepts import PARTS, Concept, Key, layer_name
+from ..encoders.files import read
 from .advice import advise
-from .concept_weights import check_fit, difference, is_whole, lora_patches, read_weights, unpatched
+from .concept_weights import adapters_by_weight, check_fit, host_patch, is_whole, read_weights
 from .sites import Site, network_of
 
+PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 AS_CONCEPT, AS_LORA = "concept", "LoRA"
 FORMS = (AS_CONCEPT, AS_LORA)
 
 
 def load_concept(
     model,
-    source: str | Path | Mapping[str, Any],
-    tokens: str | Path | Mapping[str, Any] | None = None,
+    source: str | Path | Mapping[str, Any] | list,
+    tokens: str | Path | Mapping[str, Any] | list | None = None,
     class_word: str = "",
     placeholder: str = "",
     strength: float = 1.0,
@@ -43,7 +45,7 @@ def load_concept(
 
     Args:
         model: the host's MODEL that the concept is to be used on; its LoRAs do not matter.
-        source: path or loaded state of the concept's file.
+        source: path or loaded content of the concept's file.
         tokens: the same of a file with its token, where that is kept apart.
         class_word: what kind of thing it is; empty keeps what the file says.
         placeholder: which of the file's tokens it is; the name that a single token shall have; empty keeps its own.
@@ -51,22 +53,26 @@ def load_concept(
         name: what reports call it; empty means the file's name.
 
     Raises:
-        ValueError: the file is none of a concept, is for another model, is not whole or holds numbers that are not
-            finite, or the placeholder is not there.
+        ValueError: the file is none of a concept, is for another model, is not whole, holds tensors that cannot be used
+            or numbers that are not finite, or the placeholder is not there.
     """
-    from_path = not isinstance(source, Mapping)
+    from_path = isinstance(source, (str, Path))
     name = name or (Path(source).stem if from_path else "concept")
     if from_path and concept_files.is_concept_file(source):
         concept = concept_files.load(source)
         check_fit(concept, model)
         found = {concept.placeholder: concept.tokens} if concept.tokens else {}
     else:
-        file = concept_formats.read(_state(source, "file"))
+        file = concept_formats.read(*_contents(source, "file"))
         concept, found = read_weights(file, model, name), file.tokens
     if tokens is not None:
         if found:
-            raise ValueError(f"token_file: none is wanted, for the file itself holds the token {next(iter(found))}")
-        found = concept_formats.read_tokens(_state(tokens, "token_file"))
+            raise ValueError(f"token_file: expected none, for the file itself holds the token {next(iter(found))}")
+        content, _ = _contents(tokens, "token_file")
+        try:
+            found = concept_formats.read_tokens(content)
+        except ValueError as error:
+            raise ValueError(f"token_file: {str(error).partition(': ')[2]}") from error
     placeholder, token = _choose(found, placeholder.strip())
     return replace(
         concept,
@@ -86,7 +92,9 @@ def describe(concept: Concept) -> str:
     for encoder, token in concept.tokens.items():
         lines.append(f"token {concept.placeholder}: {len(token)} of width {token.shape[1]} for text encoder {encoder}")
     if concept.text_patches:
-        lines.append(f"text encoder: {sum(map(len, concept.text_patches.values()))} tensors, for its own prompt")
+        changes = [change for state in concept.text_patches.values() for change in state.values()]
+        count = sum(len(change.group) if isinstance(change, Adapter) else 1 for change in changes)
+        lines.append(f"text encoder: {count} tensors, for its own prompt")
     if concept.others:
         lines.append(f"elsewhere in the model: {len(concept.others)} patches, for its own part of the picture")
     return "\n".join(lines)
@@ -143,38 +151,57 @@ def with_text(concept: Concept, clip):
     if not concept.text_patches or not concept.strength:
         return clip
     own = clip.get_key_patches()
-    patches: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for encoder, state in concept.text_patches.items():
         if encoder == "lora":
-            found, unknown = lora_patches(state, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
-            foreign = None if found else next(iter(unknown), None)
-            if found and unknown:
-                sentence = f"of {concept.name}, {len(unknown)} tensors are for no layer of this CLIP and are not used"
-                advise("Concept Prompts", sentence)
+            changes |= _spoken(concept, state, own)
         else:
             found = {f"clip_{encoder}.transformer.{key}": ("set", (tensor,)) for key, tensor in state.items()}
-            found = {key: patch for key, patch in found.items() if not key.endswith("position_ids")}
-            foreign = next((key for key in found if key not in own), None)
-        if foreign:
-            raise ValueError(f"clip: the one that {concept.name} was trained on is wanted, not one without {foreign}")
-        patches |= found
-    scalable = {key: _scalable(patch, own, key) for key, patch in patches.items()}
+            changes |= {key: change for key, change in found.items() if not key.endswith("position_ids")}
+    foreign = next((key for key in changes if key not in own), None)
+    if foreign:
+        raise _other_clip(concept, foreign)
+    patches = {key: _scalable(change, own, key) for key, change in changes.items()}
     clip = clip.clone()
-    clip.add_patches({key: patch for key, patch in scalable.items() if patch is not None}, concept.strength)
+    clip.add_patches({key: patch for key, patch in patches.items() if patch is not None}, concept.strength)
     return clip
 
 
-def _scalable(patch: Any, own: Mapping[str, list], key: str) -> Any:
-    """A patch of a text encoder, made sure to fit, in a form that a strength can scale; None if it changes nothing."""
-    base = unpatched(own, key)
-    whole = is_whole(patch)
-    if whole and key.endswith("token_embedding.weight"):
+def _spoken(concept: Concept, adapters: Mapping[Layer, Adapter], own: Mapping[str, list]) -> dict[str, Adapter]:
+    """A LoRA's changes of text encoders by the host's names."""
+    encoders = sorted({key.partition(".")[0] for key in own if key.startswith("clip_")} - {"clip_g"})
+    second = ["clip_g"] if any(key.startswith("clip_g.") for key in own) else []
+    places = dict(zip((TEXT, TEXT_2), [*encoders, *second], strict=False))
+    layers = {}
+    for key in own:
+        if key.endswith(".weight"):
+            encoder, _, name = key.removesuffix(".weight").partition(".transformer.")
+            layers[encoder, name.removeprefix("text_model.").replace(".", "_")] = key.removesuffix(".weight")
+    found, unknown = {}, []
+    for layer, adapter in adapters.items():
+        name = layers.get((places.get(layer.place), layer.name))
+        if name is None:
+            unknown += [named.name for named in adapter.group.values()]
+        else:
+            found |= adapters_by_weight(adapter, name)
+    if unknown and not found:
+        raise _other_clip(concept, unknown[0])
+    if unknown:
+        sentence = f"of {concept.name}, {len(unknown)} tensors are for no layer of this CLIP and are not used"
+        advise("Concept Prompts", sentence)
+    return found
+
+
+def _other_clip(concept: Concept, lacking: str) -> ValueError:
+    return ValueError(f"clip: expected the one that {concept.name} was trained on, got one without {lacking}")
+
+
+def _scalable(change: Any, own: Mapping[str, list], key: str) -> Any:
+    """A patch of the host for a text encoder; None if it changes nothing."""
+    if is_whole(change) and key.endswith("token_embedding.weight"):
         # Rows behind the vocabulary are the placeholders', which come as tokens.
-        patch = ("set", (patch[1][0][: len(base)],))
-    changed = difference(patch, base, key)
-    if not whole:
-        return patch
-    return ("diff", changed) if changed[0].any() else None
+        change = ("set", (change[1][0][: len(own[key][0][0])],))
+    return host_patch(change, own, key)
 
 
 def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, rank: int = 0) -> str:
@@ -223,21 +250,22 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
     return "\n".join([*lines, *(f"left out: {what}" for what, there in left_out.items() if there)])
 
 
-def _state(source: str | Path | Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
-    try:
-        return comfy.utils.load_torch_file(str(source), safe_load=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{name}: a file of tensors is wanted, but {Path(source).name} holds Python objects, which could run code"
-        ) from error
+def _contents(source: str | Path | Mapping[str, Any] | list, name: str) -> tuple[Any, dict[str, str]]:
+    """What a file holds, and what it says about itself."""
+    if not isinstance(source, (str, Path)):
+        return source, {}
+    content, about = read(source, name)
+    path = Path(source)
+    config = path.with_name(PEFT_CONFIG)
+    if path.stem == PEFT_FILE and config.is_file():
+        about = {**about, "adapter_config": config.read_text(encoding="utf-8", errors="replace")}
+    return content, about
 
 
 def _choose(found: Tokens, placeholder: str) -> tuple[str, Mapping[str, torch.Tensor]]:
     """The placeholder and its tokens."""
     if len(found) > 1 and placeholder not in found:
-        raise ValueError(f"placeholder: one of the file's tokens {', '.join(found)} is wanted, not {placeholder!r}")
+        raise ValueError(f"placeholder: expected one of the file's tokens {', '.join(found)}, got {placeholder!r}")
     if len(found) > 1:
         return placeholder, found[placeholder]
     for own, token in found.items():

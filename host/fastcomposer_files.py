@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
-import comfy.lora
-import comfy.lora_convert
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -17,11 +15,16 @@ import comfy.utils
 import torch
 from safetensors.torch import save_file
 
+from ..encoders.adapter_names import grouped
+from ..encoders.adapters import Adapter
 from ..encoders.fastcomposer import FUSER, LORA, TEXT, UNET, VAE, VISION, State, split, trained_layers
 from ..encoders.files import whole_file
 from ..encoders.fuser import Fuser
 from ..encoders.lora import factor
 from . import delay
+from .concept_weights import UNET as DIFFUSION_MODEL
+from .concept_weights import adapters_by_weight, host_patch, named_layers
+from .files import load_state
 from .patching import unload_compiled
 
 AS_LORA, AS_FILE, WITHOUT = "LoRA", "file", "none"
@@ -67,7 +70,7 @@ def load(path: str, model=None, clip=None, clip_vision=None, embedding_directory
         ValueError: the file is no FastComposer's, or holds something that wants a model which is not given or is of
             another kind.
     """
-    parts = split(comfy.utils.load_torch_file(path, safe_load=True))
+    parts = split(load_state(path))
     if parts[UNET]:
         model = _unet(parts[UNET])
         # The host makes a second, fully loaded model by this for what its dynamic memory cannot do.
@@ -88,12 +91,12 @@ def load(path: str, model=None, clip=None, clip_vision=None, embedding_directory
 
 def load_unet(path: str, disable_dynamic: bool = False):
     """The MODEL of a file that holds a UNet."""
-    return _unet(split(comfy.utils.load_torch_file(path, safe_load=True))[UNET], disable_dynamic)
+    return _unet(split(load_state(path))[UNET], disable_dynamic)
 
 
 def load_text_patcher(path: str, embedding_directory: Sequence[str] | None, disable_dynamic: bool = False):
     """The patcher of the CLIP of a file that holds a text encoder."""
-    state = split(comfy.utils.load_torch_file(path, safe_load=True))[TEXT]
+    state = split(load_state(path))[TEXT]
     return _text(state, embedding_directory, disable_dynamic).patcher
 
 
@@ -115,12 +118,19 @@ def _text(state: State, embedding_directory: Sequence[str] | None, disable_dynam
 
 def _with_lora(model, state: dict[str, torch.Tensor]):
     if model is None:
-        raise ValueError("model: the base model is wanted, for the file holds a LoRA for it")
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), names)
+        raise ValueError("model: expected the base model, for the file holds a LoRA for it")
+    groups, rest = grouped(state)
+    if rest:
+        raise ValueError(f"file: expected tensors that can all be used, got {next(iter(rest))!r}")
+    layers, own = named_layers(model), model.get_key_patches(DIFFUSION_MODEL)
+    changes: dict[str, Adapter] = {}
+    for layer, group in groups.items():
+        changes |= adapters_by_weight(Adapter(group), layers.get(layer.name, layer.name))
+    if not set(changes) <= set(own):
+        raise ValueError("model: expected the base model that the file's LoRA was made for, got one of other layers")
+    patches = {key: host_patch(change, own, key) for key, change in changes.items()}
     patched = model.clone()
-    if not patches or set(patched.add_patches(patches)) != set(patches):
-        raise ValueError("model: the base model that the file's LoRA was made for is wanted, not one of other layers")
+    patched.add_patches({key: patch for key, patch in patches.items() if patch is not None})
     return patched
 
 
@@ -189,7 +199,7 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
     """
     if not name or name != Path(name).name:
         raise ValueError(f"filename: a name without folders is wanted, not {name!r}")
-    parts = split(comfy.utils.load_torch_file(path, safe_load=True))
+    parts = split(load_state(path))
     if not parts[FUSER]:
         raise ValueError("file: a FastComposer checkpoint is wanted, but this file has no postfuse_module")
     if unet != WITHOUT and not parts[UNET]:

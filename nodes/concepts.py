@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import folder_paths
@@ -45,16 +46,21 @@ def one_concept(value: Concept | list[Concept], name: str = "concept") -> Concep
 
 
 def _files(*folders: str) -> list[str]:
-    """The files of the concept folder by their names, those of others with their folder's name before."""
-    others = [f"{folder}/{name}" for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return [*folder_paths.get_filename_list(FOLDER), *others]
+    """The files of the concept folder by their names, those of others with their folder's name before. A name in the
+    concept folder that begins like that of another folder has this one's before, so that each entry is one file."""
+    own = [
+        f"{FOLDER}/{name}" if re.split(r"[\\/]", name)[0] in (FOLDER, *folders) else name
+        for name in folder_paths.get_filename_list(FOLDER)
+    ]
+    return [*own, *(f"{folder}/{name}" for folder in folders for name in folder_paths.get_filename_list(folder))]
 
 
-def _path(name: str, *folders: str) -> str:
-    folder = next((folder for folder in folders if name.startswith(f"{folder}/")), None)
+def _path(entry: str, *folders: str) -> str:
+    """Where the file of an entry of `_files` is."""
+    folder = next((folder for folder in (FOLDER, *folders) if entry.startswith(f"{folder}/")), None)
     if folder is None:
-        return folder_paths.get_full_path_or_raise(FOLDER, name)
-    return folder_paths.get_full_path_or_raise(folder, name.removeprefix(f"{folder}/"))
+        return folder_paths.get_full_path_or_raise(FOLDER, entry)
+    return folder_paths.get_full_path_or_raise(folder, entry.removeprefix(f"{folder}/"))
 
 
 class LoadConcept(Node):

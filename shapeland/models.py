@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from ..encoders.files import read_state
 from .autoencoder import CHANNELS
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -104,7 +105,7 @@ def load(name: str, path: Path | None = None) -> dict[str, torch.Tensor]:
     The text file holds rows for the world's own words only; the full table that CLIP's tokenizer indexes is restored
     here, every other token being the mean of the known ones.
 
-    Raises FileNotFoundError with one sentence that says how to get the file.
+    Raises FileNotFoundError with one sentence that says how to get the file, and ValueError if it is not whole.
     """
     path = path or FILES[name]
     if not path.exists():
@@ -112,7 +113,7 @@ def load(name: str, path: Path | None = None) -> dict[str, torch.Tensor]:
             f"Shapeland's {name} weights are not at {path}: clone the repository, which carries them, or train them "
             f"with `python tools/run.py training.shapeland {_STAGES.get(name, name)}` (see shapeland/README.md)."
         )
-    state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    state = {k: v.float() if v.is_floating_point() else v for k, v in read_state(path, "weights").items()}
     if _TOKEN_IDS in state:
         ids, rows = state.pop(_TOKEN_IDS).long(), state[_TOKEN_TABLE]
         table = rows.mean(0).repeat(VOCABULARY, 1)

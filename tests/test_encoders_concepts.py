@@ -143,7 +143,7 @@ def test_formats_are_told_apart(truth):
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lokr_w1",
     ],
 )
-def test_loras_are_left_to_the_host(name, truth):
+def test_loras_are_left_to_their_own_reader(name, truth):
     tensor = torch.ones(4, WIDTH)
     assert read({name: tensor}).lora == {name: tensor}
     inside = read({"unet": {name: tensor}, "modifier_token": {"<new1>": truth[2]}})
@@ -202,12 +202,73 @@ def test_token_files():
     assert read_tokens({"emb_params": torch.zeros(2, 768)})["<new1>"]["l"].shape == (2, 768)
 
 
+def embedding(rows, **more):
+    """What AUTOMATIC1111 saves."""
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "dog", "step": 100, **more}
+
+
+def test_embeddings_of_every_form_are_tokens():
+    """All that the host's `load_embed` reads."""
+    row, wide = torch.randn(2, 768), torch.randn(2, 1280)
+    held = torch.nn.ParameterDict({"*": torch.nn.Parameter(row)})
+    alone = (
+        embedding(row),
+        embedding(row, sd_checkpoint=None, sd_checkpoint_name=None),
+        {"string_to_param": held},
+        [{"a": row[:1]}, {"b": row[1:]}],
+        {"clip_l": row},
+        {"emb_params": row},
+        {"<new1>": row},
+    )
+    for state in alone:
+        token = read_tokens(state)["<new1>"]
+        assert set(token) == {"l"} and torch.equal(token["l"], row) and not token["l"].requires_grad
+    for state in ({"clip_l": row, "clip_g": wide}, [{"a": wide, "b": row}], [{"a": row}, {"b": wide}]):
+        token = read_tokens(state)["<new1>"]
+        assert torch.equal(token["l"], row) and torch.equal(token["g"], wide)
+    assert set(read_tokens({"clip_h": torch.ones(1, 1024)})["<new1>"]) == {"h"}
+    bundle = {"bundle_emb.dog.string_to_param.*": row, "bundle_emb.cat.clip_l": row, "bundle_emb.cat.clip_g": wide}
+    assert {name: set(token) for name, token in read_tokens(bundle).items()} == {"dog": {"l"}, "cat": {"l", "g"}}
+
+
+def test_loras_bring_their_words():
+    lora = {"lora_unet_mid_block_x.alpha": torch.tensor(1.0)}
+    row = torch.randn(1, 768)
+    file = read({**lora, "bundle_emb.dog.string_to_param.*": row})
+    assert set(file.lora) == set(lora) and torch.equal(file.tokens["dog"]["l"], row)
+    numbered = {"unet:0:up": torch.ones(2, 1), "unet:0:down": torch.ones(1, 2)}
+    file = read({**numbered, "<s1>": row[0]})
+    assert set(file.lora) == set(numbered) and torch.equal(file.tokens["<s1>"]["l"], row)
+    assert read([torch.ones(2, 1), torch.ones(1, 2)]).lora.keys() == numbered.keys()
+
+
 @pytest.mark.parametrize(
     ("state", "sentence"),
     [
-        ({}, "file: a concept is wanted"),
+        ({}, "an embedding or a file with a concept's word, got nothing"),
+        ([], "an embedding or a file with a concept's word, got 0 entries"),
+        ([torch.ones(2)], "got 1 entries, the first a Tensor"),
+        ({"string_to_param": {}}, "one embedding in string_to_param, got nothing"),
+        ({"string_to_param": {"*": "x"}}, "'the token' is a str"),
+        ([{"a": torch.ones(2, 768), "b": torch.ones(2, 5)}], "768 and 1280 for SDXL, got 5 and 768"),
+        ({"clip_l": torch.ones(1, 768), "t5xxl": torch.ones(1, 4096)}, "got some for 't5xxl'"),
+        ({"a.lora_up.weight": torch.ones(2, 2)}, "got one with 'a.lora_up.weight'"),
+        ({"a.attn2.to_k.weight": torch.ones(2, 2)}, "got one with 'a.attn2.to_k.weight'"),
+    ],
+)
+def test_token_files_that_are_none_get_their_sentence(state, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read_tokens(state)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ({}, "file: expected a concept .*, got a file without keys or values"),
         ({"first_stage_model.x": torch.zeros(1)}, "only such as 'first_stage_model.x'"),
         ({"unet": {LAYER: torch.zeros(2, 2)}, "optimizer": {}}, "not 'optimizer'"),
+        ([torch.ones(2)], "expected a concept, got 1 entries, the first a Tensor"),
+        (embedding(torch.ones(1, 768)), "only such as 'string_to_token'"),
         ({LAYER: 3}, "tensors are wanted, but 'a.attn2.to_k.weight' is a int"),
         ({LAYER: {"u": torch.zeros(2, 2)}}, "the factors u and v are wanted"),
         ({LAYER: {"u": torch.zeros(2, 3), "v": torch.zeros(2, 2)}}, "factors that fit together"),
@@ -363,19 +424,21 @@ def test_foreign_and_broken_files_get_their_sentence(tmp_path):
         with pytest.raises(ValueError, match=sentence):
             concept_files.load(path)
 
-    refused("version 1 of the concept format is wanted, but x.safetensors has 2", version=2)
-    refused("x.safetensors holds 'k.middle.0.d'", {"k.middle.0.d": torch.zeros(2, 2)})
-    refused("x.safetensors holds 'emb.t5'", {"emb.t5": torch.zeros(2, 2)})
-    refused("both its factors are wanted, not u", {"k.middle.0.0.u": torch.zeros(2, 2)})
+    refused("expected version 1 of the concept format, got x.safetensors with 2", version=2)
+    refused("got x.safetensors with 'k.middle.0.d'", {"k.middle.0.d": torch.zeros(2, 2)})
+    refused("got x.safetensors with 'emb.t5'", {"emb.t5": torch.zeros(2, 2)})
+    refused("both its factors, got u", {"k.middle.0.0.u": torch.zeros(2, 2)})
     refused("differences of cross-attention weights are wanted", {"emb.l": torch.zeros(1, 2)}, placeholder="x")
     refused("NaN or infinity", {"k.middle.0.0.d": torch.full((2, 2), math.nan)})
-    refused("is none: .*author", author="someone")
+    refused("a whole concept, got x.safetensors: .*author", author="someone")
     save_file({"k.middle.0.0.d": torch.zeros(2, 2)}, path)
     assert not concept_files.is_concept_file(path)
-    with pytest.raises(ValueError, match="a concept written by Save Concept is wanted, but x.safetensors is none"):
+    with pytest.raises(
+        ValueError, match="expected a concept written by Save Concept, got x.safetensors, which is none"
+    ):
         concept_files.load(path)
     torch.save({"x": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="a concept written by Save Concept is wanted"):
+    with pytest.raises(ValueError, match="expected a concept written by Save Concept"):
         concept_files.load(path)
 
 

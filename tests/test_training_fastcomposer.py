@@ -648,7 +648,9 @@ def test_a_run_starts_from_the_fuser_of_a_file(narrow, data_folder, tmp_path):
     assert all(torch.equal(exported[name], tensor) for name, tensor in taught.state_dict().items())
     narrower = Fuser(128, 64).state_dict()
     save_file({FUSER + name: tensor for name, tensor in narrower.items()}, tmp_path / "taught.safetensors")
-    with pytest.raises(ValueError, match="of widths 128 and 128 is wanted, but .* has 128 and 64"):
+    with pytest.raises(
+        ValueError, match="--fuser: expected .* of widths 128 and 128, got taught.safetensors with 128 and 64"
+    ):
         fastcomposer.main(options_of(data_folder, tmp_path / "run", *more))
 
 
@@ -695,7 +697,7 @@ def test_fuser_and_tower_have_a_rate_of_their_own(narrow, data_folder, tmp_path)
         (
             {"--fuser": "none.safetensors"},
             ValueError,
-            "--fuser: .* of widths 128 and 128 is wanted, not none.safetensors",
+            "--fuser: expected a file of weights, got none.safetensors, which cannot be read",
         ),
         ({"--precision": "fp16"}, ValueError, "--precision: no or bf16 is wanted on a cpu, not fp16"),
     ],

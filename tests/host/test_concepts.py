@@ -1,6 +1,7 @@
 """Concepts on the host: whatever a file holds becomes the difference to the model's weights, and draws as those do."""
 
 import copy
+import dataclasses
 import logging
 import math
 
@@ -64,10 +65,9 @@ class Truth:
         return state
 
     def dora(self):
-        """The host divides by the old norm of each row and multiplies by the file's: these are equal here."""
+        """Where the file's norms of the rows are those of the changed weight, DoRA is plain LoRA."""
         state = self.lora(lambda n: f"lora_unet_{n.replace('.', '_')}", ".lora_up.weight", ".lora_down.weight")
-        norms = {n: w.norm(dim=1, keepdim=True) + torch.finfo(torch.float32).eps for n, w in self.base.items()}
-        scales = self.named(norms)
+        scales = self.named({n: w.norm(dim=1, keepdim=True) for n, w in self.whole.items()})
         return state | {
             f"lora_unet_{n.removesuffix('.weight').replace('.', '_')}.dora_scale": v for n, v in scales.items()
         }
@@ -91,7 +91,7 @@ class Truth:
             "F6": {"unet": self.lora(processor, "_lora.up.weight", "_lora.down.weight")},
             "F7": {processor(name): w for name, w in custom.items()} | hollow,
             "F8 kohya": self.kohya(),
-            "F8 PEFT": self.lora(lambda n: f"unet.{processor(n)}", ".lora_B.weight", ".lora_A.weight"),
+            "F8 PEFT": self.lora(lambda n: f"unet.{n}", ".lora_B.weight", ".lora_A.weight"),
             "F8 LoHa": self.loha(),
             "F8 DoRA": self.dora(),
             "F8 diff": {f"diffusion_model.{n.removesuffix('.weight')}.diff": d for n, d in self.delta.items()},
@@ -122,6 +122,16 @@ def truth(toy):
     return Truth(toy.model)
 
 
+OTHER_NAMES = {
+    "PEFT alone": ("base_model.model.{}", ".lora_B.weight", ".lora_A.weight"),
+    "PEFT, a named adapter": ("base_model.model.{}", ".lora_B.default.weight", ".lora_A.default.weight"),
+    "PEFT, bare": ("{}", ".lora_B.weight", ".lora_A.weight"),
+    "diffusers": ("unet.{}", ".lora.up.weight", ".lora.down.weight"),
+    "LyCORIS alone": ("lycoris_{_}", ".lora_up.weight", ".lora_down.weight"),
+    "OneTrainer": ("lora_unet.{}", ".lora_up.weight", ".lora_down.weight"),
+}
+
+
 def load(toy, source, **options):
     from conceptloom.host.concepts import load_concept
 
@@ -139,6 +149,165 @@ def test_every_format_is_the_true_difference(name, toy, truth):
     assert factored == ({2} if name in ("F2", "F6", "F8 kohya", "F8 PEFT") else {1})
     assert all(f.dtype == torch.half for parts in concept.deltas.values() for d in parts.values() for f in d.factors)
     assert not concept.others and not concept.text_patches
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_every_writer_s_names_are_read(name, toy, truth):
+    pattern, up, down = OTHER_NAMES[name]
+    state = truth.lora(lambda n: pattern.replace("{_}", n.replace(".", "_")).format(n), up, down)
+    truth.check(load(toy, state))
+
+
+def diffusers_unet():
+    """diffusers' own UNet of the toy's shape; a LoRA on it has the toy's names and shapes."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    with torch.inference_mode(False):
+        return diffusers.UNet2DConditionModel(
+            block_out_channels=(32, 64, 128, 128), cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=32
+        )
+
+
+def shaken(model, part="lora_"):
+    """A model whose adapters are not zero any more."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    return model
+
+
+def deltas_of(unet, names):
+    """What PEFT's own layers add to the weights `names`, by the host's names."""
+    found = {}
+    for name, diffusers_name in names.items():
+        layer = unet.get_submodule(diffusers_name.removesuffix(".weight"))
+        found[name] = layer.get_delta_weight("default").detach()
+    return found
+
+
+@pytest.mark.parametrize("writer", ["diffusers", "PEFT"])
+def test_files_that_the_libraries_write_are_read(writer, toy, truth, tmp_path):
+    """Alpha is twice the rank: diffusers says so in the metadata, PEFT in the file beside."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["attn2.to_k", "attn2.to_v"])
+    unet = diffusers_unet()
+    with torch.inference_mode(False):
+        if writer == "diffusers":
+            from diffusers.loaders import StableDiffusionLoraLoaderMixin
+            from diffusers.training_utils import _collate_lora_metadata
+            from diffusers.utils import convert_state_dict_to_diffusers
+
+            unet.add_adapter(config)
+            shaken(unet)
+            StableDiffusionLoraLoaderMixin.save_lora_weights(
+                tmp_path,
+                unet_lora_layers=convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet)),
+                **_collate_lora_metadata({"unet": unet}),
+            )
+            path = tmp_path / "pytorch_lora_weights.safetensors"
+        else:
+            wrapped = shaken(peft.get_peft_model(unet, config))
+            wrapped.save_pretrained(tmp_path)
+            unet, path = wrapped.base_model.model, tmp_path / "adapter_model.safetensors"
+        truth.delta = deltas_of(unet, {name: truth.diffusers[name] for name in truth.base})
+    concept = load(toy, path)
+    truth.check(concept)
+    assert not concept.others
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "lokr"])
+def test_files_of_lycoris_are_read(algorithm, toy, truth, tmp_path):
+    lycoris = pytest.importorskip("lycoris", reason="lycoris-lora is not installed")
+    unet = diffusers_unet()
+    lycoris.LycorisNetwork.apply_preset({"name_algo_map": {}, "target_module": ["Attention"], "target_name": []})
+    with torch.inference_mode(False):
+        net = lycoris.create_lycoris(unet, 1.0, linear_dim=RANK, linear_alpha=RANK / 2, algo=algorithm, factor=4)
+        net.apply_to()
+        shaken(net, "lo")
+        net.save_weights(str(tmp_path / "net.safetensors"), torch.float32, {})
+    state = {name: tensor.double() for name, tensor in load_state(tmp_path / "net.safetensors").items()}
+    for name in truth.base:
+        layer = f"lycoris_{truth.diffusers[name].removesuffix('.weight').replace('.', '_')}"
+        part = lambda end, layer=layer: state[f"{layer}.{end}"]  # noqa: E731
+        if algorithm == "lora":
+            product = part("lora_up.weight") @ part("lora_down.weight")
+        else:
+            product = torch.kron(part("lokr_w1"), part("lokr_w2_a") @ part("lokr_w2_b"))
+        truth.delta[name] = (0.5 * product).float()
+    concept = load(toy, tmp_path / "net.safetensors")
+    truth.check(without(concept, "q", "out"))
+
+
+def load_state(path):
+    from conceptloom.encoders.files import read_state
+
+    return read_state(path)
+
+
+def without(concept, *parts):
+    """A concept without parts of its layers."""
+    deltas = {key: {p: d for p, d in found.items() if p not in parts} for key, found in concept.deltas.items()}
+    return dataclasses.replace(concept, deltas=deltas)
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ENDS = tuple(f".{part}.weight" for part in (*ATTENTION, "ff.net.0.proj"))
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_numbered_files_of_cloneofsimo_are_read(ending, toy, truth, tmp_path):
+    """In the order of diffusers' modules of the time: down, up, middle; attn1, the gate, attn2."""
+    from safetensors.torch import save_file
+
+    order = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
+    blocks = sorted(
+        {name.partition(".attn2.")[0] for name in map(truth.diffusers.get, truth.base)},
+        key=lambda name: (order[name.partition(".")[0]], name),
+    )
+    layers = [f"attn1.{part}" for part in ATTENTION]
+    layers += ["ff.net.0.proj", *(f"attn2.{part}" for part in ATTENTION)]
+    state = toy.base.diffusion_model.state_dict()
+    own = {name: state[key].flatten(1).shape for key, name in truth.diffusers.items() if f".{name}".endswith(ENDS)}
+    factors = {truth.diffusers[name]: pair for name, pair in truth.factors.items()}
+    tensors = []
+    for block in blocks:
+        for layer in layers:
+            name = f"{block}.{layer}.weight"
+            tensors += factors.get(name, (torch.ones(own[name][0], 1), torch.full((1, own[name][1]), 1e-3)))
+    path = tmp_path / f"lora.{ending}"
+    if ending == "pt":
+        torch.save(tensors, path)
+    else:
+        state = {f"unet:{n // 2}:{('up', 'down')[n % 2]}": tensor for n, tensor in enumerate(tensors)}
+        save_file({**state, "<s1>": truth.token}, path, {"unet": '["Attention"]', "<s1>": "<embed>"})
+    concept = load(toy, path)
+    truth.check(without(concept, "q", "out"))
+    assert set(concept.deltas["middle", 0, 0]) == {"k", "v", "q", "out"} and len(concept.others) == 5 * len(blocks)
+    assert concept.placeholder == ("<s1>" if ending == "safetensors" else "")
+
+
+def text_names():
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    return {
+        "kohya": f"lora_te_{layer.replace('.', '_')}.lora_{{}}.weight",
+        "kohya, SDXL": f"lora_te1_{layer.replace('.', '_')}.lora_{{}}.weight",
+        "diffusers, old": f"text_encoder.{layer}.lora_linear_layer.{{}}.weight",
+        "PEFT": f"text_encoder.{layer}.lora_{{}}.weight",
+        "PEFT alone": f"base_model.model.{layer}.lora_{{}}.weight",
+    }
+
+
+@pytest.mark.parametrize("writer", text_names())
+def test_text_encoders_of_every_writer_are_read(writer, toy, truth, clip):
+    from conceptloom.host.concepts import with_text
+
+    up, down = torch.randn(128, 2) * 0.1, torch.randn(2, 128)
+    ends = ("B", "A") if "PEFT" in writer else ("up", "down")
+    state = dict(zip(map(text_names()[writer].format, ends), (up, down), strict=True))
+    changed = with_text(load(toy, {**truth.kohya(), **state}), clip)
+    ((key, ((strength, patch, *_),)),) = changed.patcher.patches.items()
+    assert key == "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight" and strength == 1
+    assert torch.equal(patch.weights[0], up) and torch.equal(patch.weights[1], down)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +493,7 @@ def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth, c
     more |= {"lora_unet_no_such_layer.alpha": torch.tensor(1.0)}
     concept = load(toy, {**truth.kohya(), **more})
     truth.check(concept)
-    assert list(concept.others) == [f"diffusion_model.{name}"] and len(concept.text_patches["lora"]) == 2
+    assert list(concept.others) == [f"diffusion_model.{name}"] and len(concept.text_patches["lora"]) == 1
     assert "1 tensors are for no layer of this model, such as lora_unet_no_such_layer.alpha" in caplog.text
     assert "text encoder: 2 tensors" in describe(concept) and "elsewhere in the model: 1 patches" in describe(concept)
 
@@ -349,9 +518,9 @@ def test_tokens_come_from_the_file_or_beside_it_under_any_name(toy, truth, tmp_p
     assert load(toy, files["F3"], placeholder=" <cat> ").placeholder == "<cat>"
     two = {**files["F3"], "modifier_token": {"<a>": truth.token, "<b>": -truth.token}}
     assert torch.equal(load(toy, two, placeholder="<b>").tokens["l"], -truth.token[None])
-    with pytest.raises(ValueError, match="placeholder: one of the file's tokens <a>, <b> is wanted, not ''"):
+    with pytest.raises(ValueError, match="placeholder: expected one of the file's tokens <a>, <b>, got ''"):
         load(toy, two)
-    with pytest.raises(ValueError, match="token_file: none is wanted, for the file itself holds the token <new1>"):
+    with pytest.raises(ValueError, match="token_file: expected none, for the file itself holds the token <new1>"):
         load(toy, files["F3"], tokens={"<dog>": truth.token})
     with pytest.raises(ValueError, match="placeholder: none is wanted for a concept without a token"):
         load(toy, files["F3 alone"], placeholder="<dog>")
@@ -406,7 +575,7 @@ def test_text_encoders_change_for_the_concept_s_own_prompt_alone(toy, truth, cli
     spoken = with_text(load(toy, {**truth.kohya(), **lora}, strength=0.5), clip)
     torch.testing.assert_close(states(spoken), after, atol=1e-4, rtol=1e-4)
     assert with_text(load(toy, truth.kohya()), clip) is clip
-    with pytest.raises(ValueError, match="clip: the one that concept was trained on is wanted"):
+    with pytest.raises(ValueError, match="clip: expected the one that concept was trained on, got one without"):
         with_text(load(toy, {**truth.files()["F3"], "text_encoder": {**encoder, "text_model.x": torch.ones(1)}}), clip)
 
 
@@ -423,35 +592,51 @@ def wide(truth, width):
     return {name: torch.zeros(len(w), width) for name, w in truth.base.items()}
 
 
+NO_SUCH = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
 SDXL_LAYER = "down_blocks.2.attentions.0.transformer_blocks.9.attn2.to_k.weight"
 REFUSED = {
     "one for SD 2.x (text width 1024)": lambda t: {"unet": t.named(wide(t, 1024))},
-    "for a model of text width 64 is wanted, not one for SDXL (text width 2048)": lambda t: {
+    "for a model of text width 64, got one for SDXL (text width 2048)": lambda t: {
         "unet": {SDXL_LAYER: torch.zeros(8, 2048)}
     },
-    "but it has down_blocks.2.attentions.0.transformer_blocks.9": lambda t: {
+    "got one with down_blocks.2.attentions.0.transformer_blocks.9": lambda t: {
         "unet": {**t.named(t.whole), SDXL_LAYER: torch.zeros(8, WIDTH)}
     },
-    "1 are missing, such as middle_block.1": lambda t: {
+    "without 1 of them, such as middle_block.1": lambda t: {
         "unet": {n: w for n, w in t.named(t.whole).items() if not n.startswith("mid_block") or "to_v" in n}
     },
-    "the shape (128, 64) is wanted for diffusion_model.middle": lambda t: changed(t, lambda w: w[:-1]),
+    "expected the shape (128, 64) for diffusion_model.middle": lambda t: changed(t, lambda w: w[:-1]),
     "finite numbers are wanted, but 'mid_block": lambda t: changed(t, lambda w: w * math.nan),
     "the base is another, or they are differences": lambda t: {"unet": t.named(t.delta)},
     "1.4 times that away": lambda t: {
         "unet": t.named({n: w.flip(0) for n, w in t.whole.items()}),
     },
-    "not one for SDXL (text width 2048)": lambda t: {
+    "expected a concept for a model of text width 64, got one for SDXL": lambda t: {
         n: torch.zeros(RANK, 2048) if n.endswith("down.weight") else v for n, v in t.kohya().items()
     },
-    "it was never trained, or its shapes are another model's": lambda t: {
+    "expected LoHa for a weight of shape (32, 64), got lora_unet_down_blocks_0": lambda t: {
         n: v[:, :-1] if n.endswith("_b") else v for n, v in t.loha().items()
     },
-    "none of its 1 tensors does": lambda t: {"lora_unet_x.lora_up.weight": torch.zeros(4, 4)},
-    "a whole LoRA is wanted": lambda t: {n: v for n, v in t.kohya().items() if not n.endswith("down.weight")},
+    "got one of 1 tensors that do not, such as 'lora_unet_x.lora_up.weight'": lambda t: {
+        "lora_unet_x.lora_up.weight": torch.zeros(4, 4)
+    },
+    "expected a whole LoRA, got 'lora_unet_": lambda t: {
+        n: v for n, v in t.kohya().items() if not n.endswith("down.weight")
+    },
     "finite numbers are wanted, but 'lora_te_x.lora_up.weight' holds NaN": lambda t: {
         **t.kohya(),
         "lora_te_x.lora_up.weight": torch.full((2, 2), math.nan),
+    },
+    "got one that changes no weight of cross-attention: it was never trained": lambda t: {
+        n: v * 0 for n, v in t.kohya().items()
+    },
+    "which is of no known kind": lambda t: {**t.kohya(), f"unet.{NO_SUCH}.lora_Z.weight": torch.ones(1)},
+    "to_k.lora_A.bias', which is of no known kind": lambda t: {**t.kohya(), f"{NO_SUCH}.lora_A.bias": torch.ones(1)},
+    "x.position', which is of no known kind": lambda t: {**t.kohya(), "text_encoder.x.position": torch.ones(1)},
+    "to_k.bias', which is of no known kind": lambda t: {**t.kohya(), f"unet.{NO_SUCH}.bias": torch.ones(1)},
+    "got one with diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_k.bias": lambda t: {
+        **t.kohya(),
+        f"unet.{NO_SUCH}.diff_b": torch.ones(1),
     },
     "finite in half precision": lambda t: {n: v * 1e12 for n, v in t.kohya().items()},
 }
@@ -487,8 +672,75 @@ class Gadget:
 
 def test_pickles_of_objects_are_never_opened(toy, truth, tmp_path):
     torch.save({**truth.files()["F3"], "x": Gadget()}, tmp_path / "dog.bin")
-    with pytest.raises(ValueError, match=r"file: a file of tensors is wanted, but dog.bin holds Python objects"):
+    with pytest.raises(
+        ValueError, match=r"file: expected a file of weights, got dog.bin, which seems to be a pickle of Python objects"
+    ):
         load(toy, tmp_path / "dog.bin")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+LFS = "got dog.{}, which seems to be a git-lfs pointer: fetch the file itself (git lfs pull)"
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin", "pt"])
+def test_broken_files_get_one_sentence_in_every_loader(ending, toy, truth, tmp_path):
+    from conceptloom.host import box_segmenting, fastcomposer_files
+    from conceptloom.shapeland import models
+
+    path = tmp_path / f"dog.{ending}"
+    path.write_bytes(POINTER)
+    loaders = {
+        "file": [
+            lambda: load(toy, path),
+            lambda: fastcomposer_files.load(str(path)),
+            lambda: fastcomposer_files.convert(str(path), tmp_path, "x", fastcomposer_files.WITHOUT),
+        ],
+        "token_file": [lambda: load(toy, truth.files()["F3 alone"], tokens=path)],
+        "sam": [lambda: box_segmenting.load_cutter(path)],
+        "weights": [lambda: models.load("unet", path)],
+    }
+    for name, loads in loaders.items():
+        for broken in loads:
+            with pytest.raises(ValueError) as caught:
+                broken()
+            assert str(caught.value) == f"{name}: expected a file of weights, {LFS.format(ending)}"
+    (tmp_path / "config.json").write_text("{}")
+    for name, broken in (
+        ("detector", lambda: box_segmenting.GroundingDino(path, 0.3)),
+        ("sam", lambda: box_segmenting.load_cutter(path)),
+    ):
+        with pytest.raises(ValueError) as caught:
+            broken()
+        assert str(caught.value) == f"{name}: expected a file of weights, {LFS.format(ending)}"
+
+
+def test_endings_do_not_matter(toy, truth, tmp_path):
+    from conceptloom.host.files import load_state
+    from safetensors.torch import save_file
+
+    save_file(truth.kohya(), tmp_path / "dog.bin")
+    torch.save({"state_dict": truth.kohya()}, tmp_path / "dog.safetensors")
+    for name in ("dog.bin", "dog.safetensors"):
+        truth.check(load(toy, tmp_path / name))
+        assert load_state(tmp_path / name).keys() == truth.kohya().keys()
+    torch.save({"a": 1}, tmp_path / "dog.bin")
+    with pytest.raises(ValueError, match="file: expected tensors by name, got dog.bin, where 'a' is a int"):
+        load_state(tmp_path / "dog.bin")
+    torch.save([1], tmp_path / "dog.bin")
+    with pytest.raises(ValueError, match="file: expected tensors by name, got dog.bin with a list"):
+        load_state(tmp_path / "dog.bin")
+
+
+def test_embeddings_of_automatic1111_are_tokens(toy, truth, tmp_path):
+    path = tmp_path / "dog.pt"
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": truth.token[None]}, "name": "dog"}, path)
+    concept = load(toy, truth.files()["F3 alone"], tokens=path)
+    assert concept.placeholder == "<new1>" and torch.equal(concept.tokens["l"], truth.token[None])
+    torch.save([{"<dog>": truth.token}, {"x": truth.token}], path)
+    assert load(toy, truth.files()["F3 alone"], tokens=path).tokens["l"].shape == (2, WIDTH)
+    torch.save(truth.kohya(), path)
+    with pytest.raises(ValueError, match="^token_file: expected an embedding or a file with a concept's word, got one"):
+        load(toy, truth.files()["F3 alone"], tokens=path)
 
 
 # ---- models -------------------------------------------------------------------------------------------------------
@@ -535,6 +787,13 @@ def test_sdxl_s_layers_are_named_right_in_both_namings(toy_type):
 # ---- nodes --------------------------------------------------------------------------------------------------------
 
 
+def strength_of(nodes, toy, truth, entry):
+    """How many times the true difference a file holds."""
+    concept, _ = nodes.LoadConcept.execute(toy.model, entry, "cat", 1.0, "none", "").result
+    true = truth.delta[f"{LOWEST}.to_k.weight"]
+    return round(float(concept.deltas["middle", 0, 0]["k"].matrix().norm() / true.norm()))
+
+
 def test_nodes_load_gather_and_save(toy, truth, tmp_path, monkeypatch):
     import folder_paths
     from conceptloom.nodes import concepts as nodes
@@ -546,6 +805,21 @@ def test_nodes_load_gather_and_save(toy, truth, tmp_path, monkeypatch):
     torch.save(truth.files()["F3"], tmp_path / "concepts" / "delta.bin")
     torch.save(truth.kohya(), tmp_path / "loras" / "cat.bin")
     torch.save({"emb_params": truth.token[None]}, tmp_path / "embeddings" / "cat.bin")
+    for place, strength in (("concepts/loras", 2.0), ("concepts/concepts", 3.0), ("concepts/embeddings", 4.0)):
+        (tmp_path / place).mkdir()
+        torch.save(
+            {n: v * strength if "up" in n else v for n, v in truth.kohya().items()}, tmp_path / place / "cat.bin"
+        )
+    entries = next(i for i in nodes.LoadConcept.define_schema().inputs if i.id == "file").options
+    loaded = {entry: strength_of(nodes, toy, truth, entry) for entry in entries if entry != "delta.bin"}
+    # Each entry once, each its own file.
+    assert loaded == {
+        "loras/cat.bin": 1,
+        "concepts/loras/cat.bin": 2,
+        "concepts/concepts/cat.bin": 3,
+        "embeddings/cat.bin": 4,
+    }
+    assert len(entries) == 5
     dog, report = nodes.LoadConcept.execute(toy.model, "delta.bin", "dog", 1.0, "none", "").result
     assert dog.class_word == "dog" and "token <new1>: 1 of width 64 for text encoder l" in report
     cat, _ = nodes.LoadConcept.execute(toy.model, "loras/cat.bin", "cat", 0.7, "embeddings/cat.bin", "<c>").result

@@ -543,7 +543,7 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     from conceptloom.host import fastcomposer_files as files
     from conceptloom.host.shapeland import load_model
     from conceptloom.shapeland import models
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
     before = models.build_unet().state_dict()
@@ -552,7 +552,8 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     save_file({**{f"unet.{key}": value for key, value in changed.items()}, **fuser}, tmp_path / "all.safetensors")
     base = load_model(before)
     files.convert(str(tmp_path / "all.safetensors"), tmp_path, "lora", files.AS_LORA, 768, base)
-    patched = files.load(str(tmp_path / "fastcomposer" / "lora.safetensors"), model=base).model
+    lora = tmp_path / "fastcomposer" / "lora.safetensors"
+    patched = files.load(str(lora), model=base).model
     expected, got = load_model(changed).model.state_dict(), patched.clone()
     x, t, context = torch.randn(1, 8, 16, 16), torch.tensor([500.0]), torch.randn(1, 77, 128)
 
@@ -566,6 +567,15 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     want, plain = predict(load_model(changed)), predict(load_model(before))
     error = (predict(patched) - want).norm() / (plain - want).norm()
     assert error < 0.01, error
+    state = {**load_file(lora), "lora_unet_conv_in.lora_up.bias": torch.ones(1)}
+    save_file(state, lora)
+    with pytest.raises(
+        ValueError, match="file: expected tensors that can all be used, got 'lora_unet_conv_in.lora_up.b"
+    ):
+        files.load(str(lora), model=base)
+    save_file({"lora_unet_nowhere.diff_b": torch.ones(1)}, lora)
+    with pytest.raises(ValueError, match="model: expected the base model that the file's LoRA was made for"):
+        files.load(str(lora), model=base)
     assert len(expected) == len(got.model.state_dict())
 
 
@@ -576,7 +586,7 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
         ({}, "it is empty"),
         ({"postfuse_module.mlp1.fc1.weight": torch.zeros(4, 8)}, "shapes that fit"),
         ({"postfuse_module.x": torch.zeros(4)}, "mlp1.fc1.weight"),
-        ({"lora_unet_x.lora_up.weight": torch.zeros(4, 4)}, "model: the base model is wanted, for the file holds"),
+        ({"lora_unet_x.lora_up.weight": torch.zeros(4, 4)}, "model: expected the base model, for the file holds"),
         ({"unet.x": torch.zeros(4, 4)}, "the UNet of a Stable Diffusion model is wanted"),
     ],
 )

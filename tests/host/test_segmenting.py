@@ -230,10 +230,12 @@ def test_sam_of_transformers_cuts_out_what_is_in_each_box(build, tmp_path):
 
 def test_folders_of_another_kind_get_their_sentence(dino, tmp_path):
     from conceptloom.host.box_segmenting import GroundingDino, load_cutter
+    from safetensors.torch import save_file
 
-    with pytest.raises(ValueError, match="detector: Grounding DINO is wanted, as transformers saves it"):
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="detector: expected Grounding DINO, as transformers saves it, got what is in"):
         GroundingDino(tmp_path / "model.safetensors", 0.3)
-    with pytest.raises(ValueError, match="sam: SAM or SAM 2 is wanted, as transformers saves it"):
+    with pytest.raises(ValueError, match="sam: expected SAM or SAM 2, as transformers saves it, got what is in"):
         load_cutter(dino)
 
 
@@ -288,13 +290,15 @@ def test_checkpoints_of_another_kind_get_their_sentence(checkpoint, monkeypatch,
 
     path, build = checkpoint
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="sam: a checkpoint of Segment Anything is wanted, not other.pth"):
+    with pytest.raises(
+        ValueError, match="sam: expected a checkpoint of Segment Anything, got other.pth with other weights"
+    ):
         load_cutter(tmp_path / "other.pth")
     state = build().state_dict()
     state.popitem()
     torch.save(state, tmp_path / "part.pth")
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build)
-    with pytest.raises(ValueError, match="sam: all weights of SAM vit_b are wanted, but part.pth has others"):
+    with pytest.raises(ValueError, match="sam: expected all weights of SAM vit_b, got part.pth with others"):
         load_cutter(tmp_path / "part.pth")
     monkeypatch.setitem(sys.modules, "segment_anything", None)
     with pytest.raises(ValueError, match="pip install segment-anything"):

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ...encoders.fastcomposer import FUSER, UNET, VISION, split
-from ...encoders.files import whole_file
+from ...encoders.files import read_state, whole_file
 from ...encoders.fuser import Fuser
 
 _PUBLISHED = {"fuser": FUSER, "vision": VISION, "unet": UNET}
@@ -39,15 +38,16 @@ def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) 
 
 
 def start_from(fuser: Fuser, path: Path) -> None:
-    """Gives a fuser the weights of one in a safetensors file.
+    """Gives a fuser the weights of one in a file.
 
-    Raises ValueError with one sentence if it holds none of these widths.
+    Raises ValueError with one sentence if it is no file of weights or holds none of these widths.
     """
-    wanted = f"--fuser: a safetensors file with a fuser of widths {fuser.text_width} and {fuser.image_width} is wanted"
+    wanted = f"--fuser: expected a file with a fuser of widths {fuser.text_width} and {fuser.image_width}"
+    state = read_state(path, "--fuser")
     try:
-        found = Fuser.from_state(split(load_file(path))[FUSER])
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{wanted}, not {path} ({error})") from error
+        found = Fuser.from_state(split(state)[FUSER])
+    except ValueError as error:
+        raise ValueError(f"{wanted}, got {path.name} ({error})") from error
     if (found.text_width, found.image_width) != (fuser.text_width, fuser.image_width):
-        raise ValueError(f"{wanted}, but {path} has {found.text_width} and {found.image_width}")
+        raise ValueError(f"{wanted}, got {path.name} with {found.text_width} and {found.image_width}")
     fuser.load_state_dict(found.state_dict())

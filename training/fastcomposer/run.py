@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ...encoders.files import whole_file
+from ...encoders.files import read, whole_file
 from ..data.dataset import EpochBatches, SubjectPictures
 from ..logs import add_row, go_back
 from .batches import Shares, collate, draw
@@ -178,7 +178,7 @@ class Run:
         return self.folder / CHECKPOINT
 
     def _load(self) -> None:
-        saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        saved = read(self._checkpoint, "--out").value
         other = [name for name in self.kind if saved["kind"].get(name) != self.kind[name]]
         if other:
             name = other[0]
