@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text, whole_word
+from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text
 from ..encoders.concepts import Concept, join
+from ..encoders.words import hide_names, show_names, whole_word
 from .concepts import check_tokens, with_text
 from .fusion import SpokenConcept
 from .placeholders import stand_in
@@ -106,13 +107,13 @@ def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> 
     Raises:
         ValueError: a placeholder is part of a longer word.
     """
-    marked, places = text, {}
+    (marked, names), places = hide_names(text), {}
     for placeholder, rows in words.items():
         name = next(iter(rows))
         foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), marked)
         marked = re.sub(whole_word(placeholder), " ".join([word] * len(rows[name])), marked)
         places[foreign] = placeholder, word, rows
-    tokens = clip.tokenize(marked)
+    tokens = clip.tokenize(show_names(marked, names))
     for encoder, chunks in tokens.items():
         reached = dict.fromkeys(places, 0)
         for chunk in chunks:
@@ -123,5 +124,5 @@ def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> 
                     reached[token] += 1
         for foreign, (placeholder, word, _) in places.items():
             if reached[foreign] != marked.count(word):
-                raise ValueError(f"texts: spaces around {placeholder} are wanted in {text!r}")
+                raise ValueError(f"texts: expected spaces around {placeholder}, got {text!r}")
     return tokens
