@@ -92,13 +92,15 @@ class Sampling:
 
     Attributes:
         guider: the host's guider; its model_patcher and conds are final.
-        noise: (B, C, h, w), the shape of the picture's latent.
+        noise: (B, C, h, w), what is added to the picture's latent; zeros where that is noise already.
+        sampler: the host's SAMPLER.
         sigmas: the schedule, as numbers.
         seed: the sampler's.
     """
 
     guider: Any
     noise: torch.Tensor
+    sampler: Any
     sigmas: tuple[float, ...]
     seed: int
 
@@ -166,7 +168,7 @@ def _outer_sample(key: str, system: System) -> Callable:
     def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
-        sampling = Sampling(guider, noise, tuple(sigmas.tolist()), seed or 0)
+        sampling = Sampling(guider, noise, sampler, tuple(sigmas.tolist()), seed or 0)
         run = system.begin(sampling)
         if run is None:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

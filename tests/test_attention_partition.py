@@ -124,7 +124,7 @@ def test_blending_in_cells_is_near_that_by_pixels():
             shape = [1, 1, 1]
             shape[dim] = length
             expected = (padded.index_select(dim, high) - padded.index_select(dim, low)) / (high - low).view(shape)
-    assert (soften(hard, 48).double() - expected).abs().max() < 0.02
+    assert (soften(hard, 48).double() - expected).abs().max() < 0.04
 
 
 def test_where_halos_meet_neither_takes_the_other_s_place():
