@@ -19,7 +19,7 @@ from ..encoders.concepts import Concept, join
 from ..encoders.words import hide_names, show_names, whole_word
 from .concepts import check_tokens, with_text
 from .fusion import SpokenConcept
-from .placeholders import stand_in
+from .placeholders import row_count, stand_in
 
 log = logging.getLogger("conceptloom")
 
@@ -90,10 +90,23 @@ def encode_prompts(
 
 
 def encode_text(clip, text: str, concept: Concept) -> list:
-    """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder."""
+    """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder.
+
+    Raises:
+        ValueError: of `splice`, or a word of negative weight has two rows of states, for keys and for values, which
+            only a model with NegPip on it tells apart, and not the concept's own layers.
+    """
     words = {concept.placeholder: concept.tokens} if concept.tokens else {}
     clip = with_text(concept, clip)
-    return clip.encode_from_tokens_scheduled(splice(clip, text, words))
+    tokens = splice(clip, text, words)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    negative = any(weight < 0 for chunks in tokens.values() for chunk in chunks for _, weight in chunk)
+    if negative and any(states.shape[1] != row_count(tokens) for states, _ in conditioning):
+        raise ValueError(
+            f"clip: expected one row of text states for each token where words have negative weights, as in {text!r}, "
+            "got two, as CLIP NegPip gives them; put such words into the negative prompt"
+        )
+    return conditioning
 
 
 def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import comfy.hooks
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -56,6 +57,14 @@ class Evaluation:
     def rows_per_role(self) -> int:
         """Pictures per conditioning."""
         return len(self.x) // len(self.roles)
+
+    @property
+    def hooks(self) -> tuple[Any, tuple[float, ...]]:
+        """What tells the weights of this evaluation from those of others of the run: the hooks of its conditionings,
+        and the strengths to which a schedule has set those that change weights. Other hooks only wrap."""
+        group = self.model.current_patcher.current_hooks
+        changing = [] if group is None else group.get_type(comfy.hooks.EnumHookType.Weight)
+        return group, tuple(hook.strength_model for hook in changing)
 
 
 class Run(Protocol):

@@ -7,7 +7,7 @@ with a word in the mark's place that is one token and occurs nowhere else; both 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,11 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
         places.append(Place(chunk, index, row, weight, text))
     _check_embeddings(clip, tokens)
     return _without_word_ids(tokens), places
+
+
+def row_count(tokens: Mapping[str, Sequence[Sequence]]) -> int:
+    """How many rows of text states the host makes of its tokens, where one token is one row."""
+    return min(sum(map(len, chunks)) for chunks in tokens.values())
 
 
 def trained_layer(tokens: dict[str, list]) -> int:

@@ -236,7 +236,8 @@ class InjectionRun:
         return call.with_branch(_for_all_rows(branch, evaluation))
 
     def _attend(self, record, evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
-        _check(call.q, record[0], 1, evaluation)
+        for own, kept in ((call.q, record[0]), (call.v, record[1])):
+            _check(own, kept, 1, evaluation)
         q, k = (_for_all_rows(kept, evaluation) for kept in record)
         if call.previous is not None:
             return call.previous(q, k, call.v, call.options)
@@ -260,6 +261,6 @@ def _check(own: torch.Tensor, source: torch.Tensor, first: int, evaluation: Eval
     """Raises ValueError when another node has cut the picture into parts; `first` is the first dimension of places."""
     if len(own) != len(evaluation.x) or own.shape[first : first + 2] != source.shape[first : first + 2]:
         raise ValueError(
-            f"{NAME}: model: one whose layers see the whole picture is wanted, but another node or the area of a "
-            f"conditioning gives them parts of shape {tuple(own.shape)}, where the source has {tuple(source.shape)}"
+            f"{NAME}: model: expected one whose layers see the whole picture and nothing else, got {tuple(own.shape)} "
+            f"where the source has {tuple(source.shape)}; another node or the area of a conditioning makes it so"
         )

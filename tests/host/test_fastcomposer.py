@@ -255,6 +255,20 @@ def test_another_vision_tower_is_warned_of(clip, fuser, vision, caplog):
     assert "another vision tower" in caplog.text
 
 
+def test_a_clip_of_two_rows_a_token_is_refused(clip, fuser, vision):
+    from other_packs import NegPip
+
+    ready = encoded(vision, subject("man"))
+    with pytest.raises(
+        ValueError, match=r"clip: expected one row .* each of the 77 tokens, got 154 rows, as CLIP NegPip"
+    ):
+        fuse(NegPip(clip), fuser, "a man @subject", ready)
+    long = "a man @subject " + "red " * 80
+    with pytest.raises(ValueError, match="each of the 154 tokens, got 308 rows"):
+        fuse(NegPip(clip), fuser, long, ready)
+    fuse(clip, fuser, long, ready)
+
+
 def test_bad_input_gets_its_sentence(clip, fuser, vision):
     from conceptloom.encoders.fuser import Fuser
     from conceptloom.host import fastcomposer_files as files
@@ -372,6 +386,32 @@ def test_ends_are_the_plain_conditionings_bit_by_bit(toy, change):
             assert torch.equal(drawn, expected)
 
 
+def test_without_a_switch_the_conditioning_is_a_plain_one_for_any_model(toy):
+    from conceptloom.host.delay import delayed
+
+    text, late = two_conditionings(toy)
+    assert delayed(text, late, plan(1.0)) == late and delayed(text, late, plan(step=3, start=4)) == late
+    assert delayed(text, late, plan(0.0)) == text
+    assert torch.equal(toy.sample(positive=delayed(text, late, plan(1.0))), toy.sample(positive=late))
+    for published in ("published, PNDM", "published, other samplers"):
+        assert len(delayed(text, late, plan(1.0, counting=published))) == 2
+        assert delayed(text, late, plan(0.0, counting=published)) == text
+
+
+def test_what_reads_the_first_tensor_alone_sees_the_subjects(toy):
+    """An attention couple draws a region with it, and would draw it without them."""
+    from conceptloom.host.delay import delayed, prepared
+    from other_packs import couple
+
+    text, late = two_conditionings(toy)
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    model = prepared(toy.model)
+    region = [delayed(text, late, plan(0.5)), late, text]
+    drawn = [toy.sample(couple(model, conditioning, left), steps=2) for conditioning in region]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_a_model_that_was_not_prepared_is_refused(toy):
     from conceptloom.host.delay import delayed
 
@@ -487,7 +527,7 @@ def test_delaying_twice_is_refused(toy):
     from conceptloom.host.delay import delayed
 
     text, late = two_conditionings(toy)
-    with pytest.raises(ValueError, match="subject: a conditioning that does not switch yet"):
+    with pytest.raises(ValueError, match="subject: expected a conditioning that does not switch yet"):
         delayed(text, delayed(text, late, plan()), plan())
 
 

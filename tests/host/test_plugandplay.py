@@ -220,6 +220,13 @@ class TestCompany:
 
 
 class TestRefusals:
+    def test_more_keys_than_places(self, toy, source):
+        from other_packs import controlled, reference_control
+
+        control = reference_control(torch.randn(1, 4, 16, 16))
+        with pytest.raises(ValueError, match="model: expected one whose layers see the whole picture and nothing else"):
+            toy.sample(apply(toy, source()), STEPS, positive=controlled(control, toy.positive))
+
     def test_other_noise_levels_than_the_inversions_are_told_of(self, toy, source, caplog):
         caplog.set_level("WARNING")
         schedule = tuple(sorted(float(x) for x in comfy_levels(toy, STEPS)))
