@@ -101,7 +101,7 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
     """Intersection over union of two boolean masks (H, W); 0 if both are empty."""
-    return int((a & b).sum()) / max(1, int((a | b).sum()))
+    return int((a & b).count_nonzero()) / max(1, int((a | b).count_nonzero()))
 
 
 def write_scores(wanted: Sequence[Wanted], scores: Sequence[float]) -> str:

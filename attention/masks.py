@@ -31,23 +31,34 @@ def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
     if mask.ndim == 3 and mask.shape[0] == 1:
         mask = mask[0]
     if mask.ndim != 2 or 0 in mask.shape:
-        raise ValueError(f"{name}: one mask (height, width) is wanted, not {shape}")
-    if not torch.isfinite(mask).all():
-        raise ValueError(f"{name}: finite values are wanted, but it holds NaN or infinity")
+        raise ValueError(f"{name}: expected one mask (height, width), got {shape}")
+    # NaN is the least and the largest of whatever it is among; in large masks this is much faster than looking at all.
+    if not all(torch.isfinite(bound) for bound in mask.aminmax()):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     return mask.float()
 
 
-def check_aspect(mask: torch.Tensor, size: tuple[int, int], name: str = "mask") -> None:
+def same_aspect(a: tuple[int, int], b: tuple[int, int], tolerance: float = ASPECT_TOLERANCE) -> bool:
+    """Whether two sizes (height, width) can show the same scene without stretching it."""
+    return abs(math.log(a[0] / a[1]) - math.log(b[0] / b[1])) <= tolerance
+
+
+def check_aspect(mask: torch.Tensor, size: tuple[int, int], name: str = "mask", latent: bool = False) -> None:
     """Raises ValueError when a mask (H', W') cannot belong to a picture of `size` (H, W) because their shapes differ.
 
     A mask that is zero everywhere passes: the host hands out small square ones for pictures without alpha.
+
+    Args:
+        mask, size: see above.
+        name: what the error calls the mask.
+        latent: whether `size` is a latent's, whose last row and column of cells the picture may fill in part.
     """
-    (mask_h, mask_w), (image_h, image_w) = mask.shape, size
-    differs = abs(math.log(mask_h / mask_w) - math.log(image_h / image_w)) > ASPECT_TOLERANCE
-    if differs and mask.any():
+    (mask_h, mask_w), (height, width) = mask.shape, size
+    tolerance = max(ASPECT_TOLERANCE, 1 / min(size)) if latent else ASPECT_TOLERANCE
+    if not same_aspect((mask_h, mask_w), size, tolerance) and mask.any():
         raise ValueError(
-            f"{name}: the shape of the picture ({image_w}x{image_h}) is wanted, not {mask_w}x{mask_h}, "
-            "which would be stretched over other parts of it"
+            f"{name}: expected the shape of the {'latent' if latent else 'picture'} ({width}x{height}), got "
+            f"{mask_w}x{mask_h}, which would be stretched over other parts of it"
         )
 
 
@@ -58,7 +69,7 @@ def binarize(mask: torch.Tensor | None, threshold: float, size: tuple[int, int] 
     """
     if mask is None:
         return torch.ones(size, dtype=torch.bool)
-    return (mask >= threshold) & (mask > 0)
+    return mask >= threshold if threshold > 0 else mask > 0
 
 
 def token_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -83,7 +94,7 @@ def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
     """
     ys, xs = torch.nonzero(mask, as_tuple=True)
     if len(ys) == 0:
-        raise ValueError("mask: at least one pixel is wanted, but it is empty")
+        raise ValueError("mask: expected at least one pixel, got an empty mask")
     x, y = int(xs.min()), int(ys.min())
     return x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import combinations
 
 import torch
@@ -21,11 +22,20 @@ import torch.nn.functional as F
 
 from .instances import SAME
 from .instances import overlap as shared_part
-from .masks import as_mask, binarize, check_aspect
+from .masks import as_mask, binarize, check_aspect, same_aspect
 
 SMALLER_IN_FRONT, SURER_IN_FRONT, LATER_IN_FRONT = "smaller in front", "higher score in front", "later in front"
 OVERLAPS = (SMALLER_IN_FRONT, SURER_IN_FRONT, LATER_IN_FRONT)
 THRESHOLD = 0.5
+
+_DISK, _FINEST = 24, 2048
+"""Radius of a disk, and cells of the shorter side, up to which masks grow pixel by pixel."""
+_BLEND, _FINEST_BLEND = 16, 1024
+"""The same for blending."""
+_SEEN = 512
+"""Most pixels of the longer side of a partition to look at."""
+_COMPARED = 512
+"""Most pixels of the shorter side at which masks are compared with each other."""
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
@@ -51,17 +61,19 @@ def assemble(
             are absent or too few.
     """
     stack = _stack(masks)
+    every = max(1, min(stack.shape[1:]) // _COMPARED)
+    sparse = stack[:, ::every, ::every].contiguous()
     for i, j in combinations(range(len(stack)), 2):
-        if shared_part(stack[i], stack[j]) > SAME:
+        if shared_part(sparse[i], sparse[j]) > SAME:
             raise ValueError(
-                f"mask {j + 1}: a place of its own is wanted, but mask {i + 1} has the same one, which would leave "
-                "nothing to one of them; Text to Masks tells things of one kind apart by numbers such as dog#1"
+                f"mask {j + 1}: expected a place of its own, got that of mask {i + 1}, which would leave nothing to "
+                "one of them; Text to Masks tells things of one kind apart by numbers such as dog#1"
             )
     if overlap not in OVERLAPS:
-        raise ValueError(f"overlap: one of {', '.join(OVERLAPS)} is wanted, not {overlap!r}")
+        raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, got {overlap!r}")
     if overlap == SURER_IN_FRONT and (scores is None or len(scores) != len(stack)):
         given = "none" if scores is None else len(scores)
-        raise ValueError(f"scores: one per mask is wanted for {overlap!r}, not {given} for {len(stack)} masks")
+        raise ValueError(f"scores: expected one per mask for {overlap!r}, got {given} for {len(stack)} masks")
     side = min(stack.shape[1:])
     return soften(divide(stack, round(dilation * side), overlap, scores), round(feather * side))
 
@@ -75,44 +87,71 @@ def divide(
         overlap, scores: as in `assemble`; equals in area or score count as LATER_IN_FRONT.
     """
     reach = dilate(masks, radius)
-    claims = torch.where(reach.sum(0) == 1, reach, masks)
-    depth = _depth(masks, overlap, scores).to(masks.device)
-    front = torch.where(claims, depth[:, None, None], -1).argmax(0)
-    owner = torch.where(claims.any(0), front, len(masks))
-    return F.one_hot(owner, len(masks) + 1).movedim(-1, 0).float()
+    reached, contested, taken = torch.zeros((3, *masks.shape[1:]), dtype=torch.bool, device=masks.device)
+    for grown in reach:
+        contested |= reached & grown
+        reached |= grown
+    free = reached & ~contested
+    partition = torch.empty((len(masks) + 1, *masks.shape[1:]), device=masks.device)
+    for i in _front_to_back(masks, overlap, scores):
+        claimed = (masks[i] | (reach[i] & free)) & ~taken
+        partition[i] = claimed
+        taken |= claimed
+    partition[-1] = ~taken
+    return partition
 
 
 def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
     """Boolean masks (N, H, W) grown by the disk dx^2 + dy^2 <= radius^2; radius 0 returns them.
 
-    Each row learns how far each pixel is from the row's nearest true one, which makes the disk a comparison per row
-    offset instead of a window per pixel.
+    Each row learns how far each pixel is from the row's nearest true one, so how many rows up and down the disk around
+    that one still covers the pixel's column. A pixel then belongs to the result where such a span reaches it, which a
+    running maximum down the columns tells and another one up them.
+
+    Large disks and large pictures are grown in cells of several pixels, off by at most one and a half cells: less than
+    a cell of a latent, and the time stays in proportion to the picture.
     """
+    cell = max(1, radius // _DISK, min(masks.shape[1:]) // _FINEST)
+    if radius and cell > 1:
+        coarse = dilate(_any_in_cells(masks, cell), max(1, round(radius / cell)))
+        height, width = masks.shape[1:]
+        wide = coarse.repeat_interleave(cell, 2)[:, :, None, :width]
+        return masks | wide.expand(-1, -1, cell, -1).flatten(1, 2)[:, :height]
+    if not radius:
+        return masks
     height, width = masks.shape[1:]
-    nowhere = 2 * width + radius
-    columns = torch.arange(width, dtype=torch.int32, device=masks.device)
-    left = torch.where(masks, columns, -nowhere).cummax(-1).values
-    right = torch.where(masks, columns, nowhere).flip(-1).cummin(-1).values.flip(-1)
-    distance = torch.minimum(columns - left, right - columns).square()
-    grown = masks.clone()
-    for offset in range(min(radius, height - 1) + 1):
-        near = distance <= radius**2 - offset**2
-        grown[:, offset:] |= near[:, : height - offset]
-        grown[:, : height - offset] |= near[:, offset:]
-    return grown
+    columns = torch.arange(width, dtype=torch.float32, device=masks.device)
+    left = torch.where(masks, columns, -torch.inf).cummax(-1).values
+    right = torch.where(masks, columns, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    squares = radius**2 - torch.minimum(columns - left, right - columns).square()
+    span = torch.where(squares >= 0, squares.clamp(min=0).sqrt().floor(), -torch.inf)
+    rows = torch.arange(height, dtype=torch.float32, device=masks.device)[:, None]
+    from_above = (rows + span).cummax(1).values >= rows
+    return from_above | ((rows - span).flip(1).cummin(1).values.flip(1) <= rows)
 
 
 def soften(partition: torch.Tensor, radius: int) -> torch.Tensor:
     """Blends neighbours of a partition (N + 1, H, W) within `radius` pixels of their border; radius 0 returns it.
 
     Two moving averages after each other, the same for all maps and over the pixels of the picture alone, so that the
-    sum stays 1 up to its edge.
+    sum stays 1 up to its edge. Wide ones, and those of large pictures, are taken over means of cells of several pixels,
+    between which the result is interpolated.
     """
-    for half in (radius // 2, radius - radius // 2):
+    if not radius:
+        return partition
+    height, width = partition.shape[1:]
+    cell = max(1, radius // _BLEND, min(height, width) // _FINEST_BLEND)
+    # The last cells may hold fewer pixels.
+    maps = F.avg_pool2d(partition[None], cell, ceil_mode=True) if cell > 1 else partition[None]
+    reach = round(radius / cell)
+    for half in (reach // 2, reach - reach // 2):
         for kernel, padding in (((1, 2 * half + 1), (0, half)), ((2 * half + 1, 1), (half, 0))):
             if half:
-                partition = F.avg_pool2d(partition[None], kernel, 1, padding, count_include_pad=False)[0]
-    return _normalized(partition) if radius else partition
+                maps = F.avg_pool2d(maps, kernel, 1, padding, count_include_pad=False)
+    maps = _normalized(maps[0])
+    if cell > 1:
+        maps = F.interpolate(maps[None], scale_factor=cell, mode="bilinear")[0, :, :height, :width]
+    return maps
 
 
 def layer_masks(partition: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -121,45 +160,75 @@ def layer_masks(partition: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def picture(partition: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-    """A partition (N + 1, H, W) to look at, (H, W, 3): a colour per concept over the dark grey of the background, or
-    over the grey of an image (H', W', 3)."""
-    concepts, background = partition[:-1, ..., None].cpu(), partition[-1, ..., None].cpu()
-    colours = torch.stack([_colour(i) for i in range(len(concepts))])
-    coloured = (concepts * colours[:, None, None]).sum(0)
+    """A partition (N + 1, H, W) to look at, (h, w, 3): a colour per concept over the dark grey of the background, or
+    over the grey of an image (H', W', 3). Large ones become smaller.
+
+    Raises:
+        ValueError: the image has another shape than the partition.
+    """
+    size = tuple(partition.shape[1:])
+    if image is not None and not same_aspect(tuple(image.shape[:2]), size):
+        given, expected = (f"{width}x{height}" for height, width in (image.shape[:2], size))
+        raise ValueError(f"image: expected the shape of the masks ({expected}), got {given}")
+    small = _to_look_at(partition).cpu()
+    colours = torch.stack([_colour(i) for i in range(len(small) - 1)])
+    coloured, background = torch.einsum("nhw,nc->hwc", small[:-1], colours), small[-1, ..., None]
     if image is None:
         return coloured + 0.15 * background
-    grey = image.cpu().float()[..., :3].mean(-1)[None, None]
-    grey = F.interpolate(grey, partition.shape[1:], mode="bilinear", antialias=True)[0, 0, :, :, None].clamp(0, 1)
+    grey = _to_look_at(image.movedim(-1, 0)[:3]).cpu().float().mean(0)[None, None]
+    grey = F.interpolate(grey, small.shape[1:], mode="bilinear", antialias=True)[0, 0, :, :, None].clamp(0, 1)
     return (0.25 + 0.75 * grey) * coloured + 0.7 * grey * background
 
 
 def _stack(masks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Boolean masks (N, H, W) at the size of the largest."""
     if len(masks) == 0:
-        raise ValueError("masks: at least one is wanted, but there is none")
+        raise ValueError("masks: expected at least one, got none")
     single = [as_mask(mask, f"mask {number}") for number, mask in enumerate(masks, 1)]
     # The host hands out small empty squares for pictures without alpha; they say nothing of the picture's shape.
-    largest = max(single, key=lambda mask: (bool(mask.any()), mask.numel()))
+    largest = single[0]
+    if any(mask.shape != largest.shape for mask in single):
+        largest = max(single, key=lambda mask: (bool(mask.any()), mask.numel()))
     for number, mask in enumerate(single, 1):
         try:
             check_aspect(mask, tuple(largest.shape))
         except ValueError as error:
             (height, width), (h, w) = largest.shape, mask.shape
             raise ValueError(
-                f"mask {number}: the shape of the largest mask ({width}x{height}) is wanted, not {w}x{h}"
+                f"mask {number}: expected the shape of the largest mask ({width}x{height}), got {w}x{h}"
             ) from error
-    sized = [F.interpolate(mask[None, None], largest.shape, mode="nearest")[0, 0] for mask in single]
-    return binarize(torch.stack(sized), THRESHOLD)
+    return torch.stack([_resize(binarize(mask, THRESHOLD), tuple(largest.shape)) for mask in single])
 
 
-def _depth(masks: torch.Tensor, overlap: str, scores: Sequence[float] | None) -> torch.Tensor:
-    """(N,) long: of two masks the one with the larger number is in front."""
-    if overlap == LATER_IN_FRONT:
-        return torch.arange(len(masks))
-    by_score = overlap == SURER_IN_FRONT
-    measure = torch.tensor(scores, dtype=torch.float64) if by_score else -masks.sum((1, 2)).cpu()
-    # Twice: the places in a sorted list of the places in the list.
-    return measure.argsort(stable=True).argsort()
+def _resize(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A boolean mask (H', W') at another size (H, W)."""
+    if tuple(mask.shape) == size:
+        return mask
+    return F.interpolate(mask[None, None].to(torch.uint8), size, mode="nearest")[0, 0].bool()
+
+
+def _to_look_at(planes: torch.Tensor) -> torch.Tensor:
+    """Planes (C, H, W) as small as a preview needs them."""
+    cell = math.ceil(max(planes.shape[1:]) / _SEEN)
+    return F.avg_pool2d(planes[None].float(), cell, ceil_mode=True)[0] if cell > 1 else planes
+
+
+def _front_to_back(masks: torch.Tensor, overlap: str, scores: Sequence[float] | None) -> list[int]:
+    """The numbers of the masks, the one in front of all others first; of equal ones the later."""
+    measure = range(len(masks))
+    if overlap == SURER_IN_FRONT:
+        measure = scores
+    elif overlap == SMALLER_IN_FRONT:
+        measure = [-int(mask.count_nonzero()) for mask in masks]
+    return sorted(range(len(masks)), key=lambda i: (measure[i], i), reverse=True)
+
+
+def _any_in_cells(masks: torch.Tensor, cell: int) -> torch.Tensor:
+    """Boolean masks (N, ceil(H / cell), ceil(W / cell)): true where any pixel of a cell is."""
+    height, width = masks.shape[1:]
+    padded = F.pad(masks, (0, -width % cell, 0, -height % cell))
+    rows = reduce(torch.logical_or, (padded[:, i::cell] for i in range(cell)))
+    return reduce(torch.logical_or, (rows[:, :, i::cell] for i in range(cell)))
 
 
 def _normalized(partition: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .words import find_word, hide_names, show_names, whole_word
+
 KEEP_OTHERS, DROP_OTHERS = "keep the others' words", "leave the others out"
 OTHERS = (KEEP_OTHERS, DROP_OTHERS)
 
@@ -37,66 +39,57 @@ def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str
     """The base text with a concept's placeholder before its class word.
 
     A placeholder that is already there stays where it is, one of another concept goes. A concept without class word
-    must have its placeholder in the text; one without placeholder is called by its class word alone.
+    must have its placeholder in the text; one without placeholder is called by its class word alone. Names of
+    embeddings stay as they are.
 
     Raises:
         ValueError: neither the concept's placeholder nor its class word is in the text.
     """
-    text = plain_text(base, others)
+    text, names = hide_names(plain_text(base, others))
     for other in others:
         if about_others == DROP_OTHERS and other.class_word and other.class_word.lower() != own.class_word.lower():
             text = _without(text, other.class_word, own.class_word)
     if own.placeholder and re.search(whole_word(own.placeholder), text):
-        return _tidy(text)
-    found = _class_word(text, own)
-    if found is None:
-        wanted = " or ".join(filter(None, (repr(own.class_word) if own.class_word else "", own.placeholder)))
-        raise ValueError(f"prompt: one with {wanted or 'the class word of the concept'} in it is wanted, not {base!r}")
-    if not own.placeholder:
-        return _tidy(text)
-    # "an owl" becomes "a <new1> owl": the article belongs to the word that follows it.
-    before = re.sub(r"\b([Aa])n(\s+)$", r"\1\2", text[: found.start()])
-    return _tidy(f"{before}{own.placeholder} {text[found.start() :]}")
+        return _tidy(show_names(text, names))
+    found = find_word(text, own.class_word) if own.class_word else []
+    if not found:
+        expected = " or ".join(filter(None, (repr(own.class_word) if own.class_word else "", own.placeholder)))
+        raise ValueError(f"prompt: expected {expected or 'the class word of the concept'} in it, got {base!r}")
+    if own.placeholder:
+        (start, _), *_ = found
+        # "an owl" becomes "a <new1> owl": the article belongs to the word that follows it.
+        before = re.sub(r"\b([Aa])n(\s+)$", r"\1\2", text[:start])
+        # Words without blanks between them are one to the tokenizer, which would not see the placeholder.
+        before += " " * before[-1:].isalnum()
+        text = f"{before}{own.placeholder} {text[start:]}"
+    return _tidy(show_names(text, names))
 
 
 def plain_text(base: str, names: Sequence[Name]) -> str:
     """The base text without placeholders, which only concepts' own texts can hold."""
+    text, embeddings = hide_names(base)
     for name in names:
         if name.placeholder:
-            base = re.sub(rf"{whole_word(name.placeholder)}\s*", "", base)
-    return _tidy(base)
+            text = re.sub(rf"{whole_word(name.placeholder)}\s*", "", text)
+    return _tidy(show_names(text, embeddings))
 
 
 def check_text(text: str, own: Name, others: Sequence[Name]) -> None:
     """Raises ValueError unless a concept's text holds its placeholder exactly once and no other concept's."""
-    times = len(re.findall(whole_word(own.placeholder), text)) if own.placeholder else 1
+    times = len(find_word(text, own.placeholder, same_case=True)) if own.placeholder else 1
     if times != 1:
-        raise ValueError(f"texts: {own.placeholder} exactly once is wanted in {text!r}, not {times} times")
+        raise ValueError(f"texts: expected {own.placeholder} exactly once in {text!r}, got it {times} times")
     for other in others:
-        if other.placeholder and re.search(whole_word(other.placeholder), text):
+        if other.placeholder and find_word(text, other.placeholder, same_case=True):
             raise ValueError(
-                f"texts: {own.placeholder or own.class_word} alone is wanted in {text!r}, for with "
-                f"{other.placeholder} beside it the two would mix"
+                f"texts: expected {own.placeholder or own.class_word} alone in {text!r}, got {other.placeholder} "
+                "beside it, with which it would mix"
             )
 
 
 def names_class(text: str, own: Name) -> bool:
     """Whether a text says a concept's class word, if it has one."""
-    return not own.class_word or _class_word(text, own) is not None
-
-
-def _class_word(text: str, own: Name) -> re.Match | None:
-    return re.search(whole_word(own.class_word), text, re.IGNORECASE) if own.class_word else None
-
-
-def whole_word(word: str) -> str:
-    """A pattern for a word that is not part of a longer one; "cat" is not in "catalog"."""
-    before, after = (r"(?<!\w)" if _is_word(word[0]) else ""), (r"(?!\w)" if _is_word(word[-1]) else "")
-    return f"{before}{re.escape(word)}{after}"
-
-
-def _is_word(character: str) -> bool:
-    return character.isalnum() or character == "_"
+    return not own.class_word or bool(find_word(text, own.class_word))
 
 
 def _without(text: str, class_word: str, kept: str) -> str:

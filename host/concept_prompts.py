@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text, whole_word
+from ..encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text
 from ..encoders.concepts import Concept, join
+from ..encoders.words import hide_names, show_names, whole_word
 from .advice import advise
 from .concepts import check_tokens, with_text
 from .fusion import SpokenConcept
-from .placeholders import stand_in
+from .placeholders import row_count, stand_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +88,23 @@ def encode_prompts(
 
 
 def encode_text(clip, text: str, concept: Concept) -> list:
-    """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder."""
+    """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder.
+
+    Raises:
+        ValueError: of `splice`, or a word of negative weight has two rows of states, for keys and for values, which
+            only a model with NegPip on it tells apart, and not the concept's own layers.
+    """
     words = {concept.placeholder: concept.tokens} if concept.tokens else {}
     clip = with_text(concept, clip)
-    return clip.encode_from_tokens_scheduled(splice(clip, text, words))
+    tokens = splice(clip, text, words)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    negative = any(weight < 0 for chunks in tokens.values() for chunk in chunks for _, weight in chunk)
+    if negative and any(states.shape[1] != row_count(tokens) for states, _ in conditioning):
+        raise ValueError(
+            f"clip: expected one row of text states for each token where words have negative weights, as in {text!r}, "
+            "got two, as CLIP NegPip gives them; put such words into the negative prompt"
+        )
+    return conditioning
 
 
 def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list]:
@@ -104,13 +118,13 @@ def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> 
     Raises:
         ValueError: a placeholder is part of a longer word.
     """
-    marked, places = text, {}
+    (marked, names), places = hide_names(text), {}
     for placeholder, rows in words.items():
         name = next(iter(rows))
         foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), marked)
         marked = re.sub(whole_word(placeholder), " ".join([word] * len(rows[name])), marked)
         places[foreign] = placeholder, word, rows
-    tokens = clip.tokenize(marked)
+    tokens = clip.tokenize(show_names(marked, names))
     for encoder, chunks in tokens.items():
         reached = dict.fromkeys(places, 0)
         for chunk in chunks:
@@ -121,5 +135,5 @@ def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> 
                     reached[token] += 1
         for foreign, (placeholder, word, _) in places.items():
             if reached[foreign] != marked.count(word):
-                raise ValueError(f"texts: spaces around {placeholder} are wanted in {text!r}")
+                raise ValueError(f"texts: expected spaces around {placeholder}, got {text!r}")
     return tokens

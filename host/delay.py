@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from comfy.patcher_extension import WrappersMP
 
-from ..samplers.switching import boundary_sigma, first_subject_step
+from ..samplers.switching import NEAREST, boundary_sigma, first_subject_step
 
 TAG = "conceptloom_delay"
 _PERCENTS = ("start_percent", "end_percent", "clip_start_percent", "clip_end_percent")
@@ -35,6 +35,16 @@ class Delay:
     step: int | None
     start_at_step: int
     counting: str
+
+    @property
+    def always_second(self) -> bool | None:
+        """Whether the second part holds in all steps (true) or in none (false), however many there are; else None."""
+        if self.step is not None:
+            return True if self.step <= self.start_at_step else None
+        if self.alpha == 0:
+            return False
+        # The published countings leave the text a step even then.
+        return True if self.alpha == 1 and self.counting == NEAREST else None
 
     def first_step(self, steps: int) -> int:
         """The first step of the second part among `steps` that are sampled."""
@@ -66,17 +76,22 @@ class _NeedsPreparedModel:
 def delayed(early: list, late: list, delay: Delay) -> list:
     """One conditioning that is `early` up to the switch and `late` from it on; neither is changed.
 
+    Where no schedule has a switch, it is the one that holds, alone, for any MODEL. Else `late` stands first, for nodes
+    that read the first tensor alone (attention couples) had better see the subjects too early than never.
+
     Raises:
         ValueError: one of them has been delayed already.
     """
     entries = []
-    for name, conditioning, is_late in (("text_only", early, False), ("subject", late, True)):
+    for name, conditioning, is_late in (("subject", late, True), ("text_only", early, False)):
         for tensor, extras in conditioning:
             if TAG in extras:
-                raise ValueError(f"{name}: a conditioning that does not switch yet is wanted, not a delayed one")
+                raise ValueError(f"{name}: expected a conditioning that does not switch yet, got a delayed one")
             waiting = {TAG: _Part(delay, is_late), "timestep_start": _NeedsPreparedModel()}
             entries.append([tensor, {**extras, **waiting}])
-    return entries
+    if delay.always_second is None:
+        return entries
+    return list(late if delay.always_second else early)
 
 
 def prepared(model):

@@ -16,7 +16,7 @@ from ..encoders.fuser import fuse_rows
 from ..encoders.reference import KEEP, prepare_reference
 from .advice import advise
 from .fastcomposer_files import LoadedFuser, fingerprint, same_tower
-from .placeholders import MARK, Place, find_subjects, locate, trained_layer, without_emphasis
+from .placeholders import MARK, Place, find_subjects, locate, row_count, trained_layer, without_emphasis
 
 ENCODING = "fastcomposer"
 FUSE = "Fuse Subjects (MLP)"
@@ -76,7 +76,8 @@ def fuse(
     Both differ in the subjects' rows alone. A subject of weight 0 stays text.
 
     Raises:
-        ValueError: a subject has no embedding, widths do not fit, the CLIP skips layers, or a place cannot be found.
+        ValueError: a subject has no embedding, widths do not fit, the CLIP skips layers or gives other rows than one
+            for each token, or a place cannot be found.
     """
     embeddings = _embeddings_of(subjects, fuser)
     plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], mark)
@@ -100,6 +101,13 @@ def fuse(
         advise(FUSE, sentence)
         report.append(f"Warning: {sentence}.")
     text_only = clip.encode_from_tokens_scheduled(tokens)
+    count = row_count(tokens)
+    for states, _ in text_only:
+        if states.shape[1] != count:
+            raise ValueError(
+                f"clip: expected one row of text states for each of the {count} tokens, got {states.shape[1]} rows, as "
+                "CLIP NegPip gives them; connect the CLIP from before that node"
+            )
     width = text_only[0][0].shape[-1]
     if width != fuser.module.text_width:
         raise ValueError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention import mrsa
-from ..attention.masks import ASPECT_TOLERANCE, binarize
+from ..attention.masks import binarize, check_aspect, same_aspect
 from ..attention.subject import Subject
 from .advice import advise, executing_node
 from .bank import RAM, Bank
@@ -157,7 +157,7 @@ class FreeCustom:
     """The system attached to a MODEL. It owns the references' latents and the bank; both go when the MODEL goes.
 
     Raises:
-        ValueError: the mask of a subject that is switched on has nothing at the threshold.
+        ValueError: a mask of a subject that is switched on has nothing at the threshold.
     """
 
     name = NAME
@@ -174,13 +174,13 @@ class FreeCustom:
             binarize(e.subject.mask, settings.mask_threshold, tuple(e.subject.image.shape[:2])) for e in self.encoded
         ]
         self.active = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0]
-        for subject, mask in ((self.encoded[i].subject, self.masks[i]) for i in self.active):
-            if not mask.any():
-                most, given = float(subject.mask.max()), settings.mask_threshold
-                raise ValueError(
-                    f'mask_threshold: expected at most {most:.2g}, the largest value in the mask of "{subject.noun}", '
-                    f"got {given:g}"
-                )
+        for subject in (self.encoded[i].subject for i in self.active):
+            for name, mask in (("mask", subject.mask), ("target mask", subject.target_mask)):
+                if mask is not None and not binarize(mask, settings.mask_threshold).any():
+                    raise ValueError(
+                        f"mask_threshold: expected at most {float(mask.max()):.2g}, the largest value in the {name} of "
+                        f'"{subject.noun}", got {settings.mask_threshold:g}'
+                    )
         coverages = [float(self.masks[i].float().mean()) for i in self.active]
         weights = [self.encoded[i].subject.weight for i in self.active]
         lifts = mrsa.balance_biases(coverages, settings.balance) if self.active else []
@@ -205,12 +205,19 @@ class FreeCustom:
         ]
 
     def begin(self, sampling: Sampling) -> ReferenceRun | None:
-        """Opens a run; encodes the references for this picture's size unless that is done."""
+        """Opens a run; encodes the references for this picture's size unless that is done.
+
+        Raises:
+            ValueError: a target mask has another shape than the picture, or the model is compiled.
+        """
         if not self.references:
             return None
         patcher = sampling.guider.model_patcher
         self._advise(sampling)
         size = tuple(sampling.noise.shape[-2:])
+        for subject in (self.encoded[i].subject for i in self.active):
+            if subject.target_mask is not None:
+                check_aspect(subject.target_mask, size, f'{NAME}: target_mask of "{subject.noun}"', latent=True)
         return ReferenceRun(self, sampling, self._encode(size, patcher.model))
 
     def _advise(self, sampling: Sampling) -> None:
@@ -262,10 +269,9 @@ def reference_size(image: Sequence[int], target: tuple[int, int]) -> tuple[int, 
 
     Equal proportions give exactly the target's size, so that references batch.
     """
-    ratio = image[0] / image[1]
-    if abs(math.log(ratio) - math.log(target[0] / target[1])) <= ASPECT_TOLERANCE:
+    if same_aspect(tuple(image), tuple(target)):
         return tuple(target)
-    area = target[0] * target[1]
+    ratio, area = image[0] / image[1], target[0] * target[1]
     return max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
 
 
@@ -277,18 +283,53 @@ def fit(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return planes[0].movedim(0, -1)
 
 
+class Missed:
+    """What could not be done for a conditioning at some layers in one step of sampling, and in no other evaluation of
+    that step: guidance that evaluates the picture a second time with layers replaced (PAG) takes nothing away from it.
+    """
+
+    def __init__(self):
+        self._done: dict[str, set[tuple]] = {}
+        self._failed: dict[str, dict[str, set[tuple]]] = {}
+
+    def done(self, what: str, places: Iterable[tuple]) -> None:
+        """It was done at these places, (site, step, conditioning) each."""
+        self._done.setdefault(what, set()).update(places)
+
+    def failed(self, what: str, why: str, places: Iterable[tuple]) -> None:
+        """It was not, in one evaluation."""
+        self._failed.setdefault(what, {}).setdefault(why, set()).update(places)
+
+    def reasons(self) -> list[str]:
+        """Why something was never done at a place."""
+        return [
+            why
+            for what, reasons in self._failed.items()
+            for why, places in reasons.items()
+            if places - self._done.get(what, set())
+        ]
+
+
+SEEN, PLACED = "references are seen", "target masks are placed"
+_REPLACED = "another node replaces self-attention at layers of ours; there it wins and references are not seen"
+_TILED = "another node tiles or reorders the batch at layers of ours; references are not seen there"
+_UNPLACED = "target masks cannot be placed on a part of the picture or merged tokens, so they are ignored"
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows of the picture's batch that are treated alike.
 
     Attributes:
         rows: a slice if the rows lie together, else their numbers.
+        conditionings: the numbers of the conditionings they belong to.
         role: whose references they see; None for plain attention.
         style_fidelity: share of plain attention in the result.
         recorded: conditionings whose shares count; 0 for the negative.
     """
 
     rows: slice | torch.Tensor
+    conditionings: tuple[int, ...]
     role: str | None
     style_fidelity: float
     recorded: int
@@ -310,7 +351,7 @@ class ReferenceRun:
         self.share = ShareRun(system.record, sampling.noise) if system.record is not None else None
         self.devices: dict[torch.device, ReferencePasses] = {}
         self.passes = 0
-        self._warned: set[str] = set()
+        self.missed = Missed()
 
     def _negative_prompt(self) -> dict | None:
         """The guider's negative conditioning, if references of the unconditional branch need it."""
@@ -356,20 +397,21 @@ class ReferenceRun:
                 rows = torch.cat([torch.arange(m * n, (m + 1) * n) for m in members]).to(evaluation.x.device)
             role = POSITIVE if kind == NEGATIVE and self.negative is None else kind
             is_negative = kind == NEGATIVE
-            parts.append(Part(rows, role, fidelity if is_negative else 0.0, 0 if kind != POSITIVE else len(members)))
+            recorded = 0 if kind != POSITIVE else len(members)
+            parts.append(Part(rows, tuple(members), role, fidelity if is_negative else 0.0, recorded))
         return parts
 
     def _attend(self, site, device, parts, seen, evaluation, call: AttentionCall) -> torch.Tensor:
         """Attention of the picture at one site."""
+        places = self._places(site, parts, evaluation)
         if call.previous is not None:
-            self._warn(
-                "another node replaces self-attention at layers of ours; there it wins and references are not seen"
-            )
+            self.missed.failed(SEEN, _REPLACED, places)
             return call.unpatched()
         q, k, v = call.q, call.k, call.v
         if len(q) != len(k) or len(q) != len(evaluation.x):
-            self._warn("another node tiles or reorders the batch at layers of ours; references are not seen there")
+            self.missed.failed(SEEN, _TILED, places)
             return call.unpatched()
+        self.missed.done(SEEN, places)
         out = None
         for part in parts:
             rows = part.rows
@@ -392,8 +434,9 @@ class ReferenceRun:
         bias = device.bias(layout, k.shape[1], grid[0] * grid[1], q.dtype)
         in_place = q.shape[1] == grid[0] * grid[1] and evaluation.x.shape[-2:] == self.sampling.noise.shape[-2:]
         groups = device.groups(layout, k.shape[1], grid) if in_place else None
-        if not in_place and device.has_target_masks:
-            self._warn("target masks cannot be placed on a part of the picture or merged tokens, so they are ignored")
+        if device.has_target_masks:
+            places = self._places(site, [part], evaluation)
+            self.missed.done(PLACED, places) if in_place else self.missed.failed(PLACED, _UNPLACED, places)
         mixed = mrsa.multi_reference_attention(call.attend, q, k, v, keys, values, bias, groups)
         if self.share is not None and part.recorded and in_place and self.share.wants(site, evaluation.step):
             shares = mrsa.subject_shares(
@@ -404,14 +447,17 @@ class ReferenceRun:
             return mrsa.keep_style(call.attend(q, k, v), mixed, part.style_fidelity)
         return mixed
 
-    def _warn(self, sentence: str) -> None:
-        """Says something once per run."""
-        if sentence not in self._warned:
-            self._warned.add(sentence)
-            advise(NAME, sentence, self.sampling.node)
+    def _places(self, site: Site, parts: Sequence[Part], evaluation: Evaluation) -> list[tuple]:
+        """(site, step, conditioning) of all parts that see references."""
+        uuids = evaluation.options.get("uuids") or [None]
+        return [
+            (site, evaluation.step, uuids[i]) for part in parts if part.role is not None for i in part.conditionings
+        ]
 
     def finish(self, samples: torch.Tensor) -> None:
-        """Hands over the attention shares, and says what the bank holds."""
+        """Hands over the attention shares, and says what was missed and what the bank holds."""
+        for reason in self.missed.reasons():
+            advise(NAME, reason, self.sampling.node)
         if self.share is not None:
             self.share.finish(samples)
         bank = self.system.bank

@@ -39,8 +39,9 @@ MODES = (FEATURES, SCORES)
 
 _CONCEPT = "conceptloom concept "
 
-# What cuts a conditioning to a part of the picture or of the model, where a partition could not be placed.
-_NOT_IN_POSITIVE = ("area", "mask", "gligen", "hooks")
+# What cuts a conditioning to a part of the picture, where a partition could not be placed. Hooks cut nothing: they
+# wrap, or change weights as a LoRA on the model does.
+_NOT_IN_POSITIVE = ("area", "mask", "gligen")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def apply(
             )
     active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
     if not active:
+        without = "strength" if any(mask.any() for _, mask in placed) else "place in the partition"
+        advise(NAME, f"no concept has a {without}, so the plain prompt is drawn")
         return model.clone(), positive
     advice = []
     if settings.suppression > 1 and settings.mode == FEATURES:
@@ -172,7 +175,7 @@ class ConceptFusion:
             ValueError: the partition has another shape than the picture, or the positive conditioning is not one for
                 the whole of it.
         """
-        check_aspect(self.maps.sum(0), tuple(sampling.noise.shape[-2:]), f"{NAME}: partition")
+        check_aspect(self.maps.sum(0), tuple(sampling.noise.shape[-2:]), f"{NAME}: partition", latent=True)
         for sentence in self.advice:
             advise(NAME, sentence, sampling.node)
         if self.settings.mode == SCORES:
@@ -181,7 +184,7 @@ class ConceptFusion:
         cut = sorted({name for entry in entries for name in _NOT_IN_POSITIVE if entry.get(name) is not None})
         if len(entries) > 1 or cut:
             given = f"{len(entries)} of them" if len(entries) > 1 else f"one with {', '.join(cut)}"
-            raise ValueError(f"{NAME}: positive: one conditioning for the whole picture is wanted, not {given}")
+            raise ValueError(f"{NAME}: positive: expected one conditioning for the whole picture, got {given}")
         return FusionRun(self, sampling)
 
 
@@ -212,9 +215,13 @@ class FusionRun:
         """See `patching.Run`."""
         if not self._rows(evaluation):
             return {}
-        # Scheduled hooks change weights within a run, and each device needs tensors of its own.
-        key = (evaluation.x.device, evaluation.model.current_patcher.current_hooks)
+        # Hooks change weights within a run, and each device needs tensors of its own.
+        hooks, strengths = evaluation.hooks
+        key = (evaluation.x.device, hooks, strengths)
         if key not in self._keys:
+            # A strength that follows a schedule does not come back.
+            self._keys = {old: kept for old, kept in self._keys.items() if old[:2] != key[:2]}
+            self._voices = {old: kept for old, kept in self._voices.items() if old[0][1][:2] != key[:2]}
             self._keys[key] = self._speak(evaluation)
         return {site: partial(self._attend, (site, key), evaluation) for site in self.system.sites}
 

@@ -138,7 +138,7 @@ def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float) -> 
     if samples.is_nested or samples.ndim != 4:
         raise ValueError("noise: that of pictures is wanted, as DDIM Inversion gives it, not a video's")
     size = tuple(samples.shape[-2:])
-    check_aspect(partition.sum(0), size, "partition")
+    check_aspect(partition.sum(0), size, "partition", latent=True)
     concepts = layer_masks(partition.to(samples), size)[:-1].sum(0).clamp(0, 1)
     fresh = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")).to(samples)
     return {**latent, "samples": inversion.renew(samples, fresh, strength * concepts)}

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -65,6 +66,14 @@ class Evaluation:
         """Pictures per conditioning."""
         return len(self.x) // len(self.roles)
 
+    @property
+    def hooks(self) -> tuple[Any, tuple[float, ...]]:
+        """What tells the weights of this evaluation from those of others of the run: the hooks of its conditionings,
+        and the strengths to which a schedule has set those that change weights. Other hooks only wrap."""
+        group = self.model.current_patcher.current_hooks
+        changing = [] if group is None else group.get_type(comfy.hooks.EnumHookType.Weight)
+        return group, tuple(hook.strength_model for hook in changing)
+
 
 class Run(Protocol):
     """State of one sampling."""
@@ -102,7 +111,8 @@ class Sampling:
 
     Attributes:
         guider: the host's guider; its model_patcher and conds are final.
-        noise: (B, C, h, w), the shape of the picture's latent.
+        noise: (B, C, h, w), what is added to the picture's latent; zeros where that is noise already.
+        sampler: the host's SAMPLER.
         sigmas: the schedule, as numbers.
         seed: the sampler's.
         node: id of the node that attached the system, for `advice.advise`.
@@ -110,6 +120,7 @@ class Sampling:
 
     guider: Any
     noise: torch.Tensor
+    sampler: Any
     sigmas: tuple[float, ...]
     seed: int
     node: str | None = None
@@ -188,7 +199,7 @@ def _outer_sample(key: str, system: System, node: str | None) -> Callable:
     def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
-        sampling = Sampling(guider, noise, tuple(sigmas.tolist()), seed or 0, node)
+        sampling = Sampling(guider, noise, sampler, tuple(sigmas.tolist()), seed or 0, node)
         withdraw_earlier(node)
         run = system.begin(sampling)
         if run is None:

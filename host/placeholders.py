@@ -7,11 +7,13 @@ with a word in the mark's place that is one token and occurs nowhere else; both 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ..encoders.words import find_word, hide_names, set_apart, whole_word
 
 MARK = "@subject"
 
@@ -45,7 +47,9 @@ def find_subjects(prompt: str, nouns: Sequence[str], mark: str = MARK) -> tuple[
     """The prompt without marks, and for each subject the place in it, in characters, where its word ends.
 
     With marks the first subject takes the first mark. Without marks each subject takes its noun, the second subject of
-    a noun its second occurrence; nouns count as whole words, whatever their case.
+    a noun its second occurrence; nouns count as whole words, whatever their case, and never inside the name of an
+    embedding. Where a script has no blanks between words, blanks are put around the word, for without them the text
+    encoder would have no token that is the word's alone.
 
     Raises:
         ValueError: the number of marks is not that of the subjects, or a noun is absent.
@@ -53,30 +57,49 @@ def find_subjects(prompt: str, nouns: Sequence[str], mark: str = MARK) -> tuple[
     mark = mark.strip()
     if not mark or re.search(r"[\s()\\:]", mark):
         raise ValueError(
-            f"placeholder: a word without spaces, colons, parentheses or backslashes is wanted, not {mark!r}"
+            f"placeholder: expected a word without spaces, colons, parentheses or backslashes, got {mark!r}"
         )
-    before, after = (r"(?<!\w)" if _is_word(mark[0]) else ""), (r"(?!\w)" if _is_word(mark[-1]) else "")
-    pieces = re.split(f"{before}{re.escape(mark)}{after}", prompt)
-    if len(pieces) > 1:
-        if len(pieces) - 1 != len(nouns):
-            raise ValueError(
-                f"prompt: one {mark} per subject is wanted, but there are {len(pieces) - 1} for {len(nouns)} subjects"
-            )
-        ends = [sum(map(len, pieces[: i + 1])) for i in range(len(nouns))]
-        return "".join(pieces), ends
+    # The end of an embedding's name may be the word, but no sign that follows it is a part of the name.
+    searched = hide_names(prompt)[0] if mark[0].isalnum() else prompt
+    marks = [found.span() for found in re.finditer(whole_word(mark), searched)]
+    if marks:
+        if len(marks) != len(nouns):
+            raise ValueError(f"prompt: expected one {mark} per subject, got {len(marks)} for {len(nouns)} subjects")
+        return _without_marks(prompt, marks)
     slip = next((known for known in _KNOWN_MARKS if known in prompt.lower()), None)
     if slip:
-        raise ValueError(f"prompt: {mark} after each subject's word is wanted, but it holds a {slip}")
-    ends, used = [], {}
+        raise ValueError(f"prompt: expected {mark} after each subject's word, got a {slip}")
+    spans, used = [], {}
     for number, noun in enumerate(nouns, 1):
-        found = list(re.finditer(rf"(?<!\w){re.escape(noun)}(?!\w)", prompt, re.IGNORECASE))
+        found = find_word(prompt, noun)
         nth = used[noun.lower()] = used.get(noun.lower(), -1) + 1
         if nth >= len(found):
             raise ValueError(
-                f"prompt: {mark} after each subject's word, or the noun of each subject is wanted in it, but {noun!r} "
-                f"of subject {number} is there {len(found)} times for {nth + 1} subjects of this noun"
+                f"prompt: expected {mark} after each subject's word, or the noun of each subject, got {noun!r} of "
+                f"subject {number} {len(found)} times for {nth + 1} subjects of this noun"
             )
-        ends.append(found[nth].end())
+        spans.append(found[nth])
+    return _with_words_apart(prompt, spans)
+
+
+def _without_marks(prompt: str, marks: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+    """The prompt without what stands at `marks`, and where each of these stood."""
+    text, ends, done = "", [], 0
+    for start, end in marks:
+        text += prompt[done:start]
+        ends.append(len(text))
+        done = end
+        text = set_apart(text + prompt[end:], len(text)).removesuffix(prompt[end:])
+    return text + prompt[done:], ends
+
+
+def _with_words_apart(prompt: str, spans: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+    """The prompt with blanks around the words at `spans` where letters touch them, and where each of these ends."""
+    ends = [end for _, end in spans]
+    for at in sorted({place for span in spans for place in span}, reverse=True):
+        apart = set_apart(prompt, at)
+        ends = [end + len(apart) - len(prompt) if end > at else end for end in ends]
+        prompt = apart
     return prompt, ends
 
 
@@ -111,26 +134,29 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
         else:
             before.append(token)
     if len(reached) != len(set(ends)) or not _same(before, [token for token, *_ in plain]):
-        raise ValueError("prompt: a placeholder right after a whole word is wanted, but one stands inside a word")
+        raise ValueError("prompt: expected a placeholder right after a whole word, got one inside a word")
     count_at = dict(zip(sorted(set(ends)), reached, strict=True))
     places, taken = [], {}
     for number, end in enumerate(ends, 1):
         position = count_at[end] - 1
         if position < 0:
-            raise ValueError(f"prompt: a word before the placeholder of subject {number} is wanted, not the beginning")
-        token, weight, chunk, index, row = plain[position]
-        text = "embedding" if torch.is_tensor(token) else tokenizer.inv_vocab[token].removesuffix("</w>")
+            raise ValueError(f"prompt: expected a word before the placeholder of subject {number}, got the beginning")
+        _, weight, chunk, index, row = plain[position]
+        text = _text_of(tokenizer, [one for one, *_ in plain[: position + 1]])
         if not any(c.isalnum() for c in text):
-            raise ValueError(f"prompt: a word before the placeholder of subject {number} is wanted, not {text!r}")
+            raise ValueError(f"prompt: expected a word before the placeholder of subject {number}, got {text!r}")
         if position in taken:
-            raise ValueError(
-                f"prompt: a word of its own is wanted for each subject, but {text!r} has both {taken[position]} and "
-                f"{number}"
-            )
+            both = f"{taken[position]} and {number}"
+            raise ValueError(f"prompt: expected a word of its own for each subject, got {text!r} for both {both}")
         taken[position] = number
         places.append(Place(chunk, index, row, weight, text))
     _check_embeddings(clip, tokens)
     return _without_word_ids(tokens), places
+
+
+def row_count(tokens: Mapping[str, Sequence[Sequence]]) -> int:
+    """How many rows of text states the host makes of its tokens, where one token is one row."""
+    return min(sum(map(len, chunks)) for chunks in tokens.values())
 
 
 def trained_layer(tokens: dict[str, list]) -> int:
@@ -147,8 +173,17 @@ def without_emphasis(tokens: dict[str, list], places: Sequence[Place]) -> dict[s
     }
 
 
-def _is_word(character: str) -> bool:
-    return character.isalnum() or character == "_"
+def _text_of(tokenizer, tokens: Sequence[Any]) -> str:
+    """The last of some tokens as text, with as many before it as make whole characters."""
+    if torch.is_tensor(tokens[-1]):
+        return "embedding"
+    for first in range(len(tokens) - 1, -1, -1):
+        if not isinstance(tokens[first], int):
+            break
+        text = tokenizer.decode(tokens[first:]).strip()
+        if "\ufffd" not in text:
+            return text
+    return tokenizer.inv_vocab[tokens[-1]].removesuffix("</w>")
 
 
 def _words(chunks: list[list[tuple]]) -> list[tuple[Any, float, int, int, int]]:

@@ -10,6 +10,7 @@ counts the rows (ControlNet, IPAdapter).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ NAME = "Plug-and-Play Injection"
 PAPER, PUBLISHED = "three blocks (paper)", "all from the second on (published code)"
 PRESETS = (PAPER, PUBLISHED)
 
+# Of the samplers that could draw noise those that do not.
+_QUIET = ("sample_res_multistep", "sample_res_multistep_cfg_pp")
 
 _OFF = 1e-3  # the part of a noise level by which it may differ from the inversion's
 
@@ -54,10 +57,10 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
 
     The branch is the second block's of the coarsest decoder stage with attention: block 4 of SD 1.x and 2.x, 1 of SDXL.
     PAPER takes the second block of that stage and of the next and the first of the third (4, 7, 9; SDXL: 1, 4),
-    PUBLISHED all from the second block on (4-11; SDXL: 1-5).
+    PUBLISHED all from the second block on (4-11; SDXL: 1-5). A stage of one block, as smaller models have, gives that.
 
     Raises:
-        ValueError: `blocks` is neither a preset nor a list of decoder blocks with attention.
+        ValueError: `blocks` is neither a preset nor a list of decoder blocks with attention, or there is no such block.
     """
     own = [site for site in sites if site.kind == SELF and site.key[0] == "output"]
     stages: dict[int, list[int]] = {}
@@ -66,9 +69,11 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
         if site.key[1] not in numbers:
             numbers.append(site.key[1])
     ordered = [stages[stage] for stage in sorted(stages)]
-    second = ordered[0][1]
+    if not ordered:
+        raise ValueError("model: expected one with self-attention in its decoder, got one without")
+    second = ordered[0][:2][-1]
     if blocks == PAPER:
-        wanted = {numbers[place] for numbers, place in zip(ordered, (1, 1, 0), strict=False)}
+        wanted = {numbers[: place + 1][-1] for numbers, place in zip(ordered, (1, 1, 0), strict=False)}
     elif blocks == PUBLISHED:
         wanted = {number for numbers in ordered for number in numbers if number >= second}
     else:
@@ -79,8 +84,24 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
                 f"blocks: expected decoder blocks with attention, of this model {min(with_attention)} to "
                 f"{max(with_attention)}, got {min(wanted - with_attention)}"
             )
-    branch = next(site for site in sites if site.kind == RESIDUAL and site.key[1] == second)
+    branch = next((site for site in sites if site.kind == RESIDUAL and site.key[1] == second), None)
+    if branch is None:
+        raise ValueError(f"model: expected one residual layer in its decoder block {second}, got none or several")
     return branch, tuple(site for site in own if site.key[1] in wanted)
+
+
+def adds_noise(sampler) -> bool:
+    """Whether a SAMPLER of the host draws fresh noise while it samples, as ancestral and SDE samplers do. Of a kind
+    that is not the host's nothing is known, and the answer is no."""
+    function = getattr(sampler, "sampler_function", None)
+    if function is None or getattr(function, "__name__", "") in _QUIET:
+        return False
+    defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    given = {**defaults, **sampler.extra_options}
+    if given.get("s_churn", 0) > 0:
+        return True
+    always = 1.0 if "noise_sampler" in defaults else 0.0
+    return all(given.get(name, always) > 0 for name in ("eta", "s_noise"))
 
 
 def apply(model, source: SourceTrajectory, settings: Settings):
@@ -129,6 +150,20 @@ class PlugAndPlay:
             raise ValueError(
                 f"{NAME}: latent: the size and batch of the inversion {wanted} are wanted, not {given}; sample from "
                 "the noise that DDIM Inversion gives"
+            )
+        if sampling.noise.any():
+            advise(
+                NAME,
+                "the sampler adds noise to that of the inversion, which hides the picture; sample with DisableNoise, "
+                "or a KSampler (Advanced) with add_noise disabled",
+                sampling.node,
+            )
+        if adds_noise(sampling.sampler):
+            advise(
+                NAME,
+                "the sampler draws fresh noise in every step, which the inversion does not know; euler and others that "
+                "are neither ancestral nor SDE keep the picture's structure",
+                sampling.node,
             )
         known = torch.tensor(self.source.trajectory.sigmas)
         levels = torch.tensor(sampling.sigmas[: max(until)])
@@ -207,7 +242,8 @@ class InjectionRun:
         return call.with_branch(_for_all_rows(branch, evaluation))
 
     def _attend(self, record, evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
-        _check(call.q, record[0], 1, evaluation)
+        for own, kept in ((call.q, record[0]), (call.v, record[1])):
+            _check(own, kept, 1, evaluation)
         q, k = (_for_all_rows(kept, evaluation) for kept in record)
         if call.previous is not None:
             return call.previous(q, k, call.v, call.options)
@@ -231,6 +267,6 @@ def _check(own: torch.Tensor, source: torch.Tensor, first: int, evaluation: Eval
     """Raises ValueError when another node has cut the picture into parts; `first` is the first dimension of places."""
     if len(own) != len(evaluation.x) or own.shape[first : first + 2] != source.shape[first : first + 2]:
         raise ValueError(
-            f"{NAME}: model: one whose layers see the whole picture is wanted, but another node or the area of a "
-            f"conditioning gives them parts of shape {tuple(own.shape)}, where the source has {tuple(source.shape)}"
+            f"{NAME}: model: expected one whose layers see the whole picture and nothing else, got {tuple(own.shape)} "
+            f"where the source has {tuple(source.shape)}; another node or the area of a conditioning makes it so"
         )

@@ -82,7 +82,7 @@ def test_encodings_are_added_to_a_new_subject():
         ({"weight": 11.0}, "weight: a number from 0 .* not 11"),
         ({"weight": float("nan")}, "weight: a number from 0"),
         ({"mask": torch.ones(2, 48, 32)}, "mask: one mask"),
-        ({"mask": torch.ones(48, 48)}, "mask: the shape of the picture \\(32x48\\) is wanted, not 48x48"),
+        ({"mask": torch.ones(48, 48)}, "mask: expected the shape of the picture \\(32x48\\), got 48x48"),
         ({"mask": torch.full((48, 32), float("inf"))}, "mask: finite values"),
         ({"target_mask": torch.ones(3, 8, 8)}, "target_mask: one mask"),
     ],

@@ -2,6 +2,7 @@
 (spec: D2, D3, G1, G4 masks, oracle M1)."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -84,6 +85,48 @@ def test_disjoint_masks_grow_by_a_disk():
     assert partition[2].sum() == 1600 - 2 * partition[0].sum()
 
 
+@pytest.mark.parametrize("radius", [60, 131])
+def test_a_large_disk_is_as_large_as_it_should_be_within_its_cells(radius):
+    masks = block((150, 151, 200, 201), (0, 2, 300, 303), size=(301, 407))
+    ys, xs = torch.meshgrid(torch.arange(301), torch.arange(407), indexing="ij")
+    for mask, grown in zip(masks, dilate(masks, radius), strict=True):
+        distance = torch.stack([(ys - y) ** 2 + (xs - x) ** 2 for y, x in mask.nonzero().tolist()]).amin(0).sqrt()
+        off = 1.5 * (radius // 24)
+        assert grown[distance <= radius - off].all() and not grown[distance > radius + off].any()
+
+
+def test_two_concepts_at_4096_pixels_stay_within_their_budget():
+    """A second of the wall clock on two cores; processor time is counted, for other processes do not lengthen it, and
+    with room for slow machines: what takes time in proportion to the width of the blend takes a minute here."""
+    ys, xs = torch.meshgrid(*[torch.arange(4096, dtype=torch.float32)] * 2, indexing="ij")
+    masks = [((xs - at).square() + (ys - 2000).square() < 900**2).float() for at in (1300, 2700)]
+    began = time.process_time()
+    partition = assemble(masks, 0.03, 0.03)
+    seen = picture(partition)
+    assert time.process_time() - began < 6
+    assert partition.shape == (3, 4096, 4096) and max(seen.shape) <= 512
+    torch.testing.assert_close(partition[:, ::64].sum(0), torch.ones(64, 4096), atol=1e-5, rtol=0)
+    # Straight through the first disk, whose left edge has grown by 123 pixels and is blended over 123 to either side.
+    row = partition[0, 2000]
+    assert row[: 400 - 256 - 12].max() == 0 and row[400 + 12 : 1600].min() > 0.999
+    assert (row[150:400].diff() >= -1e-6).all() and abs(float(row[400 - 123]) - 0.5) < 0.1
+
+
+def test_blending_in_cells_is_near_that_by_pixels():
+    hard = divide(block((40, 300, 30, 200), (100, 280, 230, 390), size=(400, 420)), 10)
+    expected = hard.double()
+    for half in (24, 24):
+        for dim in (1, 2):
+            padded = torch.cat([torch.zeros_like(expected.narrow(dim, 0, 1)), expected.cumsum(dim)], dim)
+            length = expected.shape[dim]
+            ends = torch.arange(length)
+            low, high = (ends - half).clamp(min=0), (ends + half + 1).clamp(max=length)
+            shape = [1, 1, 1]
+            shape[dim] = length
+            expected = (padded.index_select(dim, high) - padded.index_select(dim, low)) / (high - low).view(shape)
+    assert (soften(hard, 48).double() - expected).abs().max() < 0.04
+
+
 def test_where_halos_meet_neither_takes_the_other_s_place():
     left, right = block((10, 30, 5, 18), (10, 30, 22, 35))
     partition = divide(torch.stack([left, right]), 6)
@@ -109,7 +152,7 @@ def test_three_that_meet_go_to_the_front_one_by_each_rule():
 
 def test_two_masks_of_one_thing_are_refused():
     one, other, inside = block((5, 35, 5, 35), (6, 35, 5, 35), (5, 35, 5, 27)).float()
-    with pytest.raises(ValueError, match=r"mask 3: a place of its own is wanted, but mask 1 has the same one"):
+    with pytest.raises(ValueError, match="mask 3: expected a place of its own, got that of mask 1"):
         assemble([one, torch.zeros_like(one), other])
     assert (assemble([one, inside, torch.zeros_like(one)]).sum(0) == 1).all()
 
@@ -183,13 +226,16 @@ def test_dilation_and_feather_are_shares_of_the_shorter_side():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (dict(masks=[]), "masks: at least one is wanted"),
-        (dict(masks=[torch.ones(4, 4), torch.ones(4, 8)]), r"mask 1: the shape of the largest mask \(8x4\)"),
-        (dict(masks=[torch.ones(4, 4), torch.full((4, 4), torch.nan)]), "mask 2: finite values"),
-        (dict(masks=[torch.ones(2, 5, 6)]), "mask 1: one mask"),
-        (dict(masks=[torch.ones(4, 4)], overlap="none"), "overlap: one of smaller in front"),
-        (dict(masks=[torch.ones(4, 4)], overlap=SURER_IN_FRONT), "not none for 1 masks"),
-        (dict(masks=[torch.ones(4, 4)], overlap=SURER_IN_FRONT, scores=[1.0, 1.0]), "not 2 for 1 masks"),
+        (dict(masks=[]), "masks: expected at least one"),
+        (
+            dict(masks=[torch.ones(4, 4), torch.ones(4, 8)]),
+            r"mask 1: expected the shape of the largest mask \(8x4\), got 4x4",
+        ),
+        (dict(masks=[torch.ones(4, 4), torch.full((4, 4), torch.nan)]), "mask 2: expected finite values"),
+        (dict(masks=[torch.ones(2, 5, 6)]), "mask 1: expected one mask"),
+        (dict(masks=[torch.ones(4, 4)], overlap="none"), "overlap: expected one of smaller in front"),
+        (dict(masks=[torch.ones(4, 4)], overlap=SURER_IN_FRONT), "got none for 1 masks"),
+        (dict(masks=[torch.ones(4, 4)], overlap=SURER_IN_FRONT, scores=[1.0, 1.0]), "got 2 for 1 masks"),
     ],
 )
 def test_bad_input_gets_its_sentence(arguments, sentence):
@@ -206,3 +252,5 @@ def test_the_preview_shows_each_concept_in_a_colour_of_its_own():
     assert distances.min() > 0.25
     over = picture(partition, torch.rand(80, 80, 3))
     assert over.shape == (40, 40, 3) and over.min() >= 0 and over.max() <= 1
+    with pytest.raises(ValueError, match=r"image: expected the shape of the masks \(40x40\), got 80x40"):
+        picture(partition, torch.rand(40, 80, 3))

@@ -17,6 +17,10 @@ CAT, DOG, OWL = Name("cat", "<new1>"), Name("dog", "<new2>"), Name("owl", "<new3
         ("a <new1> cat and a <new2> dog", DOG, "a cat and a <new2> dog"),
         ("photo of <new1> at night", Name("", "<new1>"), "photo of <new1> at night"),
         ("a cat and a dog", Name("cat", ""), "a cat and a dog"),
+        ("embedding:cat of a cat", CAT, "embedding:cat of a <new1> cat"),
+        ("a (embedding:my-cat:1.2) cat", CAT, "a (embedding:my-cat:1.2) <new1> cat"),
+        ("一只狗在公园", Name("狗", "<new1>"), "一只 <new1> 狗在公园"),
+        ("一只cat在公园", CAT, "一只 <new1> cat在公园"),
     ],
 )
 def test_the_placeholder_stands_before_the_class_word(base, own, expected):
@@ -38,6 +42,7 @@ def test_the_placeholder_stands_before_the_class_word(base, own, expected):
         ("two cats and a dog", DOG, [CAT], "two cats and a <new2> dog"),
         ("a police dog and a dog", Name("police dog", "<new9>"), [DOG], "a <new9> police dog"),
         ("a cat and a cat", CAT, [Name("cat", "<new9>")], "a <new1> cat and a cat"),
+        ("embedding:dog, a cat and a dog, embedding:old", CAT, [DOG], "embedding:dog, a <new1> cat , embedding:old"),
     ],
 )
 def test_the_others_can_be_left_out(base, own, others, expected):
@@ -45,16 +50,18 @@ def test_the_others_can_be_left_out(base, own, others, expected):
 
 
 def test_a_text_without_the_concept_is_refused():
-    with pytest.raises(ValueError, match="prompt: one with 'cat' or <new1> in it is wanted, not 'a dog'"):
+    with pytest.raises(ValueError, match="prompt: expected 'cat' or <new1> in it, got 'a dog'"):
         concept_text("a dog", CAT, [])
+    with pytest.raises(ValueError, match="got 'embedding:cat in a hat'"):
+        concept_text("embedding:cat in a hat", CAT, [])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a cat", "<new1> exactly once is wanted in 'a cat', not 0 times"),
-        ("<new1> and <new1>", "not 2 times"),
-        ("a <new1> cat and a <new2> dog", "<new1> alone is wanted"),
+        ("a cat", "expected <new1> exactly once in 'a cat', got it 0 times"),
+        ("<new1> and <new1>", "got it 2 times"),
+        ("a <new1> cat and a <new2> dog", "expected <new1> alone"),
     ],
 )
 def test_a_text_with_the_wrong_placeholders_is_refused(text, message):

@@ -151,11 +151,11 @@ class TestPrompts:
         star, mug = concept(), concept("tree", "<new2>", "mug")
         with pytest.raises(ValueError, match="at most one line for each of the 1 concepts"):
             self.encode(clip, star, texts="a\nb")
-        with pytest.raises(ValueError, match="prompt: one with 'star' or <new1> in it is wanted"):
+        with pytest.raises(ValueError, match="prompt: expected 'star' or <new1> in it"):
             self.encode(clip, star, base="a dog")
-        with pytest.raises(ValueError, match="<new1> exactly once is wanted"):
+        with pytest.raises(ValueError, match="expected <new1> exactly once"):
             self.encode(clip, star, texts="a star")
-        with pytest.raises(ValueError, match="<new1> alone is wanted"):
+        with pytest.raises(ValueError, match="expected <new1> alone"):
             self.encode(clip, star, mug, texts="a <new1> star and a <new2> mug")
         with pytest.raises(ValueError, match="a placeholder of its own is wanted"):
             self.encode(clip, star, concept("tree", "<new1>", "mug"))

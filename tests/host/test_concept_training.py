@@ -234,7 +234,7 @@ class TestRefusals:
             Pictures([image] * 3, [None] * 3, ["a {}"] * 2)
         for mask, sentence in (
             (torch.zeros(64, 64), "masks: mask 2: one that shows the concept is wanted, but it is empty"),
-            (torch.ones(64, 96), r"masks: mask 2: the shape of the picture \(64x64\) is wanted, not 96x64"),
+            (torch.ones(64, 96), r"masks: mask 2: expected the shape of the picture \(64x64\), got 96x64"),
             (torch.full((64, 64), float("nan")), "masks: mask 2: finite values are wanted"),
         ):
             with pytest.raises(ValueError, match=sentence):

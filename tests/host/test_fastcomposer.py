@@ -131,12 +131,14 @@ def test_embeddings_count_with_all_their_vectors(host, tmp_path):
     "prompt, nouns, sentence",
     [
         ("@subject walks", ["man"], "before the placeholder of subject 1"),
-        ("a man, @subject walks", ["man"], "wanted, not ','"),
+        ("a man, @subject walks", ["man"], "got ','"),
         ("a man @subject @subject walks", ["man", "man"], "a word of its own"),
-        ("a man @subject walks", ["man", "woman"], "1 for 2 subjects"),
-        ("a man @subject and a man @subject", ["man"], "2 for 1 subjects"),
-        ("a woman walks", ["man"], "'man' of subject 1 is there 0 times"),
+        ("a man @subject walks", ["man", "woman"], "expected one @subject per subject, got 1 for 2 subjects"),
+        ("a man @subject and a man @subject", ["man"], "got 2 for 1 subjects"),
+        ("a woman walks", ["man"], "got 'man' of subject 1 0 times"),
         ("a man walks", ["man", "man"], "1 times for 2"),
+        ("a embedding:man walks", ["man"], "got 'man' of subject 1 0 times"),
+        ("a embedding:img-2 and a man img img", ["man"], "got 2 for 1 subjects"),
         ("a skate@subject boarder", ["x"], None),
         ("a pho@subject'to", ["x"], None),
     ],
@@ -149,9 +151,37 @@ def test_bad_places_get_their_sentence(clip, prompt, nouns, sentence):
         places_of(clip, prompt, nouns)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "nouns", "apart", "words"),
+    [
+        ("一只狗在公园", ["狗"], "一只 狗 在公园", ["狗"]),
+        ("一只狗和一只猫在公园", ["猫", "狗"], "一只 狗 和一只 猫 在公园", ["猫", "狗"]),
+        ("一只(狗:1.2)在公园", ["狗"], "一只(狗:1.2)在公园", ["狗"]),
+        ("公園で犬が走る", ["犬"], "公園で 犬 が走る", ["犬"]),
+        ("หมาในสวน", ["หมา"], "หมา ในสวน", ["หมา"]),
+        ("개가 공원에 있다", ["개"], "개 가 공원에 있다", ["개"]),
+        ("一只dog在公园", ["dog"], "一只 dog 在公园", ["dog"]),
+        ("一只狗@subject在公园", ["x"], "一只狗 在公园", ["狗"]),
+        ("the catalog 狗 dogs", ["狗"], "the catalog 狗 dogs", ["狗"]),
+    ],
+)
+def test_nouns_of_scripts_without_blanks_get_a_token_of_their_own(clip, prompt, nouns, apart, words):
+    from conceptloom.host.placeholders import find_subjects
+
+    assert find_subjects(prompt, nouns)[0] == apart
+    tokens, places = places_of(clip, prompt, nouns)
+    assert tokens == clip.tokenize(apart)
+    # What the encoder has read at the row is exactly the prompt up to the end of the word.
+    for place, word in zip(places, words, strict=True):
+        head = clip.tokenize(apart[: apart.index(word) + len(word)], return_word_ids=True)["l"][0]
+        assert place.row == sum(number != 0 for *_, number in head)
+    if words != ["หมา"]:
+        assert [place.word for place in places] == words
+
+
 @pytest.mark.parametrize("mark", ["", "two words", "a:b", "(x)"])
 def test_bad_placeholders_get_their_sentence(clip, mark):
-    with pytest.raises(ValueError, match="placeholder: a word without"):
+    with pytest.raises(ValueError, match="placeholder: expected a word without"):
         places_of(clip, "a man", ["man"], mark)
 
 
@@ -223,6 +253,20 @@ def test_another_vision_tower_is_warned_of(clip, fuser, vision, caplog):
     assert "another vision tower" not in caplog.text
     fuse(clip, fuser, "a man @subject", encoded(other, subject("man")))
     assert "another vision tower" in caplog.text
+
+
+def test_a_clip_of_two_rows_a_token_is_refused(clip, fuser, vision):
+    from other_packs import NegPip
+
+    ready = encoded(vision, subject("man"))
+    with pytest.raises(
+        ValueError, match=r"clip: expected one row .* each of the 77 tokens, got 154 rows, as CLIP NegPip"
+    ):
+        fuse(NegPip(clip), fuser, "a man @subject", ready)
+    long = "a man @subject " + "red " * 80
+    with pytest.raises(ValueError, match="each of the 154 tokens, got 308 rows"):
+        fuse(NegPip(clip), fuser, long, ready)
+    fuse(clip, fuser, long, ready)
 
 
 def test_bad_input_gets_its_sentence(clip, fuser, vision):
@@ -342,6 +386,32 @@ def test_ends_are_the_plain_conditionings_bit_by_bit(toy, change):
             assert torch.equal(drawn, expected)
 
 
+def test_without_a_switch_the_conditioning_is_a_plain_one_for_any_model(toy):
+    from conceptloom.host.delay import delayed
+
+    text, late = two_conditionings(toy)
+    assert delayed(text, late, plan(1.0)) == late and delayed(text, late, plan(step=3, start=4)) == late
+    assert delayed(text, late, plan(0.0)) == text
+    assert torch.equal(toy.sample(positive=delayed(text, late, plan(1.0))), toy.sample(positive=late))
+    for published in ("published, PNDM", "published, other samplers"):
+        assert len(delayed(text, late, plan(1.0, counting=published))) == 2
+        assert delayed(text, late, plan(0.0, counting=published)) == text
+
+
+def test_what_reads_the_first_tensor_alone_sees_the_subjects(toy):
+    """An attention couple draws a region with it, and would draw it without them."""
+    from conceptloom.host.delay import delayed, prepared
+    from other_packs import couple
+
+    text, late = two_conditionings(toy)
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    model = prepared(toy.model)
+    region = [delayed(text, late, plan(0.5)), late, text]
+    drawn = [toy.sample(couple(model, conditioning, left), steps=2) for conditioning in region]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_a_model_that_was_not_prepared_is_refused(toy):
     from conceptloom.host.delay import delayed
 
@@ -457,7 +527,7 @@ def test_delaying_twice_is_refused(toy):
     from conceptloom.host.delay import delayed
 
     text, late = two_conditionings(toy)
-    with pytest.raises(ValueError, match="subject: a conditioning that does not switch yet"):
+    with pytest.raises(ValueError, match="subject: expected a conditioning that does not switch yet"):
         delayed(text, delayed(text, late, plan()), plan())
 
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from other_packs import controlled, perturbed, reference_control
 
 
 def close(a, b, tolerance=2e-5):
@@ -73,6 +74,48 @@ class TestForeignSelfAttention:
         before = toy.sample(toy.apply(*subjects, model=self.foreign(toy.model, [11], [])))
         assert torch.equal(after, before)
         assert differs(after, toy.sample(self.foreign(toy.model, [11], [])))
+
+
+class TestWarningsAreTrue:
+    """Layers that another node takes in one evaluation and leaves in another of the same step have seen references."""
+
+    def test_guidance_that_replaces_self_attention_in_an_evaluation_of_its_own(self, toy, caplog):
+        caplog.set_level(logging.WARNING)
+        model = toy.apply(toy.subject(), toy.subject(1))
+        drawn = toy.sample(perturbed(model, 8, 11))
+        assert differs(drawn, toy.sample(model)) and differs(drawn, toy.sample(perturbed(toy.model, 8, 11)))
+        assert not caplog.records
+
+    @pytest.mark.parametrize("settings", [{}, {"style_fidelity": 0.4}])
+    def test_reference_only_control_that_attends_once_more_for_the_negative(self, toy, caplog, settings):
+        caplog.set_level(logging.WARNING)
+        control = reference_control(torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(8)))
+        sides = {side: controlled(control, getattr(toy, side)) for side in ("positive", "negative")}
+        model = toy.apply(toy.subject(), toy.subject(1), **settings)
+        drawn = toy.sample(model, **sides)
+        assert differs(drawn, toy.sample(model)) and differs(drawn, toy.sample(**sides))
+        assert not caplog.records
+
+    def test_target_masks_that_one_of_two_evaluations_could_not_place(self, toy, caplog):
+        """Sliding windows evaluate parts of the picture beside the whole one; without that they are told of."""
+        import comfy.samplers
+
+        def windows(told):
+            (left,) = comfy.samplers.calc_cond_batch(
+                told["model"], [told["cond"]], told["input"][..., :8], told["sigma"], told["model_options"]
+            )
+            return told["denoised"] + 0.0 * left.sum()
+
+        half = torch.zeros(8, 8)
+        half[:, :4] = 1
+        model = toy.apply(toy.subject(target_mask=half))
+        model.set_model_sampler_post_cfg_function(windows)
+        with caplog.at_level(logging.WARNING):
+            toy.sample(model)
+            assert not caplog.records
+            part = [[c, {**extra, "area": (16, 8, 0, 0)}] for c, extra in toy.positive]
+            toy.sample(toy.apply(toy.subject(target_mask=half)), positive=toy.positive + part)
+        assert sum("target masks cannot be placed" in r.message for r in caplog.records) == 1
 
 
 def test_a_cross_attention_adapter_acts_on_the_picture_alone(toy):
@@ -287,6 +330,23 @@ class TestTargetMasks:
 
     def test_one_subject_nowhere_is_plain(self, toy):
         assert close(toy.sample(toy.apply(toy.subject(target_mask=torch.zeros(8, 8)))), toy.sample(), 1e-5)
+
+    @pytest.mark.parametrize(("shape", "size"), [((8, 16), (16, 32)), ((128, 256), (16, 32)), ((135, 257), (16, 32))])
+    def test_they_have_the_shape_of_the_picture(self, toy, shape, size):
+        """A picture of 135x257 pixels fills 16x32 cells and has some to spare."""
+        mask = torch.zeros(shape)
+        mask[: shape[0] // 2] = 1
+        model = toy.apply(toy.subject(target_mask=mask))
+        toy.sample(model, size=size, steps=1)
+        expected = r'target_mask of "thing0": expected the shape of the latent \(16x16\), got'
+        with pytest.raises(ValueError, match=rf"^Multi-Reference Self-Attention \(FreeCustom\): {expected}"):
+            toy.sample(model, steps=1)
+
+    def test_an_empty_one_is_told_of(self, toy, caplog):
+        with caplog.at_level(logging.WARNING):
+            toy.apply(toy.subject(target_mask=torch.zeros(8, 8)), toy.subject(1, target_mask=torch.ones(8, 8)))
+        (said,) = [r.message for r in caplog.records if "target mask" in r.message]
+        assert said == 'FreeCustom: the target mask of "thing0" is empty at threshold 0.5, so it appears nowhere'
 
     def test_on_merged_tokens_they_are_ignored_with_a_word(self, toy, caplog):
         half = torch.zeros(8, 8)

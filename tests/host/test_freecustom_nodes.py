@@ -52,7 +52,7 @@ BAD_SUBJECTS = [
     ({"noun": " "}, "noun: a word"),
     ({"weight": -0.5}, "weight: a number from 0 (off) to 10 is wanted, not -0.5"),
     ({"mask": torch.ones(2, 64, 64)}, "mask: one mask (height, width) is wanted, not (2, 64, 64)"),
-    ({"mask": torch.ones(1, 64, 96)}, "mask: the shape of the picture (64x64) is wanted, not 96x64"),
+    ({"mask": torch.ones(1, 64, 96)}, "mask: expected the shape of the picture (64x64), got 96x64"),
     ({"mask": torch.zeros(1, 64, 64)}, "mask: expected white on the subject, got an empty mask (all black): paint"),
     ({"mask": torch.zeros(1, 64, 64), "image": torch.rand(1, 64, 96, 3)}, "mask: expected white on the subject"),
     ({"target_mask": torch.ones(2, 8, 8)}, "target_mask: one mask"),

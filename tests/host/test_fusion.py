@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conceptloom.attention.partition import layer_masks
+from other_packs import NegPip, controlled, negpip, reference_control
 
 WIDTH = 64
 
@@ -64,6 +65,13 @@ def fused(toy, bank, model=None, background=None, **settings):
     return apply(model, toy.positive, bank.concepts, bank.partition, Settings(**settings), background)[0]
 
 
+def comfy_levels(toy, steps):
+    """The schedule of the toy's sampling."""
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(toy.base.model_sampling, "normal", steps)
+
+
 def full_attention(q, k, v):
     """Of the toy's four heads."""
     heads = (x.unflatten(-1, (4, -1)).transpose(1, 2) for x in (q, k, v))
@@ -105,6 +113,112 @@ def naive(toy, bank, monkeypatch, suppression, block="", between=(0.0, math.inf)
             return layer.to_out(out)
 
         monkeypatch.setattr(layer, "forward", forward)
+
+
+class TestHooks:
+    """Conditionings with hooks are taken for what the hooks do: wrap, or change weights as a LoRA on the model does."""
+
+    WEIGHT = "diffusion_model.output_blocks.6.1.transformer_blocks.0.attn2.to_v.weight"
+
+    def hooked(self, toy, difference, keyframes=()):
+        """The positive with a hook that adds a difference to one weight, by `keyframes` (start_percent, strength)."""
+        import comfy.hooks
+
+        hook = comfy.hooks.WeightHook()
+        hook.need_weight_init, hook.weights = False, {self.WEIGHT: ("diff", (difference,))}
+        for start, strength in keyframes:
+            hook.hook_keyframe.add(comfy.hooks.HookKeyframe(strength, start))
+        group = comfy.hooks.HookGroup()
+        group.add(hook)
+        return [[states, {**extras, "hooks": group}] for states, extras in toy.positive]
+
+    def merged(self, toy, difference):
+        model = toy.model.clone()
+        model.add_patches({self.WEIGHT: ("diff", (difference,))})
+        return model
+
+    @pytest.fixture
+    def difference(self, toy):
+        shape = toy.model.model.state_dict()[self.WEIGHT].shape
+        return torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.3
+
+    def test_a_hook_that_changes_weights_is_the_lora_on_the_model(self, toy, difference):
+        bank = Bank(toy, 2)
+        drawn = toy.sample(fused(toy, bank), cfg=1.0, positive=self.hooked(toy, difference))
+        assert close(drawn, toy.sample(fused(toy, bank, model=self.merged(toy, difference)), cfg=1.0))
+        assert not close(drawn, toy.sample(fused(toy, bank), cfg=1.0))
+
+    def test_its_strength_may_follow_a_schedule(self, toy, difference):
+        """Two steps without it and then two with it equal two samplings, each with a model of its own."""
+        import comfy.sample
+
+        bank, steps = Bank(toy, 2), 4
+        middle = float(comfy_levels(toy, steps)[2])
+        percent = next(
+            p / 1000 for p in range(1000) if toy.base.model_sampling.percent_to_sigma(p / 1000) < middle * 1.05
+        )
+        positive = self.hooked(toy, difference, [(0.0, 0.0), (percent, 1.0)])
+        drawn = toy.sample(fused(toy, bank), steps=steps, cfg=1.0, positive=positive)
+        half = toy.sample(fused(toy, bank), steps=steps, cfg=1.0, last_step=2, force_full_denoise=False)
+        late = fused(toy, bank, model=self.merged(toy, difference))
+        expected = comfy.sample.sample(
+            late, torch.zeros_like(half), steps, 1.0, "euler", "normal", toy.positive, toy.negative, half,
+            start_step=2, disable_pbar=True, disable_noise=True,
+        )  # fmt: skip
+        assert close(drawn, expected)
+        assert not close(drawn, toy.sample(fused(toy, bank), steps=steps, cfg=1.0))
+
+    def test_a_hook_that_only_wraps(self, toy):
+        """Reference-only control of Advanced-ControlNet, whose user has connected no hooks."""
+        control = reference_control(torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(8)))
+        bank, positive = Bank(toy, 2), controlled(control, toy.positive)
+        drawn = toy.sample(fused(toy, bank), positive=positive)
+        assert not close(drawn, toy.sample(fused(toy, bank))) and not close(drawn, toy.sample(positive=positive))
+
+    def test_areas_and_masks_are_still_refused(self, toy):
+        part = [[states, {**extras, "area": (8, 16, 0, 0)}] for states, extras in toy.positive]
+        with pytest.raises(
+            ValueError, match="positive: expected one conditioning for the whole picture, got one with area"
+        ):
+            toy.sample(fused(toy, Bank(toy, 1)), positive=part)
+
+
+class TestNegPip:
+    """Beside it every token has two rows, which for a concept's own keys and values are the same word twice."""
+
+    @pytest.fixture
+    def parts(self, host):
+        from conceptloom.encoders.concepts import Concept, Delta
+        from conceptloom.host.shapeland import load_clip, load_model
+
+        generator = torch.Generator().manual_seed(2)
+        deltas = {("middle", 0, 0): {"k": Delta((torch.randn(128, 128, generator=generator) * 0.1,))}}
+        return load_model(), load_clip(), Concept("star", deltas, class_word="star")
+
+    def draw(self, model, clip, concept, prompt):
+        import comfy.sample
+        from conceptloom.host.concept_prompts import encode_prompts
+        from conceptloom.host.fusion import Settings, apply
+
+        made = encode_prompts(clip, prompt, "", [concept])
+        everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+        fused, positive = apply(model, made.positive, made.concepts, everywhere, Settings())
+        latent = torch.zeros(1, 8, 16, 16)
+        noise = comfy.sample.prepare_noise(latent, 0)
+        return comfy.sample.sample(
+            fused, noise, 2, 4.0, "euler", "normal", positive, made.negative, latent, disable_pbar=True, seed=0
+        )
+
+    def test_words_of_negative_weight_are_refused_and_others_drawn_as_without_it(self, parts):
+        model, clip, concept = parts
+        with torch.inference_mode():
+            prompt = "a (red:1.2) star"
+            drawn = self.draw(negpip(model), NegPip(clip), concept, prompt)
+            assert float((drawn - self.draw(model, clip, concept, prompt)).norm() / drawn.norm()) < 1e-4
+            with pytest.raises(
+                ValueError, match="clip: expected one row of text states for each token where words have"
+            ):
+                self.draw(negpip(model), NegPip(clip), concept, "a (red:-1.0) star")
 
 
 class TestPicture:
@@ -704,7 +818,7 @@ class TestRefusals:
 
     def test_a_partition_of_another_shape(self, toy):
         bank = Bank(toy, 1, size=(16, 24))
-        with pytest.raises(ValueError, match=r"partition: the shape of the picture \(16x16\) is wanted, not 192x128"):
+        with pytest.raises(ValueError, match=r"partition: expected the shape of the latent \(16x16\), got 192x128"):
             toy.sample(fused(toy, bank))
 
     def test_a_range_that_ends_before_it_begins(self, toy):
@@ -741,7 +855,7 @@ class TestRefusals:
     def test_a_positive_conditioning_of_parts(self, toy):
         entry = [toy.positive[0][0], {**toy.positive[0][1], "area": (8, 8, 0, 0)}]
         with pytest.raises(
-            ValueError, match="positive: one conditioning for the whole picture is wanted, not 2 of them"
+            ValueError, match="positive: expected one conditioning for the whole picture, got 2 of them"
         ):
             toy.sample(fused(toy, Bank(toy, 1)), positive=[toy.positive[0], toy.positive[0]])
         with pytest.raises(ValueError, match="not one with area"):

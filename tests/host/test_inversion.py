@@ -269,7 +269,7 @@ def test_noise_is_renewed_where_concepts_are():
     for bad, sentence in (
         (
             (noise, torch.stack([torch.ones(64, 128), torch.zeros(64, 128)]), 0, 1.0),
-            "Renew Noise: partition: the shape of the picture",
+            "Renew Noise: partition: expected the shape of the latent",
         ),
         (({"samples": torch.ones(1, 4, 3, 8, 8)}, partition, 0, 1.0), "Renew Noise: noise: that of pictures is wanted"),
     ):

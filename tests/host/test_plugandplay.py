@@ -220,6 +220,13 @@ class TestCompany:
 
 
 class TestRefusals:
+    def test_more_keys_than_places(self, toy, source):
+        from other_packs import controlled, reference_control
+
+        control = reference_control(torch.randn(1, 4, 16, 16))
+        with pytest.raises(ValueError, match="model: expected one whose layers see the whole picture and nothing else"):
+            toy.sample(apply(toy, source()), STEPS, positive=controlled(control, toy.positive))
+
     def test_other_noise_levels_than_the_inversions_are_told_of(self, toy, source, caplog):
         caplog.set_level("WARNING")
         schedule = tuple(sorted(float(x) for x in comfy_levels(toy, STEPS)))
@@ -227,6 +234,27 @@ class TestRefusals:
         assert "other noise levels" not in caplog.text
         toy.sample(apply(toy, source()), STEPS)
         assert "goes by other noise levels than the inversion's" in caplog.text
+
+    def test_noise_that_a_sampler_adds_is_told_of(self, toy, source, caplog):
+        import comfy.samplers
+
+        caplog.set_level("WARNING")
+        schedule = comfy_levels(toy, STEPS)
+        given = source(levels=tuple(sorted(float(x) for x in schedule)))
+        latent = given.trajectory.latents[-1]
+
+        def sample(name, noise):
+            caplog.clear()
+            guider = comfy.samplers.CFGGuider(apply(toy, given))
+            guider.set_conds(toy.positive, toy.negative)
+            guider.sample(noise, latent, comfy.samplers.sampler_object(name), schedule, disable_pbar=True, seed=0)
+            return [record.message for record in caplog.records]
+
+        assert sample("euler", torch.zeros_like(latent)) == []
+        (said,) = sample("euler", torch.ones_like(latent))
+        assert "adds noise to that of the inversion" in said
+        (said,) = sample("euler_ancestral", torch.zeros_like(latent))
+        assert "draws fresh noise in every step" in said
 
     def test_a_trajectory_of_another_model(self, toy, source):
         from dataclasses import replace
@@ -244,7 +272,9 @@ class TestRefusals:
             toy.sample(apply(toy, source(2)), STEPS, batch=3)
 
     def test_blocks_without_attention(self, toy, source):
-        with pytest.raises(ValueError, match="blocks: expected decoder blocks with attention, of this model 3 to 11"):
+        with pytest.raises(
+            ValueError, match="blocks: expected decoder blocks with attention, of this model 3 to 11, got 1"
+        ):
             apply(toy, source(), blocks="1-4")
 
 
@@ -262,3 +292,65 @@ def test_sdxl_has_its_blocks_one_level_lower(host):
         assert branch.key == ("output", 1, 0)
         assert {site.key[1] for site in attention} == numbers
         assert all(site.kind == "self" for site in attention)
+
+
+@pytest.mark.parametrize("stages", [((3,), (6, 7), (9,)), ((3,),), ((3,), (6,), (9,), (12,))])
+def test_stages_of_one_block_give_that_one(host, stages):
+    from conceptloom.host.plugandplay import PAPER, PUBLISHED, choose_sites
+    from conceptloom.host.sites import RESIDUAL, SELF, Site
+
+    numbers = [(n, i - len(stages)) for i, stage in enumerate(stages) for n in stage]
+    sites = [Site(RESIDUAL, ("output", n, 0), n, stage) for n, stage in numbers]
+    sites += [Site(SELF, ("output", n, 0), n, stage) for n, stage in numbers]
+    branch, attention = choose_sites(sites, PAPER)
+    assert branch.key[1] == 3
+    seconds = [stage[-1] for stage in stages[:2]] + [stage[0] for stage in stages[2:3]]
+    assert [site.key[1] for site in attention] == seconds
+    assert [site.key[1] for site in choose_sites(sites, PUBLISHED)[1]] == [n for n, _ in numbers]
+    with pytest.raises(ValueError, match="model: expected one with self-attention in its decoder"):
+        choose_sites([], PAPER)
+    with pytest.raises(ValueError, match="expected one residual layer in its decoder block 3"):
+        choose_sites([site for site in sites if site.kind == SELF], PAPER)
+
+
+def test_samplers_that_draw_noise_are_known(host):
+    """Of all of the host's, told apart by two seeds that lead to two pictures."""
+    from types import SimpleNamespace
+
+    import comfy.model_sampling
+    import comfy.samplers
+    from conceptloom.host.plugandplay import adds_noise
+
+    class Discrete(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    sampling = Discrete()
+    patcher = SimpleNamespace(get_model_object=lambda _name: sampling)
+    inner = SimpleNamespace(model_patcher=patcher, model_sampling=sampling)
+
+    class Denoiser:
+        inner_model = SimpleNamespace(inner_model=inner, model_patcher=patcher, model_sampling=sampling)
+
+        def __call__(self, x, sigma, model_options, **_):
+            for told in model_options.get("sampler_post_cfg_function", []):
+                told({"denoised": x * 0.3, "uncond_denoised": x * 0.2, "cond_denoised": x * 0.3})
+            return x * 0.3
+
+    noise = 5 * torch.randn(1, 4, 4, 4)
+    schedule = torch.tensor([5.0, 2.0, 1.0, 0.5, 0.0])
+    for name in comfy.samplers.SAMPLER_NAMES:
+        for options in ({}, {"eta": 0.0}) if "ancestral" in name else ({},):
+            sampler = comfy.samplers.sampler_object(name)
+            sampler.extra_options = {**sampler.extra_options, **options}
+            results = []
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                extra = {"seed": seed, "model_options": {}}
+                results.append(
+                    sampler.sampler_function(
+                        Denoiser(), noise, schedule, extra, None, disable=True, **sampler.extra_options
+                    )
+                )
+            assert adds_noise(sampler) == (not torch.equal(*results)), name
+    churning = comfy.samplers.ksampler("euler", {"s_churn": 1.0})
+    assert adds_noise(churning) and not adds_noise(object())
