@@ -130,6 +130,17 @@ def check(path: Path | str, name: str = "file") -> str:
     raise _refusal(path, name, _other(head, size))
 
 
+def check_folder(folder: Path | str, name: str = "file") -> None:
+    """Checks the weights in a folder that diffusers or transformers saved, whose own errors are not for users.
+
+    Raises:
+        ValueError: of `check`, for the first file that is none of weights or not whole.
+    """
+    for pattern in ("*model*.safetensors", "*model*.bin"):
+        for file in sorted(Path(folder).glob(pattern)):
+            check(file, name)
+
+
 def _refusal(path: Path, name: str, what: str) -> ValueError:
     return ValueError(f"{name}: expected a file of weights, got {path.name}, which seems to be {what}")
 

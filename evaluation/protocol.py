@@ -22,7 +22,7 @@ from statistics import mean, pstdev
 import torch
 from PIL import Image
 
-from ..encoders.files import read_state
+from ..encoders.files import check_folder, read_state
 from .metrics import greedy_minimum
 from .tables import markdown, write_json
 
@@ -132,6 +132,7 @@ def prompt_reader(folder: Path) -> Callable[[Image.Image, str], float]:
     """Cosine of a CLIP model's picture and text embeddings, from a local folder; the paper's is ViT-L/14."""
     from transformers import CLIPModel, CLIPProcessor
 
+    check_folder(folder, "--clip")
     model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
     processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
 

@@ -14,7 +14,7 @@ import comfy.model_patcher
 import torch
 from safetensors import SafetensorError
 
-from ..encoders.files import check, read_state
+from ..encoders.files import check, check_folder, read_state
 from .segmenting import Cutter
 
 SAM_KINDS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -128,8 +128,8 @@ def _from_folder(auto_class, weights: Path, wanted: str):
     from transformers import AutoProcessor
 
     folder, (name, _, what) = weights.parent, wanted.partition(": ")
-    for file in (weights, *sorted(folder.glob("model*.safetensors")), *sorted(folder.glob("pytorch_model*.bin"))):
-        check(file, name)
+    check(weights, name)
+    check_folder(folder, name)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         model = auto_class.from_pretrained(folder, local_files_only=True)

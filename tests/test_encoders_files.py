@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from conceptloom.encoders.files import SAFETENSORS, TORCH, check, read, read_state
+from conceptloom.encoders.files import SAFETENSORS, TORCH, check, check_folder, read, read_state
 from safetensors.torch import save as safetensors_bytes
 
 TENSORS = {"a": torch.arange(600.0).reshape(20, 30), "b": torch.zeros(3)}
@@ -101,6 +101,18 @@ def test_broken_files_say_what_they_seem_to_be(kind, ending, tmp_path):
     with pytest.raises(ValueError) as caught:
         read(path, "token_file")
     assert str(caught.value) == f"token_file: expected a file of weights, got dog.{ending}, which seems to be {what}"
+
+
+@pytest.mark.parametrize("file", ["model-00002-of-00002.safetensors", "diffusion_pytorch_model.bin"])
+def test_folders_of_saved_models_are_checked(file, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(WHOLE["safetensors"][0])
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    check_folder(tmp_path)
+    (tmp_path / file).write_bytes(BROKEN["pointer"][0])
+    with pytest.raises(
+        ValueError, match=f"^--base: expected a file of weights, got {file}, which seems to be a git-lfs"
+    ):
+        check_folder(tmp_path, "--base")
 
 
 def test_what_is_not_there_and_folders_have_their_sentence(tmp_path):

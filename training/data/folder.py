@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...encoders.files import whole_file
+from ...encoders.files import check_folder, whole_file
 
 IMAGE = ".jpg"
 CAPTION = ".caption.txt"
@@ -264,13 +264,14 @@ def work_through(title: str, batches: Iterable[list[str]], count: int, work: Cal
 def model_folder(path: Path, what: str) -> Path:
     """`path` if it is a folder that holds a saved model.
 
-    Raises FileNotFoundError with one sentence that names it otherwise.
+    Raises FileNotFoundError with one sentence that names it otherwise, and ValueError if its weights are not whole.
     """
     if not (Path(path) / "config.json").exists():
         raise FileNotFoundError(
             f"'{path}' is no folder with a saved {what} (a config.json and weights): download the model yourself and "
             f"give its folder, for nothing is downloaded here."
         )
+    check_folder(path, what)
     return Path(path)
 
 
