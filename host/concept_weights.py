@@ -233,8 +233,8 @@ def _check_base(sizes: list[float], changes: list[float]) -> None:
 
 
 def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], weights: Weights) -> None:
-    """Custom Diffusion trains the keys and values of every layer; a LoRA may leave layers out, but an adapter that the
-    host could not apply leaves all of them as they were."""
+    """Custom Diffusion trains the keys and values of every layer. A LoRA may leave layers out, but if it is of zeros, or
+    an adapter that the host could not apply, it leaves all of them as they were."""
     if file.source_format != LORA:
         wanted = {where: layer for layer, where in weights.layers.items() if where[1] in ("k", "v")}
         missing = [layer.removeprefix(UNET) for where, layer in wanted.items() if where not in parts]
@@ -243,11 +243,15 @@ def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], we
                 f"file: keys and values of all cross-attention layers of {architecture(weights.text_width)} are "
                 f"wanted, but {len(missing)} are missing, such as {missing[0]}"
             )
-    elif all(len(found) == 1 and not found[0].any() for kinds in parts.values() for found in kinds.values()):
+    # A product is nothing where one of its factors is: a new LoRA has one of zeros.
+    nothing = all(not all(part.any() for part in found) for kinds in parts.values() for found in kinds.values())
+    if nothing and file.source_format == LORA:
         raise ValueError(
-            f"file: a LoRA for {architecture(weights.text_width)} is wanted, but this one changes no weight of "
-            "cross-attention: it was never trained, or its shapes are another model's"
+            f"file: expected a LoRA for {architecture(weights.text_width)}, got one that changes no weight of "
+            "cross-attention: it was never trained, its shapes are another model's, or it is of zeros"
         )
+    if nothing and not file.tokens:
+        raise ValueError("file: expected weights that were trained from this model's, but these are the model's own")
 
 
 def _delta(found: Mapping[str, tuple[torch.Tensor, ...]], name: str, weights: Weights) -> Delta:

@@ -23,6 +23,7 @@ import torch
 from ..encoders import concept_files, concept_formats
 from ..encoders.concept_formats import Tokens
 from ..encoders.concepts import PARTS, Concept, Key, layer_name
+from ..encoders.files import checked_folder, checked_name
 from .concept_weights import check_fit, difference, is_whole, lora_patches, read_weights, unpatched
 from .sites import Site
 
@@ -192,10 +193,9 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
         rank: of the factors that the differences are compressed to; 0 leaves them as they are.
 
     Raises:
-        ValueError: the filename or the rank cannot be used.
+        ValueError: the filename or the rank cannot be used, or the folder cannot be written.
     """
-    if not filename or filename != Path(filename).name:
-        raise ValueError(f"filename: a name without folders is wanted, not {filename!r}")
+    filename = checked_name(filename)
     if form not in FORMS:
         raise ValueError(f"form: one of {', '.join(FORMS)} is wanted, not {form!r}")
     if form == AS_CONCEPT:
@@ -209,6 +209,8 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
         files = {Path(folder) / kind / f"{name}.safetensors": write for kind, write in writers.items()}
         if not any(file.exists() for file in files):
             break
+    for file in files:
+        checked_folder(file.parent)
     if rank:
         progress = comfy.utils.ProgressBar(sum(map(len, concept.deltas.values())))
 

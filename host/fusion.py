@@ -41,8 +41,8 @@ MODES = (FEATURES, SCORES)
 
 _CONCEPT = "conceptloom concept "
 
-# What cuts a conditioning to a part of the picture, where a partition could not be placed. Hooks cut nothing: they wrap,
-# or change weights as a LoRA on the model does.
+# What cuts a conditioning to a part of the picture, where a partition could not be placed. Hooks cut nothing: they
+# wrap, or change weights as a LoRA on the model does.
 _NOT_IN_POSITIVE = ("area", "mask", "gligen")
 
 

@@ -93,8 +93,8 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
 
 
 def adds_noise(sampler) -> bool:
-    """Whether a SAMPLER of the host draws fresh noise while it samples, as ancestral and SDE samplers do. Of a kind that
-    is not the host's nothing is known, and the answer is no."""
+    """Whether a SAMPLER of the host draws fresh noise while it samples, as ancestral and SDE samplers do. Of other
+    kinds than the host's nothing is known, and the answer is no."""
     function = getattr(sampler, "sampler_function", None)
     if function is None or getattr(function, "__name__", "") in _QUIET:
         return False
@@ -153,8 +153,8 @@ class PlugAndPlay:
             )
         if sampling.noise.any():
             log.warning(
-                "%s: the sampler adds noise to that of the inversion, which hides the picture; sample with DisableNoise, "
-                "or a KSampler (Advanced) with add_noise disabled",
+                "%s: the sampler adds noise to that of the inversion, which hides the picture; sample with "
+                "DisableNoise, or a KSampler (Advanced) with add_noise disabled",
                 NAME,
             )
         if adds_noise(sampling.sampler):

@@ -184,7 +184,7 @@ class ConceptMasks(io.ComfyNode):
                     "masks",
                     template=io.Autogrow.TemplatePrefix(one, prefix="mask", min=1, max=16),
                     tooltip="The masks of the concepts, in the order of the concepts. An empty one leaves its concept "
-                    "out.",
+                    "out; not all may be empty.",
                 ),
                 io.Float.Input(
                     "dilation",
@@ -219,7 +219,9 @@ class ConceptMasks(io.ComfyNode):
                     advanced=True,
                     tooltip="From Text to Masks; wanted when the higher score is in front.",
                 ),
-                io.Image.Input("image", optional=True, tooltip="Shown under the colours of the preview."),
+                io.Image.Input(
+                    "image", optional=True, tooltip="Shown under the colours of the preview; in the shape of the masks."
+                ),
             ],
             outputs=[
                 PartitionSocket.Output("partition", tooltip="Where each concept goes, for Concept Weaver."),
