@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .masks import binarize, bounding_box, feather
+from .masks import binarize, bounding_box, check_aspect, feather
 from .subject import Subject, describe
 
 
@@ -43,7 +43,8 @@ def place(
         The collage (H, W, 3), what is seen of each subject (N, H, W), and the subjects in it.
 
     Raises:
-        ValueError: there is no subject, no right number of placements, or nothing of a subject is seen.
+        ValueError: there is no subject, no right number of placements, a mask of them has another shape than the
+            context, or nothing of a subject is seen.
     """
     if not subjects:
         raise ValueError("subjects: expected at least one, got none")
@@ -51,7 +52,10 @@ def place(
     if placement is None:
         boxes = row_of_boxes(len(subjects), height, width)
     elif torch.is_tensor(placement):
-        boxes = [_box_of(mask, threshold, height, width) for mask in placement.view(-1, *placement.shape[-2:])]
+        masks = placement.reshape(-1, *placement.shape[-2:])
+        for number, mask in enumerate(masks, 1):
+            check_aspect(mask, (height, width), f"placement: mask {number}")
+        boxes = [_box_of(mask, threshold, height, width) for mask in masks]
     else:
         boxes = [Box(*(float(box[side]) for side in Box._fields)) for box in flat_boxes(placement)]
     cutouts = [(subject.image, subject.mask) for subject in subjects]
@@ -110,23 +114,24 @@ def paste(
         threshold: mask value from which a pixel belongs to the subject.
 
     Returns:
-        The picture (H, W, 3), and per subject the mask (H, W) of what of it is still seen, together (N, H, W).
+        The picture (H, W, 3), float, and per subject the mask (H, W) of what of it is still seen, together (N, H, W).
 
     Raises:
         ValueError: numbers of subjects and boxes differ, or a mask or box is empty.
     """
     if len(subjects) != len(boxes):
-        raise ValueError(f"boxes: one per subject is wanted, but there are {len(boxes)} for {len(subjects)} subjects")
-    picture = context.clone()
+        raise ValueError(f"boxes: expected one per subject, got {len(boxes)} for {len(subjects)} subjects")
+    # Resizing without aliasing knows no half precision.
+    picture = context.float().clone()
     seen = torch.zeros(len(subjects), *context.shape[:2], device=context.device)
     for index, ((image, mask), box) in enumerate(zip(subjects, boxes, strict=True)):
         if box.width <= 0 or box.height <= 0:
-            raise ValueError(f"boxes: a positive size is wanted, but box {index + 1} is {box.width}x{box.height}")
-        cutout, alpha = _cut_out(image.to(context), mask, threshold)
+            raise ValueError(f"boxes: expected a positive size, got {box.width}x{box.height} for box {index + 1}")
+        cutout, alpha = _cut_out(image.to(picture), mask, threshold)
         fit = scale * min(box.width / cutout.shape[1], box.height / cutout.shape[0])
         size = max(1, round(cutout.shape[0] * fit)), max(1, round(cutout.shape[1] * fit))
         cutout = _resize(cutout.movedim(-1, 0), size).movedim(0, -1).clamp(0, 1)
-        alpha = _resize(alpha[None].to(context), size)[0].clamp(0, 1)
+        alpha = _resize(alpha[None].to(picture), size)[0].clamp(0, 1)
         if flip:
             cutout, alpha = cutout.flip(1), alpha.flip(1)
         alpha = feather(alpha, feather_radius)

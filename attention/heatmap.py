@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .masks import ASPECT_TOLERANCE, same_aspect
+
 # Dark blue over violet and orange to pale yellow: brightness rises all the way, so it also reads in grey.
 _SCALE = ((0.05, 0.03, 0.30), (0.45, 0.05, 0.55), (0.80, 0.25, 0.40), (0.97, 0.58, 0.20), (0.98, 0.95, 0.65))
 
@@ -30,7 +32,9 @@ def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def overlay(pictures: torch.Tensor, maps: torch.Tensor, opacity: float) -> torch.Tensor:
-    """Lays maps (B, H, W) over the grey of pictures (B, H, W, 3); opacity 0 shows the picture, 1 the map alone."""
+    """Lays maps (B, H, W) over the grey of pictures (B, H, W, 3); opacity 0 shows the picture, 1 the map alone. Float,
+    whatever the pictures are."""
+    pictures, maps = pictures.float(), maps.float()
     grey = pictures.mean(dim=-1, keepdim=True).expand_as(pictures)
     return torch.lerp(grey if opacity > 0 else pictures, colours(maps), opacity)
 
@@ -50,10 +54,13 @@ def share_pictures(
         Overlays (B * N, H, W, 3) and plain shares (B * N, H, W).
 
     Raises:
-        ValueError: there are not as many pictures as the record has.
+        ValueError: there are not as many pictures as the record has, or they have another shape.
     """
     if len(pictures) != len(shares):
-        raise ValueError(f"image: the {len(shares)} pictures of the latent are wanted, not {len(pictures)}")
+        raise ValueError(f"image: expected the {len(shares)} pictures of the latent, got {len(pictures)}")
+    (height, width), (h, w) = pictures.shape[1:3], shares.shape[2:]
+    if not same_aspect((height, width), (h, w), max(ASPECT_TOLERANCE, 1 / min(h, w))):
+        raise ValueError(f"image: expected the picture of the latent, in the shape {w}x{h}, got {width}x{height}")
     n_subjects = shares.shape[1] - 1
     maps = resize(shares[:, 1:].flatten(0, 1), tuple(pictures.shape[1:3]))
     repeated = pictures[..., :3].repeat_interleave(n_subjects, dim=0)

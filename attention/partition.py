@@ -50,17 +50,22 @@ def assemble(
     """The partition (N + 1, H, W) of N masks, at the size of the largest.
 
     Args:
-        masks: (H', W') each, 1 on the concept; an empty one leaves its concept without a pixel.
+        masks: (H', W') each, 1 on the concept; an empty one leaves its concept without a pixel, but some must not be.
         dilation: how far masks grow, as a share of the picture's shorter side.
         feather: width over which neighbours blend, as a share of the same.
         overlap: one of OVERLAPS, who is in front.
         scores: of the detector, one per mask; wanted for SURER_IN_FRONT alone.
 
     Raises:
-        ValueError: there is no mask, their shapes differ or are none of masks, two show the same thing, or the scores
-            are absent or too few.
+        ValueError: there is no mask, all are empty, their shapes differ or are none of masks, two show the same thing,
+            or the scores are absent or too few.
     """
     stack = _stack(masks)
+    if not stack.any():
+        raise ValueError(
+            f"masks: expected white in at least one, got {len(stack)} black all over, so that no concept would "
+            "be drawn; paint the place of a concept, or let Text to Masks stop where a thing is absent"
+        )
     every = max(1, min(stack.shape[1:]) // _COMPARED)
     sparse = stack[:, ::every, ::every].contiguous()
     for i, j in combinations(range(len(stack)), 2):

@@ -171,7 +171,8 @@ def cost_table(rows: list[Cost], budgets: dict[tuple[str, str, int], float]) -> 
     lines = []
     for row in rows:
         budget = budgets.get((row.system, row.variant, row.subjects))
-        over = " over" if budget is not None and row.ratio > budget else ""
+        # By what is printed, for nobody sees the digits behind it.
+        over = " over" if budget is not None and round(row.ratio, 2) > budget else ""
         lines.append(
             [
                 row.system,

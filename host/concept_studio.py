@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 
 from ..encoders.concepts import Concept
+from ..encoders.files import checked_folder
 from ..training.concepts.learner import Recipe
 from ..training.concepts.pictures import Pictures
 from . import concept_training, fusion
@@ -51,6 +52,8 @@ def train_with_progress(
         The concept, the loss as a picture (H, W, 3), and a sentence about the training.
     """
     concept_training.check(vae, pictures, class_word, placeholder, recipe, side)
+    if checkpoints is not None:
+        checked_folder(checkpoints)
     began = time.monotonic()
     caption = pictures.captions[0]
     progress = comfy.utils.ProgressBar(recipe.steps)

@@ -324,7 +324,8 @@ def _check_base(sizes: list[float], moves: list[float]) -> None:
 
 
 def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], weights: Weights) -> None:
-    """Custom Diffusion trains keys and values of every layer; a LoRA may leave layers out, but not change nothing."""
+    """Custom Diffusion trains the keys and values of every layer. A LoRA may leave layers out, but if it is of zeros, it
+    leaves all of them as they were."""
     if file.source_format != LORA:
         wanted = {where: layer for layer, where in weights.layers.items() if where[1] in ("k", "v")}
         missing = [layer.removeprefix(UNET) for where, layer in wanted.items() if where not in parts]
@@ -333,11 +334,15 @@ def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], we
                 f"file: expected keys and values of all cross-attention layers of {architecture(weights.text_width)}, "
                 f"got a file without {len(missing)} of them, such as {missing[0]}"
             )
-    elif not any(all(factor.any() for factor in found) for kinds in parts.values() for found in kinds.values()):
+    # A product is nothing where one of its factors is: a new LoRA has one of zeros.
+    nothing = not any(all(factor.any() for factor in found) for kinds in parts.values() for found in kinds.values())
+    if nothing and file.source_format == LORA:
         raise ValueError(
             f"file: expected a LoRA for {architecture(weights.text_width)}, got one that changes no weight of "
             "cross-attention: it was never trained"
         )
+    if nothing and not file.tokens:
+        raise ValueError("file: expected weights that were trained from this model's, got the model's own")
 
 
 def _delta(found: Mapping[str, tuple[torch.Tensor, ...]], name: str, weights: Weights) -> Delta:

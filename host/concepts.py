@@ -22,7 +22,7 @@ from ..encoders.adapter_names import TEXT, TEXT_2, Layer
 from ..encoders.adapters import Adapter
 from ..encoders.concept_formats import Tokens
 from ..encoders.concepts import PARTS, Concept, Key, layer_name
-from ..encoders.files import read
+from ..encoders.files import checked_folder, checked_name, read
 from .advice import advise
 from .concept_weights import adapters_by_weight, check_fit, host_patch, is_whole, read_weights
 from .sites import Site, network_of
@@ -218,10 +218,9 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
         rank: of the factors that the differences are compressed to; 0 leaves them as they are.
 
     Raises:
-        ValueError: the filename or the rank cannot be used.
+        ValueError: the filename or the rank cannot be used, or the folder cannot be written.
     """
-    if not filename or filename != Path(filename).name:
-        raise ValueError(f"filename: a name without folders is wanted, not {filename!r}")
+    filename = checked_name(filename)
     if form not in FORMS:
         raise ValueError(f"form: one of {', '.join(FORMS)} is wanted, not {form!r}")
     if form == AS_CONCEPT:
@@ -235,6 +234,8 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
         files = {Path(folder) / kind / f"{name}.safetensors": write for kind, write in writers.items()}
         if not any(file.exists() for file in files):
             break
+    for file in files:
+        checked_folder(file.parent)
     if rank:
         progress = comfy.utils.ProgressBar(sum(map(len, concept.deltas.values())))
 

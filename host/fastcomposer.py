@@ -76,8 +76,8 @@ def fuse(
     Both differ in the subjects' rows alone. A subject of weight 0 stays text.
 
     Raises:
-        ValueError: a subject has no embedding, widths do not fit, the CLIP skips layers or gives other rows than one
-            for each token, or a place cannot be found.
+        ValueError: a subject has no embedding, widths do not fit, the CLIP skips layers or gives more rows than one
+            for a token, or a place cannot be found.
     """
     embeddings = _embeddings_of(subjects, fuser)
     plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], mark)

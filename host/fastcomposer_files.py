@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ..encoders.adapter_names import grouped
 from ..encoders.adapters import Adapter
 from ..encoders.fastcomposer import FUSER, LORA, TEXT, UNET, VAE, VISION, State, split, trained_layers
-from ..encoders.files import whole_file
+from ..encoders.files import checked_folder, checked_name, whole_file
 from ..encoders.fuser import Fuser
 from ..encoders.lora import factor
 from . import delay
@@ -194,11 +194,10 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
     AS_FILE the UNet becomes `folder`/diffusion_models/`name`.safetensors, for the host's Load Diffusion Model.
 
     Raises:
-        ValueError: the checkpoint lacks the fuser or the UNet, a file of the name exists, or `model` is wanted and is
-            absent, patched or of other layers.
+        ValueError: the checkpoint lacks the fuser or the UNet, a file of the name exists or cannot be written, or
+            `model` is wanted and is absent, patched or of other layers.
     """
-    if not name or name != Path(name).name:
-        raise ValueError(f"filename: a name without folders is wanted, not {name!r}")
+    name = checked_name(name)
     parts = split(load_state(path))
     if not parts[FUSER]:
         raise ValueError("file: a FastComposer checkpoint is wanted, but this file has no postfuse_module")
@@ -211,7 +210,9 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
         files[folder / "diffusion_models" / f"{name}.safetensors"] = parts[UNET]
     existing = next((file for file in files if file.exists()), None)
     if existing:
-        raise ValueError(f"filename: a name that is free is wanted, but {existing.name} exists already")
+        raise ValueError(f"filename: expected a name that is free, got that of {existing.name}, which exists already")
+    for file in files:
+        checked_folder(file.parent)
     if unet == AS_LORA:
         if model is None:
             raise ValueError("model: Stable Diffusion 1.5 is wanted, to which the LoRA is the difference")

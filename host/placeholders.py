@@ -146,8 +146,9 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
         if not any(c.isalnum() for c in text):
             raise ValueError(f"prompt: expected a word before the placeholder of subject {number}, got {text!r}")
         if position in taken:
-            both = f"{taken[position]} and {number}"
-            raise ValueError(f"prompt: expected a word of its own for each subject, got {text!r} for both {both}")
+            raise ValueError(
+                f"prompt: expected a word of its own for each subject, got {text!r} for {taken[position]} and {number}"
+            )
         taken[position] = number
         places.append(Place(chunk, index, row, weight, text))
     _check_embeddings(clip, tokens)
@@ -174,7 +175,7 @@ def without_emphasis(tokens: dict[str, list], places: Sequence[Place]) -> dict[s
 
 
 def _text_of(tokenizer, tokens: Sequence[Any]) -> str:
-    """The last of some tokens as text, with as many before it as make whole characters."""
+    """The last of some tokens as text, with as many before it as make whole characters, of which it may be a part."""
     if torch.is_tensor(tokens[-1]):
         return "embedding"
     for first in range(len(tokens) - 1, -1, -1):

@@ -91,8 +91,8 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
 
 
 def adds_noise(sampler) -> bool:
-    """Whether a SAMPLER of the host draws fresh noise while it samples, as ancestral and SDE samplers do. Of a kind
-    that is not the host's nothing is known, and the answer is no."""
+    """Whether a SAMPLER of the host draws fresh noise while it samples, as ancestral and SDE samplers do. Of other
+    kinds than the host's nothing is known, and the answer is no."""
     function = getattr(sampler, "sampler_function", None)
     if function is None or getattr(function, "__name__", "") in _QUIET:
         return False

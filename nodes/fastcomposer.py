@@ -230,7 +230,8 @@ class DelayedSubjectConditioning(Node):
             category=CATEGORY,
             description="Text alone for the first steps, subjects from then on: the prompt keeps its layout and the "
             "subjects their faces (FastComposer, section 4.3). Switches at exactly that step with every scheduler. "
-            "Sample with the model of Load FastComposer, which tells it the schedule.",
+            "Sample with the model of Load FastComposer, which tells it the schedule. Regions of attention couples see "
+            "the subjects from the first step on.",
             search_aliases=["FastComposer", "timestep range", "prompt scheduling", "alpha", "switch", "delay"],
             inputs=[
                 io.Conditioning.Input("text_only", tooltip="Holds before the switch."),

@@ -181,7 +181,7 @@ class ConceptMasks(Node):
                     "masks",
                     io.Mask.Input("mask", tooltip="White on a concept; a batch holds several concepts."),
                     tooltip="The masks of the concepts, in the order of the concepts. An empty one leaves its concept "
-                    "out.",
+                    "out; not all may be empty.",
                 ),
                 io.Float.Input(
                     "dilation",
@@ -216,7 +216,9 @@ class ConceptMasks(Node):
                     advanced=True,
                     tooltip="From Text to Masks; wanted when the higher score is in front.",
                 ),
-                io.Image.Input("image", optional=True, tooltip="Shown under the colours of the preview."),
+                io.Image.Input(
+                    "image", optional=True, tooltip="Shown under the colours of the preview; in the shape of the masks."
+                ),
             ],
             outputs=[
                 PartitionSocket.Output("partition", tooltip="Where each concept goes, for Concept Weaver."),

@@ -54,8 +54,8 @@ class ReferenceSubject(Node):
                 io.Mask.Input(
                     "target_mask",
                     optional=True,
-                    tooltip="White where the subject may appear in the new picture, which keeps subjects from mixing. "
-                    "Without a wire the subject may appear anywhere; an empty mask is refused.",
+                    tooltip="White where the subject may appear in the new picture, in that picture's shape, which "
+                    "keeps subjects from mixing. Without a wire the subject may appear anywhere; an empty mask is refused.",
                 ),
             ],
             outputs=[SubjectSocket.Output("subject", tooltip="The subject, for any ConceptLoom system.")],
@@ -85,8 +85,8 @@ class ConceptCollage(Node):
                     "placement",
                     [io.Mask, io.BoundingBox, io.BoundingBoxes],
                     optional=True,
-                    tooltip="Where they go: a batch of masks (their outlines' boxes count) or boxes in pixels, one per "
-                    "subject. Without it they stand side by side.",
+                    tooltip="Where they go: a batch of masks in the context's shape (their outlines' boxes count) or "
+                    "boxes in pixels, one per subject. Without it they stand side by side.",
                 ),
                 io.String.Input(
                     "prompt",

@@ -123,5 +123,6 @@ def preview(node: type[io.ComfyNode], picture: torch.Tensor) -> ui.PreviewImage:
     """A picture (H, W, 3) shown on its node; small ones enlarged without blur, for the classic renderer shows pixels
     at their own size."""
     times = max(1, PREVIEW_SIDE // max(picture.shape[:2]))
-    enlarged = picture.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    # The host makes bytes of it by numpy, which knows no bfloat16.
+    enlarged = picture.float().repeat_interleave(times, 0).repeat_interleave(times, 1)
     return ui.PreviewImage(enlarged[None], cls=node)

@@ -164,7 +164,7 @@ def test_an_empty_mask_leaves_its_concept_out_and_a_full_one_leaves_no_backgroun
     assert not partition[0].any() and torch.equal(partition[1:].sum(0), torch.ones(20, 30))
     partition = assemble([full, some])
     assert not partition[2].any() and torch.equal(partition[1], some)
-    assert torch.equal(assemble([empty]), torch.stack([empty, full]))
+    assert torch.equal(divide(torch.stack([empty]).bool(), 3), torch.stack([empty, full]))
 
 
 def test_feathering_keeps_the_sum_and_blends_only_near_borders():
@@ -227,6 +227,8 @@ def test_dilation_and_feather_are_shares_of_the_shorter_side():
     "arguments, sentence",
     [
         (dict(masks=[]), "masks: expected at least one"),
+        (dict(masks=[torch.zeros(4, 4)] * 2), "masks: expected white in at least one, got 2 black all over"),
+        (dict(masks=[torch.full((4, 4), 0.4)]), "masks: expected white in at least one, got 1 black all over"),
         (
             dict(masks=[torch.ones(4, 4), torch.ones(4, 8)]),
             r"mask 1: expected the shape of the largest mask \(8x4\), got 4x4",

@@ -808,6 +808,16 @@ def test_map_follows_its_picture_and_invents_no_ids(height, width, mirrored):
         assert abs(int(columns.nonzero()[0, 0]) - (47 - int(columns.nonzero()[-1, 0]))) <= 1
 
 
+@pytest.mark.parametrize(("height", "width"), [(61, 90), (61, 91), (47, 100), (50, 50), (33, 200)])
+def test_a_wide_picture_is_what_torchvision_makes_of_its_shorter_side(height, width):
+    from torchvision.transforms import v2
+
+    picture = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = v2.Compose([v2.Resize(48, antialias=True), v2.CenterCrop(48)])(picture)
+    drawn, _ = dataset.target_view(picture, torch.zeros(height, width, dtype=torch.int64), 48, False)
+    assert torch.equal(((drawn + 1) * 127.5).round().to(torch.uint8), expected)
+
+
 def test_mirroring_turns_picture_and_map_together():
     rng = torch.Generator().manual_seed(0)
     picture = torch.randint(0, 256, (3, 40, 60), generator=rng, dtype=torch.uint8)

@@ -34,7 +34,7 @@ def negpip(model):
 
 
 def couple(model, conditioning, mask):
-    """An attention couple of one region: cross-attention of the positive is another prompt's inside a mask (H, W).
+    """An attention couple of one region: inside a mask (H, W) the positive's cross-attention is that of another prompt.
     Of the conditioning the first tensor is read, as these packs do."""
     states, counts = conditioning[0][0], []
 

@@ -384,9 +384,35 @@ def test_saved_concepts_and_loras_are_read_again(toy, truth, tmp_path):
     assert "embeddings/dog 3.safetensors" in save(concept, tmp_path, "dog", AS_LORA, RANK)
     assert (tmp_path / "embeddings" / "dog.safetensors").read_bytes() == before
     assert not (tmp_path / "loras" / "dog.safetensors").exists()
-    for name in ("", "a/b"):
-        with pytest.raises(ValueError, match="filename: a name without folders"):
+    for name, sentence in BAD_NAMES.items():
+        with pytest.raises(ValueError) as caught:
             save(concept, tmp_path, name)
+        assert str(caught.value).startswith(f"filename: expected {sentence}")
+    assert save(concept, tmp_path, " bird ").startswith("concepts/bird.safetensors")
+    assert sorted(file.name for file in (tmp_path / "concepts").iterdir()) == ["bird.safetensors", "dog.safetensors"]
+
+
+BAD_NAMES = {
+    "": "a name, got an empty text",
+    "  ": "a name, got an empty text",
+    "..": "a name, got an empty text",
+    "a/b": "a name without folders or any of",
+    "what?": "a name without folders or any of",
+    "tab\tbed": "a name without folders or any of",
+    "x" * 300: "at most 200 bytes, got 300",
+    "犬" * 100: "at most 200 bytes, got 300",
+}
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(toy, truth, tmp_path, monkeypatch):
+    from conceptloom.encoders.concepts import Concept
+    from conceptloom.host.concepts import save
+
+    concept = load(toy, truth.files()["F3"])
+    (tmp_path / "concepts").write_text("a file in the place of the folder")
+    monkeypatch.setattr(Concept, "compressed", lambda *_: pytest.fail("it was compressed first"))
+    with pytest.raises(ValueError, match=r"^folder: expected one that can be written, got .*concepts \(File exists\)"):
+        save(concept, tmp_path, "dog", rank=2)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -623,6 +649,11 @@ REFUSED = {
     "expected a whole LoRA, got 'lora_unet_": lambda t: {
         n: v for n, v in t.kohya().items() if not n.endswith("down.weight")
     },
+    "it was never trained": lambda t: {n: v * (not n.endswith("up.weight")) for n, v in t.kohya().items()},
+    "changes no weight of cross-attention: it was never trained": lambda t: {
+        n: v * (not n.endswith("down.weight")) for n, v in t.kohya().items()
+    },
+    "got the model's own": lambda t: {"unet": t.named(t.base)},
     "finite numbers are wanted, but 'lora_te_x.lora_up.weight' holds NaN": lambda t: {
         **t.kohya(),
         "lora_te_x.lora_up.weight": torch.full((2, 2), math.nan),

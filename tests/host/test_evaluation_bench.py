@@ -63,6 +63,9 @@ def test_over_budget_is_marked(host):
     default, banked = table.splitlines()[2:]
     assert "1.30 " in default and "over" not in default
     assert "1.30 over" in banked
+    rows = [Cost("freecustom", "default", "tiny", 1, ratio, 1.0, 5.0, 4.0) for ratio in (1.5549, 1.5551)]
+    at, above = cost_table(rows, {("freecustom", "default", 1): 1.55}).splitlines()[2:]
+    assert "1.55 " in at and "over" not in at and "1.56 over" in above
 
 
 @pytest.mark.parametrize("arch", ["tiny", "sd15", "sdxl"])

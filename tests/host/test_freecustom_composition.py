@@ -97,7 +97,7 @@ class TestWarningsAreTrue:
         assert not caplog.records
 
     def test_target_masks_that_one_of_two_evaluations_could_not_place(self, toy, caplog):
-        """Sliding windows evaluate parts of the picture beside the whole one; without that they are told of."""
+        """Sliding windows evaluate parts of the picture beside the whole one; a part alone is told of."""
         import comfy.samplers
 
         def windows(told):

@@ -798,6 +798,19 @@ def test_strong_suppression_is_told_of(toy, caplog):
     assert "a suppression of 1.5 is far beyond 0.3 and burns colours" in caplog.text
 
 
+def test_where_no_concept_is_drawn_it_is_told_of(toy, caplog):
+    caplog.set_level("WARNING")
+    bank = Bank(toy, 2)
+    fused(toy, bank)
+    assert not caplog.records
+    fused(toy, Bank(toy, 2, strength=0.0))
+    assert "no concept has a strength, so the plain prompt is drawn" in caplog.text
+    bank.partition = torch.cat([torch.zeros(2, 16, 16), torch.ones(1, 16, 16)])
+    drawn = toy.sample(fused(toy, bank))
+    assert "no concept has a place in the partition, so the plain prompt is drawn" in caplog.text
+    assert torch.equal(drawn, toy.sample())
+
+
 def test_a_concept_smaller_than_a_cell_is_told_of_once(toy, caplog):
     bank = Bank(toy, 2)
     bank.partition = torch.zeros(3, 128, 128)

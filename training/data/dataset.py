@@ -210,7 +210,8 @@ def target_view(
         picture, ids = F.pad(picture, bars, fill=0), F.pad(ids, bars, fill=NOWHERE)
         size = [resolution, resolution]
     else:
-        size = [resolution, max(resolution, round(resolution * width / height))]
+        # Rounded down, as torchvision does where it is given the shorter side alone, which the published code does.
+        size = [resolution, int(resolution * width / height)]
     picture = F.center_crop(F.resize(picture, size, InterpolationMode.BILINEAR, antialias=True), [resolution])
     ids = F.center_crop(F.resize(ids, size, InterpolationMode.NEAREST_EXACT), [resolution])
     if mirrored:
