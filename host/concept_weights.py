@@ -324,7 +324,7 @@ def _check_base(sizes: list[float], moves: list[float]) -> None:
 
 
 def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], weights: Weights) -> None:
-    """Custom Diffusion trains the keys and values of every layer. A LoRA may leave layers out, but not change nothing."""
+    """Custom Diffusion trains keys and values of every layer; a LoRA may leave layers out, but not change nothing."""
     if file.source_format != LORA:
         wanted = {where: layer for layer, where in weights.layers.items() if where[1] in ("k", "v")}
         missing = [layer.removeprefix(UNET) for where, layer in wanted.items() if where not in parts]
