@@ -687,12 +687,15 @@ def test_strong_suppression_is_told_of(toy, caplog):
 def test_a_concept_smaller_than_a_cell_is_told_of_once(toy, caplog):
     bank = Bank(toy, 2)
     bank.partition = torch.zeros(3, 128, 128)
-    bank.partition[0, :, :64], bank.partition[1, :20, 64:84] = 1, 1
+    bank.partition[0, :, :64], bank.partition[1, :5, 64:69] = 1, 1
     bank.partition[2] = 1 - bank.partition[:2].sum(0)
     caplog.set_level("WARNING")
     toy.sample(fused(toy, bank))
     said = [record.getMessage() for record in caplog.records if "smaller than a cell" in record.getMessage()]
-    assert len(said) == 1 and "concept1 is smaller than a cell of a layer of 4x4" in said[0]
+    assert (
+        len(said) == 1
+        and "the concept concept1 is smaller than a cell of every layer, even of that of 16x16" in said[0]
+    )
 
 
 class TestRefusals:
