@@ -39,7 +39,7 @@ def advise(name: str, sentence: str, node: str | None = None) -> None:
     if context is None:
         log.warning("%s: %s", name, sentence)
         return
-    node = node or context.node_id
+    node = _present(node, context.node_id)
     _forget_earlier(node, context.prompt_id)
     _, sentences = _shown.setdefault(_key(node), (context.prompt_id, []))
     if sentence not in sentences:
@@ -51,8 +51,15 @@ def advise(name: str, sentence: str, node: str | None = None) -> None:
 def withdraw_earlier(node: str | None = None) -> None:
     """Takes advice of earlier runs off a node; None means the one that is executed."""
     context = get_executing_context()
-    if context is not None and _forget_earlier(node or context.node_id, context.prompt_id):
-        _show(NO_ADVICE, node or context.node_id)
+    if context is not None:
+        node = _present(node, context.node_id)
+        if _forget_earlier(node, context.prompt_id):
+            _show(NO_ADVICE, node)
+
+
+def _present(node: str | None, executing: str) -> str:
+    """The node, or the executed one if the workflow has no such node, as where a MODEL was kept from another."""
+    return node if node is not None and get_progress_state().dynprompt.has_node(node) else executing
 
 
 def _forget_earlier(node: str, run: str) -> bool:

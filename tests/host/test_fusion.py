@@ -203,7 +203,8 @@ class TestPicture:
         masks = torch.zeros(2, 64, 64)
         masks[0, :, :20], masks[1, 20:, 40:] = 1, 1
         (partition, _) = ConceptMasks.execute({"mask0": masks}, 0.03, 0.05, "smaller in front").args
-        injected = PlugAndPlayInjection.execute(toy.model, trajectory, 0.0, 0.0, "custom list", "4-11").args[0]
+        blocks = {"blocks": "custom list", "numbers": "4-11"}
+        injected = PlugAndPlayInjection.execute(toy.model, trajectory, 0.0, 0.0, blocks).args[0]
         options = {"suppression": 0.3, "start_percent": 0.0, "end_percent": 1.0, "mode": "features"}
         options |= {"layers": "all layers", "elsewhere": "inside its mask", "norm_cap": 0.0}
         model, positive, negative = MultiConceptFusion.execute(injected, prompts, partition, **options).args
@@ -216,7 +217,7 @@ class TestPicture:
 
         expected = drawn(toy.model, toy.positive, toy.negative)
         assert close(drawn(model, positive, negative), expected)
-        held = PlugAndPlayInjection.execute(model, trajectory, 1.0, 1.0, "custom list", "4-11").args[0]
+        held = PlugAndPlayInjection.execute(model, trajectory, 1.0, 1.0, blocks).args[0]
         assert not close(drawn(held, positive, negative), expected)
 
     def test_one_concept_over_all_is_the_model_with_its_weights(self, toy):
