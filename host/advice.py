@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
 log = logging.getLogger("conceptloom")
@@ -15,8 +16,9 @@ log = logging.getLogger("conceptloom")
 NO_ADVICE = "No warnings."
 """Replaces advice that no longer holds: the frontend ignores an empty text."""
 
-_shown: dict[str, tuple[str, list[str]]] = {}
-"""By node id what is shown on it: the run that said it, and its sentences."""
+_shown: dict[tuple[str, str], tuple[str, list[str]]] = {}
+"""By a node's id and class what is shown on it: the run that said it, and its sentences. Another workflow's node of the
+same id is mostly of another class."""
 
 
 def executing_node() -> str | None:
@@ -37,9 +39,9 @@ def advise(name: str, sentence: str, node: str | None = None) -> None:
     if context is None:
         log.warning("%s: %s", name, sentence)
         return
-    node = node or context.node_id
+    node = _present(node, context.node_id)
     _forget_earlier(node, context.prompt_id)
-    _, sentences = _shown.setdefault(node, (context.prompt_id, []))
+    _, sentences = _shown.setdefault(_key(node), (context.prompt_id, []))
     if sentence not in sentences:
         log.warning("%s: %s", name, sentence)
         sentences.append(sentence)
@@ -49,13 +51,25 @@ def advise(name: str, sentence: str, node: str | None = None) -> None:
 def withdraw_earlier(node: str | None = None) -> None:
     """Takes advice of earlier runs off a node; None means the one that is executed."""
     context = get_executing_context()
-    if context is not None and _forget_earlier(node or context.node_id, context.prompt_id):
-        _show(NO_ADVICE, node or context.node_id)
+    if context is not None:
+        node = _present(node, context.node_id)
+        if _forget_earlier(node, context.prompt_id):
+            _show(NO_ADVICE, node)
+
+
+def _present(node: str | None, executing: str) -> str:
+    """The node, or the executed one if the workflow has no such node, as where a MODEL was kept from another."""
+    return node if node is not None and get_progress_state().dynprompt.has_node(node) else executing
 
 
 def _forget_earlier(node: str, run: str) -> bool:
     """Whether there was advice of another run, which is now forgotten."""
-    return node in _shown and _shown[node][0] != run and _shown.pop(node) is not None
+    key = _key(node)
+    return key in _shown and _shown[key][0] != run and _shown.pop(key) is not None
+
+
+def _key(node: str) -> tuple[str, str]:
+    return node, get_progress_state().dynprompt.get_node(node)["class_type"]
 
 
 def _show(text: str, node: str) -> None:

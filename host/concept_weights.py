@@ -224,7 +224,7 @@ def check_fit(concept: Concept, model) -> None:
     if concept.base and concept.base != weights.fingerprint():
         advise(
             "Load Concept",
-            f"{concept.name} was made on another base model of this kind, so it may look different here",
+            f"the concept {concept.name} was made on another base model of this kind, so it may look different here",
         )
 
 

@@ -209,7 +209,8 @@ class FusionRun:
         self._with_own_outputs = {
             site for site in system.sites if f"{layer_name(site.key)}.{PARTS['out']}" in system.changes
         }
-        self._warned: set[SpokenConcept] = set()
+        # By concept the largest share that it has of any cell, and the layer's grid.
+        self._seen: dict[SpokenConcept, tuple[float, tuple[int, int]]] = {}
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
         """See `patching.Run`."""
@@ -330,19 +331,19 @@ class FusionRun:
                     # Those put together are the ones to keep, so that none is held twice.
                     spoken[number] = (together.key[row : row + 1], together.value[row : row + 1])
             for one, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
-                if most < THRESHOLD and one not in self._warned:
-                    self._warned.add(one)
-                    height, width = grid
-                    advise(
-                        NAME,
-                        f"{one.concept.name} is smaller than a cell of a layer of {width}x{height}, where it will be "
-                        "weak; enlarge its mask or the picture",
-                        self.node,
-                    )
+                self._seen[one] = max((most, grid), self._seen.get(one, (0.0, grid)))
         return self._voices[at]
 
     def finish(self, samples: torch.Tensor) -> None:
-        """Nothing is handed over."""
+        """Says which concepts no layer could see well. In coarse layers alone that is as it must be."""
+        for one, (most, (height, width)) in self._seen.items():
+            if most < THRESHOLD:
+                advise(
+                    NAME,
+                    f"the concept {one.concept.name} is smaller than a cell of every layer, even of that of "
+                    f"{width}x{height}, so it is weak; enlarge its mask or the picture",
+                    self.node,
+                )
 
     def close(self) -> None:
         """Lets go of all tensors."""

@@ -10,7 +10,7 @@ from ..attention.mrsa import FORMULAS
 from ..host import bank, freecustom, references, sites
 from ..host.advice import advise
 from ..host.shares import ALL
-from .types import Node, ShareRecordSocket, gather_subjects, subject_inputs
+from .types import ADVISES_LATER, Node, ShareRecordSocket, gather_subjects, subject_inputs
 
 CUSTOM_BLOCKS = "custom list"
 
@@ -29,6 +29,7 @@ class MultiReferenceSelfAttention(Node):
             category="ConceptLoom/FreeCustom",
             description="Puts several subjects into one picture without training: self-attention also sees the masked "
             "parts of their references (FreeCustom, CVPR 2024). For SD 1.x, SD 2.x, SDXL and Shapeland.",
+            **ADVISES_LATER,
             search_aliases=["FreeCustom", "MRSA", "reference only", "multi concept", "subject", "consistory"],
             inputs=[
                 io.Model.Input(

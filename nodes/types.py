@@ -51,6 +51,11 @@ def _with_name(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOu
     return named
 
 
+ADVISES_LATER = {"not_idempotent": True}
+"""For the schema of a node whose MODEL gives advice while it is sampled: the host then never takes the cached MODEL of
+another node with the same inputs, and the advice is shown on the right one."""
+
+
 def growing(id: str, one: io.Input, tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
     """An input that grows with every wire, and to which `in_order` wants at least one.
 

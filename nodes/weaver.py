@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..encoders.concept_texts import KEEP_OTHERS, OTHERS
 from ..host import concept_prompts, fusion, plugandplay
 from .concepts import as_concepts, one_concept
-from .types import ConceptPromptsSocket, ConceptSocket, Node, PartitionSocket, TrajectorySocket
+from .types import ADVISES_LATER, ConceptPromptsSocket, ConceptSocket, Node, PartitionSocket, TrajectorySocket
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 CUSTOM_BLOCKS = "custom list"
@@ -93,6 +93,7 @@ class PlugAndPlayInjection(Node):
             category=CATEGORY,
             description="Keeps the structure of an inverted picture while the prompt or concepts change what is in it "
             "(Plug-and-Play, CVPR 2023). Works alone for editing a picture. For SD 1.x, SD 2.x, SDXL and Shapeland.",
+            **ADVISES_LATER,
             search_aliases=["PnP", "plug and play", "structure", "image editing", "prompt to prompt", "Concept Weaver"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the picture was inverted with; LoRAs may come after."),
@@ -152,6 +153,7 @@ class MultiConceptFusion(Node):
             description="Draws each concept in its own part of one picture: in cross-attention, concepts answer with "
             "their own weights where their masks are (Concept Weaver, CVPR 2024). The model is evaluated no more "
             "often, however many there are. For SD 1.x, SD 2.x, SDXL and Shapeland.",
+            **ADVISES_LATER,
             search_aliases=["Concept Weaver", "multi LoRA", "regional LoRA", "custom diffusion", "multi concept"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, best with Plug-and-Play Injection on it."),

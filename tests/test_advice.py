@@ -66,4 +66,4 @@ def test_a_concept_smaller_than_a_cell_is_said_on_the_fusion(advised):
     parts = {"dot": solid(2, 2), "speck": ("MaskComposite", speck), "place": masks("speck", dilation=0.0)}
     sampler = sampled(model=["fused", 0], positive=["fused", 1], negative=["fused", 2])
     (said,) = advised("KSampler", sampler[1], fused=fusion("place"), **parts).items()
-    assert said[0] == "fused" and said[1].startswith("<star> is smaller than a cell of a layer of ")
+    assert said[0] == "fused" and said[1].startswith("The concept star is smaller than a cell of every layer, even of")

@@ -93,9 +93,10 @@ def test_bad_subjects_are_refused_in_one_sentence(changes, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_masks_of_another_size_but_equal_aspect_and_empty_square_ones_pass():
+def test_a_mask_of_another_size_but_equal_aspect_passes_and_an_empty_one_does_not():
     Subject(PICTURE, "dog", mask=torch.ones(24, 16))
-    Subject(PICTURE, "dog", mask=torch.zeros(64, 64))
+    with pytest.raises(ValueError, match="mask: expected white on the subject, got an empty mask"):
+        Subject(PICTURE, "dog", mask=torch.zeros(64, 64))
 
 
 def test_paste_puts_the_cutout_into_its_box():

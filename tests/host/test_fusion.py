@@ -317,7 +317,8 @@ class TestPicture:
         masks = torch.zeros(2, 64, 64)
         masks[0, :, :20], masks[1, 20:, 40:] = 1, 1
         (partition, _) = ConceptMasks.execute({"mask0": masks}, 0.03, 0.05, "smaller in front").args
-        injected = PlugAndPlayInjection.execute(toy.model, trajectory, 0.0, 0.0, "custom list", "4-11").args[0]
+        blocks = {"blocks": "custom list", "numbers": "4-11"}
+        injected = PlugAndPlayInjection.execute(toy.model, trajectory, 0.0, 0.0, blocks).args[0]
         options = {"suppression": 0.3, "start_percent": 0.0, "end_percent": 1.0, "mode": "features"}
         options |= {"layers": "all layers", "elsewhere": "inside its mask", "norm_cap": 0.0}
         model, positive, negative = MultiConceptFusion.execute(injected, prompts, partition, **options).args
@@ -330,7 +331,7 @@ class TestPicture:
 
         expected = drawn(toy.model, toy.positive, toy.negative)
         assert close(drawn(model, positive, negative), expected)
-        held = PlugAndPlayInjection.execute(model, trajectory, 1.0, 1.0, "custom list", "4-11").args[0]
+        held = PlugAndPlayInjection.execute(model, trajectory, 1.0, 1.0, blocks).args[0]
         assert not close(drawn(held, positive, negative), expected)
 
     def test_one_concept_over_all_is_the_model_with_its_weights(self, toy):
@@ -814,12 +815,15 @@ def test_where_no_concept_is_drawn_it_is_told_of(toy, caplog):
 def test_a_concept_smaller_than_a_cell_is_told_of_once(toy, caplog):
     bank = Bank(toy, 2)
     bank.partition = torch.zeros(3, 128, 128)
-    bank.partition[0, :, :64], bank.partition[1, :20, 64:84] = 1, 1
+    bank.partition[0, :, :64], bank.partition[1, :5, 64:69] = 1, 1
     bank.partition[2] = 1 - bank.partition[:2].sum(0)
     caplog.set_level("WARNING")
     toy.sample(fused(toy, bank))
     said = [record.getMessage() for record in caplog.records if "smaller than a cell" in record.getMessage()]
-    assert len(said) == 1 and "concept1 is smaller than a cell of a layer of 4x4" in said[0]
+    assert (
+        len(said) == 1
+        and "the concept concept1 is smaller than a cell of every layer, even of that of 16x16" in said[0]
+    )
 
 
 class TestRefusals:
