@@ -8,6 +8,7 @@ the beginning of what the client gets, after the node's name where `node` is our
 
 from __future__ import annotations
 
+import pickle
 import time
 from typing import Any, NamedTuple
 
@@ -213,15 +214,17 @@ ROWS = [
     Row("ReferenceSubject", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
     Row("ReferenceSubject", {"image": ["not finite", 0]}, "image: finite values are wanted"),
     Row("ReferenceSubject", {"noun": " "}, "noun: a word for the subject is wanted (such as dog), not an empty text"),
-    Row("ReferenceSubject", {"mask": ["two masks", 1]}, "mask: one mask (height, width) is wanted, not (2, 64, 64)"),
-    Row("ReferenceSubject", {"mask": ["wide", 0]}, "mask: the shape of the picture (64x64) is wanted, not 96x64"),
+    Row("ReferenceSubject", {"mask": ["two masks", 1]}, "mask: expected one mask (height, width), got (2, 64, 64)"),
+    Row("ReferenceSubject", {"mask": ["wide", 0]}, "mask: expected the shape of the picture (64x64), got 96x64"),
     Row(
         "ReferenceSubject",
         {"mask": ["black", 0]},
         "mask: expected white on the subject, got an empty mask (all black): paint the subject in the mask editor of "
         "Load Image, or remove the wire to use the whole picture",
     ),
-    Row("ReferenceSubject", {"target_mask": ["two masks", 1]}, "target_mask: one mask (height, width) is wanted"),
+    Row(
+        "ReferenceSubject", {"target_mask": ["two masks", 1]}, "target_mask: expected one mask (height, width), got (2"
+    ),
     Row(
         "ReferenceSubject",
         {"target_mask": ["black", 0]},
@@ -229,10 +232,10 @@ ROWS = [
         "it, or remove the wire to let the subject appear anywhere",
     ),
     Row("ConceptCollage", {"context": ["pictures", 0]}, "context: expected one picture, got a batch of 3"),
+    Row("ConceptCollage", {"placement": ["box", 0]}, "boxes: expected one per subject, got 1 for 2 subjects"),
     Row(
-        "ConceptCollage", {"placement": ["box", 0]}, "boxes: one per subject is wanted, but there are 1 for 2 subjects"
+        "ConceptCollage", {"placement": ["two empty masks", 1]}, "mask: expected at least one pixel, got an empty mask"
     ),
-    Row("ConceptCollage", {"placement": ["two empty masks", 1]}, "mask: at least one pixel is wanted, but it is empty"),
     Row(
         "ConceptCollage",
         {"placement": ["two masks", 1], "feather": 0.0},
@@ -247,7 +250,7 @@ ROWS = [
     Row(
         "MultiReferenceSelfAttention",
         {"model": ["misfits", 0]},
-        "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland is wanted, not Identity",
+        "model: expected one of the families SD 1.x, SD 2.x, SDXL and Shapeland, got Identity",
     ),
     Row("MultiReferenceSelfAttention", {"vae": ["misfits", 3]}, "vae: one with 8 latent channels is wanted for this"),
     Row("MultiReferenceSelfAttention", {"vae": ["misfits", 2]}, "vae: the one of the model's checkpoint is wanted"),
@@ -280,9 +283,9 @@ ROWS = [
         {"latent": ["canvas", 0]},
         "latent: expected the unchanged output of a sampler that uses the recorded",
     ),
-    Row("AttentionShare", {"image": ["pictures", 0]}, "image: the 1 pictures of the latent are wanted, not 3"),
-    Row("ConvertFastComposer", {"filename": "a/b"}, "filename: a name without folders is wanted, not 'a/b'"),
-    Row("ConvertFastComposer", {"filename": ""}, "filename: a name without folders is wanted, not ''"),
+    Row("AttentionShare", {"image": ["pictures", 0]}, "image: expected the 1 pictures of the latent, got 3"),
+    Row("ConvertFastComposer", {"filename": "a/b"}, "filename: expected a name without folders or any of"),
+    Row("ConvertFastComposer", {"filename": ""}, "filename: expected a name, got an empty text"),
     Row("SubjectEncoder", {"subjects.subject0": None}, "subjects: expected at least one, got none"),
     Row("FuseSubjects", {"subjects.subject0": None}, "subjects: expected at least one, got none"),
     Row(
@@ -296,40 +299,40 @@ ROWS = [
     *(
         Row("FuseSubjects", {"prompt": prompt, "subjects.subject0": [f"{who} embedded", 0]}, f"prompt: {sentence}")
         for who, prompt, sentence in (
-            ("one", "@subject walks", "a word before the placeholder of subject 1 is wanted, not the beginning"),
-            ("one", "a star, @subject walks", "a word before the placeholder of subject 1 is wanted, not ','"),
-            ("two", "a star @subject @subject walks", "a word of its own is wanted for each subject, but 'star' has"),
-            ("star and heart", "a star @subject walks", "one @subject per subject is wanted, but there are 1 for 2"),
-            ("one", "a star @subject and a star @subject", "one @subject per subject is wanted, but there are 2 for 1"),
-            ("one", "a house", "@subject after each subject's word, or the noun of each subject is wanted in it, but"),
-            ("two", "a star walks", "@subject after each subject's word, or the noun of each subject is wanted in it"),
-            ("one", "a star <|image|>", "@subject after each subject's word is wanted, but it holds a <|image|>"),
+            ("one", "@subject walks", "expected a word before the placeholder of subject 1, got the beginning"),
+            ("one", "a star, @subject walks", "expected a word before the placeholder of subject 1, got ','"),
+            ("two", "a star @subject @subject walks", "expected a word of its own for each subject, got 'star' for 1"),
+            ("star and heart", "a star @subject walks", "expected one @subject per subject, got 1 for 2 subjects"),
+            ("one", "a star @subject and a star @subject", "expected one @subject per subject, got 2 for 1 subjects"),
+            ("one", "a house", "expected @subject after each subject's word, or the noun of each subject, got"),
+            ("two", "a star walks", "expected @subject after each subject's word, or the noun of each subject, got"),
+            ("one", "a star <|image|>", "expected @subject after each subject's word, got a <|image|>"),
         )
     ),
     *(
-        Row("FuseSubjects", {"placeholder": mark}, "placeholder: a word without spaces, colons, parentheses or")
+        Row("FuseSubjects", {"placeholder": mark}, "placeholder: expected a word without spaces, colons, parentheses")
         for mark in ("", "two words", "a:b", "(x)")
     ),
     Row(
         "DelayedSubjectConditioning",
         {"subject": ["delayed", 0]},
-        "subject: a conditioning that does not switch yet is wanted, not a delayed one",
+        "subject: expected a conditioning that does not switch yet, got a delayed one",
     ),
     Row(
         "DelayedSubjectConditioning",
         {"text_only": ["delayed", 0]},
-        "text_only: a conditioning that does not switch yet",
+        "text_only: expected a conditioning that does not switch yet",
     ),
     Row(
         "KSampler",
         {"positive": ["delayed", 0]},
         "Delayed Subject Conditioning: a sampler whose model comes from Load FastComposer is wanted",
     ),
-    Row("LoadConcept", {"model": ["misfits", 0]}, "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland is"),
+    Row("LoadConcept", {"model": ["misfits", 0]}, "model: expected one of the families SD 1.x, SD 2.x, SDXL and"),
     Row(
         "LoadConcept",
         {"token_file": "fish.safetensors"},
-        "token_file: none is wanted, for the file itself holds the token <star>",
+        "token_file: expected none, for the file itself holds the token <star>",
     ),
     Row("LoadConcept", {"placeholder": "two words"}, "placeholder: a word without spaces, colons, parentheses or"),
     Row("ConceptBank", {}, "concepts: expected at least one, got none"),
@@ -339,10 +342,10 @@ ROWS = [
         "concepts: a placeholder of its own is wanted for each",
     ),
     Row("SaveConcept", {"concept": ["bank", 0]}, "concept: one concept is wanted, not a bank of 2"),
-    Row("SaveConcept", {"filename": "../a"}, "filename: a name without folders is wanted, not '../a'"),
+    Row("SaveConcept", {"filename": "../a"}, "filename: expected a name without folders or any of"),
     Row("ConceptPrompts", {"texts": "a\nb"}, "texts: at most one line for each of the 1 concepts is wanted, not 2"),
-    Row("ConceptPrompts", {"prompt": "a dog"}, "prompt: one with 'star' or <"),
-    Row("ConceptPrompts", {"texts": "a star"}, "texts: <"),
+    Row("ConceptPrompts", {"prompt": "a dog"}, "prompt: expected 'star' or <"),
+    Row("ConceptPrompts", {"texts": "a star"}, "texts: expected <"),
     Row("ConceptPrompts", {"background": ["bank", 0]}, "background: one concept is wanted, not a bank of 2"),
     Row("ConceptPrompts", {"background": ["star concept", 0]}, "concepts: a placeholder of its own is wanted for each"),
     Row(
@@ -359,17 +362,17 @@ ROWS = [
     Row(
         "ConceptMasks",
         {"masks.mask0": ["white", 0], "masks.mask1": ["wide", 0]},
-        "mask 1: the shape of the largest mask",
+        "mask 1: expected the shape of the largest mask",
     ),
     Row(
         "ConceptMasks",
         {"masks.mask0": ["white", 0], "masks.mask1": ["left", 0]},
-        "mask 2: a place of its own is wanted",
+        "mask 2: expected a place of its own",
     ),
     Row(
         "ConceptMasks",
         {"masks.mask0": ["white", 0], "overlap": "higher score in front"},
-        "scores: one per mask is wanted for 'higher score in front', not none for 1 masks",
+        "scores: expected one per mask for 'higher score in front', got none for 1 masks",
     ),
     Row(
         "ConceptMasks",
@@ -396,14 +399,12 @@ ROWS = [
         {"conditioning": ["three prompts", 3]},
         "conditioning: one prompt or as many as pictures (1) is wanted, not 3",
     ),
-    Row(
-        "RenewNoise", {"partition": ["wide partition", 0]}, "partition: the shape of the picture (16x16) is wanted, not"
-    ),
+    Row("RenewNoise", {"partition": ["wide partition", 0]}, "partition: expected the shape of the latent (16x16), got"),
     Row("RenewNoise", {"noise": ["video", 2]}, "noise: that of pictures is wanted, as DDIM Inversion gives it"),
     Row(
         "PlugAndPlayInjection",
         {"model": ["misfits", 0]},
-        "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland",
+        "model: expected one of the families SD 1.x, SD 2.x, SDXL",
     ),
     Row(
         "PlugAndPlayInjection",
@@ -421,9 +422,7 @@ ROWS = [
         {"model": ["plugs", 0]},
         "Plug-and-Play Injection: latent: the size and batch of the inversion (3, 8",
     ),
-    Row(
-        "MultiConceptFusion", {"model": ["misfits", 0]}, "model: one of the families SD 1.x, SD 2.x, SDXL and Shapeland"
-    ),
+    Row("MultiConceptFusion", {"model": ["misfits", 0]}, "model: expected one of the families SD 1.x, SD 2.x, SDXL"),
     Row(
         "MultiConceptFusion",
         {"partition": ["partition of two", 0]},
@@ -440,17 +439,17 @@ ROWS = [
     Row(
         "KSampler",
         {"model": ["wide fusion", 0]},
-        f"{FUSION}: partition: the shape of the picture (16x16) is wanted, not",
+        f"{FUSION}: partition: expected the shape of the latent (16x16), got",
     ),
     Row(
         "KSampler",
         {"model": ["fusion", 0], "positive": ["two conditionings", 0]},
-        f"{FUSION}: positive: one conditioning for the whole picture is wanted, not 2 of them",
+        f"{FUSION}: positive: expected one conditioning for the whole picture, got 2 of them",
     ),
     Row(
         "KSampler",
         {"model": ["fusion", 0], "positive": ["area", 0]},
-        f"{FUSION}: positive: one conditioning for the whole picture is wanted, not one with area",
+        f"{FUSION}: positive: expected one conditioning for the whole picture, got one with area",
     ),
     Row("TrainConcept", {"class_word": ""}, "class_word: what kind of thing the concept is (such as dog) is wanted"),
     Row("TrainConcept", {"placeholder": "a b"}, "placeholder: a word without spaces, colons, parentheses or"),
@@ -462,14 +461,14 @@ ROWS = [
     Row(
         "TrainConcept",
         {"masks": ["wide", 0], "images": ["picture", 0]},
-        "masks: mask 1: the shape of the picture (64x64",
+        "masks: mask 1: expected the shape of the picture (64x64",
     ),
     Row(
         "TrainConcept",
         {"masks": ["black", 0], "images": ["picture", 0]},
         "masks: mask 1: one that shows the concept is wanted, but it is empty",
     ),
-    Row("TrainConcept", {"masks": ["not finite masks", 1]}, "masks: mask 1: finite values are wanted"),
+    Row("TrainConcept", {"masks": ["not finite masks", 1]}, "masks: mask 1: expected finite values"),
     Row("DrawScene", {"description": "a red unicorn"}, "description - Shapeland does not know the word 'unicorn'"),
 ]
 
@@ -521,6 +520,30 @@ def test_the_client_gets_the_sentence(row, server, object_info):
         assert row.sentence in message
     else:
         assert message.startswith(f"{NODE}: {node['display_name']}: {row.sentence}"), message
+    assert "\n" not in message
+
+
+BROKEN = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer: fetch the file itself"),
+    "page": (b"<!DOCTYPE html><html></html>", "a web page: fetch the file itself, not the page about it"),
+    "empty": (b"", "empty: fetch it again"),
+    "pickle": (pickle.dumps({"a": [1.0] * 9}), "a pickle that torch did not write, which could run code"),
+}
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin", "pt"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_told_by_what_it_seems_to_be(kind, ending, server):
+    content, what = BROKEN[kind]
+    name = f"{kind}.{ending}"
+    folder = server.base / "models" / "concepts"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    info = server.get("/object_info")
+    message = told(server, workflow_of(PREFIX + "LoadConcept", {**GOOD["LoadConcept"], "file": name}, info))
+    assert message.startswith(
+        f"{NODE}: Load Concept: file: expected a file of weights, got {name}, which seems to be {what}"
+    )
     assert "\n" not in message
 
 

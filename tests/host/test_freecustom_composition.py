@@ -323,13 +323,13 @@ class TestTargetMasks:
         everywhere = toy.sample(toy.apply(toy.subject(target_mask=torch.ones(8, 8)), toy.subject(1)))
         assert close(everywhere, toy.sample(toy.apply(toy.subject(), toy.subject(1))), 1e-5)
 
-    def test_nowhere_is_as_switched_off(self, toy):
-        nowhere = toy.sample(toy.apply(toy.subject(target_mask=torch.zeros(8, 8)), toy.subject(1)))
-        assert close(nowhere, toy.sample(toy.apply(toy.subject(weight=0.0), toy.subject(1))), 1e-5)
-        assert differs(nowhere, toy.sample(toy.apply(toy.subject(), toy.subject(1))))
-
-    def test_one_subject_nowhere_is_plain(self, toy):
-        assert close(toy.sample(toy.apply(toy.subject(target_mask=torch.zeros(8, 8)))), toy.sample(), 1e-5)
+    def test_nowhere_is_refused(self, toy):
+        with pytest.raises(ValueError, match="^target_mask: expected white on the subject's place"):
+            toy.subject(target_mask=torch.zeros(8, 8))
+        faint = toy.subject(target_mask=torch.full((8, 8), 0.25))
+        with pytest.raises(ValueError, match="^mask_threshold: expected at most 0.25, the largest value in the target"):
+            toy.apply(faint)
+        assert differs(toy.sample(toy.apply(faint, mask_threshold=0.2)), toy.sample())
 
     @pytest.mark.parametrize(("shape", "size"), [((8, 16), (16, 32)), ((128, 256), (16, 32)), ((135, 257), (16, 32))])
     def test_they_have_the_shape_of_the_picture(self, toy, shape, size):
@@ -341,12 +341,6 @@ class TestTargetMasks:
         expected = r'target_mask of "thing0": expected the shape of the latent \(16x16\), got'
         with pytest.raises(ValueError, match=rf"^Multi-Reference Self-Attention \(FreeCustom\): {expected}"):
             toy.sample(model, steps=1)
-
-    def test_an_empty_one_is_told_of(self, toy, caplog):
-        with caplog.at_level(logging.WARNING):
-            toy.apply(toy.subject(target_mask=torch.zeros(8, 8)), toy.subject(1, target_mask=torch.ones(8, 8)))
-        (said,) = [r.message for r in caplog.records if "target mask" in r.message]
-        assert said == 'FreeCustom: the target mask of "thing0" is empty at threshold 0.5, so it appears nowhere'
 
     def test_on_merged_tokens_they_are_ignored_with_a_word(self, toy, caplog):
         half = torch.zeros(8, 8)

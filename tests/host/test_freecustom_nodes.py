@@ -51,11 +51,11 @@ BAD_SUBJECTS = [
     ({"image": torch.full((1, 64, 64, 3), float("nan"))}, "image: finite values"),
     ({"noun": " "}, "noun: a word"),
     ({"weight": -0.5}, "weight: a number from 0 (off) to 10 is wanted, not -0.5"),
-    ({"mask": torch.ones(2, 64, 64)}, "mask: one mask (height, width) is wanted, not (2, 64, 64)"),
+    ({"mask": torch.ones(2, 64, 64)}, "mask: expected one mask (height, width), got (2, 64, 64)"),
     ({"mask": torch.ones(1, 64, 96)}, "mask: expected the shape of the picture (64x64), got 96x64"),
     ({"mask": torch.zeros(1, 64, 64)}, "mask: expected white on the subject, got an empty mask (all black): paint"),
     ({"mask": torch.zeros(1, 64, 64), "image": torch.rand(1, 64, 96, 3)}, "mask: expected white on the subject"),
-    ({"target_mask": torch.ones(2, 8, 8)}, "target_mask: one mask"),
+    ({"target_mask": torch.ones(2, 8, 8)}, "target_mask: expected one mask"),
     ({"target_mask": torch.zeros(1, 8, 8)}, "target_mask: expected white on the subject's place in the new picture"),
 ]
 
@@ -209,7 +209,7 @@ class TestCollage:
                 'placement: expected a place where "owl" is seen',
             ),
             ({"placement": {"x": 0, "y": 0, "width": 4, "height": 4}}, "boxes: one per subject is wanted"),
-            ({"placement": torch.zeros(2, 8, 8)}, "mask: at least one pixel"),
+            ({"placement": torch.zeros(2, 8, 8)}, "mask: expected at least one pixel"),
             ({"context": torch.zeros(2, 8, 8, 3)}, "context: expected one picture, got a batch of 2"),
         ],
     )

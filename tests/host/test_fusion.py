@@ -875,5 +875,5 @@ class TestRefusals:
             ValueError, match="positive: expected one conditioning for the whole picture, got 2 of them"
         ):
             toy.sample(fused(toy, Bank(toy, 1)), positive=[toy.positive[0], toy.positive[0]])
-        with pytest.raises(ValueError, match="not one with area"):
+        with pytest.raises(ValueError, match="got one with area"):
             toy.sample(fused(toy, Bank(toy, 1)), positive=[entry])
