@@ -69,11 +69,12 @@ _TOKEN_IDS = "token_ids"
 _STAGES = {"text": "clip", "vision": "clip"}
 
 
-def build_unet(config: dict = UNET_CONFIG):
-    """A diffusers `UNet2DConditionModel` with Stable Diffusion 1.5's blocks and random weights."""
+def build_unet(config: dict | None = None):
+    """A diffusers `UNet2DConditionModel` with Stable Diffusion 1.5's blocks and random weights, by default of the shipped
+    configuration."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**config)
+    return UNet2DConditionModel(**(config or UNET_CONFIG))
 
 
 def build_text(vocabulary: int = VOCABULARY, start: int = START, end: int = END):

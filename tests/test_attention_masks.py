@@ -39,7 +39,7 @@ def test_masks_come_in_many_shapes(shape):
 
 @pytest.mark.parametrize("shape", [(2, 8, 6), (2, 8, 6, 3), (8,), (0, 6)])
 def test_several_or_no_masks_are_refused(shape):
-    with pytest.raises(ValueError, match="mask: one mask"):
+    with pytest.raises(ValueError, match="mask: expected one mask"):
         as_mask(torch.ones(shape))
 
 
@@ -81,10 +81,10 @@ def test_encodings_are_added_to_a_new_subject():
         ({"weight": -1.0}, "weight: a number from 0 .* not -1"),
         ({"weight": 11.0}, "weight: a number from 0 .* not 11"),
         ({"weight": float("nan")}, "weight: a number from 0"),
-        ({"mask": torch.ones(2, 48, 32)}, "mask: one mask"),
+        ({"mask": torch.ones(2, 48, 32)}, "mask: expected one mask"),
         ({"mask": torch.ones(48, 48)}, "mask: expected the shape of the picture \\(32x48\\), got 48x48"),
-        ({"mask": torch.full((48, 32), float("inf"))}, "mask: finite values"),
-        ({"target_mask": torch.ones(3, 8, 8)}, "target_mask: one mask"),
+        ({"mask": torch.full((48, 32), float("inf"))}, "mask: expected finite values"),
+        ({"target_mask": torch.ones(3, 8, 8)}, "target_mask: expected one mask"),
     ],
 )
 def test_bad_subjects_are_refused_in_one_sentence(changes, sentence):

@@ -24,7 +24,7 @@ def narrow(monkeypatch):
     load = models.load
     torch.manual_seed(0)
     state = models.build_unet().state_dict()
-    monkeypatch.setattr(models, "load", lambda name: dict(state) if name == "unet" else load(name))
+    monkeypatch.setattr(models, "load", lambda name, path=None: dict(state) if name == "unet" else load(name, path))
 
 
 @pytest.fixture

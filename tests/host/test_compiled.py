@@ -96,7 +96,8 @@ def partition():
 
 def concept(toy, with_lora):
     """One with differences of keys and values, and with a LoRA of a layer outside of cross-attention if asked for."""
-    from comfy.weight_adapter.lora import LoRAAdapter
+    from conceptloom.encoders.adapter_names import Named
+    from conceptloom.encoders.adapters import Adapter
     from conceptloom.encoders.concepts import Concept, Delta, layer_name
     from conceptloom.host.fusion import SpokenConcept
     from conceptloom.host.sites import CROSS, UNetFamily
@@ -114,9 +115,8 @@ def concept(toy, with_lora):
     others = {}
     if with_lora:
         rows, columns = unet.get_submodule(LAYER).weight.shape
-        others[f"diffusion_model.{LAYER}.weight"] = LoRAAdapter(
-            set(), (random(rows, 4), random(4, columns), None, None, None, None)
-        )
+        factors = {"up": random(rows, 4), "down": random(4, columns)}
+        others[f"diffusion_model.{LAYER}.weight"] = Adapter({part: Named(part, x) for part, x in factors.items()})
     known = Concept("thing", deltas, others=others, class_word="thing")
     return SpokenConcept(known, toy.clip.encode_from_tokens_scheduled("a thing"))
 

@@ -235,7 +235,7 @@ class TestRefusals:
         for mask, sentence in (
             (torch.zeros(64, 64), "masks: mask 2: one that shows the concept is wanted, but it is empty"),
             (torch.ones(64, 96), r"masks: mask 2: expected the shape of the picture \(64x64\), got 96x64"),
-            (torch.full((64, 64), float("nan")), "masks: mask 2: finite values are wanted"),
+            (torch.full((64, 64), float("nan")), "masks: mask 2: expected finite values"),
         ):
             with pytest.raises(ValueError, match=sentence):
                 Pictures([image] * 2, [None, mask], ["a {}"])

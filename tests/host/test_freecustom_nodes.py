@@ -208,7 +208,7 @@ class TestCollage:
                 {"placement": [{"x": x, "y": 0, "width": 4, "height": 4} for x in (0, 900)]},
                 'placement: expected a place where "owl" is seen',
             ),
-            ({"placement": {"x": 0, "y": 0, "width": 4, "height": 4}}, "boxes: one per subject is wanted"),
+            ({"placement": {"x": 0, "y": 0, "width": 4, "height": 4}}, "boxes: expected one per subject"),
             ({"placement": torch.zeros(2, 8, 8)}, "mask: expected at least one pixel"),
             ({"context": torch.zeros(2, 8, 8, 3)}, "context: expected one picture, got a batch of 2"),
         ],
@@ -302,7 +302,10 @@ class TestAttentionShare:
             (lambda: recorded(steps="first"), "Record Attention Share: steps: expected numbers such as"),
             (lambda: recorded(blocks="0-3"), "Record Attention Share: blocks: some of those where references are seen"),
             (lambda: view(record, samples * 2), "Attention Share: latent: expected the unchanged output of a sampler"),
-            (lambda: view(record, samples, image=torch.rand(3, 8, 8, 3)), "Attention Share: image: the 1 pictures"),
+            (
+                lambda: view(record, samples, image=torch.rand(3, 8, 8, 3)),
+                "Attention Share: image: expected the 1 pictures",
+            ),
         ):
             with pytest.raises(ValueError) as caught:
                 wrong()

@@ -386,7 +386,7 @@ def test_nodes_hand_over_what_the_functions_give(host):
     partition, shown = output.args
     assert torch.equal(partition, shown) and partition.shape == (4, 64, 64)
     assert torch.equal(partition[0], masks[0] * (1 - masks[1])) or torch.equal(partition[0], masks[0])
-    with pytest.raises(ValueError, match="Concept Masks: scores: one per mask"):
+    with pytest.raises(ValueError, match="Concept Masks: scores: expected one per mask"):
         nodes.ConceptMasks.execute(batches, 0.0, 0.0, "higher score in front", scores)
     for node in nodes.NODES:
         node.GET_SCHEMA()
