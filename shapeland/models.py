@@ -70,7 +70,7 @@ _STAGES = {"text": "clip", "vision": "clip"}
 
 
 def build_unet(config: dict | None = None):
-    """A diffusers `UNet2DConditionModel` with Stable Diffusion 1.5's blocks and random weights, as shipped by default."""
+    """A diffusers `UNet2DConditionModel` with Stable Diffusion 1.5's blocks and random weights; None is as shipped."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**(config or UNET_CONFIG))
