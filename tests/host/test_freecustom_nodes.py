@@ -210,6 +210,10 @@ class TestCollage:
             ),
             ({"placement": {"x": 0, "y": 0, "width": 4, "height": 4}}, "boxes: expected one per subject"),
             ({"placement": torch.zeros(2, 8, 8)}, "mask: expected at least one pixel"),
+            (
+                {"placement": torch.ones(2, 8, 8)},
+                "placement: mask 1: expected the shape of the picture (160x80), got 8x8, which would be stretched",
+            ),
             ({"context": torch.zeros(2, 8, 8, 3)}, "context: expected one picture, got a batch of 2"),
         ],
     )
