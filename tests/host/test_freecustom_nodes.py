@@ -307,6 +307,10 @@ class TestAttentionShare:
             (lambda: recorded(blocks="0-3"), "Record Attention Share: blocks: some of those where references are seen"),
             (lambda: view(record, samples * 2), "Attention Share: latent: expected the unchanged output of a sampler"),
             (
+                lambda: view(record, samples, image=torch.rand(1, 64, 128, 3)),
+                "Attention Share: image: expected the picture of the latent, in the shape 16x16, got 128x64",
+            ),
+            (
                 lambda: view(record, samples, image=torch.rand(3, 8, 8, 3)),
                 "Attention Share: image: expected the 1 pictures",
             ),
