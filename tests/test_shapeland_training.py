@@ -1,5 +1,6 @@
 """Losses and batches of Shapeland's training against hand-made cases."""
 
+import csv
 import re
 
 import numpy as np
@@ -175,6 +176,39 @@ def test_sampler_with_a_perfect_model_gives_the_picture():
     empty = torch.zeros(1, models.TOKENS, models.WIDTH)
     out = unet.sample(Perfect(), empty.expand(2, -1, -1), empty, steps=10, guidance=3.0, seed=0)
     assert torch.allclose(out, target.expand(2, -1, -1, -1), atol=1e-3)
+
+
+def test_a_unet_is_trained_in_lanes_and_judged(data, tmp_path, monkeypatch):
+    """The whole stage at the smallest size: its loss, its weights, and what its report says of them."""
+    narrow = {**models.NEXT_UNET_CONFIG, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    monkeypatch.setattr(models, "NEXT_UNET_CONFIG", narrow)
+    monkeypatch.setattr(lessons, "SHARD", 16)
+    monkeypatch.setattr(unet, "RUNS", tmp_path)
+    monkeypatch.setattr(unet, "open_scenes", lambda: data)
+    latents = torch.randn(48, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(unet, "encoded", lambda *_: latents.half())
+    kept = unet.weights_file
+    monkeypatch.setattr(unet, "weights_file", lambda name: tmp_path / "unet.st" if name == "unet" else kept(name))
+    monkeypatch.setattr(unet, "GAIN_PICTURES", 16)
+    whole, judged = unet.Run.train, unet.evaluate
+
+    def train(run, losses, every, report, report_every, seconds):
+        """As the stage does, but with a row of the log for each step and a report at the end."""
+        whole(run, losses, 1, report, 12, seconds=seconds)
+
+    monkeypatch.setattr(unet.Run, "train", train)
+    monkeypatch.setattr(unet, "evaluate", lambda state, sheet, device, **_: judged(state, sheet, device, 2, 2))
+    unet.train_unet("cpu", 12, 8, lanes=2)
+    rows = {}
+    for name in ("log", "report"):
+        with open(tmp_path / "unet" / f"{name}.csv", encoding="utf-8") as file:
+            rows[name] = list(csv.DictReader(file))
+    assert float(rows["log"][-1]["noise"]) < float(rows["log"][0]["noise"])
+    (report,) = rows["report"]
+    assert 0 <= float(report["nouns"]) <= 1 and report["patterns"]
+    # So short a training has taught nothing of captions.
+    assert all(abs(float(report[f"gain_{time}"])) < 0.05 for time in unet.GAIN_TIMES)
+    assert models.load("unet", tmp_path / "unet.st").keys() == models.build_unet(narrow).state_dict().keys()
 
 
 def test_things_are_said_with_all_their_looks_and_bare(data):
