@@ -48,10 +48,10 @@ def read_nouns(text: str) -> list[Wanted]:
     for entry in filter(None, (part.strip() for part in re.split(r"[,\n]", text))):
         noun, mark, which = (part.strip() for part in entry.partition("#"))
         if not noun or (mark and which != ALL and not re.fullmatch(r"[1-9]\d*", which)):
-            raise ValueError(f"nouns: a noun, or one with #1, #2 ... or #{ALL} is wanted, not {entry!r}")
+            raise ValueError(f"nouns: expected a noun, or one with #1, #2 ... or #{ALL}, got {entry!r}")
         wanted.append(Wanted(noun, BEST if not mark else which if which == ALL else int(which)))
     if not wanted:
-        raise ValueError('nouns: a list such as "dog, cat" is wanted, not an empty text')
+        raise ValueError('nouns: expected a list such as "dog, cat", got an empty text')
     return wanted
 
 
@@ -74,14 +74,14 @@ def choose(
             chosen by number.
     """
     if absent not in ABSENT:
-        raise ValueError(f"absent: one of {', '.join(ABSENT)} is wanted, not {absent!r}")
+        raise ValueError(f"absent: expected one of {', '.join(ABSENT)}, got {absent!r}")
     masks, scores = [], []
     for candidates, want in zip(found, wanted, strict=True):
         things = distinct(candidates)
         chosen = _pick(things, want.which)
         if not chosen and absent == ERROR:
             seen = f"{len(things)} of them" if things else "nothing of the kind"
-            raise ValueError(f"image: something that looks like {str(want)!r} is wanted, but it shows {seen}")
+            raise ValueError(f"image: expected something that looks like {str(want)!r}, got a picture of {seen}")
         stand_in = torch.full(size, absent == WHOLE)
         masks.append(torch.stack([one.mask.cpu() for one in chosen]).any(0) if chosen else stand_in)
         scores.append(min((one.score for one in chosen), default=0.0))
@@ -118,7 +118,7 @@ def read_scores(text: str) -> list[float]:
     try:
         return [float(line.rpartition(":")[2]) for line in text.splitlines() if line.strip()]
     except ValueError:
-        raise ValueError(f'scores: lines such as "dog: 0.87" are wanted, not {text!r}') from None
+        raise ValueError(f'scores: expected lines such as "dog: 0.87", got {text!r}') from None
 
 
 def _pick(things: list[Candidate], which: int | str) -> list[Candidate]:
@@ -138,6 +138,6 @@ def _refuse_shared(masks: torch.Tensor, wanted: Sequence[Wanted], scores: Sequen
             by_number = isinstance(wanted[i].which, int) and isinstance(wanted[j].which, int)
             if not by_number and scores[i] and scores[j] and overlap(masks[i], masks[j]) > SAME:
                 raise ValueError(
-                    f"nouns: a thing of its own is wanted for each, but {str(wanted[j])!r} and {str(wanted[i])!r} took "
-                    f"the same; numbers from the left such as {wanted[i].noun}#1 choose others"
+                    f"nouns: expected a thing of its own for each, got the same for {str(wanted[j])!r} and "
+                    f"{str(wanted[i])!r}; numbers from the left such as {wanted[i].noun}#1 choose others"
                 )

@@ -53,7 +53,7 @@ def localization_loss(
         ValueError: no layer has given a map.
     """
     if not maps:
-        raise ValueError("localization loss: attention maps are wanted, but no layer has given one")
+        raise ValueError("localization loss: expected attention maps, got none from any layer")
     present = present.to(maps[0])
     layers = []
     for probabilities in maps:

@@ -110,7 +110,7 @@ def plan_keys(
         ValueError: the formula is unknown.
     """
     if formula not in FORMULAS:
-        raise ValueError(f"formula: one of {', '.join(FORMULAS)} is wanted, not {formula!r}")
+        raise ValueError(f"formula: expected one of {', '.join(FORMULAS)}, got {formula!r}")
     n_tokens = token_masks.shape[1]
     gather, scale, bias, owner, pools = [], [], [], [], []
     sink_bias, sink_owner = [], []

@@ -45,14 +45,14 @@ class Subject:
     def __post_init__(self):
         image = self.image
         if image.ndim != 3 or image.shape[-1] not in (3, 4) or 0 in image.shape:
-            raise ValueError(f"image: one colour picture (height, width, 3) is wanted, not {tuple(image.shape)}")
+            raise ValueError(f"image: expected one colour picture (height, width, 3), got {tuple(image.shape)}")
         if not torch.isfinite(image).all():
-            raise ValueError("image: finite values are wanted, but it holds NaN or infinity")
+            raise ValueError("image: expected finite values, got NaN or infinity")
         noun = self.noun.strip()
         if not noun:
-            raise ValueError("noun: a word for the subject is wanted (such as dog), not an empty text")
+            raise ValueError("noun: expected a word for the subject (such as dog), got an empty text")
         if not 0.0 <= self.weight <= MAX_WEIGHT:
-            raise ValueError(f"weight: a number from 0 (off) to {MAX_WEIGHT:g} is wanted, not {self.weight:g}")
+            raise ValueError(f"weight: expected a number from 0 (off) to {MAX_WEIGHT:g}, got {self.weight:g}")
         mask = None if self.mask is None else as_mask(self.mask)
         if mask is not None:
             remedy = "paint the subject in the mask editor of Load Image, or remove the wire to use the whole picture"

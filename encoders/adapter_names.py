@@ -17,8 +17,9 @@ import torch
 DIFFUSION, TEXT, TEXT_2, ANYWHERE = "unet", "text_encoder", "text_encoder_2", ""
 """Places of layers; a layer without a prefix may be anywhere."""
 
+_PEFT = "base_model.model."
 _ROOTS = (
-    *((prefix, ANYWHERE) for prefix in ("base_model.model.", "module.", "_orig_mod.", "lycoris_")),
+    *((prefix, ANYWHERE) for prefix in (_PEFT, "module.", "_orig_mod.", "lycoris_")),
     *((prefix, DIFFUSION) for prefix in ("model.diffusion_model.", "diffusion_model.", "unet.")),
     *((prefix, DIFFUSION) for prefix in ("lora_unet_", "lora_unet.")),
     *((prefix, TEXT) for prefix in ("lora_te_", "lora_te1_", "lora_te.", "lora_te1.", "text_encoder.")),
@@ -198,6 +199,12 @@ def scale_of(layer: Layer, group: Group, about: Mapping[str, str], rank: int | N
     alpha = float(group["alpha"].tensor)
     stabilised = alpha % 1 if rank is None else rank > 1 and math.isclose(alpha, rank**1.5, rel_tol=1e-2)
     return alpha ** (1 / 3) if stabilised else 1.0
+
+
+def lost_its_scale(state: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> bool:
+    """Whether PEFT saved the adapter alone and what it keeps beside it, alpha above all, is not there."""
+    kept = {"adapter_config", "lora_adapter_metadata"} & set(about)
+    return any(name.startswith(_PEFT) for name in state) and not kept
 
 
 def lokr_rank(groups: Mapping[Layer, Group]) -> int | None:

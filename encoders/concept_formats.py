@@ -194,7 +194,7 @@ def _sections(state: Mapping[str, Any]) -> tuple[dict, Tokens, dict[str, State]]
     known = {_UNET, *_TOKENS, *_TEXT}
     foreign = next((name for name in state if name not in known), None)
     if foreign:
-        raise ValueError(f"file: the sections {', '.join(sorted(known))} alone are wanted, not {foreign!r}")
+        raise ValueError(f"file: expected the sections {', '.join(sorted(known))} alone, got {foreign!r}")
     text = {}
     for name in _TEXT:
         if state.get(name):
@@ -211,9 +211,9 @@ def _plain_name(name: str) -> str:
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
     if not torch.is_tensor(value):
-        raise ValueError(f"file: tensors are wanted, but {name!r} is a {type(value).__name__}")
+        raise ValueError(f"file: expected tensors, got {name!r}, a {type(value).__name__}")
     if value.is_floating_point() and not torch.isfinite(value.float()).all():
-        raise ValueError(f"file: finite numbers are wanted, but {name!r} holds NaN or infinity")
+        raise ValueError(f"file: expected finite numbers, got NaN or infinity in {name!r}")
     return value
 
 
@@ -224,11 +224,11 @@ def _check_tensors(state: Mapping[str, Any]) -> None:
 
 def _pair(name: str, value: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     if set(value) != {"u", "v"}:
-        raise ValueError(f"file: the factors u and v are wanted for {name!r}, not {', '.join(map(str, value))}")
+        raise ValueError(f"file: expected the factors u and v for {name!r}, got {', '.join(map(str, value))}")
     up, down = (_tensor(name, value[end]) for end in ("u", "v"))
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         given = f"{tuple(up.shape)} and {tuple(down.shape)}"
-        raise ValueError(f"file: factors that fit together are wanted for {name!r}, not {given}")
+        raise ValueError(f"file: expected factors that fit together for {name!r}, got {given}")
     return up, down
 
 
@@ -243,7 +243,7 @@ def _rows(value: Any) -> torch.Tensor:
     """A token (d,) or (n, d) as (n, d), of its own memory: files hold views of whole vocabularies."""
     value = _tensor("the token", value)
     if value.ndim not in (1, 2) or not value.numel():
-        raise ValueError(f"token: one row or several are wanted, not the shape {tuple(value.shape)}")
+        raise ValueError(f"token: expected one row or several, got the shape {tuple(value.shape)}")
     return value.detach().to("cpu", torch.float32, copy=True).reshape(-1, value.shape[-1])
 
 
@@ -257,13 +257,13 @@ def _paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> Tokens:
     tokens: Tokens = {}
     lonely = next((name for name in second if name not in first), None)
     if lonely:
-        raise ValueError(f"token: rows for both text encoders are wanted for {lonely}, not for the second alone")
+        raise ValueError(f"token: expected rows for both text encoders for {lonely}, got one for the second alone")
     for name, value in first.items():
         if name in second:
             value = (value, second[name])
         if isinstance(value, (list, tuple)):
             if len(value) != 2:
-                raise ValueError(f"token: rows for one or two text encoders are wanted for {name}, not {len(value)}")
+                raise ValueError(f"token: expected rows for one or two text encoders for {name}, got {len(value)}")
             tokens[name] = {"l": _rows(value[0]), "g": _rows(value[1])}
         else:
             rows = _rows(value)
@@ -278,12 +278,12 @@ def _is_sdxl(token: State) -> bool:
 def _numbered(rows: torch.Tensor, width: int | None) -> Tokens:
     """CompVis's nameless tokens, which are <new1>, <new2> and so on; some files have all in one row."""
     if not width or rows.numel() % width:
-        raise ValueError(f"token: rows as wide as the text states ({width}) are wanted, not {rows.numel()} numbers")
+        raise ValueError(f"token: expected rows as wide as the text states ({width}), got {rows.numel()} numbers")
     return _paired({f"<new{n}>": row for n, row in enumerate(rows.reshape(-1, width), 1)}, {})
 
 
 def _by_encoder(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
     norm = next((value for name, value in state.items() if name.endswith("final_layer_norm.weight")), None)
     if norm is None:
-        raise ValueError("file: the weights of a CLIP text encoder are wanted, but they have no final_layer_norm")
+        raise ValueError("file: expected the weights of a CLIP text encoder, got some without final_layer_norm")
     return {"g" if len(norm) == 1280 else _only_encoder(len(norm)): dict(state)}

@@ -31,7 +31,7 @@ def check_placeholder(placeholder: str) -> None:
     """Raises ValueError where a prompt could not hold a placeholder as one word."""
     if not placeholder or re.search(r"[\s()\\:]", placeholder):
         raise ValueError(
-            f"placeholder: a word without spaces, colons, parentheses or backslashes is wanted, not {placeholder!r}"
+            f"placeholder: expected a word without spaces, colons, parentheses or backslashes, got {placeholder!r}"
         )
 
 

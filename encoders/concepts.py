@@ -64,9 +64,9 @@ class Delta:
         shapes = [tuple(f.shape) for f in self.factors]
         two_dimensional = shapes and all(len(shape) == 2 for shape in shapes)
         if not two_dimensional or len(shapes) > 2 or len(shapes) == 2 and shapes[0][1] != shapes[1][0]:
-            raise ValueError(f"a matrix or two factors of one are wanted, not the shapes {shapes}")
+            raise ValueError(f"expected a matrix or two factors of one, got the shapes {shapes}")
         if self.bias is not None and tuple(self.bias.shape) != shapes[0][:1]:
-            raise ValueError(f"a bias of {shapes[0][0]} numbers is wanted, not the shape {tuple(self.bias.shape)}")
+            raise ValueError(f"expected a bias of {shapes[0][0]} numbers, got the shape {tuple(self.bias.shape)}")
         factors = _balanced(*self.factors) if len(self.factors) == 2 else self.factors
         object.__setattr__(self, "factors", tuple(_half(f) for f in factors))
         object.__setattr__(self, "bias", None if self.bias is None else _half(self.bias))
@@ -104,7 +104,7 @@ def fingerprint(keys: torch.Tensor) -> str:
 def _half(tensor: torch.Tensor) -> torch.Tensor:
     half = tensor.detach().to("cpu", torch.half)
     if not torch.isfinite(half).all():
-        raise ValueError("numbers that are finite in half precision are wanted, not NaN or infinity")
+        raise ValueError("expected numbers that are finite in half precision, got NaN or infinity")
     return half.contiguous()
 
 
@@ -152,17 +152,17 @@ class Concept:
 
     def __post_init__(self):
         if not any(self.deltas.values()):
-            raise ValueError("concept: differences of cross-attention weights are wanted, but there are none")
+            raise ValueError("concept: expected differences of cross-attention weights, got none")
         if not math.isfinite(self.strength):
-            raise ValueError(f"strength: a finite number is wanted, not {self.strength}")
+            raise ValueError(f"strength: expected a finite number, got {self.strength}")
         for encoder, token in self.tokens.items():
             if encoder not in ENCODERS or token.ndim != 2 or not len(token):
-                raise ValueError(f"token: rows for a CLIP encoder are wanted, not {tuple(token.shape)} for {encoder}")
+                raise ValueError(f"token: expected rows for a CLIP encoder, got {tuple(token.shape)} for {encoder}")
             if not torch.isfinite(token).all():
-                raise ValueError(f"token: finite numbers are wanted, but that for {encoder} holds NaN or infinity")
+                raise ValueError(f"token: expected finite numbers, got NaN or infinity in the row for {encoder}")
         placeholder = self.placeholder.strip()
         if placeholder and not self.tokens:
-            raise ValueError(f"placeholder: none is wanted for a concept without a token, not {placeholder!r}")
+            raise ValueError(f"placeholder: expected none for a concept without a token, got {placeholder!r}")
         if self.tokens:
             check_placeholder(placeholder)
         object.__setattr__(self, "placeholder", placeholder)
@@ -184,7 +184,7 @@ class Concept:
             ValueError: the rank is below 1.
         """
         if rank < 1:
-            raise ValueError(f"rank: at least 1 is wanted, not {rank}")
+            raise ValueError(f"rank: expected at least 1, got {rank}")
 
         def small(delta: Delta) -> Delta:
             delta = delta.compressed(rank)
@@ -203,14 +203,14 @@ def join(concepts: Sequence[Concept]) -> list[Concept]:
     """
     widths = {concept.text_width: concept.name for concept in concepts if concept.text_width is not None}
     if len(widths) > 1:
-        given = " and ".join(f"{name} is for {architecture(width)}" for width, name in widths.items())
-        raise ValueError(f"concepts: all of one kind of model are wanted, but {given}")
+        given = " and ".join(f"{name} for {architecture(width)}" for width, name in widths.items())
+        raise ValueError(f"concepts: expected all for one kind of model, got {given}")
     owners: dict[str, str] = {}
     for concept in concepts:
         if concept.placeholder and concept.placeholder in owners:
             raise ValueError(
-                f"concepts: a placeholder of its own is wanted for each, but {owners[concept.placeholder]} and "
-                f"{concept.name} both have {concept.placeholder}; Load Concept can give it another"
+                f"concepts: expected a placeholder of its own for each, got {concept.placeholder} for both "
+                f"{owners[concept.placeholder]} and {concept.name}; Load Concept can give it another"
             )
         owners[concept.placeholder] = concept.name
     return list(concepts)

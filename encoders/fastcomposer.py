@@ -37,9 +37,9 @@ def split(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
         elif key.startswith(_LORA_NAMES):
             parts[LORA][key] = tensor
         else:
-            raise ValueError(f"file: a FastComposer checkpoint or a part of one is wanted, not one with {key!r}")
+            raise ValueError(f"file: expected a FastComposer checkpoint or a part of one, got one with {key!r}")
     if not any(parts.values()):
-        raise ValueError("file: a FastComposer checkpoint or a part of one is wanted, but it is empty")
+        raise ValueError("file: expected a FastComposer checkpoint or a part of one, got an empty file")
     return parts
 
 

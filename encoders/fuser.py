@@ -56,14 +56,14 @@ class Fuser(nn.Module):
         """
         name = "mlp1.fc1.weight"
         if name not in state:
-            raise ValueError(f"the fuser's weights are wanted, but there is no {name} among {len(state)} tensors")
+            raise ValueError(f"file: expected a fuser's weights, got {len(state)} tensors without {name}")
         text_width, both = state[name].shape
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         fuser = cls(text_width, max(1, both - text_width))
         try:
             fuser.load_state_dict({key: value.float() for key, value in state.items()})
         except RuntimeError as error:
-            raise ValueError(f"the fuser's weights are wanted in shapes that fit together, not {shapes}") from error
+            raise ValueError(f"file: expected a fuser's weights in shapes that fit together, got {shapes}") from error
         return fuser.eval().requires_grad_(False)
 
 

@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
         if name not in systems():
             parser().error(f"there is no benchmark of {name!r} yet: choose from {', '.join(systems())}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser().error("--device: torch sees no CUDA card here, so cpu is wanted")
+        parser().error("--device: expected cpu, since torch sees no CUDA card here, got cuda")
     # The host decides on its device when it is first imported, so this comes before the modules that import it.
     from comfy.cli_args import args
 

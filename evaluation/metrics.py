@@ -149,7 +149,7 @@ def interval(
         ValueError: there is no value.
     """
     if not values:
-        raise ValueError("interval: at least one value is wanted, not none")
+        raise ValueError("interval: expected at least one value, got none")
     members: dict[Hashable, list[float]] = {}
     for value, case in zip(values, cases, strict=True):
         members.setdefault(case, []).append(value)

@@ -52,11 +52,11 @@ def read_runs(file: Path) -> list[Drawn]:
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f'{file}: a list of {{"picture", "prompt", "references"}} is wanted, but reading it says: {error!r}'
+            f'{file}: expected a list of {{"picture", "prompt", "references"}}, got {error!r} while reading it'
         ) from error
     absent = [path for run in runs for path in (run.picture, *run.references) if not path.is_file()]
     if absent or not runs:
-        raise ValueError(f"{file}: pictures are wanted, but {absent[0] if absent else 'it'} is absent or empty")
+        raise ValueError(f"{file}: expected pictures, got {f'none at {absent[0]}' if absent else 'an empty list'}")
     return runs
 
 
@@ -87,7 +87,7 @@ def score(
             if path not in known:
                 found = faces(Image.open(path).convert("RGB"))
                 if not len(found):
-                    raise ValueError(f"references: a picture that shows a face is wanted, not {path.name}")
+                    raise ValueError(f"references: expected a picture that shows a face, got {path.name}")
                 known[path] = found[0]
         references = torch.stack([known[path] for path in run.references])
         found = faces(picture)[: len(run.references)]

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         if name not in systems():
             parser().error(f"there is no report of {name!r} yet: choose from {', '.join(systems())}")
     if options.pictures < 1:
-        parser().error(f"--pictures: at least 1 is wanted, not {options.pictures}")
+        parser().error(f"--pictures: expected at least 1, got {options.pictures}")
     # Only now, for the modules below need the host, and asking for help does not.
     from ..host.studio import CFG, SAMPLER, SCHEDULER, STEPS, Studio
     from .judging import PICTURES, measure_judge

@@ -94,7 +94,8 @@ class SegmentAnything:
             from segment_anything import SamPredictor, sam_model_registry
         except ImportError as error:
             raise ValueError(
-                f"sam: the package segment-anything is wanted for {path.name}; pip install segment-anything gives it"
+                f"sam: expected the package segment-anything for {path.name}, got none; pip install segment-anything "
+                "gives it"
             ) from error
         state = read_state(path, "sam")
         kind = SAM_KINDS.get(len(state.get(_PATCH_WEIGHT, ())))

@@ -69,7 +69,7 @@ def encode_prompts(
     names = [Name(concept.class_word, concept.placeholder) for concept in bank]
     lines = [line.strip() for line in texts.splitlines()]
     if len(lines) > len(bank):
-        raise ValueError(f"texts: at most one line for each of the {len(bank)} concepts is wanted, not {len(lines)}")
+        raise ValueError(f"texts: expected at most one line for each of the {len(bank)} concepts, got {len(lines)}")
     lines += [""] * (len(bank) - len(lines))
     for concept in bank:
         check_tokens(concept, clip)

@@ -83,7 +83,7 @@ def check(vae, pictures: Pictures, class_word: str, placeholder: str, recipe: Re
     """What the concept is called; raises ValueError with one sentence where a training could not begin."""
     factor = vae.spacial_compression_encode()
     if side % factor or side < factor:
-        raise ValueError(f"size: a multiple of {factor} is wanted for this VAE, not {side}")
+        raise ValueError(f"size: expected a multiple of {factor} for this VAE, got {side}")
     return name_of(class_word, placeholder, recipe)
 
 
@@ -92,7 +92,9 @@ def _copies(model, clip):
     """Copies of a MODEL and a CLIP that gradients can go through, loaded; let go of at the end."""
     for given, what in ((model, "model"), (clip.patcher, "clip")):
         if given.cached_patcher_init is None:
-            raise ValueError(f"{what}: one from the host's own loaders is wanted, which can be loaded a second time")
+            raise ValueError(
+                f"{what}: expected one from the host's own loaders, got one that cannot be loaded a second time"
+            )
     network_of(model.model)
     patched = next((name for name in model.object_patches if name.startswith("diffusion_model")), None)
     if patched:
@@ -184,7 +186,7 @@ class _Trainer:
                 for latent, (view, caption) in zip(self.model.process_latent_in(latents), chunk, strict=True):
                     self.examples.append(_Example(latent, latent_mask(view.mask, tuple(latent.shape[-2:])), caption))
         if not all(torch.isfinite(example.latent).all() for example in self.examples):
-            raise ValueError("vae: finite latents are wanted, but a picture gave NaN or infinity")
+            raise ValueError("vae: expected finite latents, got NaN or infinity for a picture")
 
     def run(self, report: Report, folder: Path | None) -> None:
         """All steps."""

@@ -27,6 +27,7 @@ from ..encoders.adapter_names import (
     is_numbered,
     layer_of,
     lokr_rank,
+    lost_its_scale,
     numbered_names,
     scale_of,
 )
@@ -67,7 +68,9 @@ class Weights:
         unload_compiled(model)
         patches = model.get_key_patches(UNET)
         if not layers or any(f"{layer}.weight" not in patches for layer in layers):
-            raise ValueError("model: one with cross-attention in every block that attends is wanted, such as SD 1.5")
+            raise ValueError(
+                "model: expected one with cross-attention in every block that attends, such as SD 1.5, got another"
+            )
         return cls(patches, layers)
 
     def __contains__(self, key: str) -> bool:
@@ -275,6 +278,12 @@ def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str,
     foreign = next((key for key in changes if key not in weights), None)
     if foreign:
         raise ValueError(f"file: expected a LoRA for this model, got one with {foreign}, which the model does not have")
+    if lost_its_scale(state, file.about):
+        advise(
+            "Load Concept",
+            "the file was saved by PEFT, which keeps its scale in adapter_config.json; without it the LoRA is taken at "
+            "scale 1, so put that file beside it and name the LoRA adapter_model.safetensors",
+        )
     if unknown:
         advise("Load Concept", f"{len(unknown)} tensors are for no layer of this model, such as {unknown[0]}")
     return changes, spoken

@@ -138,7 +138,7 @@ def check_tokens(concept: Concept, clip) -> None:
     given = {encoder: token.shape[1] for encoder, token in concept.tokens.items()}
     if given != widths:
         says = [", ".join(f"{name} {width}" for name, width in side.items()) for side in (widths, given)]
-        raise ValueError(f"clip: one of the width of {concept.name}'s token ({says[1]}) is wanted, not {says[0]}")
+        raise ValueError(f"clip: expected one of the width of {concept.name}'s token ({says[1]}), got {says[0]}")
 
 
 def with_text(concept: Concept, clip):
@@ -222,7 +222,7 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
     """
     filename = checked_name(filename)
     if form not in FORMS:
-        raise ValueError(f"form: one of {', '.join(FORMS)} is wanted, not {form!r}")
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     if form == AS_CONCEPT:
         writers = {"concepts": concept_files.save}
     else:

@@ -66,8 +66,8 @@ class _NeedsPreparedModel:
 
     def _refuse(self, _):
         raise ValueError(
-            "Delayed Subject Conditioning: a sampler whose model comes from Load FastComposer is wanted, for its model "
-            "tells the conditioning when to switch (connect your model to Load FastComposer's input)."
+            "Delayed Subject Conditioning: model: expected one from Load FastComposer in the sampler, for it tells the "
+            "conditioning when to switch, got another (connect yours to Load FastComposer's input)."
         )
 
     __lt__ = __gt__ = _refuse

@@ -56,9 +56,9 @@ def encode_subjects(
         ValueError: there is no subject, or the tower has no projection as CLIP's has.
     """
     if not subjects:
-        raise ValueError("subjects: at least one subject is wanted, not none")
+        raise ValueError("subjects: expected at least one subject, got none")
     if clip_vision.model_type != "clip_vision_model" or "projection_dim" not in clip_vision.config:
-        raise ValueError(f"clip_vision: a CLIP vision tower is wanted, not {clip_vision.model_type}")
+        raise ValueError(f"clip_vision: expected a CLIP vision tower, got {clip_vision.model_type}")
     side = clip_vision.image_size
     pictures_seen = torch.stack([prepare_reference(s.image, s.mask, side, background, crop) for s in subjects])
     vectors = clip_vision.encode_image(pictures_seen).image_embeds.float()
@@ -84,7 +84,7 @@ def fuse(
     tokens, places = locate(clip, plain, ends)
     if clip.layer_idx not in (None, trained_layer(tokens)):
         raise ValueError(
-            f"clip: its layer {trained_layer(tokens)} is wanted, as in training, not {clip.layer_idx} (CLIP skip)"
+            f"clip: expected its layer {trained_layer(tokens)}, as in training, got {clip.layer_idx} (CLIP skip)"
         )
     report = [
         f"{number}. {subject.noun}: token {place.row} {place.word!r}" + ("" if subject.weight else ", off (weight 0)")
@@ -111,7 +111,7 @@ def fuse(
     width = text_only[0][0].shape[-1]
     if width != fuser.module.text_width:
         raise ValueError(
-            f"fuser: one for text states of width {width} is wanted for this CLIP, not {fuser.module.text_width}"
+            f"fuser: expected one for text states of width {width} for this CLIP, got {fuser.module.text_width}"
         )
     active = [i for i, subject in enumerate(subjects) if subject.weight and strength]
     fused = [[states, dict(extras)] for states, extras in text_only]
@@ -159,18 +159,18 @@ def _fused_rows(
 def _embeddings_of(subjects: Sequence[Subject], fuser: LoadedFuser) -> list[Embedding]:
     """The embeddings of all subjects, which fit the fuser."""
     if not subjects:
-        raise ValueError("subjects: at least one subject is wanted, not none")
+        raise ValueError("subjects: expected at least one subject, got none")
     found: list[Embedding] = []
     for number, subject in enumerate(subjects, 1):
         embedding = subject.encodings.get(ENCODING)
         if embedding is None:
             raise ValueError(
-                f"subjects: subjects from Subject Encoder (FastComposer) are wanted, but subject {number} "
-                f"({subject.noun}) has no embedding"
+                f"subjects: expected subjects from Subject Encoder (FastComposer), got subject {number} "
+                f"({subject.noun}) without an embedding"
             )
         if len(embedding.vector) != fuser.module.image_width:
             raise ValueError(
-                f"fuser: one for embeddings of width {len(embedding.vector)} is wanted for this CLIP_VISION, not "
+                f"fuser: expected one for embeddings of width {len(embedding.vector)} for this CLIP_VISION, got "
                 f"{fuser.module.image_width}"
             )
         found.append(embedding)

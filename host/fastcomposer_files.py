@@ -103,7 +103,7 @@ def load_text_patcher(path: str, embedding_directory: Sequence[str] | None, disa
 def _unet(state: State, disable_dynamic: bool = False):
     model = comfy.sd.load_diffusion_model_state_dict(dict(state), disable_dynamic=disable_dynamic)
     if model is None:
-        raise ValueError("file: the UNet of a Stable Diffusion model is wanted under unet., not another network")
+        raise ValueError("file: expected the UNet of a Stable Diffusion model under unet., got another network")
     return model
 
 
@@ -138,15 +138,15 @@ def _vision(state: dict[str, torch.Tensor], base):
     if "vision_model.embeddings.class_embedding" in state:
         tower = comfy.clip_vision.load_clipvision_from_sd(dict(state))
         if tower is None:
-            raise ValueError("file: a CLIP vision tower is wanted under image_encoder., not another network")
+            raise ValueError("file: expected a CLIP vision tower under image_encoder., got another network")
         return tower
     if base is None:
-        raise ValueError("clip_vision: the vision tower is wanted whose last layers the file replaces")
+        raise ValueError("clip_vision: expected the vision tower whose last layers the file replaces, got none")
     own = base.get_sd()
     foreign = [key for key, tensor in state.items() if key not in own or own[key].shape != tensor.shape]
     if foreign:
         raise ValueError(
-            f"clip_vision: the vision tower is wanted whose last layers the file replaces, not one without {foreign[0]}"
+            f"clip_vision: expected the vision tower whose last layers the file replaces, got one without {foreign[0]}"
         )
     tower = comfy.clip_vision.ClipVisionModel(base.config)
     tower.load_sd({**own, **state})
@@ -195,14 +195,14 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
 
     Raises:
         ValueError: the checkpoint lacks the fuser or the UNet, a file of the name exists or cannot be written, or
-            `model` is wanted and is absent, patched or of other layers.
+            `model` is needed and is absent, patched or of other layers.
     """
     name = checked_name(name)
     parts = split(load_state(path))
     if not parts[FUSER]:
-        raise ValueError("file: a FastComposer checkpoint is wanted, but this file has no postfuse_module")
+        raise ValueError("file: expected a FastComposer checkpoint, got a file without postfuse_module")
     if unet != WITHOUT and not parts[UNET]:
-        raise ValueError(f"file: a checkpoint with a UNet is wanted for unet: {unet}, but this file has none")
+        raise ValueError(f"file: expected a checkpoint with a UNet for unet: {unet}, got one without")
     small = {FUSER + key: tensor for key, tensor in parts[FUSER].items()}
     small |= {VISION + key: tensor for key, tensor in trained_layers(parts[VISION]).items()}
     files = {folder / "fastcomposer" / f"{name}.safetensors": small}
@@ -215,9 +215,9 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
         checked_folder(file.parent)
     if unet == AS_LORA:
         if model is None:
-            raise ValueError("model: Stable Diffusion 1.5 is wanted, to which the LoRA is the difference")
+            raise ValueError("model: expected Stable Diffusion 1.5, to which the LoRA is the difference, got none")
         if model.patches:
-            raise ValueError("model: an unchanged Stable Diffusion 1.5 is wanted, not one with LoRAs on it")
+            raise ValueError("model: expected an unchanged Stable Diffusion 1.5, got one with LoRAs on it")
         small |= _difference(parts[UNET], model, rank)
     lines = []
     for file, state in files.items():
@@ -238,7 +238,9 @@ def _difference(state: dict[str, torch.Tensor], model, rank: int) -> dict[str, t
         comfy.model_management.throw_exception_if_processing_interrupted()
         base = own.get(f"diffusion_model.{names.get(key)}")
         if base is None or base.shape != tensor.shape:
-            raise ValueError(f"model: the Stable Diffusion 1.5 that the file was trained from is wanted: {key} differs")
+            raise ValueError(
+                f"model: expected the Stable Diffusion 1.5 that the file was trained from, got one with another {key}"
+            )
         difference = tensor.float() - base.float().cpu()
         name = f"diffusion_model.{names[key].removesuffix('.weight').removesuffix('.bias')}"
         if difference.any():

@@ -113,16 +113,16 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
     sites = choose_sites(family_of(unet).sites(unet), settings.blocks)
     if vae is None or clip is None:
         missing = "vae" if vae is None else "clip"
-        raise ValueError(f"{missing}: the one of the model's checkpoint is wanted, but the file given has none")
+        raise ValueError(f"{missing}: expected the one of the model's checkpoint, got none from the file given")
     wanted, given = model.model.latent_format.latent_channels, vae.latent_channels
     if wanted != given:
-        raise ValueError(f"vae: one with {wanted} latent channels is wanted for this model, not {given}")
+        raise ValueError(f"vae: expected one with {wanted} latent channels for this model, got {given}")
     if settings.start_percent > settings.end_percent:
         raise ValueError(
-            f"start_percent: at most end_percent ({settings.end_percent:g}) is wanted, not {settings.start_percent:g}"
+            f"start_percent: expected at most end_percent ({settings.end_percent:g}), got {settings.start_percent:g}"
         )
     if settings.formula not in mrsa.FORMULAS:
-        raise ValueError(f"formula: one of {', '.join(mrsa.FORMULAS)} is wanted, not {settings.formula!r}")
+        raise ValueError(f"formula: expected one of {', '.join(mrsa.FORMULAS)}, got {settings.formula!r}")
     if not subjects:
         return model.clone()
     known = {}
@@ -225,20 +225,20 @@ class FreeCustom:
         if self.crowding > CROWDED:
             advise(
                 NAME,
-                f"the references outweigh the picture {self.crowding:.0f} to 1; fewer subjects, lower weights or "
-                "tighter masks leave it more of itself",
+                f"the references outweigh the picture {self.crowding:.0f} to 1: lower their weights or tighten their "
+                "masks",
                 sampling.node,
             )
         prompt = executing_prompt()
-        for noun in dict.fromkeys(self.encoded[i].subject.noun for i in self.active):
-            # Parts of words count too, for "dogs" has the dog in it.
-            if prompt is not None and noun.casefold() not in prompt.casefold():
-                advise(
-                    NAME,
-                    f'the prompt does not say "{noun}": a subject is drawn on where the picture shows its noun, so '
-                    "name it in the prompt",
-                    sampling.node,
-                )
+        if prompt is None:
+            return
+        nouns = dict.fromkeys(self.encoded[i].subject.noun for i in self.active)
+        # Parts of words count too, for "dogs" has the dog in it.
+        lacking = " and ".join(f'"{noun}"' for noun in nouns if noun.casefold() not in prompt.casefold())
+        if lacking:
+            advise(
+                NAME, f"name {lacking} in the prompt: a subject appears where the picture shows its noun", sampling.node
+            )
 
     def _encode(self, size: tuple[int, int], model) -> list[torch.Tensor]:
         """Latents of the references, (1, C, h, w) each, about as large as a picture of this latent size."""
@@ -255,8 +255,8 @@ class FreeCustom:
             for i, reference in enumerate(self.references):
                 if not torch.isfinite(latents[i]).all():
                     raise ValueError(
-                        f'{NAME}: vae: finite latents are wanted, but the reference "{reference.noun}" gave NaN or '
-                        "infinity"
+                        f"{NAME}: vae: expected finite latents, got NaN or infinity for the reference "
+                        f'"{reference.noun}"'
                     )
             self._latents[size] = [latents[i] for i in range(len(self.references))]
             while len(self._latents) > LATENT_SIZES_KEPT:

@@ -102,11 +102,11 @@ def apply(
     sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
     if len(partition) != len(concepts) + 1:
         raise ValueError(
-            f"partition: one mask for each of the {len(concepts)} concepts is wanted, not {len(partition) - 1}"
+            f"partition: expected one mask for each of the {len(concepts)} concepts, got {len(partition) - 1}"
         )
     if settings.start_percent > settings.end_percent:
         raise ValueError(
-            f"start_percent: at most end_percent ({settings.end_percent:g}) is wanted, not {settings.start_percent:g}"
+            f"start_percent: expected at most end_percent ({settings.end_percent:g}), got {settings.start_percent:g}"
         )
     placed = [*zip(concepts, partition, strict=False)]
     if background is not None:
@@ -116,8 +116,8 @@ def apply(
         given = spoken.concept.text_width
         if given not in (None, width):
             raise ValueError(
-                f"concepts: those of a model with text states of width {width} are wanted, but "
-                f"{spoken.concept.name} has {given}"
+                f"concepts: expected those of a model with text states of width {width}, got "
+                f"{spoken.concept.name} with {given}"
             )
     active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
     if not active:
@@ -130,7 +130,7 @@ def apply(
     if settings.layers == DECODER:
         sites = [site for site in sites if site.key[0] == "output"]
     if settings.mode == SCORES and (settings.start_percent > 0 or settings.end_percent < 1):
-        raise ValueError("mode: features is wanted where start_percent and end_percent leave a part of the steps out")
+        raise ValueError("mode: expected features where start_percent and end_percent leave steps out, got scores")
     maps = torch.stack([mask for _, mask in placed])
     chosen = [placed[i][0] for i in active]
     changes: dict[str, list[Change]] = {}
@@ -318,8 +318,8 @@ class FusionRun:
         whole = tuple(evaluation.x.shape[-2:]) == self.size and len(call.q) == len(evaluation.x)
         if not whole or call.q.shape[1] != grid[0] * grid[1]:
             raise ValueError(
-                f"{NAME}: model: one whose cross-attention sees the whole picture is wanted, but another node gives it "
-                f"parts of shape {tuple(call.q.shape)}"
+                f"{NAME}: model: expected one whose cross-attention sees the whole picture, got parts of shape "
+                f"{tuple(call.q.shape)} from another node"
             )
         at = (where, grid, call.q.dtype)
         if at not in self._voices:

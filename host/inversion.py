@@ -136,7 +136,7 @@ def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float) -> 
     """
     samples = latent["samples"]
     if samples.is_nested or samples.ndim != 4:
-        raise ValueError("noise: that of pictures is wanted, as DDIM Inversion gives it, not a video's")
+        raise ValueError("noise: expected that of pictures, as DDIM Inversion gives it, got a video's")
     size = tuple(samples.shape[-2:])
     check_aspect(partition.sum(0), size, "partition", latent=True)
     concepts = layer_masks(partition.to(samples), size)[:-1].sum(0).clamp(0, 1)
@@ -188,14 +188,14 @@ def _check_model(model, sampling) -> None:
     kinds, other = comfy.model_sampling.EPS, comfy.model_sampling.IMG_TO_IMG
     if not isinstance(sampling, kinds) or isinstance(sampling, other):
         raise ValueError(
-            "model: one of noise or v prediction is wanted (such as SD 1.x, SD 2.x, SDXL and Shapeland), not one of "
+            "model: expected one of noise or v prediction (such as SD 1.x, SD 2.x, SDXL and Shapeland), got one of "
             "flow matching or of another kind"
         )
     wanted = model.get_model_object("latent_format").latent_channels
     given = model.model.model_config.unet_config.get("in_channels", wanted)
     if given != wanted:
         raise ValueError(
-            f"model: one that sees {wanted} channels, the picture alone, is wanted, not one of {given} for inpainting "
+            f"model: expected one that sees {wanted} channels, the picture alone, got one of {given} for inpainting "
             "or editing"
         )
 
@@ -204,24 +204,26 @@ def _pictures_of(latent: dict, channels: int) -> torch.Tensor:
     """The samples (B, C, h, w) of a LATENT that can be inverted."""
     samples = latent["samples"]
     if samples.is_nested or samples.ndim != 4:
-        raise ValueError("latent: pictures are wanted, not a video or several kinds of latents in one")
+        raise ValueError("latent: expected pictures, got a video or several kinds of latents in one")
     if samples.shape[1] != channels:
-        raise ValueError(f"latent: {channels} channels are wanted for this model, not {samples.shape[1]}")
+        raise ValueError(f"latent: expected {channels} channels for this model, got {samples.shape[1]}")
     if not torch.isfinite(samples).all():
-        raise ValueError("latent: finite values are wanted, but it holds NaN or infinity")
+        raise ValueError("latent: expected finite values, got NaN or infinity")
     if not samples.flatten(1).any(dim=1).all():
-        raise ValueError("latent: an encoded or sampled picture is wanted, not an empty latent")
+        raise ValueError("latent: expected an encoded or sampled picture, got an empty latent")
     if "noise_mask" in latent:
-        raise ValueError("latent: one without a noise mask is wanted, since the whole picture is inverted")
+        raise ValueError(
+            "latent: expected one without a noise mask, since the whole picture is inverted, got one with it"
+        )
     return samples
 
 
 def _check_conditioning(conditioning: list, pictures: int) -> None:
     if len(conditioning) != 1:
         raise ValueError(
-            "conditioning: one prompt for the whole picture and all steps is wanted, not "
+            "conditioning: expected one prompt for the whole picture and all steps, got "
             + (f"{len(conditioning)} that are combined or follow each other" if conditioning else "an empty one")
         )
     context = conditioning[0][0]
     if context is not None and len(context) not in (1, pictures):
-        raise ValueError(f"conditioning: one prompt or as many as pictures ({pictures}) is wanted, not {len(context)}")
+        raise ValueError(f"conditioning: expected one prompt or as many as pictures ({pictures}), got {len(context)}")

@@ -189,6 +189,6 @@ def check_whole(out: torch.Tensor, grid: tuple[int, int] | None, rows: int, as_p
     wanted = grid if as_picture else grid and (grid[0] * grid[1],)
     if len(out) != rows or cells != wanted:
         raise ValueError(
-            "Multi-Concept Fusion (Concept Weaver): model: one whose layers see the whole picture is wanted, but "
-            f"another node gives them parts of shape {tuple(out.shape)}; with elsewhere set to left out they need not"
+            "Multi-Concept Fusion (Concept Weaver): model: expected one whose layers see the whole picture, got "
+            f"parts of shape {tuple(out.shape)} from another node; with elsewhere set to left out any do"
         )

@@ -118,7 +118,7 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
     tokens = clip.tokenize(prompt, return_word_ids=True)
     if not set(tokens) <= _ENCODERS:
         raise ValueError(
-            f"clip: the text encoders of SD 1.x, SD 2.x or SDXL are wanted, not one with the parts {', '.join(tokens)}"
+            f"clip: expected the text encoders of SD 1.x, SD 2.x or SDXL, got one with the parts {', '.join(tokens)}"
         )
     name = next(iter(tokens))
     tokenizer = getattr(clip.tokenizer, f"clip_{name}")
@@ -202,7 +202,7 @@ def stand_in(tokenizer, prompt: str) -> tuple[int, str]:
         own = _words(tokenizer.tokenize_with_weights(word, return_word_ids=True))
         if len(own) == 1 and word not in prompt.lower():
             return own[0][0], word
-    raise ValueError(f"prompt: one that does without some of the words {', '.join(_STAND_INS)} is wanted")
+    raise ValueError(f"prompt: expected one without some of the words {', '.join(_STAND_INS)}, got all of them")
 
 
 def _same(a: list, b: list) -> bool:
@@ -219,7 +219,7 @@ def _check_embeddings(clip, tokens: dict[str, list]) -> None:
         for token in (token for chunk in chunks for token, *_ in chunk if torch.is_tensor(token)):
             if token.shape[-1] != width:
                 raise ValueError(
-                    f"prompt: embeddings of width {width} are wanted for this text encoder, not {token.shape[-1]}"
+                    f"prompt: expected embeddings of width {width} for this text encoder, got {token.shape[-1]}"
                 )
 
 

@@ -142,13 +142,13 @@ class PlugAndPlay:
         spoken = self.source.conditioning[0][0].shape[-1]
         if spoken != width:
             raise ValueError(
-                f"{NAME}: trajectory: one that was inverted with this model is wanted, whose text states are {width} "
-                f"wide, not {spoken}"
+                f"{NAME}: trajectory: expected one that was inverted with this model, whose text states are {width} "
+                f"wide, got {spoken}"
             )
         wanted, given = tuple(self.source.trajectory.latents.shape[1:]), tuple(sampling.noise.shape)
         if wanted[1:] != given[1:] or wanted[0] not in (1, given[0]):
             raise ValueError(
-                f"{NAME}: latent: the size and batch of the inversion {wanted} are wanted, not {given}; sample from "
+                f"{NAME}: latent: expected the size and batch of the inversion {wanted}, got {given}; sample from "
                 "the noise that DDIM Inversion gives"
             )
         if sampling.noise.any():

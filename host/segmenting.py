@@ -100,7 +100,7 @@ class GivenBoxes:
             ValueError: there are more or fewer boxes than nouns.
         """
         if len(self.boxes) != len(nouns):
-            raise ValueError(f"boxes: one per noun is wanted, not {len(self.boxes)} for {len(nouns)} nouns")
+            raise ValueError(f"boxes: expected one per noun, got {len(self.boxes)} for {len(nouns)} nouns")
         return [(torch.tensor([box], dtype=torch.float32), torch.ones(1)) for box in self.boxes]
 
 
@@ -119,7 +119,7 @@ class ShapelandJudge:
         words = [noun.lower().split()[-1] for noun in nouns]
         for noun, word in zip(nouns, words, strict=True):
             if word not in NOUNS:
-                raise ValueError(f"nouns: things of Shapeland ({', '.join(NOUNS)}) are wanted, not {noun!r}")
+                raise ValueError(f"nouns: expected things of Shapeland ({', '.join(NOUNS)}), got {noun!r}")
         (things,) = read_with(self.judge, image[None])
         return [[Candidate(one.mask, one.confidence) for one in things if NOUNS[one.noun] == word] for word in words]
 
@@ -138,7 +138,7 @@ class Sam3:
             ValueError: the model is no SAM3.
         """
         if not isinstance(model.model, comfy.model_base.SAM3):
-            raise ValueError(f"model: SAM3 is wanted, from Load Checkpoint, not {type(model.model).__name__}")
+            raise ValueError(f"model: expected SAM3 from Load Checkpoint, got {type(model.model).__name__}")
         self.model, self.clip, self.threshold = model, clip, threshold
 
     def segment(self, image: torch.Tensor, nouns: Sequence[str]) -> list[list[Candidate]]:
@@ -166,7 +166,7 @@ class Sam3:
         text, extra = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(noun))[0]
         wanted = self.model.model.diffusion_model.detector.backbone["language_backbone"]["resizer"].in_features
         if text.shape[-1] != wanted or extra.get("attention_mask") is None:
-            raise ValueError(f"clip: the text encoder of SAM3 (width {wanted}) is wanted, not one of {text.shape[-1]}")
+            raise ValueError(f"clip: expected the text encoder of SAM3 (width {wanted}), got one of {text.shape[-1]}")
         return text, extra["attention_mask"]
 
     def _candidates(self, out: dict[str, torch.Tensor], size: tuple[int, int]) -> list[Candidate]:

@@ -52,7 +52,7 @@ class ShareRecord:
             chosen = frozenset(site for site in sites if site.index in numbers)
             if not chosen:
                 seen = ", ".join(str(site.index) for site in sites)
-                raise ValueError(f"blocks: some of those where references are seen ({seen}) are wanted, not {blocks!r}")
+                raise ValueError(f"blocks: expected some of those where references are seen ({seen}), got {blocks!r}")
         return cls(tuple(nouns), None if steps.strip() == ALL else parse_numbers(steps, "steps"), chosen)
 
     def find(self, samples: torch.Tensor) -> torch.Tensor | None:

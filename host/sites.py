@@ -197,7 +197,7 @@ class UNetFamily:
                 found.append((RESIDUAL, (path, position, 0), stage))
             for module in container.modules():
                 if isinstance(module, SpatialVideoTransformer) or "Temporal" in type(module).__name__:
-                    raise ValueError("model: a picture model is wanted, not one with video layers")
+                    raise ValueError("model: expected a picture model, got one with video layers")
                 if isinstance(module, BasicTransformerBlock):
                     kind_of_first = CROSS if module.disable_self_attn else SELF
                     found.append((kind_of_first, (path, position, depth), stage))

@@ -41,7 +41,7 @@ def one_concept(value: Concept | list[Concept], name: str = "concept") -> Concep
     """
     concepts = as_concepts(value)
     if len(concepts) != 1:
-        raise ValueError(f"{name}: one concept is wanted, not a bank of {len(concepts)}")
+        raise ValueError(f"{name}: expected one concept, got a bank of {len(concepts)}")
     return concepts[0]
 
 

@@ -86,7 +86,7 @@ class LoadFastComposer(Node):
 
 def _absent(output: str, file: str) -> ExecutionBlocker:
     """Stands for an output that nobody gave: only who uses it is stopped, with this sentence."""
-    return ExecutionBlocker(f"Load FastComposer: {output} is wanted, but {file} holds none and no input gives one.")
+    return ExecutionBlocker(f"Load FastComposer: {output}: expected one in {file} or from an input, got neither.")
 
 
 class ConvertFastComposer(Node):

@@ -56,11 +56,11 @@ class Trajectory:
     def __post_init__(self):
         if len(self.sigmas) != len(self.latents) or not self.sigmas:
             raise ValueError(
-                f"sigmas: one noise level for each of the latents is wanted, not {len(self.sigmas)} for "
+                f"sigmas: expected one noise level for each of the latents, got {len(self.sigmas)} for "
                 f"{len(self.latents)}"
             )
         if not all(low < high for low, high in pairwise(self.sigmas)):
-            raise ValueError(f"sigmas: rising noise levels are wanted, not {_listed(self.sigmas)}")
+            raise ValueError(f"sigmas: expected rising noise levels, got {_listed(self.sigmas)}")
 
     def at(self, sigma: float) -> torch.Tensor:
         """The latents (B, ...) at a noise level.
@@ -84,7 +84,7 @@ def rising(sigmas: torch.Tensor) -> torch.Tensor:
     falls = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas[1:] < sigmas[:-1]).all())
     if not falls or not torch.isfinite(sigmas).all() or sigmas[-1] < 0:
         raise ValueError(
-            "sigmas: at least two noise levels, each lower than the one before, are wanted, not "
+            "sigmas: expected at least two noise levels, each lower than the one before, got "
             f"{_listed(sigmas.flatten().tolist())}"
         )
     return sigmas.flip(0)
@@ -114,9 +114,9 @@ def invert(
         ValueError: the mode is unknown or the number of refinements negative.
     """
     if mode not in MODES:
-        raise ValueError(f"mode: one of {', '.join(MODES)} is wanted, not {mode!r}")
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if refinements < 0:
-        raise ValueError(f"refinements: 0 or more are wanted, not {refinements}")
+        raise ValueError(f"refinements: expected 0 or more, got {refinements}")
     levels = sigmas.clone()
     if mode == EULER and levels[0] == 0:
         levels[0] = LOWEST_LEVEL

@@ -32,12 +32,8 @@ def free(*subjects: str) -> tuple[str, dict]:
     }
 
 
-DROWNED = (
-    "The references outweigh the picture 7282 to 1; fewer subjects, lower weights or tighter masks leave it more of "
-)
-LACKING = (
-    'The prompt does not say "star": a subject is drawn on where the picture shows its noun, so name it in the prompt.'
-)
+DROWNED = "The references outweigh the picture 7282 to 1: lower their weights or tighten their masks."
+LACKING = 'Name "star" in the prompt: a subject appears where the picture shows its noun.'
 
 
 def test_freecustom_says_it_on_its_own_node_and_takes_it_back(advised):
@@ -47,9 +43,9 @@ def test_freecustom_says_it_on_its_own_node_and_takes_it_back(advised):
     drowned |= {"patch": free("star 1", "star 2"), "record": record}
     house = {"about": text("a house on a navy background")}
     sampler = {**sampled(model=["record", 0], positive=["about", 0])[1], "seed": 100}
-    assert advised("KSampler", sampler, **drowned, **house) == {"patch": f"{DROWNED}itself.\n{LACKING}"}
+    assert advised("KSampler", sampler, **drowned, **house) == {"patch": f"{DROWNED}\n{LACKING}"}
     stars = {"about": text("two stars on a navy background")}
-    assert advised("KSampler", sampler, **drowned, **stars) == {"patch": f"{DROWNED}itself."}
+    assert advised("KSampler", sampler, **drowned, **stars) == {"patch": DROWNED}
     mild = {**drowned, "star 1": subject(weight=1.0), "star 2": subject(weight=1.0)}
     assert advised("KSampler", sampler, **mild, **stars) == {"patch": "No warnings."}
     assert advised("KSampler", {**sampler, "seed": 101}, **mild, **stars) == {}

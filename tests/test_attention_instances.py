@@ -62,7 +62,7 @@ def test_one_thing_found_twice_counts_once():
 
 @pytest.mark.parametrize("text", ["dog, cat", "dog, dog", "dog#3, dog", "dog, dog#3"])
 def test_two_nouns_on_one_thing_are_refused(text):
-    with pytest.raises(ValueError, match="nouns: a thing of its own is wanted for each"):
+    with pytest.raises(ValueError, match="nouns: expected a thing of its own for each"):
         pick(text, DOGS, [box(12, 16, 0.3)] if "cat" in text else DOGS)
 
 
@@ -75,7 +75,7 @@ def test_two_numbers_may_name_one_thing_and_part_of_a_thing_is_another():
 
 def test_what_is_absent_is_an_error_or_nothing_or_everything():
     for text, found, seen in (("fox", [], "nothing of the kind"), ("dog#4", DOGS, "3 of them")):
-        with pytest.raises(ValueError, match=f"image: something that looks like '{text}' is wanted, .* {seen}"):
+        with pytest.raises(ValueError, match=f"image: expected something that looks like '{text}', got .* {seen}"):
             pick(text, found)
     masks, scores = pick("fox, cat, dog#4", [], CAT, DOGS, absent=EMPTY)
     assert not masks[0].any() and not masks[2].any() and scores == [0, 0.8, 0]

@@ -63,7 +63,7 @@ def test_masks_are_scaled_with_antialiasing():
 
 
 def test_no_attention_map_is_an_error_and_not_zero():
-    with pytest.raises(ValueError, match="attention maps are wanted"):
+    with pytest.raises(ValueError, match="expected attention maps"):
         localization_loss([], *ONE)
 
 

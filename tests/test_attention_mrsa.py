@@ -254,5 +254,5 @@ def test_half_precision(qkv, references, masks, dtype, tolerance):
 
 
 def test_unknown_formula_is_named():
-    with pytest.raises(ValueError, match="formula: one of official, paper, paper_drop is wanted, not 'sum'"):
+    with pytest.raises(ValueError, match="formula: expected one of official, paper, paper_drop, got 'sum'"):
         plan_keys(torch.ones(1, 4, dtype=torch.bool), [0], 1, [1.0], [0.0], [0], "sum")

@@ -249,7 +249,7 @@ def test_loras_bring_their_words():
         ([], "an embedding or a file with a concept's word, got 0 entries"),
         ([torch.ones(2)], "got 1 entries, the first a Tensor"),
         ({"string_to_param": {}}, "one embedding in string_to_param, got nothing"),
-        ({"string_to_param": {"*": "x"}}, "'the token' is a str"),
+        ({"string_to_param": {"*": "x"}}, "got 'the token', a str"),
         ([{"a": torch.ones(2, 768), "b": torch.ones(2, 5)}], "768 and 1280 for SDXL, got 5 and 768"),
         ({"clip_l": torch.ones(1, 768), "t5xxl": torch.ones(1, 4096)}, "got some for 't5xxl'"),
         ({"a.lora_up.weight": torch.ones(2, 2)}, "got one with 'a.lora_up.weight'"),
@@ -266,18 +266,18 @@ def test_token_files_that_are_none_get_their_sentence(state, sentence):
     [
         ({}, "file: expected a concept .*, got a file without keys or values"),
         ({"first_stage_model.x": torch.zeros(1)}, "only such as 'first_stage_model.x'"),
-        ({"unet": {LAYER: torch.zeros(2, 2)}, "optimizer": {}}, "not 'optimizer'"),
+        ({"unet": {LAYER: torch.zeros(2, 2)}, "optimizer": {}}, "got 'optimizer'"),
         ([torch.ones(2)], "expected a concept, got 1 entries, the first a Tensor"),
         (embedding(torch.ones(1, 768)), "only such as 'string_to_token'"),
-        ({LAYER: 3}, "tensors are wanted, but 'a.attn2.to_k.weight' is a int"),
-        ({LAYER: {"u": torch.zeros(2, 2)}}, "the factors u and v are wanted"),
+        ({LAYER: 3}, "expected tensors, got 'a.attn2.to_k.weight', a int"),
+        ({LAYER: {"u": torch.zeros(2, 2)}}, "expected the factors u and v"),
         ({LAYER: {"u": torch.zeros(2, 3), "v": torch.zeros(2, 2)}}, "factors that fit together"),
         ({"input_blocks.1.attn2.to_k.weight": torch.zeros(2, 3), "embed": torch.zeros(4)}, r"text states \(3\)"),
         (
             {"unet": {LAYER: torch.zeros(2, 2)}, "modifier_token": {"x": [torch.zeros(2)] * 3}},
             "one or two",
         ),
-        ({"unet": {LAYER: torch.zeros(2, 2)}, "modifier_token": {"x": "y"}}, "is a str"),
+        ({"unet": {LAYER: torch.zeros(2, 2)}, "modifier_token": {"x": "y"}}, "a str"),
         ({"unet": {LAYER: torch.zeros(2, 2)}, "modifier_token_2": {"x": torch.zeros(2)}}, "both text"),
         (
             {"unet": {LAYER: torch.zeros(2, 2)}, "text_encoder": {"x": torch.zeros(2)}},
@@ -318,13 +318,13 @@ def test_factors_too_small_for_half_precision_keep_their_product():
 @pytest.mark.parametrize(
     ("factors", "bias", "sentence"),
     [
-        ((torch.zeros(2, 3), torch.zeros(2, 3)), None, "two factors of one are wanted"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), None, "two factors of one, got"),
         ((torch.zeros(2, 3, 1),), None, "a matrix or two factors"),
         ((), None, "a matrix or two factors"),
         ((torch.zeros(2, 2),) * 3, None, "a matrix or two factors"),
         ((torch.zeros(2, 3),), torch.zeros(3), "a bias of 2 numbers"),
-        ((torch.full((2, 3), math.nan),), None, "not NaN or infinity"),
-        ((torch.full((2, 2), math.inf), torch.ones(2, 2)), None, "not NaN or infinity"),
+        ((torch.full((2, 3), math.nan),), None, "got NaN or infinity"),
+        ((torch.full((2, 2), math.inf), torch.ones(2, 2)), None, "got NaN or infinity"),
         ((torch.full((2, 3), 1e5),), None, "finite in half precision"),
     ],
 )
@@ -346,7 +346,7 @@ def test_compression_is_the_best_of_its_rank(truth):
     assert small["v"] is concept.deltas[key]["v"]
     exact = concept.compressed(99).deltas[key]["k"]
     assert (exact.matrix() - full).norm() / full.norm() < FP16_ROUNDING
-    with pytest.raises(ValueError, match="rank: at least 1 is wanted, not 0"):
+    with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
         concept.compressed(0)
 
 
@@ -360,14 +360,14 @@ def small(name="dog", width=4, **changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"strength": math.nan}, "strength: a finite number"),
-        ({"placeholder": "<new1>"}, "placeholder: none is wanted for a concept without a token"),
-        ({"tokens": {"l": torch.zeros(1, 4)}}, "placeholder: a word"),
-        ({"tokens": {"l": torch.zeros(1, 4)}, "placeholder": "<new 1>"}, "placeholder: a word without spaces"),
-        ({"tokens": {"l": torch.zeros(4)}, "placeholder": "x"}, "token: rows for a CLIP encoder"),
-        ({"tokens": {"t5": torch.zeros(1, 4)}, "placeholder": "x"}, "token: rows for a CLIP encoder"),
-        ({"tokens": {"l": torch.full((1, 4), math.inf)}, "placeholder": "x"}, "token: finite numbers"),
-        ({"deltas": {}}, "concept: differences of cross-attention weights are wanted"),
+        ({"strength": math.nan}, "strength: expected a finite number"),
+        ({"placeholder": "<new1>"}, "placeholder: expected none for a concept without a token"),
+        ({"tokens": {"l": torch.zeros(1, 4)}}, "placeholder: expected a word"),
+        ({"tokens": {"l": torch.zeros(1, 4)}, "placeholder": "<new 1>"}, "placeholder: expected a word without spaces"),
+        ({"tokens": {"l": torch.zeros(4)}, "placeholder": "x"}, "token: expected rows for a CLIP encoder"),
+        ({"tokens": {"t5": torch.zeros(1, 4)}, "placeholder": "x"}, "token: expected rows for a CLIP encoder"),
+        ({"tokens": {"l": torch.full((1, 4), math.inf)}, "placeholder": "x"}, "token: expected finite numbers"),
+        ({"deltas": {}}, "concept: expected differences of cross-attention weights"),
     ],
 )
 def test_bad_concepts_get_their_sentence(changes, sentence):
@@ -379,9 +379,9 @@ def test_banks_hold_concepts_of_one_kind_with_words_of_their_own():
     token = {"tokens": {"l": torch.zeros(1, 4)}}
     dog, cat, lora = small("dog", placeholder="<a>", **token), small("cat", placeholder="<b>", **token), small("lora")
     assert join([dog, cat, lora, lora]) == [dog, cat, lora, lora]
-    with pytest.raises(ValueError, match="dog and tiger both have <a>"):
+    with pytest.raises(ValueError, match="got <a> for both dog and tiger"):
         join([dog, cat, small("tiger", placeholder="<a>", **token)])
-    with pytest.raises(ValueError, match="lora is for a model of text width 4 and big is for SDXL"):
+    with pytest.raises(ValueError, match="got lora for a model of text width 4 and big for SDXL"):
         join([lora, small("big", width=2048)])
     assert architecture(768) == "SD 1.x (text width 768)"
 
@@ -428,7 +428,7 @@ def test_foreign_and_broken_files_get_their_sentence(tmp_path):
     refused("got x.safetensors with 'k.middle.0.d'", {"k.middle.0.d": torch.zeros(2, 2)})
     refused("got x.safetensors with 'emb.t5'", {"emb.t5": torch.zeros(2, 2)})
     refused("both its factors, got u", {"k.middle.0.0.u": torch.zeros(2, 2)})
-    refused("differences of cross-attention weights are wanted", {"emb.l": torch.zeros(1, 2)}, placeholder="x")
+    refused("expected differences of cross-attention weights", {"emb.l": torch.zeros(1, 2)}, placeholder="x")
     refused("NaN or infinity", {"k.middle.0.0.d": torch.full((2, 2), math.nan)})
     refused("a whole concept, got x.safetensors: .*author", author="someone")
     save_file({"k.middle.0.0.d": torch.zeros(2, 2)}, path)

@@ -59,7 +59,7 @@ def test_rows_of_a_folder(runs):
 def test_a_reference_without_a_face_gets_its_sentence(runs):
     entries = [{"picture": "ann.png", "prompt": "one", "references": ["nobody.png"]}]
     runs.write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match="shows a face is wanted, not nobody.png"):
+    with pytest.raises(ValueError, match="shows a face, got nobody.png"):
         protocol.score(protocol.read_runs(runs), faces, lambda *_: 0.0)
 
 

@@ -195,8 +195,8 @@ GOOD: dict[str, dict] = {
 }
 """Inputs with which each node runs, but for the defaults."""
 
-NOTHING_TO_REFUSE = {"LoadShapeland", "ReadPicture", "LoadFastComposer"}
-"""Take any picture, or refuse by their files alone."""
+NOTHING_TO_REFUSE = {"LoadShapeland", "ReadPicture"}
+"""Take any picture, or nothing at all."""
 
 
 class Row(NamedTuple):
@@ -212,8 +212,8 @@ FUSION = "Multi-Concept Fusion (Concept Weaver)"
 
 ROWS = [
     Row("ReferenceSubject", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
-    Row("ReferenceSubject", {"image": ["not finite", 0]}, "image: finite values are wanted"),
-    Row("ReferenceSubject", {"noun": " "}, "noun: a word for the subject is wanted (such as dog), not an empty text"),
+    Row("ReferenceSubject", {"image": ["not finite", 0]}, "image: expected finite values"),
+    Row("ReferenceSubject", {"noun": " "}, "noun: expected a word for the subject (such as dog), got an empty text"),
     Row("ReferenceSubject", {"mask": ["two masks", 1]}, "mask: expected one mask (height, width), got (2, 64, 64)"),
     Row("ReferenceSubject", {"mask": ["wide", 0]}, "mask: expected the shape of the picture (64x64), got 96x64"),
     Row(
@@ -252,13 +252,13 @@ ROWS = [
         {"model": ["misfits", 0]},
         "model: expected one of the families SD 1.x, SD 2.x, SDXL and Shapeland, got Identity",
     ),
-    Row("MultiReferenceSelfAttention", {"vae": ["misfits", 3]}, "vae: one with 8 latent channels is wanted for this"),
-    Row("MultiReferenceSelfAttention", {"vae": ["misfits", 2]}, "vae: the one of the model's checkpoint is wanted"),
-    Row("MultiReferenceSelfAttention", {"clip": ["misfits", 1]}, "clip: the one of the model's checkpoint is wanted"),
+    Row("MultiReferenceSelfAttention", {"vae": ["misfits", 3]}, "vae: expected one with 8 latent channels for this"),
+    Row("MultiReferenceSelfAttention", {"vae": ["misfits", 2]}, "vae: expected the one of the model's checkpoint"),
+    Row("MultiReferenceSelfAttention", {"clip": ["misfits", 1]}, "clip: expected the one of the model's checkpoint"),
     Row(
         "MultiReferenceSelfAttention",
         {"start_percent": 0.8, "end_percent": 0.2},
-        "start_percent: at most end_percent (0.2) is wanted, not 0.8",
+        "start_percent: expected at most end_percent (0.2), got 0.8",
     ),
     *(
         Row("MultiReferenceSelfAttention", {"blocks": "custom list", "blocks.numbers": numbers}, f"blocks: {sentence}")
@@ -276,7 +276,9 @@ ROWS = [
     ),
     Row("RecordAttentionShare", {"steps": "first"}, "steps: expected numbers such as"),
     Row(
-        "RecordAttentionShare", {"blocks": "0-3"}, "blocks: some of those where references are seen (10, 11, 12, 13, 14"
+        "RecordAttentionShare",
+        {"blocks": "0-3"},
+        "blocks: expected some of those where references are seen (10, 11, 12, 13, 14",
     ),
     Row(
         "AttentionShare",
@@ -289,12 +291,14 @@ ROWS = [
     Row("SubjectEncoder", {"subjects.subject0": None}, "subjects: expected at least one, got none"),
     Row("FuseSubjects", {"subjects.subject0": None}, "subjects: expected at least one, got none"),
     Row(
-        "FuseSubjects", {"subjects.subject0": ["star", 0]}, "subjects: subjects from Subject Encoder (FastComposer) are"
+        "FuseSubjects",
+        {"subjects.subject0": ["star", 0]},
+        "subjects: expected subjects from Subject Encoder (FastComposer), got",
     ),
     Row(
         "FuseSubjects",
         {"clip": ["skipping clip", 0]},
-        "clip: its layer -1 is wanted, as in training, not -2 (CLIP skip",
+        "clip: expected its layer -1, as in training, got -2 (CLIP skip",
     ),
     *(
         Row("FuseSubjects", {"prompt": prompt, "subjects.subject0": [f"{who} embedded", 0]}, f"prompt: {sentence}")
@@ -326,7 +330,7 @@ ROWS = [
     Row(
         "KSampler",
         {"positive": ["delayed", 0]},
-        "Delayed Subject Conditioning: a sampler whose model comes from Load FastComposer is wanted",
+        "Delayed Subject Conditioning: model: expected one from Load FastComposer",
     ),
     Row("LoadConcept", {"model": ["misfits", 0]}, "model: expected one of the families SD 1.x, SD 2.x, SDXL and"),
     Row(
@@ -334,30 +338,34 @@ ROWS = [
         {"token_file": "fish.safetensors"},
         "token_file: expected none, for the file itself holds the token <star>",
     ),
-    Row("LoadConcept", {"placeholder": "two words"}, "placeholder: a word without spaces, colons, parentheses or"),
+    Row(
+        "LoadConcept",
+        {"placeholder": "two words"},
+        "placeholder: expected a word without spaces, colons, parentheses or",
+    ),
     Row("ConceptBank", {}, "concepts: expected at least one, got none"),
     Row(
         "ConceptBank",
         {"concepts.concept0": ["star concept", 0], "concepts.concept1": ["star concept", 0]},
-        "concepts: a placeholder of its own is wanted for each",
+        "concepts: expected a placeholder of its own for each",
     ),
-    Row("SaveConcept", {"concept": ["bank", 0]}, "concept: one concept is wanted, not a bank of 2"),
+    Row("SaveConcept", {"concept": ["bank", 0]}, "concept: expected one concept, got a bank of 2"),
     Row("SaveConcept", {"filename": "../a"}, "filename: expected a name without folders or any of"),
-    Row("ConceptPrompts", {"texts": "a\nb"}, "texts: at most one line for each of the 1 concepts is wanted, not 2"),
+    Row("ConceptPrompts", {"texts": "a\nb"}, "texts: expected at most one line for each of the 1 concepts, got 2"),
     Row("ConceptPrompts", {"prompt": "a dog"}, "prompt: expected 'star' or <"),
     Row("ConceptPrompts", {"texts": "a star"}, "texts: expected <"),
-    Row("ConceptPrompts", {"background": ["bank", 0]}, "background: one concept is wanted, not a bank of 2"),
-    Row("ConceptPrompts", {"background": ["star concept", 0]}, "concepts: a placeholder of its own is wanted for each"),
+    Row("ConceptPrompts", {"background": ["bank", 0]}, "background: expected one concept, got a bank of 2"),
+    Row("ConceptPrompts", {"background": ["star concept", 0]}, "concepts: expected a placeholder of its own for each"),
     Row(
         "LoadSegmenter",
         {"kind": "SAM3", "kind.model": ["world", 0], "kind.clip": ["world", 1]},
-        "model: SAM3 is wanted, from Load Checkpoint, not",
+        "model: expected SAM3 from Load Checkpoint, got",
     ),
-    Row("TextToMasks", {"nouns": "horse"}, "nouns: things of Shapeland ("),
-    Row("TextToMasks", {"nouns": " , "}, 'nouns: a list such as "dog, cat" is wanted, not an empty text'),
-    Row("TextToMasks", {"nouns": "star#0"}, "nouns: a noun, or one with #1, #2 ... or #all is wanted, not 'star#0'"),
+    Row("TextToMasks", {"nouns": "horse"}, "nouns: expected things of Shapeland ("),
+    Row("TextToMasks", {"nouns": " , "}, 'nouns: expected a list such as "dog, cat", got an empty text'),
+    Row("TextToMasks", {"nouns": "star#0"}, "nouns: expected a noun, or one with #1, #2 ... or #all, got 'star#0'"),
     Row("TextToMasks", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
-    Row("TextToMasks", {"nouns": "star#9"}, "image: something that looks like 'star#9' is wanted, but it shows"),
+    Row("TextToMasks", {"nouns": "star#9"}, "image: expected something that looks like 'star#9', got a picture"),
     Row("ConceptMasks", {}, "masks: expected at least one, got none"),
     Row(
         "ConceptMasks",
@@ -379,28 +387,28 @@ ROWS = [
         {"masks.mask0": ["white", 0], "image": ["pictures", 0]},
         "image: expected one picture, got a batch",
     ),
-    Row("DDIMInversion", {"latent": ["blank", 2]}, "latent: an encoded or sampled picture is wanted, not an empty"),
-    Row("DDIMInversion", {"latent": ["latent not finite", 2]}, "latent: finite values are wanted"),
-    Row("DDIMInversion", {"latent": ["4 channels", 2]}, "latent: 8 channels are wanted for this model, not 4"),
-    Row("DDIMInversion", {"latent": ["video", 2]}, "latent: pictures are wanted, not a video"),
-    Row("DDIMInversion", {"latent": ["masked latent", 0]}, "latent: one without a noise mask is wanted"),
+    Row("DDIMInversion", {"latent": ["blank", 2]}, "latent: expected an encoded or sampled picture, got an empty"),
+    Row("DDIMInversion", {"latent": ["latent not finite", 2]}, "latent: expected finite values"),
+    Row("DDIMInversion", {"latent": ["4 channels", 2]}, "latent: expected 8 channels for this model, got 4"),
+    Row("DDIMInversion", {"latent": ["video", 2]}, "latent: expected pictures, got a video"),
+    Row("DDIMInversion", {"latent": ["masked latent", 0]}, "latent: expected one without a noise mask"),
     Row(
         "DDIMInversion",
         {"conditioning": ["misfits", 4]},
-        "conditioning: one prompt for the whole picture and all steps is wanted, not an empty one",
+        "conditioning: expected one prompt for the whole picture and all steps, got an empty one",
     ),
     Row(
         "DDIMInversion",
         {"conditioning": ["two conditionings", 0]},
-        "conditioning: one prompt for the whole picture and all steps is wanted, not 2 that are combined",
+        "conditioning: expected one prompt for the whole picture and all steps, got 2 that are combined",
     ),
     Row(
         "DDIMInversion",
         {"conditioning": ["three prompts", 3]},
-        "conditioning: one prompt or as many as pictures (1) is wanted, not 3",
+        "conditioning: expected one prompt or as many as pictures (1), got 3",
     ),
     Row("RenewNoise", {"partition": ["wide partition", 0]}, "partition: expected the shape of the latent (16x16), got"),
-    Row("RenewNoise", {"noise": ["video", 2]}, "noise: that of pictures is wanted, as DDIM Inversion gives it"),
+    Row("RenewNoise", {"noise": ["video", 2]}, "noise: expected that of pictures, as DDIM Inversion gives it"),
     Row(
         "PlugAndPlayInjection",
         {"model": ["misfits", 0]},
@@ -415,26 +423,26 @@ ROWS = [
     Row(
         "KSampler",
         {"model": ["plug", 0], "latent_image": ["wide canvas", 0]},
-        "Plug-and-Play Injection: latent: the size and batch of the inversion (1, 8, 16, 16) are wanted, not",
+        "Plug-and-Play Injection: latent: expected the size and batch of the inversion (1, 8, 16, 16), got",
     ),
     Row(
         "KSampler",
         {"model": ["plugs", 0]},
-        "Plug-and-Play Injection: latent: the size and batch of the inversion (3, 8",
+        "Plug-and-Play Injection: latent: expected the size and batch of the inversion (3, 8",
     ),
     Row("MultiConceptFusion", {"model": ["misfits", 0]}, "model: expected one of the families SD 1.x, SD 2.x, SDXL"),
     Row(
         "MultiConceptFusion",
         {"partition": ["partition of two", 0]},
-        "partition: one mask for each of the 1 concepts is wanted, not 2",
+        "partition: expected one mask for each of the 1 concepts, got 2",
     ),
     Row(
         "MultiConceptFusion",
         {"start_percent": 0.5, "end_percent": 0.2},
-        "start_percent: at most end_percent (0.2) is wanted, not 0.5",
+        "start_percent: expected at most end_percent (0.2), got 0.5",
     ),
     Row(
-        "MultiConceptFusion", {"mode": "scores", "end_percent": 0.5}, "mode: features is wanted where start_percent and"
+        "MultiConceptFusion", {"mode": "scores", "end_percent": 0.5}, "mode: expected features where start_percent and"
     ),
     Row(
         "KSampler",
@@ -451,13 +459,13 @@ ROWS = [
         {"model": ["fusion", 0], "positive": ["area", 0]},
         f"{FUSION}: positive: expected one conditioning for the whole picture, got one with area",
     ),
-    Row("TrainConcept", {"class_word": ""}, "class_word: what kind of thing the concept is (such as dog) is wanted"),
-    Row("TrainConcept", {"placeholder": "a b"}, "placeholder: a word without spaces, colons, parentheses or"),
+    Row("TrainConcept", {"class_word": ""}, "class_word: expected what kind of thing the concept is (such as dog)"),
+    Row("TrainConcept", {"placeholder": "a b"}, "placeholder: expected a word without spaces, colons, parentheses or"),
     Row(
-        "TrainConcept", {"captions": "a {}\na {}"}, "captions: one line, or one for each of 3 pictures is wanted, not 2"
+        "TrainConcept", {"captions": "a {}\na {}"}, "captions: expected one line, or one for each of 3 pictures, got 2"
     ),
-    Row("TrainConcept", {"captions": "a star"}, "captions: {} exactly once is wanted, where the concept is meant, not"),
-    Row("TrainConcept", {"masks": ["two masks", 1]}, "masks: one for each of 3 pictures is wanted, not 2"),
+    Row("TrainConcept", {"captions": "a star"}, "captions: expected {} exactly once, where the concept is meant, got"),
+    Row("TrainConcept", {"masks": ["two masks", 1]}, "masks: expected one for each of 3 pictures, got 2"),
     Row(
         "TrainConcept",
         {"masks": ["wide", 0], "images": ["picture", 0]},
@@ -466,7 +474,7 @@ ROWS = [
     Row(
         "TrainConcept",
         {"masks": ["black", 0], "images": ["picture", 0]},
-        "masks: mask 1: one that shows the concept is wanted, but it is empty",
+        "masks: mask 1: expected one that shows the concept, got an empty one",
     ),
     Row("TrainConcept", {"masks": ["not finite masks", 1]}, "masks: mask 1: expected finite values"),
     Row("DrawScene", {"description": "a red unicorn"}, "description - Shapeland does not know the word 'unicorn'"),
@@ -531,20 +539,35 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "bin", "pt"])
+LOADERS = {
+    "LoadConcept": ("concepts", "file", {}),
+    "LoadFastComposer": ("fastcomposer", "file", {}),
+    "ConvertFastComposer": ("fastcomposer", "file", {}),
+    "LoadSegmenter": ("sams", "sam", {"kind": "boxes + SAM", "kind.boxes": ["box", 0]}),
+}
+"""Of each node that reads weights: the folder in models, the input that names the file, and other inputs."""
+
+
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_file_is_told_by_what_it_seems_to_be(kind, ending, server):
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_broken_file_is_told_by_what_it_seems_to_be(loader, kind, server):
     content, what = BROKEN[kind]
-    name = f"{kind}.{ending}"
-    folder = server.base / "models" / "concepts"
+    place, field, more = LOADERS[loader]
+    folder = server.base / "models" / place
     folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(content)
+    names = [f"{kind}.{ending}" for ending in ("safetensors", "bin", "pt")]
+    for name in names:
+        (folder / name).write_bytes(content)
     info = server.get("/object_info")
-    message = told(server, workflow_of(PREFIX + "LoadConcept", {**GOOD["LoadConcept"], "file": name}, info))
-    assert message.startswith(
-        f"{NODE}: Load Concept: file: expected a file of weights, got {name}, which seems to be {what}"
-    )
-    assert "\n" not in message
+    key = "kind.sam" if field == "sam" else field
+    for name in names:
+        inputs = {**GOOD.get(loader, PARTS["composer"][1]), **more, key: name}
+        message = told(server, workflow_of(PREFIX + loader, inputs, info))
+        assert message.startswith(
+            f"{NODE}: {info[PREFIX + loader]['display_name']}: {field}: expected a file of weights, got {name}, which "
+            f"seems to be {what}"
+        )
+        assert "\n" not in message
 
 
 REFUSED_BEFORE_THEY_RUN = {"DrawScene"}
@@ -553,4 +576,4 @@ REFUSED_BEFORE_THEY_RUN = {"DrawScene"}
 
 def test_every_node_is_refused_something(object_info):
     ours = {name.removeprefix(PREFIX) for name in object_info if name.startswith(PREFIX)}
-    assert ours == {row.node for row in ROWS if PREFIX + row.node in object_info} | NOTHING_TO_REFUSE
+    assert ours == {row.node for row in ROWS if PREFIX + row.node in object_info} | NOTHING_TO_REFUSE | set(LOADERS)

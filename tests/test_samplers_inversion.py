@@ -198,19 +198,19 @@ def test_trajectory_holds_all_levels_and_straight_lines_between(world):
     "sigmas", [[1.0], [1.0, 2.0], [2.0, 1.0, 1.0], [1.0, -1.0], [float("nan"), 0.0], [float("inf"), 0.0], [[2.0, 1.0]]]
 )
 def test_schedules_that_do_not_fall_get_their_sentence(sigmas):
-    with pytest.raises(ValueError, match="sigmas: at least two noise levels, each lower than the one before"):
+    with pytest.raises(ValueError, match="sigmas: expected at least two noise levels, each lower than the one before"):
         rising(torch.tensor(sigmas))
 
 
 def test_other_bad_input_gets_its_sentence():
     x, levels = torch.ones(1, 3), torch.tensor([0.0, 1.0])
-    with pytest.raises(ValueError, match="mode: one of pnp, euler is wanted, not 'heun'"):
+    with pytest.raises(ValueError, match="mode: expected one of pnp, euler, got 'heun'"):
         invert(lambda x, sigma: x, x, levels, "heun")
-    with pytest.raises(ValueError, match="refinements: 0 or more are wanted, not -1"):
+    with pytest.raises(ValueError, match="refinements: expected 0 or more, got -1"):
         invert(lambda x, sigma: x, x, levels, PNP, -1)
-    with pytest.raises(ValueError, match="one noise level for each of the latents is wanted, not 1 for 2"):
+    with pytest.raises(ValueError, match="expected one noise level for each of the latents, got 1 for 2"):
         Trajectory((1.0,), torch.zeros(2, 1, 3))
-    with pytest.raises(ValueError, match="rising noise levels are wanted"):
+    with pytest.raises(ValueError, match="expected rising noise levels"):
         Trajectory((1.0, 0.5), torch.zeros(2, 1, 3))
 
 

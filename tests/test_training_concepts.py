@@ -59,7 +59,7 @@ class TestAugmentation:
             assert view.image[view.mask > 0.9].min() > 0.8
 
     def test_an_unknown_kind_is_refused(self):
-        with pytest.raises(ValueError, match="augmentation: one of none, custom diffusion, strong is wanted"):
+        with pytest.raises(ValueError, match="augmentation: expected one of none, custom diffusion, strong"):
             augment(torch.zeros(8, 8, 3), None, 8, "weak", torch.Generator())
 
 

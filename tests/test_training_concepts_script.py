@@ -98,13 +98,13 @@ def test_masks_factors_and_half_precision_train_too(narrow, folder):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--steps", "0"], "--steps: at least 1 is wanted, not 0"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--caption", "a star"], "captions: {} exactly once"),
-        (["--placeholder", "my dog"], "placeholder: a word without spaces"),
-        (["--caption", "photo of a {}"], "captions of Shapeland's words are wanted, not 'photo'"),
-        (["--class-word", "dog"], "captions of Shapeland's words are wanted, not 'dog'"),
-        (["--caption", "a red " * 40 + "{}"], "captions: {} among the first 75 tokens is wanted, not at 81"),
-        (["--rate", "-1"], "--rate: at least 0 is wanted, not -1.0"),
+        (["--placeholder", "my dog"], "placeholder: expected a word without spaces"),
+        (["--caption", "photo of a {}"], "captions: expected Shapeland's words, got 'photo'"),
+        (["--class-word", "dog"], "captions: expected Shapeland's words, got 'dog'"),
+        (["--caption", "a red " * 40 + "{}"], "captions: expected {} among the first 75 tokens, got it at 81"),
+        (["--rate", "-1"], "--rate: expected at least 0, got -1.0"),
         (["--resolution", "60"], "--resolution: a multiple of 32"),
     ],
 )
@@ -115,7 +115,7 @@ def test_bad_options_are_refused_in_a_sentence(narrow, folder, more, said):
 
 def test_what_is_missing_is_named(narrow, folder):
     (folder / "masks" / "1.png").unlink()
-    with pytest.raises(FileNotFoundError, match="--masks: a mask named 1 is wanted"):
+    with pytest.raises(FileNotFoundError, match="--masks: expected a mask named 1"):
         command(folder, "--masks", folder / "masks")
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="--images: a folder with pictures"):

@@ -4,6 +4,7 @@ as they were trained."""
 import csv
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -617,6 +618,17 @@ def test_a_folder_with_stable_diffusion_is_trained(folder, data_folder, tmp_path
     assert any(not torch.equal(state[f"unet.{key}"], value) for key, value in stored.items())
 
 
+@pytest.mark.parametrize(("part", "option"), [("vae", "--base"), ("vision", "--vision")])
+def test_a_broken_part_of_a_base_is_named(part, option, folder, tmp_path):
+    root = shutil.copytree(folder[0], tmp_path / "base")
+    (weights,) = (root / part).glob("*.safetensors")
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(
+        ValueError, match=f"{option}: expected a file of weights, got {weights.name}, .* git-lfs pointer"
+    ):
+        open_base(str(root), root / "vision", 32)
+
+
 def test_two_towers_give_their_penultimate_states_side_by_side(folder, data_folder):
     root, twofold = folder
     base = open_base(str(root), root / "vision", 32)
@@ -677,29 +689,29 @@ def test_fuser_and_tower_have_a_rate_of_their_own(narrow, data_folder, tmp_path)
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"--base": "nowhere"}, ValueError, "--vision: the folder of CLIP's vision tower is wanted"),
-        ({"--base": "nowhere", "--vision": "v"}, FileNotFoundError, "folder with unet/config.json is wanted, not nowh"),
-        ({"--vision": "v"}, ValueError, "--vision: none is wanted for Shapeland"),
+        ({"--base": "nowhere"}, ValueError, "--vision: expected the folder of CLIP's vision tower"),
+        ({"--base": "nowhere", "--vision": "v"}, FileNotFoundError, "folder with unet/config.json, got nowh"),
+        ({"--vision": "v"}, ValueError, "--vision: expected none for Shapeland"),
         ({"--data": "nowhere"}, FileNotFoundError, "The data folder nowhere does not exist"),
-        ({"--object-types": "zebra"}, ValueError, "none of the 2. in .* has a subject of class zebra"),
+        ({"--object-types": "zebra"}, ValueError, "pictures with a subject of class zebra, got none among the 2. in"),
         ({"--uncondition": "1.5"}, ValueError, "uncondition is 1.5"),
-        ({"--resolution": "60"}, ValueError, "--resolution: a multiple of 32 is wanted for this base, not 60"),
-        ({"--rank": "0"}, ValueError, "--rank: at least 1 is wanted, not 0"),
-        ({"--vision-layers": "5"}, ValueError, "--vision-layers: 0 to 4 are wanted for this tower, not 5"),
-        ({"--batch": "0"}, ValueError, "--batch: at least 1 is wanted, not 0"),
-        ({"--accumulate": "0"}, ValueError, "--accumulate: at least 1 is wanted, not 0"),
-        ({"--average": "1"}, ValueError, "--average: a share from 0 up to but not 1 is wanted, not 1"),
-        ({"--rate": "-1"}, ValueError, "--rate: at least 0 is wanted, not -1.0"),
-        ({"--fuser-rate": "nan"}, ValueError, "--fuser-rate: at least 0 is wanted, not nan"),
-        ({"--localization": "-1"}, ValueError, "--localization: at least 0 is wanted"),
-        ({"--mask-loss-probability": "2"}, ValueError, "--mask-loss-probability: a share from 0 to 1"),
-        ({"--export": "a.bin"}, ValueError, "ends in .safetensors is wanted, not a.bin"),
+        ({"--resolution": "60"}, ValueError, "--resolution: expected a multiple of 32 for this base, got 60"),
+        ({"--rank": "0"}, ValueError, "--rank: expected at least 1, got 0"),
+        ({"--vision-layers": "5"}, ValueError, "--vision-layers: expected 0 to 4 for this tower, got 5"),
+        ({"--batch": "0"}, ValueError, "--batch: expected at least 1, got 0"),
+        ({"--accumulate": "0"}, ValueError, "--accumulate: expected at least 1, got 0"),
+        ({"--average": "1"}, ValueError, "--average: expected a share from 0 up to but not 1, got 1"),
+        ({"--rate": "-1"}, ValueError, "--rate: expected at least 0, got -1.0"),
+        ({"--fuser-rate": "nan"}, ValueError, "--fuser-rate: expected at least 0, got nan"),
+        ({"--localization": "-1"}, ValueError, "--localization: expected at least 0"),
+        ({"--mask-loss-probability": "2"}, ValueError, "--mask-loss-probability: expected a share from 0 to 1"),
+        ({"--export": "a.bin"}, ValueError, "ends in .safetensors, got a.bin"),
         (
             {"--fuser": "none.safetensors"},
             ValueError,
             "--fuser: expected a file of weights, got none.safetensors, which cannot be read",
         ),
-        ({"--precision": "fp16"}, ValueError, "--precision: no or bf16 is wanted on a cpu, not fp16"),
+        ({"--precision": "fp16"}, ValueError, "--precision: expected no or bf16 on a cpu, got fp16"),
     ],
 )
 def test_bad_options_get_their_sentence(narrow, data_folder, tmp_path, change, error, sentence):
@@ -720,21 +732,21 @@ def test_bad_data_get_their_sentence(narrow, data_folder, tmp_path):
     file = tmp_path / "00000" / "00000000.json"
     for text, sentence in (
         ('{"caption": "a ball"}', "is not of the form"),
-        ('{"caption": "a ball", "segments": []}', "none of the 1 in .* has a subject"),
+        ('{"caption": "a ball", "segments": []}', "pictures with a subject, got none among the 1 in"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             fastcomposer.main(options_of(tmp_path, tmp_path / "out", "--steps", "1"))
     base = open_base("shapeland")
-    with pytest.raises(ValueError, match="captions of Shapeland's words are wanted, not 'zebra' in 'a zebra'"):
+    with pytest.raises(ValueError, match="captions: expected Shapeland's words, got 'zebra' in 'a zebra'"):
         base.vocabularies[0].row("a zebra")
 
 
 def test_a_folder_of_another_run_is_refused(narrow, data_folder, tmp_path):
     fastcomposer.main(options_of(data_folder, tmp_path, "--steps", "1"))
     for name, value, sentence in (
-        ("--rank", "3", "one of a run with rank 3, is wanted, but .* has one with 2"),
-        ("--batch", "3", "pictures a step 3, is wanted, but .* has one with 2"),
+        ("--rank", "3", "one of a run with rank 3, got .* with 2"),
+        ("--batch", "3", "pictures a step 3, got .* with 2"),
         ("--seed", "4", "seed 4"),
     ):
         with pytest.raises(ValueError, match=sentence):

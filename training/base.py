@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..encoders.files import check_folder
 from ..shapeland import models, world
 from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
 from .shapeland.common import START
@@ -77,16 +78,16 @@ class Base:
         self.unet.to(memory_format=torch.channels_last)
         step = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if self.resolution < 1 or self.resolution % step:
-            raise ValueError(f"--resolution: a multiple of {step} is wanted for this base, not {self.resolution}")
+            raise ValueError(f"--resolution: expected a multiple of {step} for this base, got {self.resolution}")
         given = self.unet.config.in_channels
         if given != self.autoencoder.channels:
             raise ValueError(
-                f"--base: a UNet that takes the {self.autoencoder.channels} channels of its autoencoder is wanted, not "
+                f"--base: expected a UNet that takes the {self.autoencoder.channels} channels of its autoencoder, got "
                 f"one for {given} (inpainting)"
             )
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"--base: a model that predicts epsilon or v_prediction is wanted, not {kind}")
+            raise ValueError(f"--base: expected a model that predicts epsilon or v_prediction, got {kind}")
 
     @property
     def times(self) -> int:
@@ -182,10 +183,10 @@ def open_base(
     """
     if name == SHAPELAND:
         if vision is not None:
-            raise ValueError(f"--vision: none is wanted for Shapeland, which has its own tower, not {vision}")
+            raise ValueError(f"--vision: expected none for Shapeland, which has its own tower, got {vision}")
         return _shapeland(world.SIZE if resolution is None else resolution, with_vision)
     if vision is None and with_vision:
-        raise ValueError(f"--vision: the folder of CLIP's vision tower is wanted with --base {name}, not none")
+        raise ValueError(f"--vision: expected the folder of CLIP's vision tower with --base {name}, got none")
     return _folder(Path(name), vision, resolution)
 
 
@@ -215,7 +216,7 @@ def _world_words(text: str) -> list[int]:
     words = text.split()
     unknown = [word for word in words if word not in WORDS]
     if unknown:
-        raise ValueError(f"captions of Shapeland's words are wanted, not {unknown[0]!r} in {text!r}")
+        raise ValueError(f"captions: expected Shapeland's words, got {unknown[0]!r} in {text!r}")
     return [WORDS.index(word) for word in words]
 
 
@@ -226,9 +227,12 @@ def _folder(folder: Path, vision: Path | None, resolution: int | None) -> Base:
     twofold = (folder / "text_encoder_2").is_dir()
     for part, file in (PARTS | SECOND_PARTS if twofold else PARTS).items():
         if not (folder / part / file).exists():
-            raise FileNotFoundError(f"--base: a diffusers folder with {part}/{file} is wanted, not {folder}")
-    if vision is not None and not (vision / "config.json").exists():
-        raise FileNotFoundError(f"--vision: a folder with a saved CLIP vision tower is wanted, not {vision}")
+            raise FileNotFoundError(f"--base: expected a diffusers folder with {part}/{file}, got {folder}")
+        check_folder(folder / part, "--base")
+    if vision is not None:
+        if not (vision / "config.json").exists():
+            raise FileNotFoundError(f"--vision: expected a folder with a saved CLIP vision tower, got {vision}")
+        check_folder(vision, "--vision")
     local = {"local_files_only": True}
     full = {**local, "dtype": torch.float32}
 

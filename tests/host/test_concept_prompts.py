@@ -157,5 +157,5 @@ class TestPrompts:
             self.encode(clip, star, texts="a star")
         with pytest.raises(ValueError, match="expected <new1> alone"):
             self.encode(clip, star, mug, texts="a <new1> star and a <new2> mug")
-        with pytest.raises(ValueError, match="a placeholder of its own is wanted"):
+        with pytest.raises(ValueError, match="expected a placeholder of its own"):
             self.encode(clip, star, concept("tree", "<new1>", "mug"))

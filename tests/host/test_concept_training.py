@@ -228,18 +228,18 @@ class TestRefusals:
         from conceptloom.training.concepts.pictures import Pictures
 
         image = torch.rand(64, 64, 3)
-        with pytest.raises(ValueError, match="images: at least one picture is wanted"):
+        with pytest.raises(ValueError, match="images: expected at least one picture"):
             Pictures([], [], ["a {}"])
-        with pytest.raises(ValueError, match="captions: one line, or one for each of 3 pictures is wanted, not 2"):
+        with pytest.raises(ValueError, match="captions: expected one line, or one for each of 3 pictures, got 2"):
             Pictures([image] * 3, [None] * 3, ["a {}"] * 2)
         for mask, sentence in (
-            (torch.zeros(64, 64), "masks: mask 2: one that shows the concept is wanted, but it is empty"),
+            (torch.zeros(64, 64), "masks: mask 2: expected one that shows the concept, got an empty one"),
             (torch.ones(64, 96), r"masks: mask 2: expected the shape of the picture \(64x64\), got 96x64"),
             (torch.full((64, 64), float("nan")), "masks: mask 2: expected finite values"),
         ):
             with pytest.raises(ValueError, match=sentence):
                 Pictures([image] * 2, [None, mask], ["a {}"])
-        with pytest.raises(ValueError, match="exactly once is wanted, where the concept is meant, not 'a star'"):
+        with pytest.raises(ValueError, match="exactly once, where the concept is meant, got 'a star'"):
             Pictures([image], [None], ["a star"])
 
     def test_a_model_whose_layers_another_node_replaces(self, parts):

@@ -186,8 +186,9 @@ def deltas_of(unet, names):
 
 
 @pytest.mark.parametrize("writer", ["diffusers", "PEFT"])
-def test_files_that_the_libraries_write_are_read(writer, toy, truth, tmp_path):
-    """Alpha is twice the rank: diffusers says so in the metadata, PEFT in the file beside."""
+def test_files_that_the_libraries_write_are_read(writer, toy, truth, tmp_path, caplog):
+    """Alpha is twice the rank: diffusers says so in the metadata, PEFT in the file beside, without which that is said
+    and the scale is 1."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["attn2.to_k", "attn2.to_v"])
     unet = diffusers_unet()
@@ -213,6 +214,11 @@ def test_files_that_the_libraries_write_are_read(writer, toy, truth, tmp_path):
     concept = load(toy, path)
     truth.check(concept)
     assert not concept.others
+    assert "adapter_config.json" not in caplog.text
+    if writer == "PEFT":
+        truth.delta = {name: delta / 2 for name, delta in truth.delta.items()}
+        truth.check(load(toy, path.rename(tmp_path / "mine.safetensors")))
+        assert "put that file beside it and name the LoRA adapter_model.safetensors" in caplog.text
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "lokr"])
@@ -548,7 +554,7 @@ def test_tokens_come_from_the_file_or_beside_it_under_any_name(toy, truth, tmp_p
         load(toy, two)
     with pytest.raises(ValueError, match="token_file: expected none, for the file itself holds the token <new1>"):
         load(toy, files["F3"], tokens={"<dog>": truth.token})
-    with pytest.raises(ValueError, match="placeholder: none is wanted for a concept without a token"):
+    with pytest.raises(ValueError, match="placeholder: expected none for a concept without a token"):
         load(toy, files["F3 alone"], placeholder="<dog>")
 
 
@@ -568,9 +574,9 @@ def test_tokens_of_another_width_are_refused(toy, truth, clip):
 
     check_tokens(given(torch.zeros(2, 128)), clip)
     check_tokens(load(toy, truth.files()["F3 alone"]), clip)
-    with pytest.raises(ValueError, match=r"width of concept's token \(l 64\) is wanted, not l 128"):
+    with pytest.raises(ValueError, match=r"width of concept's token \(l 64\), got l 128"):
         check_tokens(given(truth.token), clip)
-    with pytest.raises(ValueError, match=r"\(l 128, g 1280\) is wanted, not l 128"):
+    with pytest.raises(ValueError, match=r"\(l 128, g 1280\), got l 128"):
         check_tokens(given([torch.zeros(128), torch.zeros(1280)]), clip)
 
 
@@ -632,7 +638,7 @@ REFUSED = {
         "unet": {n: w for n, w in t.named(t.whole).items() if not n.startswith("mid_block") or "to_v" in n}
     },
     "expected the shape (128, 64) for diffusion_model.middle": lambda t: changed(t, lambda w: w[:-1]),
-    "finite numbers are wanted, but 'mid_block": lambda t: changed(t, lambda w: w * math.nan),
+    "expected finite numbers, got NaN or infinity in 'mid_block": lambda t: changed(t, lambda w: w * math.nan),
     "the base is another, or they are differences": lambda t: {"unet": t.named(t.delta)},
     "1.4 times that away": lambda t: {
         "unet": t.named({n: w.flip(0) for n, w in t.whole.items()}),
@@ -654,7 +660,7 @@ REFUSED = {
         n: v * (not n.endswith("down.weight")) for n, v in t.kohya().items()
     },
     "got the model's own": lambda t: {"unet": t.named(t.base)},
-    "finite numbers are wanted, but 'lora_te_x.lora_up.weight' holds NaN": lambda t: {
+    "expected finite numbers, got NaN or infinity in 'lora_te_x.lora_up.weight'": lambda t: {
         **t.kohya(),
         "lora_te_x.lora_up.weight": torch.full((2, 2), math.nan),
     },
@@ -859,9 +865,9 @@ def test_nodes_load_gather_and_save(toy, truth, tmp_path, monkeypatch):
     assert bank == [dog, cat] and nodes.gather_concepts({"concept0": bank, "concept1": None}) == [dog, cat]
     (report,) = nodes.SaveConcept.execute([dog], "dog", "concept", RANK).result
     assert (tmp_path / "output" / "concepts" / "dog.safetensors").exists() and "concepts/dog.safetensors" in report
-    with pytest.raises(ValueError, match="Save Concept: concept: one concept is wanted, not a bank of 2"):
+    with pytest.raises(ValueError, match="Save Concept: concept: expected one concept, got a bank of 2"):
         nodes.SaveConcept.execute(bank, "both", "concept", 0)
-    with pytest.raises(ValueError, match="Concept Bank: concepts: a placeholder of its own"):
+    with pytest.raises(ValueError, match="Concept Bank: concepts: expected a placeholder of its own"):
         nodes.ConceptBank.execute({"concept0": dog, "concept1": dog})
     assert {node.GET_SCHEMA().node_id for node in nodes.NODES} == {
         "ConceptLoomLoadConcept",

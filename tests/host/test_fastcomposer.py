@@ -281,7 +281,7 @@ def test_bad_input_gets_its_sentence(clip, fuser, vision):
     from conceptloom.host import fastcomposer_files as files
 
     bare, ready = subject("man"), encoded(vision, subject("man"))
-    with pytest.raises(ValueError, match=r"subject 1 \(man\) has no embedding"):
+    with pytest.raises(ValueError, match=r"subject 1 \(man\) without an embedding"):
         fuse(clip, fuser, "a man @subject", [bare])
     with pytest.raises(ValueError, match="at least one subject"):
         fuse(clip, fuser, "a man @subject", [])
@@ -292,10 +292,10 @@ def test_bad_input_gets_its_sentence(clip, fuser, vision):
     with pytest.raises(ValueError, match="CLIP skip"):
         fuse(skipping, fuser, "a man @subject", ready)
     wide = files.wrap_fuser(Fuser(768, 128).state_dict(), None)
-    with pytest.raises(ValueError, match="text states of width 128 is wanted for this CLIP, not 768"):
+    with pytest.raises(ValueError, match="text states of width 128 for this CLIP, got 768"):
         fuse(clip, wide, "a man @subject", ready)
     wide = files.wrap_fuser(Fuser(128, 768).state_dict(), None)
-    with pytest.raises(ValueError, match="embeddings of width 128 is wanted for this CLIP_VISION, not 768"):
+    with pytest.raises(ValueError, match="embeddings of width 128 for this CLIP_VISION, got 768"):
         fuse(clip, wide, "a man @subject", ready)
 
 
@@ -422,7 +422,7 @@ def test_what_reads_the_first_tensor_alone_sees_the_subjects(toy):
 def test_a_model_that_was_not_prepared_is_refused(toy):
     from conceptloom.host.delay import delayed
 
-    with pytest.raises(ValueError, match="whose model comes from Load FastComposer"):
+    with pytest.raises(ValueError, match="expected one from Load FastComposer"):
         toy.sample(positive=delayed(*two_conditionings(toy), plan()))
 
 
@@ -600,11 +600,11 @@ def test_small_file_replaces_the_trained_layers_of_a_stock_tower(published, tmp_
     assert report.startswith(f"fastcomposer/small.safetensors: {len(written)} tensors")
     assert {key.split(".")[0] for key in written} == {"postfuse_module", "image_encoder"}
     assert all(torch.equal(value, state[key]) for key, value in written.items())
-    with pytest.raises(ValueError, match="clip_vision: the vision tower is wanted"):
+    with pytest.raises(ValueError, match="clip_vision: expected the vision tower"):
         files.load(str(tmp_path / "fastcomposer" / "small.safetensors"))
     with pytest.raises(ValueError, match="that of small.safetensors, which exists already"):
         files.convert(str(path), tmp_path, "small", files.WITHOUT)
-    with pytest.raises(ValueError, match="model: Stable Diffusion 1.5 is wanted"):
+    with pytest.raises(ValueError, match="model: expected Stable Diffusion 1.5"):
         files.convert(str(path), tmp_path, "other", files.AS_LORA)
     whole = files.load(str(path)).clip_vision
     stock = files._vision({k: v + 0.5 if ".layers.2" in k else v for k, v in whole.get_sd().items()}, None)
@@ -659,12 +659,12 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
 @pytest.mark.parametrize(
     "state, sentence",
     [
-        ({"somewhere.else": torch.zeros(1)}, "not one with 'somewhere.else'"),
-        ({}, "it is empty"),
+        ({"somewhere.else": torch.zeros(1)}, "got one with 'somewhere.else'"),
+        ({}, "got an empty file"),
         ({"postfuse_module.mlp1.fc1.weight": torch.zeros(4, 8)}, "shapes that fit"),
         ({"postfuse_module.x": torch.zeros(4)}, "mlp1.fc1.weight"),
         ({"lora_unet_x.lora_up.weight": torch.zeros(4, 4)}, "model: expected the base model, for the file holds"),
-        ({"unet.x": torch.zeros(4, 4)}, "the UNet of a Stable Diffusion model is wanted"),
+        ({"unet.x": torch.zeros(4, 4)}, "expected the UNet of a Stable Diffusion model"),
     ],
 )
 def test_files_of_another_kind_get_their_sentence(state, sentence, tmp_path):

@@ -48,9 +48,9 @@ def patch(nodes, toy, reference):
 
 BAD_SUBJECTS = [
     ({"image": torch.rand(3, 64, 64, 3)}, "image: expected one picture, got a batch of 3"),
-    ({"image": torch.full((1, 64, 64, 3), float("nan"))}, "image: finite values"),
-    ({"noun": " "}, "noun: a word"),
-    ({"weight": -0.5}, "weight: a number from 0 (off) to 10 is wanted, not -0.5"),
+    ({"image": torch.full((1, 64, 64, 3), float("nan"))}, "image: expected finite values"),
+    ({"noun": " "}, "noun: expected a word"),
+    ({"weight": -0.5}, "weight: expected a number from 0 (off) to 10, got -0.5"),
     ({"mask": torch.ones(2, 64, 64)}, "mask: expected one mask (height, width), got (2, 64, 64)"),
     ({"mask": torch.ones(1, 64, 96)}, "mask: expected the shape of the picture (64x64), got 96x64"),
     ({"mask": torch.zeros(1, 64, 64)}, "mask: expected white on the subject, got an empty mask (all black): paint"),
@@ -86,11 +86,11 @@ class NotAUNet(torch.nn.Module):
 
 
 BAD_SETTINGS = [
-    ({"vae": BadVAE()}, "vae: one with 4 latent channels is wanted for this model, not 16"),
-    ({"vae": None}, "vae: the one of the model's checkpoint is wanted"),
-    ({"clip": None}, "clip: the one of the model's checkpoint is wanted"),
-    ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent: at most end_percent (0.2) is wanted, not 0.8"),
-    ({"formula": "sum"}, "formula: one of official, paper, paper_drop is wanted, not 'sum'"),
+    ({"vae": BadVAE()}, "vae: expected one with 4 latent channels for this model, got 16"),
+    ({"vae": None}, "vae: expected the one of the model's checkpoint"),
+    ({"clip": None}, "clip: expected the one of the model's checkpoint"),
+    ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent: expected at most end_percent (0.2), got 0.8"),
+    ({"formula": "sum"}, "formula: expected one of official, paper, paper_drop, got 'sum'"),
     (custom("ten"), 'blocks: expected numbers such as "10-15" or "3, 7-9", got \'ten\''),
     (custom(""), 'blocks: expected numbers such as "10-15"'),
     (custom("15-10"), "blocks: expected rising ranges, got '15-10'"),
@@ -125,7 +125,7 @@ def test_other_families_are_refused(patch):
 def test_latents_that_are_not_finite_name_their_reference(toy, patch, reference, monkeypatch):
     model = patch(subjects={"subject0": reference(noun="hat")})
     monkeypatch.setattr(toy.vae, "encode", lambda pixels: torch.full((len(pixels), 4, 16, 16), float("nan")))
-    with pytest.raises(ValueError, match='vae: finite latents are wanted, but the reference "hat" gave NaN'):
+    with pytest.raises(ValueError, match='vae: expected finite latents, got NaN or infinity for the reference "hat"'):
         toy.sample(model)
 
 
@@ -304,7 +304,10 @@ class TestAttentionShare:
         samples = toy.sample(model)
         for wrong, sentence in (
             (lambda: recorded(steps="first"), "Record Attention Share: steps: expected numbers such as"),
-            (lambda: recorded(blocks="0-3"), "Record Attention Share: blocks: some of those where references are seen"),
+            (
+                lambda: recorded(blocks="0-3"),
+                "Record Attention Share: blocks: expected some of those where references are seen",
+            ),
             (lambda: view(record, samples * 2), "Attention Share: latent: expected the unchanged output of a sampler"),
             (
                 lambda: view(record, samples, image=torch.rand(1, 64, 128, 3)),

@@ -540,7 +540,7 @@ class TestOrdinaryLoras:
             TomePatchModel.execute(toy.model, 0.75)[0],
         ):
             bank = self.bank(toy, everywhere)
-            with pytest.raises(ValueError, match="layers see the whole picture is wanted.*left out they need not"):
+            with pytest.raises(ValueError, match="layers see the whole picture, got .*left out any do"):
                 toy.sample(fused(toy, bank, model=model))
             toy.sample(fused(toy, bank, model=model, elsewhere="left out"))
 
@@ -830,7 +830,7 @@ class TestRefusals:
     def test_a_partition_of_another_number(self, toy):
         bank = Bank(toy, 2)
         bank.partition = bank.partition[1:]
-        with pytest.raises(ValueError, match="partition: one mask for each of the 2 concepts is wanted, not 1"):
+        with pytest.raises(ValueError, match="partition: expected one mask for each of the 2 concepts, got 1"):
             fused(toy, bank)
 
     def test_a_partition_of_another_shape(self, toy):
@@ -839,11 +839,11 @@ class TestRefusals:
             toy.sample(fused(toy, bank))
 
     def test_a_range_that_ends_before_it_begins(self, toy):
-        with pytest.raises(ValueError, match=r"start_percent: at most end_percent \(0.2\) is wanted, not 0.5"):
+        with pytest.raises(ValueError, match=r"start_percent: expected at most end_percent \(0.2\), got 0.5"):
             fused(toy, Bank(toy, 1), start_percent=0.5, end_percent=0.2)
 
     def test_a_part_of_the_steps_with_scores(self, toy):
-        with pytest.raises(ValueError, match="mode: features is wanted where start_percent and end_percent leave"):
+        with pytest.raises(ValueError, match="mode: expected features where start_percent and end_percent leave"):
             fused(toy, Bank(toy, 1), mode="scores", end_percent=0.5)
 
     def test_a_model_of_another_family(self, toy):
@@ -866,7 +866,7 @@ class TestRefusals:
         bank = Bank(toy, 1)
         foreign = Concept("foreign", {("middle", 0, 0): {"k": Delta((torch.zeros(128, 768),))}})
         bank.concepts = [SpokenConcept(foreign, toy.positive)]
-        with pytest.raises(ValueError, match="width 64 are wanted, but foreign has 768"):
+        with pytest.raises(ValueError, match="width 64, got foreign with 768"):
             fused(toy, bank)
 
     def test_a_positive_conditioning_of_parts(self, toy):

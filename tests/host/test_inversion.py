@@ -189,18 +189,21 @@ NAN[0, 0, 0, 0] = math.nan
 HALF_EMPTY[1] = 0
 
 BAD_INPUTS = [
-    ({"latent": {"samples": torch.zeros(1, 4, 16, 16)}}, "latent: an encoded or sampled picture is wanted, not an"),
-    ({"latent": {"samples": HALF_EMPTY}}, "latent: an encoded or sampled picture is wanted, not an empty latent"),
-    ({"latent": {"samples": NAN}}, "latent: finite values are wanted"),
-    ({"latent": {"samples": torch.ones(1, 16, 8, 8)}}, "latent: 4 channels are wanted for this model, not 16"),
-    ({"latent": {"samples": torch.ones(1, 4, 3, 8, 8)}}, "latent: pictures are wanted, not a video"),
-    ({"latent": {**picture(), "noise_mask": torch.ones(1, 1, 16, 16)}}, "latent: one without a noise mask"),
-    ({"conditioning": []}, "conditioning: one prompt for the whole picture and all steps is wanted, not an empty one"),
-    ({"conditioning": [[None, {}]] * 2}, "all steps is wanted, not 2 that are combined or follow each other"),
-    ({"conditioning": [[torch.ones(3, 7, 64), {}]]}, "one prompt or as many as pictures (1) is wanted, not 3"),
-    ({"mode": "heun"}, "mode: one of pnp, euler is wanted, not 'heun'"),
-    ({"refinements": -1}, "refinements: 0 or more are wanted, not -1"),
-    ({"scheduler": "simple", "steps": 2000}, "sigmas: at least two noise levels, each lower than the one before"),
+    ({"latent": {"samples": torch.zeros(1, 4, 16, 16)}}, "latent: expected an encoded or sampled picture, got an"),
+    ({"latent": {"samples": HALF_EMPTY}}, "latent: expected an encoded or sampled picture, got an empty latent"),
+    ({"latent": {"samples": NAN}}, "latent: expected finite values"),
+    ({"latent": {"samples": torch.ones(1, 16, 8, 8)}}, "latent: expected 4 channels for this model, got 16"),
+    ({"latent": {"samples": torch.ones(1, 4, 3, 8, 8)}}, "latent: expected pictures, got a video"),
+    ({"latent": {**picture(), "noise_mask": torch.ones(1, 1, 16, 16)}}, "latent: expected one without a noise mask"),
+    ({"conditioning": []}, "conditioning: expected one prompt for the whole picture and all steps, got an empty one"),
+    ({"conditioning": [[None, {}]] * 2}, "all steps, got 2 that are combined or follow each other"),
+    ({"conditioning": [[torch.ones(3, 7, 64), {}]]}, "one prompt or as many as pictures (1), got 3"),
+    ({"mode": "heun"}, "mode: expected one of pnp, euler, got 'heun'"),
+    ({"refinements": -1}, "refinements: expected 0 or more, got -1"),
+    (
+        {"scheduler": "simple", "steps": 2000},
+        "sigmas: expected at least two noise levels, each lower than the one before",
+    ),
 ]
 
 
@@ -221,10 +224,10 @@ def test_models_of_another_kind_get_their_sentence(v_toy, monkeypatch):
 
     flow = v_toy.model.clone()
     flow.add_object_patch("model_sampling", Flow())
-    with pytest.raises(ValueError, match="model: one of noise or v prediction is wanted"):
+    with pytest.raises(ValueError, match="model: expected one of noise or v prediction"):
         run(flow, picture(), v_toy.positive, STEPS, SCHEDULER)
     monkeypatch.setitem(v_toy.base.model_config.unet_config, "in_channels", 9)
-    with pytest.raises(ValueError, match="model: one that sees 4 channels, the picture alone, is wanted, not one of 9"):
+    with pytest.raises(ValueError, match="model: expected one that sees 4 channels, the picture alone, got one of 9"):
         run(v_toy.model, picture(), v_toy.positive, STEPS, SCHEDULER)
 
 
@@ -240,7 +243,7 @@ def test_the_node(v_toy, caplog):
     assert len(sigmas) == STEPS + 1 and source.error == error < 0.15 and not caplog.records
     error = node.execute(**{**inputs, "steps": 4, "mode": "euler", "refinements": 0}).args[-1]
     assert error > 0.15 and "sampled again, the picture comes out" in caplog.text
-    with pytest.raises(ValueError, match="DDIM Inversion: latent: an encoded or sampled picture"):
+    with pytest.raises(ValueError, match="DDIM Inversion: latent: expected an encoded or sampled picture"):
         node.execute(**{**inputs, "latent": {"samples": torch.zeros(1, 4, 16, 16)}})
 
 
@@ -271,7 +274,7 @@ def test_noise_is_renewed_where_concepts_are():
             (noise, torch.stack([torch.ones(64, 128), torch.zeros(64, 128)]), 0, 1.0),
             "Renew Noise: partition: expected the shape of the latent",
         ),
-        (({"samples": torch.ones(1, 4, 3, 8, 8)}, partition, 0, 1.0), "Renew Noise: noise: that of pictures is wanted"),
+        (({"samples": torch.ones(1, 4, 3, 8, 8)}, partition, 0, 1.0), "Renew Noise: noise: expected that of pictures"),
     ):
         with pytest.raises(ValueError, match=sentence):
             RenewNoise.execute(*bad)

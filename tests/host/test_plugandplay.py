@@ -260,11 +260,15 @@ class TestRefusals:
         from dataclasses import replace
 
         wider = replace(source(), conditioning=[[torch.zeros(1, 7, 96), {}]])
-        with pytest.raises(ValueError, match="trajectory: one that was inverted with this model.*64 wide, not 96"):
+        with pytest.raises(
+            ValueError, match="trajectory: expected one that was inverted with this model.*64 wide, got 96"
+        ):
             toy.sample(apply(toy, wider), STEPS)
 
     def test_a_latent_of_another_size(self, toy, source):
-        with pytest.raises(ValueError, match="Plug-and-Play Injection: latent: the size and batch of the inversion"):
+        with pytest.raises(
+            ValueError, match="Plug-and-Play Injection: latent: expected the size and batch of the inversion"
+        ):
             toy.sample(apply(toy, source()), STEPS, size=(16, 24))
 
     def test_a_batch_that_does_not_fit(self, toy, source):

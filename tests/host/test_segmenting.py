@@ -109,9 +109,9 @@ def test_sam3_refuses_other_models(sam3):
     from conceptloom.shapeland import models
 
     other = load_model(models.build_unet().state_dict())
-    with pytest.raises(ValueError, match="model: SAM3 is wanted, from Load Checkpoint, not BaseModel"):
+    with pytest.raises(ValueError, match="model: expected SAM3 from Load Checkpoint, got BaseModel"):
         Sam3(other, sam3[1], 0.5)
-    with pytest.raises(ValueError, match=r"clip: the text encoder of SAM3 \(width 64\) is wanted, not one of 128"):
+    with pytest.raises(ValueError, match=r"clip: expected the text encoder of SAM3 \(width 64\), got one of 128"):
         Sam3(sam3[0], load_clip(), 0.5).segment(PICTURE, ["dog"])
 
 
@@ -339,7 +339,7 @@ def test_boxes_and_masks_stay_with_their_nouns():
     boxes = torch.tensor([[12, 30, 20, 40], [0, 0, 0, 0], [30, 2, 40, 20], [1, 2, 10, 20]])
     assert torch.equal(masks.bool(), Rectangles().cut(PICTURE, boxes))
     assert seen.shape == PICTURE.shape
-    with pytest.raises(ValueError, match="'cat' is wanted"):
+    with pytest.raises(ValueError, match="expected something that looks like 'cat'"):
         text_to_masks(Boxes(Fixed(), Rectangles()), PICTURE, "cat", ERROR)
 
 
@@ -349,7 +349,7 @@ def test_drawn_boxes_belong_to_the_nouns_in_order():
     drawn = [[{"x": 1, "y": 2, "width": 9, "height": 18}, {"x": 30, "y": 2, "width": 10, "height": 18}]]
     masks, scores, _ = text_to_masks(Boxes(GivenBoxes(drawn), Rectangles()), PICTURE, "dog, dog", ERROR)
     assert torch.equal(masks.bool(), Rectangles().cut(PICTURE, torch.tensor([[1, 2, 10, 20], [30, 2, 40, 20]])))
-    with pytest.raises(ValueError, match="boxes: one per noun is wanted, not 2 for 1 nouns"):
+    with pytest.raises(ValueError, match="boxes: expected one per noun, got 2 for 1 nouns"):
         text_to_masks(Boxes(GivenBoxes(drawn), Rectangles()), PICTURE, "dog", ERROR)
 
 
@@ -366,7 +366,7 @@ def test_the_judge_finds_things_where_they_were_drawn():
         overlaps += [overlap(masks[0] > 0, torch.from_numpy(truth[1]) > 0.5)]
         overlaps += [overlap(masks[1] > 0, torch.from_numpy(truth[0]) > 0.5)]
     assert torch.tensor(overlaps).median() > 0.85
-    with pytest.raises(ValueError, match="nouns: things of Shapeland .* are wanted, not 'horse'"):
+    with pytest.raises(ValueError, match="nouns: expected things of Shapeland .*, got 'horse'"):
         judge.segment(image, ["horse"])
 
 

@@ -43,7 +43,7 @@ def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str
         ValueError: the kind is unknown.
     """
     if kind not in AUGMENTATIONS:
-        raise ValueError(f"augmentation: one of {', '.join(AUGMENTATIONS)} is wanted, not {kind!r}")
+        raise ValueError(f"augmentation: expected one of {', '.join(AUGMENTATIONS)}, got {kind!r}")
     if kind == NONE:
         return View(_resize(image, side), _mask(mask, side))
     draw = torch.rand(4, generator=generator).tolist()

@@ -110,7 +110,7 @@ class Learner(torch.nn.Module):
                 _, place = self._ids(vocabulary, caption)
                 if place is not None and place > LENGTH - 2:
                     raise ValueError(
-                        f"captions: {{}} among the first {LENGTH - 2} tokens is wanted, not at {place} in {caption!r}"
+                        f"captions: expected {{}} among the first {LENGTH - 2} tokens, got it at {place} in {caption!r}"
                     )
 
     def _ids(self, vocabulary: Vocabulary, caption: str) -> tuple[list[int], int | None]:

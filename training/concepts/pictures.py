@@ -36,23 +36,22 @@ class Pictures:
 
     def __post_init__(self):
         if not self.images:
-            raise ValueError("images: at least one picture is wanted, but there is none")
+            raise ValueError("images: expected at least one picture, got none")
         if len(self.masks) != len(self.images):
-            raise ValueError(f"masks: one for each of {len(self.images)} pictures is wanted, not {len(self.masks)}")
+            raise ValueError(f"masks: expected one for each of {len(self.images)} pictures, got {len(self.masks)}")
         for number, (image, mask) in enumerate(zip(self.images, self.masks, strict=True), 1):
             if mask is not None:
                 shown = as_mask(mask, f"masks: mask {number}")
                 check_aspect(shown, tuple(image.shape[:2]), f"masks: mask {number}")
                 if not shown.any():
-                    raise ValueError(f"masks: mask {number}: one that shows the concept is wanted, but it is empty")
+                    raise ValueError(f"masks: mask {number}: expected one that shows the concept, got an empty one")
         if len(self.captions) not in (1, len(self.images)):
             raise ValueError(
-                f"captions: one line, or one for each of {len(self.images)} pictures is wanted, not "
-                f"{len(self.captions)}"
+                f"captions: expected one line, or one for each of {len(self.images)} pictures, got {len(self.captions)}"
             )
         for caption in self.captions:
             if caption.count("{}") != 1:
-                raise ValueError(f"captions: {{}} exactly once is wanted, where the concept is meant, not {caption!r}")
+                raise ValueError(f"captions: expected {{}} exactly once, where the concept is meant, got {caption!r}")
 
     def views(self, recipe: Recipe, side: int) -> list[tuple[View, str]]:
         """The views (side, side) that a training sees, with their captions."""
@@ -74,7 +73,7 @@ def name_of(class_word: str, placeholder: str, recipe: Recipe) -> Name:
         ValueError: the class word is empty, or the placeholder is none.
     """
     if not class_word.strip():
-        raise ValueError("class_word: what kind of thing the concept is (such as dog) is wanted, not an empty text")
+        raise ValueError("class_word: expected what kind of thing the concept is (such as dog), got an empty text")
     name = Name(class_word.strip(), placeholder.strip() if recipe.new_word else "")
     if recipe.new_word:
         check_placeholder(name.placeholder)

@@ -35,14 +35,14 @@ def train(options, recipe: Recipe) -> None:
     for option, least in _LEAST.items():
         if getattr(options, option) < least:
             given = getattr(options, option)
-            raise ValueError(f"--{option.replace('_', '-')}: at least {least} is wanted, not {given}")
+            raise ValueError(f"--{option.replace('_', '-')}: expected at least {least}, got {given}")
     name = name_of(options.class_word, options.placeholder, recipe)
     pictures = read_pictures(options.images, options.masks, options.caption)
     base = open_base(options.base, resolution=options.resolution, with_vision=False)
     views = pictures.views(recipe, base.resolution)
     accelerator = Accelerator(mixed_precision=options.precision)
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"--precision: no or bf16 is wanted, not {accelerator.mixed_precision}")
+        raise ValueError(f"--precision: expected no or bf16, got {accelerator.mixed_precision}")
     learner = Learner(base, name, recipe, accelerator.device, accelerator.mixed_precision == "bf16")
     class_caption = options.caption.replace("{}", name.class_word)
     learner.check([*dict.fromkeys(caption for _, caption in views), class_caption])
@@ -110,7 +110,7 @@ def read_pictures(folder: Path, masks: Path | None, caption: str) -> Pictures:
     """
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES)
     if not files:
-        raise FileNotFoundError(f"--images: a folder with pictures ({', '.join(PICTURES)}) is wanted, not {folder}")
+        raise FileNotFoundError(f"--images: expected a folder with pictures ({', '.join(PICTURES)}), got {folder}")
     shown, found = [], []
     for file in files:
         beside = file.with_suffix(".txt")
@@ -119,7 +119,9 @@ def read_pictures(folder: Path, masks: Path | None, caption: str) -> Pictures:
         if masks is not None:
             its_own = [masks / (file.stem + suffix) for suffix in PICTURES if (masks / (file.stem + suffix)).exists()]
             if not its_own:
-                raise FileNotFoundError(f"--masks: a mask named {file.stem} is wanted for {file.name} in {masks}")
+                raise FileNotFoundError(
+                    f"--masks: expected a mask named {file.stem} for {file.name}, got none in {masks}"
+                )
             mask = _open(its_own[0], "L")
         shown.append((_open(file, "RGB"), mask))
     return Pictures([image for image, _ in shown], [mask for _, mask in shown], found)

@@ -53,9 +53,9 @@ def main(argv: list[str]) -> None:
     options.vision_layers = layers if options.vision_layers is None else options.vision_layers
     file = options.export or options.out / "fastcomposer.safetensors"
     if file.suffix != ".safetensors":
-        raise ValueError(f"--export: a name that ends in .safetensors is wanted, not {file.name}")
+        raise ValueError(f"--export: expected a name that ends in .safetensors, got {file.name}")
     if options.accumulate < 1:
-        raise ValueError(f"--accumulate: at least 1 is wanted, not {options.accumulate}")
+        raise ValueError(f"--accumulate: expected at least 1, got {options.accumulate}")
     import torch
     from accelerate import Accelerator
 
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         start_from(composer.fuser, options.fuser)
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--precision: no or bf16 is wanted on a {accelerator.device.type}, not fp16")
+        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
     if accelerator.mixed_precision in _HALF:
         composer.keep_frozen_in(getattr(torch, _HALF[accelerator.mixed_precision]))
     if options.checkpointing:

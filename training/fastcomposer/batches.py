@@ -108,6 +108,4 @@ def check_subjects(data: SubjectPictures) -> None:
     found = (subject.segment.label for image_id in data.ids for subject in data.folder.matched(image_id)[1])
     if not any(types is None or label in types for label in found):
         kind = "a subject" if types is None else f"a subject of class {', '.join(sorted(types))}"
-        raise ValueError(
-            f"--data: pictures with subjects are wanted, but none of the {len(data)} in {data.folder.root} has {kind}"
-        )
+        raise ValueError(f"--data: expected pictures with {kind}, got none among the {len(data)} in {data.folder.root}")

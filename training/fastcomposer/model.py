@@ -46,13 +46,13 @@ class Composer(nn.Module):
         super().__init__()
         layers = base.vision.vision_model.encoder.layers
         if not 0 <= vision_layers <= len(layers):
-            raise ValueError(f"--vision-layers: 0 to {len(layers)} are wanted for this tower, not {vision_layers}")
+            raise ValueError(f"--vision-layers: expected 0 to {len(layers)} for this tower, got {vision_layers}")
         if rank < 1:
-            raise ValueError(f"--rank: at least 1 is wanted, not {rank}")
+            raise ValueError(f"--rank: expected at least 1, got {rank}")
         if localization < 0:
-            raise ValueError(f"--localization: at least 0 is wanted, not {localization}")
+            raise ValueError(f"--localization: expected at least 0, got {localization}")
         if not 0 <= mask_probability <= 1:
-            raise ValueError(f"--mask-loss-probability: a share from 0 to 1 is wanted, not {mask_probability}")
+            raise ValueError(f"--mask-loss-probability: expected a share from 0 to 1, got {mask_probability}")
         self.base, self.localization, self.mask_probability = base, localization, mask_probability
         self.unet, self.towers, self.vision, self.autoencoder = base.unet, base.towers, base.vision, base.autoencoder
         torch.manual_seed(seed)

@@ -53,17 +53,17 @@ class Settings:
     def __post_init__(self):
         for name, least in (("steps", 0), ("batch", 1), ("warmup", 0), ("workers", 0), ("log_every", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')}: at least {least} is wanted, not {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
         # The optimizer looks at its default rate alone, not at those of its groups.
         for name in ("rate", "fuser_rate"):
             rate = getattr(self, name)
             if rate is not None and not rate >= 0:
-                raise ValueError(f"--{name.replace('_', '-')}: at least 0 is wanted, not {rate}")
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 0, got {rate}")
         if not 0 <= self.average < 1:
-            raise ValueError(f"--average: a share from 0 up to but not 1 is wanted, not {self.average}")
+            raise ValueError(f"--average: expected a share from 0 up to but not 1, got {self.average}")
         if self.workers and "fork" not in multiprocessing.get_all_start_methods():
             # A spawned process could not import this pack, which has no importable name of its own.
-            raise ValueError(f"--workers: 0 is wanted on this system, which cannot fork processes, not {self.workers}")
+            raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {self.workers}")
 
 
 class Run:
@@ -183,8 +183,8 @@ class Run:
         if other:
             name = other[0]
             raise ValueError(
-                f"--out: a new folder, or one of a run with {name} {self.kind[name]}, is wanted, but {self.folder} has "
-                f"one with {saved['kind'].get(name)}"
+                f"--out: expected a new folder, or one of a run with {name} {self.kind[name]}, got {self.folder} "
+                f"with {saved['kind'].get(name)}"
             )
         with torch.no_grad():
             for name, p in self.trainables.items():
