@@ -99,13 +99,13 @@ def test_masks_factors_and_half_precision_train_too(narrow, folder):
     ("more", "said"),
     [
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
-        (["--caption", "a star"], "captions: {} exactly once"),
+        (["--caption", "a star"], "captions: expected {} exactly once"),
         (["--placeholder", "my dog"], "placeholder: expected a word without spaces"),
         (["--caption", "photo of a {}"], "captions: expected Shapeland's words, got 'photo'"),
         (["--class-word", "dog"], "captions: expected Shapeland's words, got 'dog'"),
         (["--caption", "a red " * 40 + "{}"], "captions: expected {} among the first 75 tokens, got it at 81"),
         (["--rate", "-1"], "--rate: expected at least 0, got -1.0"),
-        (["--resolution", "60"], "--resolution: a multiple of 32"),
+        (["--resolution", "60"], "--resolution: expected a multiple of 32"),
     ],
 )
 def test_bad_options_are_refused_in_a_sentence(narrow, folder, more, said):
@@ -118,14 +118,14 @@ def test_what_is_missing_is_named(narrow, folder):
     with pytest.raises(FileNotFoundError, match="--masks: expected a mask named 1"):
         command(folder, "--masks", folder / "masks")
     (folder / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="--images: a folder with pictures"):
+    with pytest.raises(FileNotFoundError, match="--images: expected a folder with pictures"):
         command(folder, "--images", folder / "empty")
 
 
 def test_another_run_s_folder_is_refused(narrow, folder):
     command(folder, "--steps", "1")
-    with pytest.raises(ValueError, match="--out: a new folder, or one of a run with rank 4"):
+    with pytest.raises(ValueError, match="--out: expected a new folder, or one of a run with rank 4"):
         command(folder, "--steps", "1", "--rank", "4")
     (folder / "images" / "1.txt").write_text("a blue {}")
-    with pytest.raises(ValueError, match="--out: a new folder, or one of a run with pictures"):
+    with pytest.raises(ValueError, match="--out: expected a new folder, or one of a run with pictures"):
         command(folder, "--steps", "1")

@@ -110,8 +110,8 @@ class Run:
             for option, value in self.kind.items():
                 if (begun := saved.get("kind", {}).get(option)) != value:
                     raise ValueError(
-                        f"--out: expected a new folder, or one of a run with {option} {value}, got {folder} with "
-                        f"{begun}"
+                        f"--out: expected a new folder, or one of a run with {option} {value}, got {folder}, begun "
+                        f"with {begun}"
                     )
             model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])

@@ -183,8 +183,8 @@ class Run:
         if other:
             name = other[0]
             raise ValueError(
-                f"--out: expected a new folder, or one of a run with {name} {self.kind[name]}, got {self.folder} "
-                f"with {saved['kind'].get(name)}"
+                f"--out: expected a new folder, or one of a run with {name} {self.kind[name]}, got {self.folder}, "
+                f"begun with {saved['kind'].get(name)}"
             )
         with torch.no_grad():
             for name, p in self.trainables.items():
