@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .masks import ASPECT_TOLERANCE, same_aspect
+from ..subjects.masks import ASPECT_TOLERANCE, same_aspect
 
 # Dark blue over violet and orange to pale yellow: brightness rises all the way, so it also reads in grey.
 _SCALE = ((0.05, 0.03, 0.30), (0.45, 0.05, 0.55), (0.80, 0.25, 0.40), (0.97, 0.58, 0.20), (0.98, 0.95, 0.65))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..attention.masks import bounding_box
+from ..subjects.masks import bounding_box
 
 KEEP, NOISE, BLACK = "keep", "noise", "black"
 BACKGROUNDS = (KEEP, NOISE, BLACK)

@@ -19,8 +19,8 @@ import torch
 from .tables import markdown, write_json, write_section
 
 if TYPE_CHECKING:
-    from ..host.rigs import Rig
     from .benches import Session
+    from .rigs import Rig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "bench.md"
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
     from comfy.cli_args import args
 
     args.cpu = args.cpu or options.device == "cpu"
-    from ..host.rigs import CFG, PLANS, SAMPLER, SCHEDULER, Rig
+    from .rigs import CFG, PLANS, SAMPLER, SCHEDULER, Rig
 
     plan = PLANS[options.arch, options.device]
     with torch.inference_mode():

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..host.studio import Studio
 from ..shapeland.judge import Reading
 from . import metrics
 from .metrics import Row
 from .scenes import Case, make_case
 from .sheet import SheetRow
+from .studio import Studio
 
 SEEDS_PER_CASE = 4
 """Pictures of one case share a batch, and so one reference pass per step."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..host.studio import Studio
 from ..shapeland.judge import Reading
 from ..shapeland.world import Picture
 from .metrics import Row, interval
 from .scenes import held_out
+from .studio import Studio
 
 PICTURES = 256
 _LEAST_AREA = 40  # pixels of a thing that must be seen for it to count

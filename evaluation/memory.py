@@ -11,10 +11,10 @@ import json
 
 import torch
 
-from ..host.rigs import PLANS, Rig
 from .bench import sessions_of
 from .benches import Session
 from .meters import ResidentPeak
+from .rigs import PLANS, Rig
 
 
 def growth(session: Session) -> dict[str, float]:

@@ -81,8 +81,8 @@ def main(argv: list[str]) -> int:
     if options.pictures < 1:
         parser().error(f"--pictures: expected at least 1, got {options.pictures}")
     # Only now, for the modules below need the host, and asking for help does not.
-    from ..host.studio import CFG, SAMPLER, SCHEDULER, STEPS, Studio
     from .judging import PICTURES, measure_judge
+    from .studio import CFG, SAMPLER, SCHEDULER, STEPS, Studio
 
     begin = time.monotonic()
 

@@ -149,10 +149,10 @@ def main(argv: list[str]) -> None:
     for name in names:
         if name not in known:
             parser.error(f"there is no concept {name!r}: choose from {', '.join(known)}")
-    from ..host.concept_studio import train_with_progress
-    from ..host.studio import Studio
+    from ..host.weaver.studio import train_with_progress
     from ..training.concepts.learner import Recipe
     from ..training.concepts.pictures import Pictures
+    from .studio import Studio
 
     studio = Studio.open()
     FOLDER.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..encoders.concepts import Concept, join
-from ..host import concepts
+from ..host.weaver import concepts
 from .types import ConceptSocket, Node, growing, in_order, own_places, register_folder
 
 CATEGORY = "ConceptLoom/Concept Weaver"

@@ -9,9 +9,8 @@ from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
 from ..encoders.reference import BACKGROUNDS, KEEP
-from ..host import delay, fastcomposer
-from ..host import fastcomposer_files as files
-from ..host.placeholders import MARK
+from ..host.fastcomposer import conditioning, delay, files
+from ..host.words import MARK
 from ..samplers.switching import COUNTINGS, NEAREST
 from .types import (
     FuserSocket,
@@ -154,8 +153,8 @@ class SubjectEncoder(Node):
                 ),
                 io.Combo.Input(
                     "pictures",
-                    options=[fastcomposer.SEPARATE, fastcomposer.AVERAGED],
-                    default=fastcomposer.SEPARATE,
+                    options=[conditioning.SEPARATE, conditioning.AVERAGED],
+                    default=conditioning.SEPARATE,
                     tooltip="Whether the inputs are different subjects, or several photos of one, which are averaged.",
                 ),
             ],
@@ -164,7 +163,7 @@ class SubjectEncoder(Node):
 
     @classmethod
     def execute(cls, clip_vision, subjects, background, crop, pictures) -> io.NodeOutput:
-        encoded = fastcomposer.encode_subjects(clip_vision, gather_subjects(subjects), background, crop, pictures)
+        encoded = conditioning.encode_subjects(clip_vision, gather_subjects(subjects), background, crop, pictures)
         return io.NodeOutput(encoded)
 
 
@@ -215,7 +214,7 @@ class FuseSubjects(Node):
 
     @classmethod
     def execute(cls, clip, fuser, subjects, prompt, strength, placeholder) -> io.NodeOutput:
-        fused = fastcomposer.fuse(
+        fused = conditioning.fuse(
             clip, fuser, prompt, gather_subjects(subjects, "Subject Encoder"), placeholder, strength
         )
         return io.NodeOutput(*fused)

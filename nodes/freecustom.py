@@ -7,9 +7,11 @@ from comfy_api.latest import io
 
 from ..attention.heatmap import share_pictures
 from ..attention.mrsa import FORMULAS
-from ..host import bank, freecustom, references, sites
 from ..host.advice import advise
-from ..host.shares import ALL
+from ..host.freecustom import attention as freecustom
+from ..host.freecustom import bank, references
+from ..host.freecustom.shares import ALL
+from ..host.model import sites
 from .types import ADVISES_LATER, Node, ShareRecordSocket, gather_subjects, subject_inputs
 
 CUSTOM_BLOCKS = "custom list"

@@ -6,7 +6,7 @@ import comfy.samplers
 import latent_preview
 from comfy_api.latest import io
 
-from ..host import inversion as host
+from ..host.structure import inversion as host
 from ..samplers.inversion import MODES, PNP
 from .types import Node, PartitionSocket, TrajectorySocket
 

@@ -13,9 +13,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..attention.instances import ABSENT, ERROR, read_scores
-from ..attention.partition import OVERLAPS, SMALLER_IN_FRONT, assemble, picture
-from ..host import box_segmenting, segmenting
+from ..host.segmenting import boxes, segmenters
+from ..subjects.instances import ABSENT, ERROR, read_scores
+from ..subjects.partition import OVERLAPS, SMALLER_IN_FRONT, assemble, picture
 from .types import Node, PartitionSocket, SegmenterSocket, growing, in_order, one_picture, preview, register_folder
 
 CATEGORY = "ConceptLoom/Concept Weaver"
@@ -111,15 +111,15 @@ def _path(folder: str, file: str) -> Path:
 
 
 _LOADERS = {
-    SAM3: lambda chosen: segmenting.Sam3(chosen["model"], chosen["clip"], chosen["threshold"]),
-    TEXT_BOXES: lambda chosen: segmenting.Boxes(
-        box_segmenting.GroundingDino(_path(DETECTORS, chosen["detector"]), chosen["threshold"]),
-        box_segmenting.load_cutter(_path(SAMS, chosen["sam"])),
+    SAM3: lambda chosen: segmenters.Sam3(chosen["model"], chosen["clip"], chosen["threshold"]),
+    TEXT_BOXES: lambda chosen: segmenters.Boxes(
+        boxes.GroundingDino(_path(DETECTORS, chosen["detector"]), chosen["threshold"]),
+        boxes.load_cutter(_path(SAMS, chosen["sam"])),
     ),
-    DRAWN_BOXES: lambda chosen: segmenting.Boxes(
-        segmenting.GivenBoxes(chosen["boxes"]), box_segmenting.load_cutter(_path(SAMS, chosen["sam"]))
+    DRAWN_BOXES: lambda chosen: segmenters.Boxes(
+        segmenters.GivenBoxes(chosen["boxes"]), boxes.load_cutter(_path(SAMS, chosen["sam"]))
     ),
-    SHAPELAND: lambda chosen: segmenting.ShapelandJudge(),
+    SHAPELAND: lambda chosen: segmenters.ShapelandJudge(),
 }
 
 
@@ -161,7 +161,7 @@ class TextToMasks(Node):
 
     @classmethod
     def execute(cls, segmenter, image, nouns, absent) -> io.NodeOutput:
-        masks, scores, seen = segmenting.text_to_masks(segmenter, one_picture(image), nouns, absent)
+        masks, scores, seen = segmenters.text_to_masks(segmenter, one_picture(image), nouns, absent)
         return io.NodeOutput(masks, scores, ui=preview(cls, seen))
 
 

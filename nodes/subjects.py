@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..attention.collage import place
-from ..attention.masks import spotlight
-from ..attention.subject import MAX_WEIGHT, Subject
+from ..subjects.collage import place
+from ..subjects.masks import spotlight
+from ..subjects.subject import MAX_WEIGHT, Subject
 from .types import Node, SubjectSocket, gather_subjects, one_picture, preview, subject_inputs
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..host import concept_studio
+from ..host.weaver import studio
 from ..training.concepts.augment import AUGMENTATIONS, NONE
 from ..training.concepts.learner import Recipe
 from ..training.concepts.pictures import Pictures
@@ -155,7 +155,7 @@ class TrainConcept(Node):
             [None] * len(images) if masks is None else list(masks),
             [line.strip() for line in captions.splitlines() if line.strip()],
         )
-        concept, loss, report = concept_studio.train_with_progress(
+        concept, loss, report = studio.train_with_progress(
             model,
             clip,
             vae,

@@ -11,8 +11,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..attention.subject import Subject
 from ..host.advice import withdraw_earlier
+from ..subjects.subject import Subject
 
 PREVIEW_SIDE = 256
 

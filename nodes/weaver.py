@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..encoders.concept_texts import KEEP_OTHERS, OTHERS
-from ..host import concept_prompts, fusion, plugandplay
+from ..host.structure import plugandplay
+from ..host.weaver import fusion
+from ..host.weaver import prompts as concept_prompts
 from .concepts import as_concepts, one_concept
 from .types import ADVISES_LATER, ConceptPromptsSocket, ConceptSocket, Node, PartitionSocket, TrajectorySocket
 

@@ -278,8 +278,8 @@ def test_a_tiny_batch_is_learnt(narrow, data_folder):
 
 def test_places_of_subjects_are_those_of_the_host(host):
     """Tokens and rows of random captions of Shapeland."""
-    from conceptloom.host.placeholders import locate
     from conceptloom.host.shapeland import load_clip
+    from conceptloom.host.words import locate
     from conceptloom.training.base import _world_words
     from conceptloom.training.shapeland.common import START, word_tokens
 
@@ -311,8 +311,8 @@ def clip_words(host_path):
     ],
 )
 def test_places_in_any_words_are_those_of_the_host(host, clip_words, marked):
-    from conceptloom.host.placeholders import locate
     from conceptloom.host.shapeland import load_clip
+    from conceptloom.host.words import locate
 
     pieces = marked.split("|")
     caption = "".join(pieces)
@@ -491,10 +491,10 @@ def test_a_sheet_shows_subjects_and_samples(narrow, data_folder, tmp_path, monke
 def test_the_host_predicts_what_was_trained(host, data_folder, tmp_path, monkeypatch, train):
     """Subjects, text and UNet through the exported file: one prediction in diffusers and in the host."""
     import comfy.model_management
-    from conceptloom.attention.subject import Subject
-    from conceptloom.host import fastcomposer as in_host
-    from conceptloom.host import fastcomposer_files as in_files
+    from conceptloom.host.fastcomposer import files as in_files
+    from conceptloom.host.fastcomposer import subjects as in_host
     from conceptloom.host.shapeland import load_clip, load_clip_vision, load_model
+    from conceptloom.subjects.subject import Subject
 
     torch.manual_seed(0)
     untrained = models.build_unet().state_dict()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 def _unet_config(kind: str) -> dict:
     """SD 1.5's UNet, or SDXL's at the reduced depth of Segmind Vega, which the host reads as SDXL: 10 transformer
     blocks become 2, 2 become 1, and the middle has none."""
-    from conceptloom.host.rigs import SD15_UNET, sdxl_unet
+    from conceptloom.evaluation.rigs import SD15_UNET, sdxl_unet
 
     if kind == "sd15":
         return {**SD15_UNET, "num_heads": 8}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ...host.rigs import Rig
+from ..rigs import Rig
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 
 from ...encoders import concept_files
 from ...encoders.concepts import Concept, Delta, layer_name
-from ...host.fusion import SCORES, Settings, SpokenConcept, apply
-from ...host.inversion import SourceTrajectory
-from ...host.plugandplay import Settings as Injection
-from ...host.plugandplay import apply as inject
-from ...host.rigs import Rig
-from ...host.sites import CROSS, family_of
+from ...host.model.sites import CROSS, family_of
+from ...host.structure.inversion import SourceTrajectory
+from ...host.structure.plugandplay import Settings as Injection
+from ...host.structure.plugandplay import apply as inject
+from ...host.weaver.fusion import SCORES, Settings, SpokenConcept, apply
 from ...samplers.inversion import Trajectory
+from ..rigs import Rig
 from . import Session
 
 SUBJECTS = (1, 2, 5)

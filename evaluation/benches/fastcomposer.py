@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ...host.delay import Delay, delayed, prepared
-from ...host.rigs import Rig
+from ...host.fastcomposer.delay import Delay, delayed, prepared
 from ...samplers.switching import NEAREST
+from ..rigs import Rig
 from . import Session
 
 SUBJECTS = (1, 2)

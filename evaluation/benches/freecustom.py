@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...host.freecustom import Settings, apply
-from ...host.rigs import Rig
+from ...host.freecustom.attention import Settings, apply
+from ..rigs import Rig
 from . import Session
 
 SUBJECTS = (1, 2, 3)

@@ -8,16 +8,17 @@ from functools import partial
 
 import torch
 
-from ...attention.partition import assemble
 from ...encoders.concept_texts import Name, concept_text
 from ...encoders.concepts import PARTS, Concept, layer_name
-from ...host import fusion, plugandplay
-from ...host.concept_prompts import encode_prompts, encode_text, splice
-from ...host.concept_weights import UNET
-from ...host.inversion import invert, renew
-from ...host.studio import CFG, NEGATIVE_PROMPT, Studio
+from ...host.structure import plugandplay
+from ...host.structure.inversion import invert, renew
+from ...host.weaver import fusion
+from ...host.weaver.prompts import encode_prompts, encode_text, splice
+from ...host.weaver.weights import UNET
+from ...subjects.partition import assemble
 from ..comparison import compare, explain
 from ..sheet import contact_sheet
+from ..studio import CFG, NEGATIVE_PROMPT, Studio
 from ..templates import BACKGROUND, TemplateCase, load_bank, structure, template_case
 from . import Report
 

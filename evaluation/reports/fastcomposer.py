@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ...attention.subject import Subject
 from ...encoders.reference import NOISE
-from ...host import fastcomposer
-from ...host import fastcomposer_files as files
-from ...host.delay import Delay, delayed
+from ...host.fastcomposer import conditioning as fastcomposer
+from ...host.fastcomposer import files
+from ...host.fastcomposer.delay import Delay, delayed
 from ...host.shapeland import load_clip_vision
-from ...host.studio import Studio
 from ...samplers.switching import NEAREST
 from ...shapeland.models import WEIGHTS
+from ...subjects.subject import Subject
 from ..comparison import compare, explain
 from ..metrics import Row
 from ..scenes import Case
 from ..sheet import contact_sheet
+from ..studio import Studio
 from . import Report
 
 SYSTEM = "fastcomposer"

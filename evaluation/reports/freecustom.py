@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
-from ...attention.subject import Subject
-from ...host import freecustom
-from ...host.sites import ALL_BLOCKS, LAST_STAGE, LAST_TWO_STAGES
-from ...host.studio import Studio
+from ...host.freecustom import attention as freecustom
+from ...host.model.sites import ALL_BLOCKS, LAST_STAGE, LAST_TWO_STAGES
+from ...subjects.subject import Subject
 from ..comparison import compare, explain
 from ..scenes import Case
 from ..sheet import contact_sheet
+from ..studio import Studio
 from . import Report
 
 SYSTEM = "freecustom"

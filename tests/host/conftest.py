@@ -46,7 +46,7 @@ class Toy:
         import comfy.model_base
         import comfy.model_patcher
         import comfy.supported_models
-        from conceptloom.host.rigs import SD15_UNET
+        from conceptloom.evaluation.rigs import SD15_UNET
 
         config = getattr(comfy.supported_models, family)(
             {
@@ -105,7 +105,7 @@ class Toy:
 
     def subject(self, seed=0, size=(128, 128), mask="part", **changes):
         """A subject of random colours; its mask covers a quarter of it."""
-        from conceptloom.attention.subject import Subject
+        from conceptloom.subjects.subject import Subject
 
         image = torch.rand(*size, 3, generator=torch.Generator().manual_seed(seed))
         if mask == "part":
@@ -115,7 +115,7 @@ class Toy:
 
     def apply(self, *subjects, model=None, **settings):
         """The model with FreeCustom; bank off unless asked for, so that runs count their passes."""
-        from conceptloom.host.freecustom import Settings, apply
+        from conceptloom.host.freecustom.attention import Settings, apply
 
         settings = {"bank_mib": 0, **settings}
         return apply(self.model if model is None else model, self.vae, self.clip, subjects, Settings(**settings))

@@ -99,8 +99,8 @@ def concept(toy, with_lora):
     from conceptloom.encoders.adapter_names import Named
     from conceptloom.encoders.adapters import Adapter
     from conceptloom.encoders.concepts import Concept, Delta, layer_name
-    from conceptloom.host.fusion import SpokenConcept
-    from conceptloom.host.sites import CROSS, UNetFamily
+    from conceptloom.host.model.sites import CROSS, UNetFamily
+    from conceptloom.host.weaver.fusion import SpokenConcept
 
     unet, generator = toy.base.diffusion_model, torch.Generator().manual_seed(11)
 
@@ -122,7 +122,7 @@ def concept(toy, with_lora):
 
 
 def fusion(toy, model, with_lora=False, **settings):
-    from conceptloom.host.fusion import Settings, apply
+    from conceptloom.host.weaver.fusion import Settings, apply
 
     model, positive = apply(model, toy.positive, [concept(toy, with_lora)], partition(), Settings(**settings))
     return model, {"positive": positive}
@@ -141,15 +141,15 @@ def freecustom(toy, model):
 
 
 def recorded_shares(toy, model):
-    from conceptloom.host.freecustom import record_shares
+    from conceptloom.host.freecustom.attention import record_shares
 
     model, toy.record = record_shares(freecustom(toy, model)[0], "all", "all")
     return model, {}
 
 
 def plug_and_play(toy, model):
-    from conceptloom.host.inversion import SourceTrajectory
-    from conceptloom.host.plugandplay import Settings, apply
+    from conceptloom.host.structure.inversion import SourceTrajectory
+    from conceptloom.host.structure.plugandplay import Settings, apply
     from conceptloom.samplers.inversion import Trajectory
 
     levels = (0.0, 1.0, 4.0, 15.0)
@@ -159,7 +159,7 @@ def plug_and_play(toy, model):
 
 
 def delayed(toy, model):
-    from conceptloom.host.delay import Delay, delayed, prepared
+    from conceptloom.host.fastcomposer.delay import Delay, delayed, prepared
 
     late = toy.clip.encode_from_tokens_scheduled("a dog and a cat")
     return prepared(model), {"positive": delayed(toy.positive, late, Delay(0.5, None, 0, "steps"))}
@@ -211,7 +211,7 @@ def test_shares_are_those_of_the_uncompiled_model(toy):
 
 
 def test_an_inversion_is_that_of_the_uncompiled_model(toy):
-    from conceptloom.host.inversion import invert
+    from conceptloom.host.structure.inversion import invert
 
     # Two pictures are as many rows as a picture and its negative: no second trace.
     latent = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5)) / 0.18215}
@@ -226,7 +226,7 @@ def test_an_inversion_is_that_of_the_uncompiled_model(toy):
 
 def test_what_a_system_does_not_touch_is_compiled(toy):
     """A system that is off opens no run, and one that fails leaves nothing behind."""
-    from conceptloom.host.patching import attach
+    from conceptloom.host.model.patching import attach
 
     class Broken:
         name = "Broken"
@@ -247,7 +247,7 @@ def test_what_a_system_does_not_touch_is_compiled(toy):
 
 
 def test_weights_are_read_where_a_compiled_module_is_left_in_the_model(toy):
-    from conceptloom.host.concept_weights import Weights
+    from conceptloom.host.weaver.weights import Weights
 
     before = Weights.of(toy.model)
     with torch.compiler.set_stance("force_eager"):

@@ -49,7 +49,7 @@ class TestTokens:
     )
     def test_a_token_is_a_word_of_the_vocabulary_bit_by_bit(self, clip, concept, words, text, same):
         """Oracle A2."""
-        from conceptloom.host.concept_prompts import encode_text
+        from conceptloom.host.weaver.prompts import encode_text
 
         with torch.inference_mode():
             spliced = encode_text(clip, text, concept(words))
@@ -60,7 +60,7 @@ class TestTokens:
     def test_a_model_of_two_encoders_gets_each_its_own_rows(self):
         """SDXL's tokenizer: the same places in both, with weights kept."""
         from comfy.sdxl_clip import SDXLTokenizer
-        from conceptloom.host.concept_prompts import splice
+        from conceptloom.host.weaver.prompts import splice
 
         tokenizer = SDXLTokenizer()
         clip = SimpleNamespace(tokenizer=tokenizer, tokenize=tokenizer.tokenize_with_weights)
@@ -80,7 +80,7 @@ class TestTokens:
             assert row == 4
 
     def test_text_around_the_placeholder_may_hold_the_word_that_stands_in(self, clip, concept):
-        from conceptloom.host.concept_prompts import encode_text
+        from conceptloom.host.weaver.prompts import encode_text
 
         with torch.inference_mode():
             spliced = encode_text(clip, "a zebra and a <new1> star", concept("fish"))
@@ -90,13 +90,13 @@ class TestTokens:
 
 class TestPrompts:
     def encode(self, clip, *concepts, base="a star and a mug", **options):
-        from conceptloom.host.concept_prompts import encode_prompts
+        from conceptloom.host.weaver.prompts import encode_prompts
 
         with torch.inference_mode():
             return encode_prompts(clip, base, "ugly", concepts, **options)
 
     def test_each_concept_has_its_own_text(self, clip, concept):
-        from conceptloom.host.concept_prompts import encode_text
+        from conceptloom.host.weaver.prompts import encode_text
 
         star, mug = concept("fish"), concept("tree", "<new2>", "mug")
         made = self.encode(clip, star, mug)

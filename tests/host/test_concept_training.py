@@ -18,7 +18,7 @@ def parts(host):
 
 
 def train(parts, steps=3, report=lambda *_: None, prior=None, pictures=None, folder=None, **recipe):
-    from conceptloom.host.concept_training import train
+    from conceptloom.host.weaver.training import train
     from conceptloom.training.concepts.learner import Recipe
     from conceptloom.training.concepts.pictures import Pictures
 
@@ -57,8 +57,8 @@ class TestConcept:
         pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
         import comfy.model_management
         from conceptloom.encoders.concept_texts import Name
-        from conceptloom.host import concept_training
-        from conceptloom.host.concept_weights import Weights
+        from conceptloom.host.weaver import training as concept_training
+        from conceptloom.host.weaver.weights import Weights
         from conceptloom.shapeland import models
         from conceptloom.training.base import open_base
         from conceptloom.training.concepts.diffusion import Learner
@@ -101,9 +101,9 @@ class TestConcept:
         """The trainer's denoised latents are those of Multi-Concept Fusion with the concept over the whole picture."""
         import comfy.model_management
         from conceptloom.encoders.concept_texts import Name
-        from conceptloom.host import concept_training
-        from conceptloom.host.concept_prompts import encode_text
-        from conceptloom.host.fusion import Settings, SpokenConcept, apply
+        from conceptloom.host.weaver import training as concept_training
+        from conceptloom.host.weaver.fusion import Settings, SpokenConcept, apply
+        from conceptloom.host.weaver.prompts import encode_text
         from conceptloom.training.concepts.learner import Recipe
         from conceptloom.training.concepts.pictures import Pictures
 
@@ -256,7 +256,7 @@ class TestRefusals:
 
 def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):
     import comfy.utils
-    from conceptloom.host.concept_studio import train_with_progress
+    from conceptloom.host.weaver.studio import train_with_progress
     from conceptloom.training.concepts.learner import Recipe
     from conceptloom.training.concepts.pictures import Pictures
 
@@ -279,7 +279,7 @@ def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):
 
 
 def test_the_loss_is_drawn(host):
-    from conceptloom.host.concept_studio import loss_picture
+    from conceptloom.host.weaver.studio import loss_picture
 
     falling = loss_picture([1 / (i + 1) for i in range(100)])
     assert falling.shape == (256, 512, 3)

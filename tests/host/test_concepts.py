@@ -133,7 +133,7 @@ OTHER_NAMES = {
 
 
 def load(toy, source, **options):
-    from conceptloom.host.concepts import load_concept
+    from conceptloom.host.weaver.concepts import load_concept
 
     return load_concept(options.pop("model", toy.model), source, **options)
 
@@ -305,7 +305,7 @@ def text_names():
 
 @pytest.mark.parametrize("writer", text_names())
 def test_text_encoders_of_every_writer_are_read(writer, toy, truth, clip):
-    from conceptloom.host.concepts import with_text
+    from conceptloom.host.weaver.concepts import with_text
 
     up, down = torch.randn(128, 2) * 0.1, torch.randn(2, 128)
     ends = ("B", "A") if "PEFT" in writer else ("up", "down")
@@ -321,7 +321,7 @@ def sd15(host):
     """A MODEL of Stable Diffusion 1.5's true architecture with random weights."""
     import gc
 
-    from conceptloom.host.rigs import PLANS, Rig
+    from conceptloom.evaluation.rigs import PLANS, Rig
 
     with torch.inference_mode():
         yield Rig.build(PLANS["sd15", "cpu"]).model
@@ -335,7 +335,7 @@ def sd15_truth(sd15):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_stable_diffusion_s_names_and_shapes(name, sd15, sd15_truth):
-    from conceptloom.host.concepts import load_concept
+    from conceptloom.host.weaver.concepts import load_concept
 
     assert len(sd15_truth.base) == 32 and sum(w.numel() for w in sd15_truth.base.values()) == 19_169_280
     concept = load_concept(sd15, sd15_truth.files()[name])
@@ -362,7 +362,7 @@ def test_patches_on_the_model_do_not_count(toy, truth):
 def test_saved_concepts_and_loras_are_read_again(toy, truth, tmp_path):
     import comfy.lora
     import comfy.utils
-    from conceptloom.host.concepts import AS_LORA, save
+    from conceptloom.host.weaver.concepts import AS_LORA, save
 
     concept = load(toy, truth.files()["F3"], class_word="dog", strength=0.5)
     report = save(concept, tmp_path, "dog")
@@ -412,7 +412,7 @@ BAD_NAMES = {
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(toy, truth, tmp_path, monkeypatch):
     from conceptloom.encoders.concepts import Concept
-    from conceptloom.host.concepts import save
+    from conceptloom.host.weaver.concepts import save
 
     concept = load(toy, truth.files()["F3"])
     (tmp_path / "concepts").write_text("a file in the place of the folder")
@@ -424,7 +424,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(toy
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_the_same_after_saving(name, toy, truth, tmp_path):
     """Oracle A1, by the nodes' own loader."""
-    from conceptloom.host.concepts import save
+    from conceptloom.host.weaver.concepts import save
 
     concept = load(toy, truth.files()[name])
     save(concept, tmp_path, "dog")
@@ -453,8 +453,8 @@ def test_products_of_kronecker_are_read(toy, truth):
 
 
 def test_keys_and_values_are_those_of_a_unet_with_the_weights_swapped(toy, truth):
-    from conceptloom.host.concepts import keys_and_values
-    from conceptloom.host.sites import CROSS, family_of
+    from conceptloom.host.model.sites import CROSS, family_of
+    from conceptloom.host.weaver.concepts import keys_and_values
 
     # In half precision the differences are exact, so only the order of sums is left to differ.
     whole = {name: w + truth.delta[name].half().float() for name, w in truth.base.items()}
@@ -473,8 +473,8 @@ def test_keys_and_values_are_those_of_a_unet_with_the_weights_swapped(toy, truth
 
 
 def test_strength_scales_the_difference_and_0_is_the_base(toy, truth):
-    from conceptloom.host.concepts import keys_and_values
-    from conceptloom.host.sites import CROSS, family_of
+    from conceptloom.host.model.sites import CROSS, family_of
+    from conceptloom.host.weaver.concepts import keys_and_values
 
     context = torch.randn(1, 5, WIDTH)
     site = next(s for s in family_of(toy.base.diffusion_model).sites(toy.base.diffusion_model) if s.kind == CROSS)
@@ -505,7 +505,7 @@ def test_queries_outputs_and_biases_of_all_cross_attention(toy, truth):
 
 
 def test_what_is_outside_cross_attention_is_kept_apart_and_counted(toy, truth, caplog):
-    from conceptloom.host.concepts import describe
+    from conceptloom.host.weaver.concepts import describe
 
     caplog.set_level(logging.WARNING)
     own = toy.base.diffusion_model.state_dict()
@@ -567,7 +567,7 @@ def clip(host):
 
 
 def test_tokens_of_another_width_are_refused(toy, truth, clip):
-    from conceptloom.host.concepts import check_tokens
+    from conceptloom.host.weaver.concepts import check_tokens
 
     def given(token):
         return load(toy, {**truth.files()["F3"], "modifier_token": {"<new1>": token}})
@@ -585,7 +585,7 @@ def states(clip):
 
 
 def test_text_encoders_change_for_the_concept_s_own_prompt_alone(toy, truth, clip):
-    from conceptloom.host.concepts import with_text
+    from conceptloom.host.weaver.concepts import with_text
 
     before = states(clip)
     own = clip.cond_stage_model.clip_l.transformer.state_dict()
@@ -721,7 +721,8 @@ LFS = "got dog.{}, which seems to be a git-lfs pointer: fetch the file itself (g
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin", "pt"])
 def test_broken_files_get_one_sentence_in_every_loader(ending, toy, truth, tmp_path):
-    from conceptloom.host import box_segmenting, fastcomposer_files
+    from conceptloom.host.fastcomposer import files as fastcomposer_files
+    from conceptloom.host.segmenting import boxes as box_segmenting
     from conceptloom.shapeland import models
 
     path = tmp_path / f"dog.{ending}"
@@ -752,7 +753,7 @@ def test_broken_files_get_one_sentence_in_every_loader(ending, toy, truth, tmp_p
 
 
 def test_endings_do_not_matter(toy, truth, tmp_path):
-    from conceptloom.host.files import load_state
+    from conceptloom.host.model.files import load_state
     from safetensors.torch import save_file
 
     save_file(truth.kohya(), tmp_path / "dog.bin")
@@ -786,7 +787,7 @@ def test_embeddings_of_automatic1111_are_tokens(toy, truth, tmp_path):
 def walk(config):
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from conceptloom.host.sites import CROSS, family_of
+    from conceptloom.host.model.sites import CROSS, family_of
 
     unet = UNetModel(
         **config, num_heads=8, num_head_channels=-1, device="meta", operations=comfy.ops.disable_weight_init
@@ -797,7 +798,7 @@ def walk(config):
 
 def test_layers_of_sd15_and_sdxl_have_their_published_widths():
     """Spec, table A2."""
-    from conceptloom.host.rigs import SD15_UNET, sdxl_unet
+    from conceptloom.evaluation.rigs import SD15_UNET, sdxl_unet
 
     shapes, keys = walk(SD15_UNET)
     assert (len(shapes), sum(c for c, _ in shapes), {w for _, w in shapes}) == (16, 12_480, {768})
@@ -810,7 +811,7 @@ def test_layers_of_sd15_and_sdxl_have_their_published_widths():
 
 
 def test_sdxl_s_layers_are_named_right_in_both_namings(toy_type):
-    from conceptloom.host.rigs import sdxl_unet
+    from conceptloom.evaluation.rigs import sdxl_unet
 
     with torch.inference_mode():
         config = {**sdxl_unet(3), "model_channels": 32, "context_dim": WIDTH}

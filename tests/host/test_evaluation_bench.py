@@ -14,9 +14,8 @@ ROW = {"system", "variant", "arch", "subjects", "ratio", "seconds", "peak_mib", 
 @pytest.fixture
 def quick(host, monkeypatch, tmp_path):
     """The benchmark with one reference, two steps, one round, and memory measured in this process."""
-    from conceptloom.evaluation import bench, memory
+    from conceptloom.evaluation import bench, memory, rigs
     from conceptloom.evaluation.benches import freecustom
-    from conceptloom.host import rigs
 
     plan = replace(rigs.PLANS["tiny", "cpu"], steps=2, rounds=1)
     monkeypatch.setitem(rigs.PLANS, ("tiny", "cpu"), plan)
@@ -71,8 +70,8 @@ def test_over_budget_is_marked(host):
 @pytest.mark.parametrize("arch", ["tiny", "sd15", "sdxl"])
 def test_architectures_are_the_true_ones(host, arch):
     """Layers and widths as the papers count them, without building the large ones' weights."""
-    from conceptloom.host.rigs import PLANS
-    from conceptloom.host.sites import LAST_TWO_STAGES, UNetFamily, choose_sites
+    from conceptloom.evaluation.rigs import PLANS
+    from conceptloom.host.model.sites import LAST_TWO_STAGES, UNetFamily, choose_sites
 
     config = PLANS[arch, "cuda"].config()
     config.set_inference_dtype(torch.float16, None)
@@ -136,7 +135,7 @@ def test_facts_of_a_concept_are_its_true_sizes(host, monkeypatch):
     import re
 
     from conceptloom.evaluation.benches import concept_weaver
-    from conceptloom.host.rigs import PLANS, Rig
+    from conceptloom.evaluation.rigs import PLANS, Rig
 
     monkeypatch.setattr(concept_weaver, "BANK", 2)
     with torch.inference_mode():

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.usefixtures("host")
 
 @pytest.fixture(scope="module")
 def studio(host):
-    from conceptloom.host.studio import Studio
+    from conceptloom.evaluation.studio import Studio
 
     with torch.inference_mode():
         return Studio.open()
@@ -18,7 +18,7 @@ def studio(host):
 def concepts(studio):
     """Two concepts of random differences with words of their own."""
     from conceptloom.encoders.concepts import Concept, Delta
-    from conceptloom.host.concept_weights import Weights
+    from conceptloom.host.weaver.weights import Weights
 
     generator = torch.Generator().manual_seed(3)
 
@@ -52,7 +52,7 @@ def test_merged_weights_are_the_base_s_and_all_differences(studio, concepts):
 
 def test_the_joint_prompt_has_every_word_where_its_own_prompt_has_it(studio, concepts):
     from conceptloom.evaluation.reports.concept_weaver import joint_conditioning
-    from conceptloom.host.concept_prompts import encode_text
+    from conceptloom.host.weaver.prompts import encode_text
 
     text = "a house and a star on a navy background"
     with torch.inference_mode():
@@ -66,10 +66,10 @@ def test_the_joint_prompt_has_every_word_where_its_own_prompt_has_it(studio, con
 
 
 def test_variants_are_drawn_from_one_noise_and_differ(studio, concepts, monkeypatch):
-    from conceptloom.attention.partition import assemble
     from conceptloom.evaluation.reports import concept_weaver
     from conceptloom.evaluation.templates import template_case
-    from conceptloom.host.inversion import invert, renew
+    from conceptloom.host.structure.inversion import invert, renew
+    from conceptloom.subjects.partition import assemble
 
     monkeypatch.setattr(concept_weaver, "STEPS", 4)
     case = next(c for c in (template_case(2, i) for i in range(200)) if set(c.names) == {"house", "star"})

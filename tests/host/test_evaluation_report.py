@@ -24,8 +24,8 @@ class ToyCLIP:
 def shapeland(host):
     """The module that loads Shapeland, with random weights in place of files."""
     import comfy.model_patcher
+    from conceptloom.evaluation.rigs import PLANS, Rig
     from conceptloom.host import shapeland
-    from conceptloom.host.rigs import PLANS, Rig
     from conceptloom.shapeland.autoencoder import Autoencoder
     from conceptloom.shapeland.judge import Judge
 
@@ -49,9 +49,8 @@ def shapeland(host):
 @pytest.fixture
 def report(shapeland, tmp_path, monkeypatch):
     """The report of one and two subjects, writing into an empty folder, with one step and few pictures to judge."""
-    from conceptloom.evaluation import judging, report
+    from conceptloom.evaluation import judging, report, studio
     from conceptloom.evaluation.reports import freecustom
-    from conceptloom.host import studio
 
     monkeypatch.setattr(studio, "STEPS", 1)
     monkeypatch.setattr(freecustom, "SUBJECTS", (1, 2))
@@ -92,9 +91,9 @@ def test_rows_table_sheet_and_document(report, tmp_path, capsys):
 
 def test_plain_is_the_untouched_host(report, host, shapeland):
     """Bit for bit what the host's own KSampler and VAE Decode give, before and after the other variants ran."""
+    from conceptloom.evaluation import studio
     from conceptloom.evaluation.reports.freecustom import draw_variants
     from conceptloom.evaluation.scenes import make_case
-    from conceptloom.host import studio
 
     case = make_case(2, 0)
     with torch.inference_mode():
@@ -119,10 +118,10 @@ def test_plain_is_the_untouched_host(report, host, shapeland):
 def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
     from conceptloom.evaluation.reports.freecustom import VARIANTS, patched
     from conceptloom.evaluation.scenes import make_case
-    from conceptloom.host.freecustom import KEY, Settings
-    from conceptloom.host.patching import attached
-    from conceptloom.host.sites import ALL_BLOCKS, LAST_STAGE
-    from conceptloom.host.studio import Studio
+    from conceptloom.evaluation.studio import Studio
+    from conceptloom.host.freecustom.attention import KEY, Settings
+    from conceptloom.host.model.patching import attached
+    from conceptloom.host.model.sites import ALL_BLOCKS, LAST_STAGE
 
     studio, case = Studio.open(), make_case(2, 0)
     systems = {name: attached(patched(studio, case, *c), KEY) for name, c in VARIANTS.items() if c is not None}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conceptloom.attention.subject import Subject
+from conceptloom.subjects.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -27,7 +27,7 @@ def vision(host):
 @pytest.fixture(scope="module")
 def fuser(host, vision):
     from conceptloom.encoders.fuser import Fuser
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import files
 
     torch.manual_seed(0)
     return files.wrap_fuser(Fuser(128, 128).state_dict(), files.fingerprint(vision))
@@ -38,14 +38,14 @@ def subject(noun, seed=0, **changes):
 
 
 def encoded(vision, *subjects, **options):
-    from conceptloom.host.fastcomposer import encode_subjects
+    from conceptloom.host.fastcomposer.conditioning import encode_subjects
 
     with torch.inference_mode():
         return encode_subjects(vision, subjects, **options)
 
 
 def places_of(clip, prompt, nouns, mark="@subject"):
-    from conceptloom.host.placeholders import find_subjects, locate
+    from conceptloom.host.words import find_subjects, locate
 
     return locate(clip, *find_subjects(prompt, nouns, mark))
 
@@ -172,7 +172,7 @@ def test_a_mark_inside_an_embedding_s_name_is_none(clip):
     ],
 )
 def test_nouns_of_scripts_without_blanks_get_a_token_of_their_own(clip, prompt, nouns, apart, words):
-    from conceptloom.host.placeholders import find_subjects
+    from conceptloom.host.words import find_subjects
 
     assert find_subjects(prompt, nouns)[0] == apart
     tokens, places = places_of(clip, prompt, nouns)
@@ -196,7 +196,7 @@ def test_bad_placeholders_get_their_sentence(clip, mark):
 
 
 def fuse(clip, fuser, prompt, subjects, **options):
-    from conceptloom.host import fastcomposer
+    from conceptloom.host.fastcomposer import conditioning as fastcomposer
 
     with torch.inference_mode():
         return fastcomposer.fuse(clip, fuser, prompt, subjects, **options)
@@ -241,7 +241,7 @@ def test_strength_0_and_weight_0_are_the_text(clip, fuser, vision):
 
 
 def test_photos_of_one_subject_are_averaged(vision):
-    from conceptloom.host.fastcomposer import AVERAGED
+    from conceptloom.host.fastcomposer.conditioning import AVERAGED
 
     photos = [subject("man", i) for i in range(3)]
     single = [s.encodings["fastcomposer"].vector for s in encoded(vision, *photos)]
@@ -278,7 +278,7 @@ def test_a_clip_of_two_rows_a_token_is_refused(clip, fuser, vision):
 
 def test_bad_input_gets_its_sentence(clip, fuser, vision):
     from conceptloom.encoders.fuser import Fuser
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import files
 
     bare, ready = subject("man"), encoded(vision, subject("man"))
     with pytest.raises(ValueError, match=r"subject 1 \(man\) without an embedding"):
@@ -312,7 +312,7 @@ def two_conditionings(toy):
 
 
 def plan(alpha=0.7, step=None, start=0, counting="nearest step"):
-    from conceptloom.host.delay import Delay
+    from conceptloom.host.fastcomposer.delay import Delay
 
     return Delay(alpha, step, start, counting)
 
@@ -330,7 +330,7 @@ def trace(toy):
         return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
 
     from comfy.patcher_extension import WrappersMP
-    from conceptloom.host.delay import prepared
+    from conceptloom.host.fastcomposer.delay import prepared
 
     model = prepared(toy.model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "trace", wrapper)
@@ -345,7 +345,7 @@ def sigmas_of(toy, scheduler, steps):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_switch_is_exact_on_every_scheduler(toy, trace, scheduler):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     model, seen = trace
     for steps, switch in ((4, 1), (8, 7)):
@@ -368,7 +368,7 @@ def test_boundaries_part_all_steps_of_all_schedulers(toy):
 
 
 def test_text_and_subject_share_their_batch_with_the_negative(toy, trace):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     model, seen = trace
     toy.sample(model, steps=4, positive=delayed(*two_conditionings(toy), plan(0.5)))
@@ -383,7 +383,7 @@ def with_area(conditioning):
 
 @pytest.mark.parametrize("change", [lambda conditioning: conditioning, with_area], ids=["plain", "area"])
 def test_ends_are_the_plain_conditionings_bit_by_bit(toy, change):
-    from conceptloom.host.delay import delayed, prepared
+    from conceptloom.host.fastcomposer.delay import delayed, prepared
 
     text, late = two_conditionings(toy)
     for conditioning, plans in ((text, (plan(0.0), plan(step=99))), (late, (plan(1.0), plan(step=0)))):
@@ -394,7 +394,7 @@ def test_ends_are_the_plain_conditionings_bit_by_bit(toy, change):
 
 
 def test_without_a_switch_the_conditioning_is_a_plain_one_for_any_model(toy):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     text, late = two_conditionings(toy)
     assert delayed(text, late, plan(1.0)) == late and delayed(text, late, plan(step=3, start=4)) == late
@@ -407,7 +407,7 @@ def test_without_a_switch_the_conditioning_is_a_plain_one_for_any_model(toy):
 
 def test_what_reads_the_first_tensor_alone_sees_the_subjects(toy):
     """An attention couple draws a region with it, and would draw it without them."""
-    from conceptloom.host.delay import delayed, prepared
+    from conceptloom.host.fastcomposer.delay import delayed, prepared
     from other_packs import couple
 
     text, late = two_conditionings(toy)
@@ -420,14 +420,14 @@ def test_what_reads_the_first_tensor_alone_sees_the_subjects(toy):
 
 
 def test_a_model_that_was_not_prepared_is_refused(toy):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     with pytest.raises(ValueError, match="expected one from Load FastComposer"):
         toy.sample(positive=delayed(*two_conditionings(toy), plan()))
 
 
 def test_a_prepared_model_draws_as_before_and_passes_through_other_nodes(toy, trace):
-    from conceptloom.host.delay import delayed, prepared
+    from conceptloom.host.fastcomposer.delay import delayed, prepared
 
     assert torch.equal(toy.sample(prepared(prepared(toy.model))), toy.sample())
     model, seen = trace
@@ -440,7 +440,7 @@ def test_a_prepared_model_draws_as_before_and_passes_through_other_nodes(toy, tr
 def test_rising_schedules_start_with_the_text(toy, trace):
     import comfy.sample
     import comfy.samplers
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     model, seen = trace
     sigmas = sigmas_of(toy, "normal", 4)[:-1].flip(0)
@@ -466,7 +466,7 @@ def test_rising_schedules_start_with_the_text(toy, trace):
     [("heun", 3), ("dpmpp_2s_ancestral", 3), ("dpm_2", 4), ("dpmpp_2m", 2), ("uni_pc", 2), ("ipndm", 2), ("ddim", 2)],
 )
 def test_samplers_with_several_evaluations_switch_by_noise_level(toy, trace, sampler, switch):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     model, seen = trace
     toy.sample(model, steps=4, sampler=sampler, positive=delayed(*two_conditionings(toy), plan(step=2)))
@@ -475,7 +475,7 @@ def test_samplers_with_several_evaluations_switch_by_noise_level(toy, trace, sam
 
 
 def test_advanced_ranges_and_img2img(toy, trace):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     model, seen = trace
     text, late = two_conditionings(toy)
@@ -487,7 +487,7 @@ def test_advanced_ranges_and_img2img(toy, trace):
 
 
 def test_ranges_set_by_other_nodes_stay_in_force(toy, trace):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     from nodes import ConditioningSetTimestepRange
 
@@ -499,7 +499,7 @@ def test_ranges_set_by_other_nodes_stay_in_force(toy, trace):
 
 
 def test_two_delays_in_one_run_and_no_trace_afterwards(toy, trace):
-    from conceptloom.host.delay import TAG, delayed
+    from conceptloom.host.fastcomposer.delay import TAG, delayed
 
     from nodes import ConditioningCombine
 
@@ -519,7 +519,7 @@ def test_two_delays_in_one_run_and_no_trace_afterwards(toy, trace):
 
 
 def test_references_of_freecustom_work_beside_it(toy):
-    from conceptloom.host.delay import delayed, prepared
+    from conceptloom.host.fastcomposer.delay import delayed, prepared
 
     text, late = two_conditionings(toy)
     model, alone = toy.apply(toy.subject(), model=prepared(toy.model)), prepared(toy.model)
@@ -531,7 +531,7 @@ def test_references_of_freecustom_work_beside_it(toy):
 
 
 def test_delaying_twice_is_refused(toy):
-    from conceptloom.host.delay import delayed
+    from conceptloom.host.fastcomposer.delay import delayed
 
     text, late = two_conditionings(toy)
     with pytest.raises(ValueError, match="subject: expected a conditioning that does not switch yet"):
@@ -554,8 +554,8 @@ def published(host, tmp_path_factory):
 
 def test_published_layout_loads_bit_by_bit(published, caplog):
     import comfy.utils
-    from conceptloom.host import fastcomposer
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import conditioning as fastcomposer
+    from conceptloom.host.fastcomposer import files
 
     path, state = published
     with torch.inference_mode():
@@ -591,7 +591,7 @@ def test_published_layout_loads_bit_by_bit(published, caplog):
 
 
 def test_small_file_replaces_the_trained_layers_of_a_stock_tower(published, tmp_path):
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import files
     from safetensors.torch import load_file
 
     path, state = published
@@ -617,7 +617,7 @@ def test_small_file_replaces_the_trained_layers_of_a_stock_tower(published, tmp_
 def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     """At full rank the difference is exact up to half precision, biases and norms included."""
     from conceptloom.encoders.fuser import Fuser
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import files
     from conceptloom.host.shapeland import load_model
     from conceptloom.shapeland import models
     from safetensors.torch import load_file, save_file
@@ -668,7 +668,7 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     ],
 )
 def test_files_of_another_kind_get_their_sentence(state, sentence, tmp_path):
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import files
     from safetensors.torch import save_file
 
     save_file(state, tmp_path / "file.safetensors")
@@ -680,7 +680,7 @@ def test_unet_file_is_one_for_the_host_and_for_us(host, tmp_path):
     """The whole UNet goes where Load Diffusion Model looks, and a UNet saved by itself is a part like others."""
     from conceptloom.encoders.fastcomposer import FUSER, UNET, split
     from conceptloom.encoders.fuser import Fuser
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import files
     from conceptloom.shapeland import models
     from safetensors.torch import load_file, save_file
 
@@ -702,7 +702,7 @@ def test_unet_file_is_one_for_the_host_and_for_us(host, tmp_path):
 def test_the_host_can_make_a_second_copy_without_dynamic_memory(published, clip):
     """What it asks for when it compiles a model, hooks a LoRA to a conditioning or uses several cards."""
     import comfy.model_patcher
-    from conceptloom.host import fastcomposer_files as files
+    from conceptloom.host.fastcomposer import files
     from conceptloom.host.shapeland import load_model
     from conceptloom.shapeland import models
 

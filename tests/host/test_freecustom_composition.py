@@ -221,7 +221,7 @@ class TestBatches:
         assert picture.shape[-2:] == size and differs(picture, toy.sample(size=size))
 
     def test_references_have_the_pictures_area_and_their_own_shape(self, host):
-        from conceptloom.host.freecustom import reference_size
+        from conceptloom.host.freecustom.attention import reference_size
 
         assert reference_size((1000, 1000), (64, 64)) == (64, 64)
         assert reference_size((1010, 1000), (64, 64)) == (64, 64)
@@ -298,7 +298,7 @@ def roles_of(toy, model, seen, **options):
 
 def watched_roles(seen):
     """Collects the roles of every evaluation of a run."""
-    from conceptloom.host.freecustom import ReferenceRun
+    from conceptloom.host.freecustom.attention import ReferenceRun
 
     handlers = ReferenceRun.handlers
 
@@ -406,7 +406,7 @@ class TestOtherModels:
         class VanillaTemporalModule(torch.nn.Identity):
             pass
 
-        from conceptloom.host.sites import UNetFamily
+        from conceptloom.host.model.sites import UNetFamily
 
         unet = toy.base.diffusion_model
         unet.output_blocks[3].append(VanillaTemporalModule())

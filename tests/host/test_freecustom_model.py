@@ -61,7 +61,7 @@ def naive_batch(toy, subjects, style_fidelity, formula="official", steps=3, cfg=
     """
     import comfy.sample
     import comfy.samplers
-    from conceptloom.host.references import reference_noise
+    from conceptloom.host.freecustom.references import reference_noise
 
     n = len(subjects)
     pixels = torch.stack([s.image for s in subjects])
@@ -124,7 +124,7 @@ class TestSelfReference:
     def sample(self, toy):
         import comfy.sample
         import comfy.samplers
-        from conceptloom.host.references import reference_noise
+        from conceptloom.host.freecustom.references import reference_noise
 
         subject = toy.subject(mask=None)
         z0 = toy.vae.encode(subject.image[None])
@@ -206,7 +206,7 @@ class TestPasses:
         assert toy.rows.count(3) == 3 and toy.rows.count(1) == 6
 
     def test_subjects_of_one_picture_share_a_row(self, toy):
-        from conceptloom.attention.subject import Subject
+        from conceptloom.subjects.subject import Subject
 
         image = toy.subject(0).image
         masks = [torch.zeros(128, 128) for _ in range(2)]
@@ -226,7 +226,7 @@ class TestPasses:
 
 def held_entries(model):
     """What the bank of a model holds, by noise level."""
-    from conceptloom.host.freecustom import KEY
+    from conceptloom.host.freecustom.attention import KEY
 
     return {
         entry[0]: {site.index: kv for site, kv in tensors.items()}
@@ -306,7 +306,7 @@ class TestBank:
         assert close(apart, together)
 
     def test_limit_holds_and_the_rest_is_computed(self, toy):
-        from conceptloom.host.freecustom import KEY
+        from conceptloom.host.freecustom.attention import KEY
 
         subjects = [toy.subject(i, mask=None) for i in range(3)]
         plenty = toy.apply(*subjects, bank_mib=64)
@@ -322,7 +322,7 @@ class TestBank:
             assert torch.equal(picture, toy.sample(plenty, steps=4))
 
     def test_oldest_configuration_goes_first(self):
-        from conceptloom.host.bank import RAM, Bank
+        from conceptloom.host.freecustom.bank import RAM, Bank
 
         bank = Bank(100, RAM)
         for name in "abc":
@@ -359,7 +359,7 @@ class TestFreed:
             seen.append(weakref.ref(out))
             return out
 
-        monkeypatch.setattr("conceptloom.host.references.torch.stack", stacked)
+        monkeypatch.setattr("conceptloom.host.freecustom.references.torch.stack", stacked)
         return seen
 
     @staticmethod
@@ -424,8 +424,8 @@ class TestBlocks:
 
     def sites(self, name):
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-        from conceptloom.host.rigs import SD15_UNET
-        from conceptloom.host.sites import UNetFamily
+        from conceptloom.evaluation.rigs import SD15_UNET
+        from conceptloom.host.model.sites import UNetFamily
 
         changes, _, _ = self.CONFIGS[name]
         config = {**SD15_UNET, "num_heads": -1, "num_head_channels": 64, **changes}
@@ -435,7 +435,7 @@ class TestBlocks:
 
     @pytest.mark.parametrize("name", ["sd15", "sd21"])
     def test_sixteen_layers(self, host, name):
-        from conceptloom.host import sites as places
+        from conceptloom.host.model import sites as places
 
         sites = self.sites(name)
         own = [site for site in sites if site.kind == places.SELF]
@@ -453,7 +453,7 @@ class TestBlocks:
             assert [s.index for s in places.choose_sites(sites, blocks)] == list(layers)
 
     def test_seventy_layers_of_sdxl(self, host):
-        from conceptloom.host import sites as places
+        from conceptloom.host.model import sites as places
 
         sites = self.sites("sdxl")
         own = [site for site in sites if site.kind == places.SELF]
@@ -467,7 +467,7 @@ class TestBlocks:
 def test_every_kernel_adds_the_bias(host, name, monkeypatch):
     """Oracle 10."""
     from comfy.ldm.modules import attention
-    from conceptloom.host.sites import host_attention
+    from conceptloom.host.model.sites import host_attention
 
     q, k, v = torch.randn(2, 256, 160), torch.randn(2, 400, 160), torch.randn(2, 400, 160)
     bias = torch.randn(1, 1, 1, 400)
@@ -480,7 +480,7 @@ def test_every_kernel_adds_the_bias(host, name, monkeypatch):
 
 def test_kernels_that_drop_a_bias_are_not_given_one(host, monkeypatch):
     from comfy.ldm.modules import attention
-    from conceptloom.host.sites import host_attention
+    from conceptloom.host.model.sites import host_attention
 
     def flash(q, k, v, heads, mask=None, **_):
         assert mask is None

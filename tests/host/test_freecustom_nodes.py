@@ -72,7 +72,7 @@ def custom(numbers):
 
 
 def soft_subject():
-    from conceptloom.attention.subject import Subject
+    from conceptloom.subjects.subject import Subject
 
     return Subject(torch.rand(64, 64, 3), "dog", torch.full((64, 64), 0.3))
 
@@ -144,7 +144,7 @@ def test_colour_soft_and_small_masks_are_taken(patch, reference, toy, mask):
 
 
 def test_widgets_have_the_published_defaults(patch, toy, reference):
-    from conceptloom.host.freecustom import KEY, Settings
+    from conceptloom.host.freecustom.attention import KEY, Settings
 
     system = patch().get_attachment(KEY)
     assert system.settings == Settings()
@@ -153,7 +153,7 @@ def test_widgets_have_the_published_defaults(patch, toy, reference):
 
 
 def test_subjects_come_in_the_order_of_their_sockets(patch, reference):
-    from conceptloom.host.freecustom import KEY
+    from conceptloom.host.freecustom.attention import KEY
 
     named = {f"subject{i}": reference(noun=f"n{i}") for i in (10, 2, 0)}
     pair = (reference(noun="a"), reference(noun="b"))
@@ -284,7 +284,7 @@ class TestAttentionShare:
         assert not record.pictures
 
     def test_steps_and_blocks_are_chosen(self, recorded, toy, monkeypatch):
-        from conceptloom.host.shares import ShareRun
+        from conceptloom.host.freecustom.shares import ShareRun
 
         grids, add = [], ShareRun.add
         monkeypatch.setattr(ShareRun, "add", lambda self, s, n, grid: (grids.append(grid), add(self, s, n, grid)))
@@ -292,7 +292,7 @@ class TestAttentionShare:
         assert grids == [(8, 8), (8, 8), (8, 8), (16, 16)] * 2
 
     def test_the_record_is_bounded(self, recorded, toy):
-        from conceptloom.host.shares import PICTURES_KEPT
+        from conceptloom.host.freecustom.shares import PICTURES_KEPT
 
         _, record = recorded()
         for i in range(PICTURES_KEPT + 3):

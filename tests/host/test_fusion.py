@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conceptloom.attention.partition import layer_masks
+from conceptloom.subjects.partition import layer_masks
 from other_packs import NegPip, controlled, negpip, reference_control
 
 WIDTH = 64
@@ -21,10 +21,10 @@ class Bank:
     """Concepts with random differences at all layers of the toy, their prompts, and a partition."""
 
     def __init__(self, toy, count, size=(16, 16), strength=1.0):
-        from conceptloom.attention.partition import assemble
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.fusion import SpokenConcept
-        from conceptloom.host.sites import CROSS, UNetFamily
+        from conceptloom.host.model.sites import CROSS, UNetFamily
+        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.subjects.partition import assemble
 
         generator = torch.Generator().manual_seed(11)
         self.layers = {
@@ -59,7 +59,7 @@ class Bank:
 
 
 def fused(toy, bank, model=None, background=None, **settings):
-    from conceptloom.host.fusion import Settings, apply
+    from conceptloom.host.weaver.fusion import Settings, apply
 
     model = toy.model if model is None else model
     return apply(model, toy.positive, bank.concepts, bank.partition, Settings(**settings), background)[0]
@@ -197,8 +197,8 @@ class TestNegPip:
 
     def draw(self, model, clip, concept, prompt):
         import comfy.sample
-        from conceptloom.host.concept_prompts import encode_prompts
-        from conceptloom.host.fusion import Settings, apply
+        from conceptloom.host.weaver.fusion import Settings, apply
+        from conceptloom.host.weaver.prompts import encode_prompts
 
         made = encode_prompts(clip, prompt, "", [concept])
         everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
@@ -302,8 +302,8 @@ class TestPicture:
         """Oracle E1: concepts that change nothing, shares of 0, through the nodes' own path."""
         from comfy_extras import nodes_custom_sampler as stock
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.concept_prompts import ConceptPrompts
-        from conceptloom.host.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.host.weaver.prompts import ConceptPrompts
         from conceptloom.nodes.inversion import DDIMInversion
         from conceptloom.nodes.masks import ConceptMasks
         from conceptloom.nodes.weaver import MultiConceptFusion, PlugAndPlayInjection
@@ -350,7 +350,7 @@ class TestPicture:
     def test_concepts_that_equal_the_base_change_nothing(self, toy):
         """Oracle O3."""
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import SpokenConcept
 
         bank = Bank(toy, 2)
         nothing = {("middle", 0, 0): {"k": Delta((torch.zeros(128, WIDTH),))}}
@@ -406,7 +406,7 @@ class TestOrdinaryLoras:
         return state
 
     def concept(self, toy, **options):
-        from conceptloom.host.concepts import load_concept
+        from conceptloom.host.weaver.concepts import load_concept
 
         return load_concept(toy.model, self.lora(toy, **options), name="lora")
 
@@ -420,12 +420,12 @@ class TestOrdinaryLoras:
 
     @staticmethod
     def sites(toy):
-        from conceptloom.host.sites import CROSS, UNetFamily
+        from conceptloom.host.model.sites import CROSS, UNetFamily
 
         return [site for site in UNetFamily().sites(toy.base.diffusion_model) if site.kind == CROSS]
 
     def bank(self, toy, partition):
-        from conceptloom.host.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import SpokenConcept
 
         bank = Bank(toy, 1)
         bank.concepts = [SpokenConcept(self.concept(toy), toy.positive)]
@@ -500,7 +500,7 @@ class TestOrdinaryLoras:
         return replace(concept, deltas=deltas)
 
     def test_the_decoder_alone_leaves_the_encoders_queries_too(self, toy):
-        from conceptloom.host.layers import changes_of
+        from conceptloom.host.weaver.layers import changes_of
 
         bank = Bank(toy, 1)
         extra = {(0, key): {"q": torch.ones(w, w)} for key in bank.layers for _, w in self.widths(bank, key)}
@@ -510,8 +510,8 @@ class TestOrdinaryLoras:
 
     def test_one_lora_in_two_halves_and_two_formats_is_the_lora_everywhere(self, toy):
         """Oracle O2 for all layers, with factors on the left and whole differences on the right."""
-        from conceptloom.host.concepts import load_concept
-        from conceptloom.host.fusion import SpokenConcept
+        from conceptloom.host.weaver.concepts import load_concept
+        from conceptloom.host.weaver.fusion import SpokenConcept
 
         lora, whole = self.lora(toy), {}
         for name in self.LAYERS:
@@ -570,7 +570,7 @@ class TestOrdinaryLoras:
         assert not close(left_out, toy.sample())
 
     def test_each_layer_changes_its_own_place_alone(self, toy):
-        from conceptloom.host.layers import MaskedLayer, Rows, changes_of
+        from conceptloom.host.weaver.layers import MaskedLayer, Rows, changes_of
 
         changes, left_out = changes_of([self.concept(toy)], toy.model, self.sites(toy))
         assert left_out == 0 and len(changes) == len(self.LAYERS) - 2
@@ -585,14 +585,14 @@ class TestOrdinaryLoras:
             assert torch.equal(inside[0], masks[0].bool()) and not inside[1].any()
 
     def test_layers_without_places_are_counted(self, toy):
-        from conceptloom.host.layers import changes_of
+        from conceptloom.host.weaver.layers import changes_of
 
         concept = self.concept(toy, extra=("time_embed.0", "input_blocks.1.0.emb_layers.1"))
         assert changes_of([concept], toy.model, self.sites(toy))[1] == 2
 
     def test_plug_and_plays_source_pass_sees_nothing_of_it(self, toy):
-        from conceptloom.host import plugandplay
-        from conceptloom.host.inversion import SourceTrajectory
+        from conceptloom.host.structure import plugandplay
+        from conceptloom.host.structure.inversion import SourceTrajectory
         from conceptloom.samplers.inversion import Trajectory
 
         latents = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
@@ -618,7 +618,7 @@ class TestScores:
     """The naive mixing that Concept Weaver is compared with."""
 
     def drawn(self, toy, bank, **options):
-        from conceptloom.host.fusion import Settings, apply
+        from conceptloom.host.weaver.fusion import Settings, apply
 
         settings = Settings(mode="scores", suppression=0.0)
         model, positive = apply(toy.model, toy.positive, bank.concepts, bank.partition, settings)
@@ -648,7 +648,7 @@ class TestScores:
         assert sum(toy.rows) == 3 + 2
 
     def test_a_lora_elsewhere_acts_on_its_own_rows(self, toy):
-        from conceptloom.host.fusion import Settings, SpokenConcept, apply
+        from conceptloom.host.weaver.fusion import Settings, SpokenConcept, apply
 
         bank = Bank(toy, 1)
         bank.concepts = [SpokenConcept(TestOrdinaryLoras().concept(toy), toy.positive)]
@@ -695,7 +695,7 @@ class TestNothing:
 
     @pytest.mark.parametrize("count", [1, 5])
     def test_keys_and_values_are_held_once_and_gone_afterwards(self, toy, monkeypatch, count):
-        from conceptloom.host.fusion import FusionRun
+        from conceptloom.host.weaver.fusion import FusionRun
 
         held, runs = [], []
 
@@ -847,7 +847,8 @@ class TestRefusals:
             fused(toy, Bank(toy, 1), mode="scores", end_percent=0.5)
 
     def test_a_model_of_another_family(self, toy):
-        from conceptloom.host import concepts, plugandplay
+        from conceptloom.host.structure import plugandplay
+        from conceptloom.host.weaver import concepts
 
         bank = Bank(toy, 1)
         flux = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
@@ -861,7 +862,7 @@ class TestRefusals:
 
     def test_a_concept_of_another_model(self, toy):
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import SpokenConcept
 
         bank = Bank(toy, 1)
         foreign = Concept("foreign", {("middle", 0, 0): {"k": Delta((torch.zeros(128, 768),))}})

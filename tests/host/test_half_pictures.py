@@ -25,7 +25,7 @@ def mask():
 
 
 def subject(dtype):
-    from conceptloom.attention.subject import Subject
+    from conceptloom.subjects.subject import Subject
 
     return Subject(picture().to(dtype), "dog", mask().to(dtype))
 
@@ -38,7 +38,7 @@ def shares(dtype, opacity):
 
 
 def collage(dtype, placement):
-    from conceptloom.attention.collage import place
+    from conceptloom.subjects.collage import place
 
     given = None if placement is None else placement.to(dtype)
     seen, masks, placed = place(picture().to(dtype), [subject(dtype)], given, feather_radius=2.0, flip=True)
@@ -46,8 +46,8 @@ def collage(dtype, placement):
 
 
 def divided(dtype):
-    from conceptloom.attention.partition import assemble
-    from conceptloom.attention.partition import picture as to_look_at
+    from conceptloom.subjects.partition import assemble
+    from conceptloom.subjects.partition import picture as to_look_at
 
     partition = assemble([mask().to(dtype)], 0.05, 0.05)
     return partition, to_look_at(partition, picture().to(dtype))
@@ -60,7 +60,7 @@ def prepared(dtype, background, crop):
 
 
 def encoded(dtype, clip_vision):
-    from conceptloom.host.fastcomposer import encode_subjects
+    from conceptloom.host.fastcomposer.conditioning import encode_subjects
 
     return encode_subjects(clip_vision, [subject(dtype)], "noise", True)[0].encodings["fastcomposer"].vector
 
@@ -75,7 +75,7 @@ def views(dtype, augmentation):
 
 
 def found(dtype):
-    from conceptloom.host.segmenting import ShapelandJudge, text_to_masks
+    from conceptloom.host.segmenting.segmenters import ShapelandJudge, text_to_masks
 
     masks, _, seen = text_to_masks(ShapelandJudge(), picture().to(dtype), "fish", "whole frame")
     return masks, seen
@@ -90,13 +90,13 @@ def read(dtype):
 
 
 def fitted(dtype):
-    from conceptloom.host.freecustom import fit
+    from conceptloom.host.freecustom.attention import fit
 
     return fit(picture().to(dtype), (16, 24))
 
 
 def lit(dtype):
-    from conceptloom.attention.masks import spotlight
+    from conceptloom.subjects.masks import spotlight
 
     return spotlight(subject(dtype).image, subject(dtype).mask)
 

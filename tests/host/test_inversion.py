@@ -44,7 +44,7 @@ def picture(size=(16, 16), batch=1, seed=5):
 
 
 def invert(toy, latent, **options):
-    from conceptloom.host.inversion import invert
+    from conceptloom.host.structure.inversion import invert
 
     options = {"conditioning": toy.positive, "steps": STEPS, "scheduler": SCHEDULER, **options}
     return invert(toy.model, latent, **options)
@@ -217,7 +217,7 @@ def test_bad_input_gets_its_sentence_before_anything_is_computed(v_toy, changes,
 
 def test_models_of_another_kind_get_their_sentence(v_toy, monkeypatch):
     import comfy.model_sampling
-    from conceptloom.host.inversion import invert as run
+    from conceptloom.host.structure.inversion import invert as run
 
     class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
         pass
@@ -251,7 +251,7 @@ def test_noise_is_renewed_where_concepts_are():
     """Fresh noise is not what the seed may have made the template of; without a concept or at strength 0 nothing
     changes, bit by bit."""
     import comfy.sample
-    from conceptloom.host.inversion import renew
+    from conceptloom.host.structure.inversion import renew
     from conceptloom.nodes.inversion import RenewNoise
 
     noise = picture(batch=2)

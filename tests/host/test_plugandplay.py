@@ -56,7 +56,7 @@ def naive(toy, source, numbers, residual_until, attention_until):
 
 @pytest.fixture
 def source(toy):
-    from conceptloom.host.inversion import SourceTrajectory
+    from conceptloom.host.structure.inversion import SourceTrajectory
     from conceptloom.samplers.inversion import Trajectory
 
     def make(batch=1, size=(16, 16), levels=(0.0, 0.5, 2.0, 8.0, 15.0)):
@@ -71,7 +71,7 @@ def source(toy):
 
 
 def apply(toy, source, model=None, **settings):
-    from conceptloom.host.plugandplay import Settings, apply
+    from conceptloom.host.structure.plugandplay import Settings, apply
 
     return apply(toy.model if model is None else model, source, Settings(**settings))
 
@@ -113,7 +113,7 @@ class TestFeatures:
 
     def test_a_source_equal_to_the_picture_changes_nothing(self, toy, source):
         """Oracle P3: one evaluation of a picture that is its own source, with the source's prompt."""
-        from conceptloom.host.inversion import SourceTrajectory
+        from conceptloom.host.structure.inversion import SourceTrajectory
         from conceptloom.samplers.inversion import Trajectory
 
         levels = toy.base.model_sampling.sigma_max.item()
@@ -146,7 +146,7 @@ class TestNothingElse:
 
     def test_reading_a_branch_leaves_the_block_as_it_is(self, toy):
         """Oracle P2."""
-        from conceptloom.host.sites import ResidualCall
+        from conceptloom.host.model.sites import ResidualCall
 
         layer = toy.base.diffusion_model.output_blocks[4][0]
         x = torch.randn(2, layer.channels, 4, 4)
@@ -285,9 +285,9 @@ class TestRefusals:
 def test_sdxl_has_its_blocks_one_level_lower(host):
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from conceptloom.host.plugandplay import PAPER, PUBLISHED, choose_sites
-    from conceptloom.host.rigs import sdxl_unet
-    from conceptloom.host.sites import UNetFamily
+    from conceptloom.evaluation.rigs import sdxl_unet
+    from conceptloom.host.model.sites import UNetFamily
+    from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_sites
 
     config = {**sdxl_unet(2), "num_heads": -1, "num_head_channels": 64}
     sites = UNetFamily().sites(UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init))
@@ -300,8 +300,8 @@ def test_sdxl_has_its_blocks_one_level_lower(host):
 
 @pytest.mark.parametrize("stages", [((3,), (6, 7), (9,)), ((3,),), ((3,), (6,), (9,), (12,))])
 def test_stages_of_one_block_give_that_one(host, stages):
-    from conceptloom.host.plugandplay import PAPER, PUBLISHED, choose_sites
-    from conceptloom.host.sites import RESIDUAL, SELF, Site
+    from conceptloom.host.model.sites import RESIDUAL, SELF, Site
+    from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_sites
 
     numbers = [(n, i - len(stages)) for i, stage in enumerate(stages) for n in stage]
     sites = [Site(RESIDUAL, ("output", n, 0), n, stage) for n, stage in numbers]
@@ -323,7 +323,7 @@ def test_samplers_that_draw_noise_are_known(host):
 
     import comfy.model_sampling
     import comfy.samplers
-    from conceptloom.host.plugandplay import adds_noise
+    from conceptloom.host.structure.plugandplay import adds_noise
 
     class Discrete(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
         pass

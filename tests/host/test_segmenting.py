@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conceptloom.attention.instances import EMPTY, ERROR
+from conceptloom.subjects.instances import EMPTY, ERROR
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -80,7 +80,7 @@ def host_answer(sam3, noun):
 
 
 def test_sam3_gives_the_host_s_masks_for_each_noun_by_itself(sam3):
-    from conceptloom.host.segmenting import Sam3
+    from conceptloom.host.segmenting.segmenters import Sam3
 
     nouns = ["dog", "red hat", "dog"]
     found = Sam3(*sam3, threshold=0.0).segment(PICTURE, nouns)
@@ -94,7 +94,7 @@ def test_sam3_gives_the_host_s_masks_for_each_noun_by_itself(sam3):
 
 
 def test_sam3_keeps_what_is_above_the_threshold(sam3):
-    from conceptloom.host.segmenting import Sam3
+    from conceptloom.host.segmenting.segmenters import Sam3
 
     (everything,) = Sam3(*sam3, threshold=0.0).segment(PICTURE, ["dog"])
     middle = sorted(one.score for one in everything)[5]
@@ -104,7 +104,7 @@ def test_sam3_keeps_what_is_above_the_threshold(sam3):
 
 
 def test_sam3_refuses_other_models(sam3):
-    from conceptloom.host.segmenting import Sam3
+    from conceptloom.host.segmenting.segmenters import Sam3
     from conceptloom.host.shapeland import load_clip, load_model
     from conceptloom.shapeland import models
 
@@ -144,7 +144,7 @@ def dino(tmp_path_factory):
 
 
 def test_grounding_dino_gives_boxes_in_pixels_for_each_noun(dino):
-    from conceptloom.host.box_segmenting import GroundingDino
+    from conceptloom.host.segmenting.boxes import GroundingDino
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
     found = GroundingDino(dino, 0.0).detect(PICTURE, ["Dog", "red hat", "Dog"])
@@ -204,7 +204,7 @@ def tiny_sam2(transformers):
 
 @pytest.mark.parametrize("build", [tiny_sam, tiny_sam2])
 def test_sam_of_transformers_cuts_out_what_is_in_each_box(build, tmp_path):
-    from conceptloom.host.box_segmenting import TransformersSam, load_cutter
+    from conceptloom.host.segmenting.boxes import TransformersSam, load_cutter
 
     transformers = pytest.importorskip("transformers")
     model, processor = build(transformers)
@@ -229,7 +229,7 @@ def test_sam_of_transformers_cuts_out_what_is_in_each_box(build, tmp_path):
 
 
 def test_folders_of_another_kind_get_their_sentence(dino, tmp_path):
-    from conceptloom.host.box_segmenting import GroundingDino, load_cutter
+    from conceptloom.host.segmenting.boxes import GroundingDino, load_cutter
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
@@ -265,7 +265,7 @@ def checkpoint(tmp_path_factory):
 
 def test_segment_anything_cuts_out_what_is_in_each_box(checkpoint, monkeypatch):
     import segment_anything
-    from conceptloom.host.box_segmenting import SegmentAnything, load_cutter
+    from conceptloom.host.segmenting.boxes import SegmentAnything, load_cutter
 
     path, build = checkpoint
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build)
@@ -286,7 +286,7 @@ def test_checkpoints_of_another_kind_get_their_sentence(checkpoint, monkeypatch,
     import sys
 
     import segment_anything
-    from conceptloom.host.box_segmenting import load_cutter
+    from conceptloom.host.segmenting.boxes import load_cutter
 
     path, build = checkpoint
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
@@ -330,7 +330,7 @@ class Fixed:
 
 
 def test_boxes_and_masks_stay_with_their_nouns():
-    from conceptloom.host.segmenting import Boxes, text_to_masks
+    from conceptloom.host.segmenting.segmenters import Boxes, text_to_masks
 
     detector = Fixed(dog=[[1, 2, 10, 20, 0.4], [30, 2, 40, 20, 0.9]], hat=[[12, 30, 20, 40, 0.8]])
     masks, scores, seen = text_to_masks(Boxes(detector, Rectangles()), PICTURE, "hat, cat, dog, dog#1", EMPTY)
@@ -344,7 +344,7 @@ def test_boxes_and_masks_stay_with_their_nouns():
 
 
 def test_drawn_boxes_belong_to_the_nouns_in_order():
-    from conceptloom.host.segmenting import Boxes, GivenBoxes, text_to_masks
+    from conceptloom.host.segmenting.segmenters import Boxes, GivenBoxes, text_to_masks
 
     drawn = [[{"x": 1, "y": 2, "width": 9, "height": 18}, {"x": 30, "y": 2, "width": 10, "height": 18}]]
     masks, scores, _ = text_to_masks(Boxes(GivenBoxes(drawn), Rectangles()), PICTURE, "dog, dog", ERROR)
@@ -354,9 +354,9 @@ def test_drawn_boxes_belong_to_the_nouns_in_order():
 
 
 def test_the_judge_finds_things_where_they_were_drawn():
-    from conceptloom.attention.instances import overlap
-    from conceptloom.host.segmenting import ShapelandJudge, text_to_masks
+    from conceptloom.host.segmenting.segmenters import ShapelandJudge, text_to_masks
     from conceptloom.shapeland import world
+    from conceptloom.subjects.instances import overlap
 
     judge, overlaps = ShapelandJudge(), []
     for seed in range(12):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...attention.masks import as_mask, check_aspect
 from ...encoders.concept_texts import Name, check_placeholder
+from ...subjects.masks import as_mask, check_aspect
 from .augment import NONE, View, augment
 from .learner import Recipe
 

@@ -1,0 +1,1 @@
+"""What turns pictures and words into conditions, and the formats of their files."""

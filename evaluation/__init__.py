@@ -1,0 +1,1 @@
+"""Whether a system works and what it costs."""

@@ -1,0 +1,93 @@
+"""Draws and reads pictures in this process, by the host's own sampler and with Shapeland's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+
+from ..host import shapeland
+from ..shapeland.judge import Reading, centres_of, crop_thing
+from ..shapeland.world import SIZE
+
+SAMPLER = "dpmpp_2m"
+SCHEDULER = "sgm_uniform"
+STEPS = 20
+CFG = 4.0
+NEGATIVE_PROMPT = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Studio:
+    """Shapeland's models as a workflow has them, and the judge in its patcher. MODELs from `model` may be patched."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    judge: Any
+
+    @classmethod
+    def open(cls) -> Studio:
+        """Loads the shipped weights.
+
+        Raises:
+            FileNotFoundError: one of the files is absent; says which in one sentence.
+        """
+        judge = shapeland.load_judge()
+        return cls(shapeland.load_model(), shapeland.load_clip(), shapeland.load_vae(), judge)
+
+    def encode(self, prompt: str) -> list:
+        """A prompt as the host's conditioning."""
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+
+    def draw(self, model, prompt: str, seed: int, count: int, positive: list | None = None) -> torch.Tensor:
+        """`count` pictures (count, SIZE, SIZE, 3) in [0, 1], as a KSampler with a batch and VAE Decode give them;
+        `positive` takes the place of the prompt's conditioning."""
+        side = SIZE // self.vae.spacial_compression_decode()
+        empty = torch.zeros(count, self.vae.latent_channels, side, side)
+        latents = comfy.sample.sample(
+            model,
+            comfy.sample.prepare_noise(empty, seed),
+            STEPS,
+            CFG,
+            SAMPLER,
+            SCHEDULER,
+            self.encode(prompt) if positive is None else positive,
+            self.encode(NEGATIVE_PROMPT),
+            empty,
+            disable_pbar=True,
+            seed=seed,
+        )
+        return self.vae.decode(latents).float().cpu()
+
+    def redraw(self, model, positive: list, latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, SIZE, SIZE, 3) that the euler sampler makes of an inversion's noise along its schedule."""
+        sampled = comfy.sample.sample_custom(
+            model,
+            torch.zeros_like(latents),
+            CFG,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            positive,
+            self.encode(NEGATIVE_PROMPT),
+            latents,
+            disable_pbar=True,
+            seed=0,
+        )
+        return self.vae.decode(sampled).float().cpu()
+
+    def read(self, pictures: torch.Tensor) -> list[list[Reading]]:
+        """What the judge sees in pictures (n, H, W, 3)."""
+        return shapeland.read_with(self.judge, pictures)
+
+    def embed(self, pictures: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Identity embeddings (n, d) of the things at exact `masks` (n, SIZE, SIZE) of pictures (n, SIZE, SIZE, 3), so
+        that no misread silhouette spoils a reference."""
+        inside = masks > 0.5
+        crops = crop_thing(pictures.movedim(-1, 1), inside, centres_of(inside))
+        comfy.model_management.load_model_gpu(self.judge)
+        return self.judge.model.reader(crops.to(self.judge.load_device))["embedding"]

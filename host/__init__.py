@@ -1,0 +1,1 @@
+"""The only wall to ComfyUI below the nodes."""

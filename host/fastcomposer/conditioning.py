@@ -1,0 +1,177 @@
+"""FastComposer in the host: subjects encoded, and fused into the words of a prompt.
+
+Xiao et al., "FastComposer: Tuning-Free Multi-Subject Image Generation with Localized Attention" (arXiv 2305.10431).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+
+from ...encoders.fuser import fuse_rows
+from ...encoders.reference import KEEP, prepare_reference
+from ...subjects.subject import Subject
+from ..advice import advise
+from ..words import MARK, Place, find_subjects, locate, row_count, trained_layer, without_emphasis
+from .files import LoadedFuser, fingerprint, same_tower
+
+ENCODING = "fastcomposer"
+FUSE = "Fuse Subjects (MLP)"
+SEPARATE, AVERAGED = "each is a subject", "all show one subject"
+FOREIGN_TOWER = (
+    "the subjects were encoded by another vision tower than the fuser's own, which weakens their likeness: take "
+    "CLIP_VISION from Load FastComposer"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What the subject encoder made of a subject.
+
+    Attributes:
+        vector: (E,), of its picture or the mean of several.
+        tower: fingerprint of the vision tower.
+    """
+
+    vector: torch.Tensor
+    tower: torch.Tensor
+
+
+def encode_subjects(
+    clip_vision, subjects: Sequence[Subject], background: str = KEEP, crop: bool = False, pictures: str = SEPARATE
+) -> tuple[Subject, ...]:
+    """The subjects with their embeddings.
+
+    Args:
+        clip_vision: the host's CLIP vision tower.
+        subjects: each with one picture.
+        background, crop: see `encoders.reference.prepare_reference`; for subjects that have a mask.
+        pictures: SEPARATE, or AVERAGED if all are photos of one subject: then one comes back, the first, with the mean
+            of the embeddings.
+
+    Raises:
+        ValueError: there is no subject, or the tower has no projection as CLIP's has.
+    """
+    if not subjects:
+        raise ValueError("subjects: expected at least one subject, got none")
+    if clip_vision.model_type != "clip_vision_model" or "projection_dim" not in clip_vision.config:
+        raise ValueError(f"clip_vision: expected a CLIP vision tower, got {clip_vision.model_type}")
+    side = clip_vision.image_size
+    pictures_seen = torch.stack([prepare_reference(s.image, s.mask, side, background, crop) for s in subjects])
+    vectors = clip_vision.encode_image(pictures_seen).image_embeds.float()
+    tower = fingerprint(clip_vision)
+    if pictures == AVERAGED:
+        subjects, vectors = subjects[:1], vectors.mean(0, keepdim=True)
+    return tuple(s.with_encoding(ENCODING, Embedding(v, tower)) for s, v in zip(subjects, vectors, strict=True))
+
+
+def fuse(
+    clip, fuser: LoadedFuser, prompt: str, subjects: Sequence[Subject], mark: str = MARK, strength: float = 1.0
+) -> tuple[list, list, str]:
+    """The prompt's conditioning without and with the subjects, and a report of the token each one landed on.
+
+    Both differ in the subjects' rows alone. A subject of weight 0 stays text.
+
+    Raises:
+        ValueError: a subject has no embedding, widths do not fit, the CLIP skips layers or gives more rows than one
+            for a token, or a place cannot be found.
+    """
+    embeddings = _embeddings_of(subjects, fuser)
+    plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], mark)
+    tokens, places = locate(clip, plain, ends)
+    if clip.layer_idx not in (None, trained_layer(tokens)):
+        raise ValueError(
+            f"clip: expected its layer {trained_layer(tokens)}, as in training, got {clip.layer_idx} (CLIP skip)"
+        )
+    report = [
+        f"{number}. {subject.noun}: token {place.row} {place.word!r}" + ("" if subject.weight else ", off (weight 0)")
+        for number, (subject, place) in enumerate(zip(subjects, places, strict=True), 1)
+    ]
+    odd = [
+        f'the prompt does not say "{subject.noun}"; subject {number} is fused into {place.word!r}'
+        for number, (subject, place) in enumerate(zip(subjects, places, strict=True), 1)
+        if subject.weight and subject.noun.casefold() not in plain.casefold()
+    ]
+    if fuser.tower is not None and not all(same_tower(e.tower, fuser.tower) for e in embeddings):
+        odd.append(FOREIGN_TOWER)
+    for sentence in odd:
+        advise(FUSE, sentence)
+        report.append(f"Warning: {sentence}.")
+    text_only = clip.encode_from_tokens_scheduled(tokens)
+    count = row_count(tokens)
+    for states, _ in text_only:
+        if states.shape[1] != count:
+            raise ValueError(
+                f"clip: expected one row of text states for each of the {count} tokens, got {states.shape[1]} rows, as "
+                "CLIP NegPip gives them; connect the CLIP from before that node"
+            )
+    width = text_only[0][0].shape[-1]
+    if width != fuser.module.text_width:
+        raise ValueError(
+            f"fuser: expected one for text states of width {width} for this CLIP, got {fuser.module.text_width}"
+        )
+    active = [i for i, subject in enumerate(subjects) if subject.weight and strength]
+    fused = [[states, dict(extras)] for states, extras in text_only]
+    if active:
+        vectors = torch.stack([embeddings[i].vector for i in active])
+        rows = _fused_rows(clip, fuser, tokens, [places[i] for i in active], text_only, vectors, strength)
+        for entry, new in zip(fused, rows, strict=True):
+            # A copy: the host caches the text alone, which must not change.
+            entry[0] = entry[0].clone()
+            entry[0][:, [places[i].row for i in active]] = new.to(entry[0])
+    return text_only, fused, "\n".join(report)
+
+
+def _fused_rows(
+    clip,
+    fuser: LoadedFuser,
+    tokens: dict[str, list],
+    places: Sequence[Place],
+    text: list,
+    vectors: torch.Tensor,
+    strength: float,
+) -> list[torch.Tensor]:
+    """For each entry of a conditioning (a CLIP with scheduled hooks gives several) the new rows (n, D) at `places`."""
+    emphasis = torch.tensor([place.weight for place in places])
+    unweighted, neutral = text, [None] * len(text)
+    if (emphasis != 1).any():
+        unweighted = clip.encode_from_tokens_scheduled(without_emphasis(tokens, places))
+        neutral = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    rows, indices = [place.row for place in places], [place.index for place in places]
+    comfy.model_management.load_model_gpu(fuser.patcher)
+    device = fuser.patcher.load_device
+    return [
+        fuse_rows(
+            fuser.module,
+            entry[0][0, rows].to(device),
+            vectors.to(device),
+            strength,
+            None if empty is None else emphasis.to(device),
+            None if empty is None else empty[0][0, indices].to(device),
+        )
+        for entry, empty in zip(unweighted, neutral, strict=True)
+    ]
+
+
+def _embeddings_of(subjects: Sequence[Subject], fuser: LoadedFuser) -> list[Embedding]:
+    """The embeddings of all subjects, which fit the fuser."""
+    if not subjects:
+        raise ValueError("subjects: expected at least one subject, got none")
+    found: list[Embedding] = []
+    for number, subject in enumerate(subjects, 1):
+        embedding = subject.encodings.get(ENCODING)
+        if embedding is None:
+            raise ValueError(
+                f"subjects: expected subjects from Subject Encoder (FastComposer), got subject {number} "
+                f"({subject.noun}) without an embedding"
+            )
+        if len(embedding.vector) != fuser.module.image_width:
+            raise ValueError(
+                f"fuser: expected one for embeddings of width {len(embedding.vector)} for this CLIP_VISION, got "
+                f"{fuser.module.image_width}"
+            )
+        found.append(embedding)
+    return found

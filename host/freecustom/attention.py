@@ -1,0 +1,476 @@
+"""FreeCustom (arXiv 2405.13870) on the host: reference passes, their keys and values, and who may keep them.
+
+Every evaluation of the picture inside the active range is preceded by one *reference pass*: the references, noised to
+the same level with their own noise, go through the model once and leave their keys and values at the chosen layers.
+They never see the picture, so this equals the published batch of picture and references, and what they leave depends
+only on the references, the noise level and the model. A *bank* therefore keeps it for further pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ...attention import mrsa
+from ...subjects.masks import binarize, check_aspect, same_aspect
+from ...subjects.subject import Subject
+from ..advice import advise, executing_node
+from ..model.patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
+from ..model.sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of, network_of
+from ..workflow_texts import executing_prompt
+from .bank import RAM, Bank
+from .references import PER_STEP, ReferencePasses
+from .shares import ShareRecord, ShareRun
+
+log = logging.getLogger("conceptloom")
+
+KEY = "conceptloom_freecustom"
+NAME = "Multi-Reference Self-Attention (FreeCustom)"
+NEGATIVE_PROMPT, SHARE_POSITIVE = "negative prompt", "share positive"
+SAMPLER_SEED = -1
+CROWDED = 20.0
+LATENT_SIZES_KEPT = 4
+
+_NOT_FOR_REFERENCES = (
+    "control",
+    "area",
+    "mask",
+    "hooks",
+    "gligen",
+    "concat_latent_image",
+    "concat_mask",
+    "noise_concat",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How subjects are drawn on. The defaults are those of the published code.
+
+    Attributes:
+        formula: one of `mrsa.FORMULAS`.
+        style_fidelity: 1 keeps the unconditional branch plain, 0 gives it the references too.
+        blocks: preset or layer numbers, see `sites.choose_sites`.
+        start_percent, end_percent: the part of the schedule in which references are seen, 0..1.
+        reference_seed: of the references' noise; SAMPLER_SEED follows the sampler.
+        reference_noise: PER_STEP draws new noise each step as published, FIXED keeps one.
+        balance: 0..1, see `mrsa.balance_biases`.
+        mask_threshold: mask value from which a pixel belongs to the subject.
+        negative_references: what prompt the unconditional branch's references have, for style_fidelity < 1.
+        bank_mib: most that the bank may hold; 0 keeps nothing.
+        bank_device: RAM or VRAM.
+    """
+
+    formula: str = "official"
+    style_fidelity: float = 1.0
+    blocks: str = LAST_TWO_STAGES
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    reference_seed: int = 0
+    reference_noise: str = PER_STEP
+    balance: float = 0.0
+    mask_threshold: float = 0.5
+    negative_references: str = NEGATIVE_PROMPT
+    bank_mib: int = 1024
+    bank_device: str = RAM
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A subject with the host's conditioning of its reference prompt."""
+
+    subject: Subject
+    conditioning: list
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One picture with one prompt: a row of the reference pass. It may show several subjects."""
+
+    image: torch.Tensor
+    conditioning: list
+    noun: str
+    subjects: tuple[int, ...]
+
+
+def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
+    """A clone of the MODEL whose pictures attend to the subjects' references.
+
+    On a MODEL that has been through this before, the subjects are added to those already there and these settings
+    hold for all. Without any subject the clone is untouched.
+
+    Raises:
+        ValueError: model, VAE, CLIP or a setting cannot be used; says which and why.
+    """
+    unet = network_of(model.model)
+    sites = choose_sites(family_of(unet).sites(unet), settings.blocks)
+    if vae is None or clip is None:
+        missing = "vae" if vae is None else "clip"
+        raise ValueError(f"{missing}: expected the one of the model's checkpoint, got none from the file given")
+    wanted, given = model.model.latent_format.latent_channels, vae.latent_channels
+    if wanted != given:
+        raise ValueError(f"vae: expected one with {wanted} latent channels for this model, got {given}")
+    if settings.start_percent > settings.end_percent:
+        raise ValueError(
+            f"start_percent: expected at most end_percent ({settings.end_percent:g}), got {settings.start_percent:g}"
+        )
+    if settings.formula not in mrsa.FORMULAS:
+        raise ValueError(f"formula: expected one of {', '.join(mrsa.FORMULAS)}, got {settings.formula!r}")
+    if not subjects:
+        return model.clone()
+    known = {}
+    for subject in subjects:
+        if subject.prompt not in known:
+            known[subject.prompt] = clip.encode_from_tokens_scheduled(clip.tokenize(subject.prompt))
+    encoded = [Encoded(subject, known[subject.prompt]) for subject in subjects]
+    before = attached(model, KEY)
+    record = None
+    if before is not None:
+        encoded, record = [*before.encoded, *encoded], before.record
+    return attach(model, KEY, FreeCustom(encoded, settings, sites, vae, record))
+
+
+def record_shares(model, steps: str, blocks: str) -> tuple[object, ShareRecord]:
+    """A clone of a MODEL with FreeCustom that records attention shares, and the record it will fill.
+
+    Without FreeCustom, or where none of its subjects is drawn on, it is the MODEL itself and a record of nothing.
+
+    Raises:
+        ValueError: `steps` or `blocks` cannot be read, or FreeCustom is active at none of the blocks.
+    """
+    system = attached(model, KEY)
+    if system is None or not system.references:
+        return model, ShareRecord((), None, frozenset())
+    record = ShareRecord.of(steps, blocks, system.sites, [e.subject.noun for e in system.encoded])
+    again = FreeCustom(system.encoded, system.settings, system.sites, system.vae, record, system.node)
+    return attach(model, KEY, again, system.node), record
+
+
+class FreeCustom:
+    """The system attached to a MODEL. It owns the references' latents and the bank; both go when the MODEL goes.
+
+    Raises:
+        ValueError: a mask of a subject that is switched on has nothing at the threshold.
+    """
+
+    name = NAME
+
+    def __init__(self, encoded: Sequence[Encoded], settings: Settings, sites: Sequence[Site], vae, record, node=None):
+        self.encoded = tuple(encoded)
+        self.settings = settings
+        self.sites = tuple(sites)
+        self.vae = vae
+        self.record = record
+        self.node = node or executing_node()
+        self.bank = Bank(settings.bank_mib << 20, settings.bank_device)
+        self.masks = [
+            binarize(e.subject.mask, settings.mask_threshold, tuple(e.subject.image.shape[:2])) for e in self.encoded
+        ]
+        self.active = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0]
+        for subject in (self.encoded[i].subject for i in self.active):
+            for name, mask in (("mask", subject.mask), ("target mask", subject.target_mask)):
+                if mask is not None and not binarize(mask, settings.mask_threshold).any():
+                    raise ValueError(
+                        f"mask_threshold: expected at most {float(mask.max()):.2g}, the largest value in the {name} of "
+                        f'"{subject.noun}", got {settings.mask_threshold:g}'
+                    )
+        coverages = [float(self.masks[i].float().mean()) for i in self.active]
+        weights = [self.encoded[i].subject.weight for i in self.active]
+        lifts = mrsa.balance_biases(coverages, settings.balance) if self.active else []
+        self.lifts = dict(zip(self.active, lifts, strict=True))
+        self.references = self._share_rows()
+        self._latents: OrderedDict[tuple[int, int], list[torch.Tensor]] = OrderedDict()
+        self.crowding = mrsa.crowding(coverages, weights) if settings.formula == "official" else 0.0
+
+    def _share_rows(self) -> list[Reference]:
+        """Subjects of the same picture and prompt share one row of the reference pass."""
+        rows: dict[tuple, list[int]] = {}
+        for i in self.active:
+            image = self.encoded[i].subject.image
+            key = (image.data_ptr(), image.shape, image.stride(), self.encoded[i].subject.prompt)
+            rows.setdefault(key, []).append(i)
+        first = {members[0]: tuple(members) for members in rows.values()}
+        return [
+            Reference(
+                self.encoded[i].subject.image, self.encoded[i].conditioning, self.encoded[i].subject.noun, members
+            )
+            for i, members in first.items()
+        ]
+
+    def begin(self, sampling: Sampling) -> ReferenceRun | None:
+        """Opens a run; encodes the references for this picture's size unless that is done.
+
+        Raises:
+            ValueError: a target mask has another shape than the picture, or the model is compiled.
+        """
+        if not self.references:
+            return None
+        patcher = sampling.guider.model_patcher
+        self._advise(sampling)
+        size = tuple(sampling.noise.shape[-2:])
+        for subject in (self.encoded[i].subject for i in self.active):
+            if subject.target_mask is not None:
+                check_aspect(subject.target_mask, size, f'{NAME}: target_mask of "{subject.noun}"', latent=True)
+        return ReferenceRun(self, sampling, self._encode(size, patcher.model))
+
+    def _advise(self, sampling: Sampling) -> None:
+        """Says what is allowed but rarely meant."""
+        if self.crowding > CROWDED:
+            advise(
+                NAME,
+                f"the references outweigh the picture {self.crowding:.0f} to 1: lower their weights or tighten their "
+                "masks",
+                sampling.node,
+            )
+        prompt = executing_prompt()
+        if prompt is None:
+            return
+        nouns = dict.fromkeys(self.encoded[i].subject.noun for i in self.active)
+        # Parts of words count too, for "dogs" has the dog in it.
+        lacking = " and ".join(f'"{noun}"' for noun in nouns if noun.casefold() not in prompt.casefold())
+        if lacking:
+            advise(
+                NAME, f"name {lacking} in the prompt: a subject appears where the picture shows its noun", sampling.node
+            )
+
+    def _encode(self, size: tuple[int, int], model) -> list[torch.Tensor]:
+        """Latents of the references, (1, C, h, w) each, about as large as a picture of this latent size."""
+        if size not in self._latents:
+            factor = self.vae.spacial_compression_encode()
+            by_size: dict[tuple[int, int], list[int]] = {}
+            for i, reference in enumerate(self.references):
+                by_size.setdefault(reference_size(reference.image.shape[:2], size), []).append(i)
+            latents: dict[int, torch.Tensor] = {}
+            for (h, w), members in by_size.items():
+                pixels = torch.stack([fit(self.references[i].image, (h * factor, w * factor)) for i in members])
+                encoded = model.process_latent_in(self.vae.encode(pixels))
+                latents.update(zip(members, encoded.split(1), strict=True))
+            for i, reference in enumerate(self.references):
+                if not torch.isfinite(latents[i]).all():
+                    raise ValueError(
+                        f"{NAME}: vae: expected finite latents, got NaN or infinity for the reference "
+                        f'"{reference.noun}"'
+                    )
+            self._latents[size] = [latents[i] for i in range(len(self.references))]
+            while len(self._latents) > LATENT_SIZES_KEPT:
+                self._latents.popitem(last=False)
+        return self._latents[size]
+
+
+def reference_size(image: Sequence[int], target: tuple[int, int]) -> tuple[int, int]:
+    """Latent size (h, w) of a reference (H, W): the target's area, the picture's own proportions.
+
+    Equal proportions give exactly the target's size, so that references batch.
+    """
+    if same_aspect(tuple(image), tuple(target)):
+        return tuple(target)
+    ratio, area = image[0] / image[1], target[0] * target[1]
+    return max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
+
+
+def fit(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resizes a picture (H, W, 3) to (h, w, 3) without aliasing."""
+    planes = image.movedim(-1, 0)[None].float()
+    if tuple(planes.shape[-2:]) != size:
+        planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return planes[0].movedim(0, -1)
+
+
+class Missed:
+    """What could not be done for a conditioning at some layers in one step of sampling, and in no other evaluation of
+    that step: guidance that evaluates the picture a second time with layers replaced (PAG) takes nothing away from it.
+    """
+
+    def __init__(self):
+        self._done: dict[str, set[tuple]] = {}
+        self._failed: dict[str, dict[str, set[tuple]]] = {}
+
+    def done(self, what: str, places: Iterable[tuple]) -> None:
+        """It was done at these places, (site, step, conditioning) each."""
+        self._done.setdefault(what, set()).update(places)
+
+    def failed(self, what: str, why: str, places: Iterable[tuple]) -> None:
+        """It was not, in one evaluation."""
+        self._failed.setdefault(what, {}).setdefault(why, set()).update(places)
+
+    def reasons(self) -> list[str]:
+        """Why something was never done at a place."""
+        return [
+            why
+            for what, reasons in self._failed.items()
+            for why, places in reasons.items()
+            if places - self._done.get(what, set())
+        ]
+
+
+SEEN, PLACED = "references are seen", "target masks are placed"
+_REPLACED = "another node replaces self-attention at layers of ours; there it wins and references are not seen"
+_TILED = "another node tiles or reorders the batch at layers of ours; references are not seen there"
+_UNPLACED = "target masks cannot be placed on a part of the picture or merged tokens, so they are ignored"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of the picture's batch that are treated alike.
+
+    Attributes:
+        rows: a slice if the rows lie together, else their numbers.
+        conditionings: the numbers of the conditionings they belong to.
+        role: whose references they see; None for plain attention.
+        style_fidelity: share of plain attention in the result.
+        recorded: conditionings whose shares count; 0 for the negative.
+    """
+
+    rows: slice | torch.Tensor
+    conditionings: tuple[int, ...]
+    role: str | None
+    style_fidelity: float
+    recorded: int
+
+
+class ReferenceRun:
+    """One sampling with references."""
+
+    def __init__(self, system: FreeCustom, sampling: Sampling, latents: list[torch.Tensor]):
+        settings = system.settings
+        model_sampling = sampling.guider.model_patcher.get_model_object("model_sampling")
+        self.system = system
+        self.sampling = sampling
+        self.latents = latents
+        self.first_level = model_sampling.percent_to_sigma(settings.start_percent)
+        self.last_level = model_sampling.percent_to_sigma(settings.end_percent)
+        self.noise_seed = sampling.seed if settings.reference_seed == SAMPLER_SEED else settings.reference_seed
+        self.negative = self._negative_prompt()
+        self.share = ShareRun(system.record, sampling.noise) if system.record is not None else None
+        self.devices: dict[torch.device, ReferencePasses] = {}
+        self.passes = 0
+        self.missed = Missed()
+
+    def _negative_prompt(self) -> dict | None:
+        """The guider's negative conditioning, if references of the unconditional branch need it."""
+        settings = self.system.settings
+        entries = self.sampling.guider.conds.get(NEGATIVE)
+        if settings.style_fidelity >= 1 or settings.negative_references == SHARE_POSITIVE or not entries:
+            return None
+        return {k: v for k, v in entries[0].items() if k not in _NOT_FOR_REFERENCES}
+
+    def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
+        """See `patching.Run`; runs the reference passes this evaluation needs."""
+        if not self.last_level <= evaluation.noise_level <= self.first_level:
+            return {}
+        parts = self._parts(evaluation)
+        roles = {part.role for part in parts} - {None}
+        if not roles:
+            return {}
+        device = self.devices.get(evaluation.x.device)
+        if device is None:
+            device = self.devices[evaluation.x.device] = ReferencePasses(self, evaluation)
+        seen = {role: device.references(role, evaluation) for role in roles}
+        return {site: partial(self._attend, site, device, parts, seen, evaluation) for site in device.layouts}
+
+    def _parts(self, evaluation: Evaluation) -> list[Part]:
+        """Which rows see which references."""
+        fidelity = self.system.settings.style_fidelity
+        chunks: dict[str | None, list[int]] = {}
+        for i, role in enumerate(evaluation.roles):
+            if role != NEGATIVE:
+                kind = POSITIVE
+            elif fidelity >= 1:
+                kind = None
+            else:
+                kind = NEGATIVE
+            chunks.setdefault(kind, []).append(i)
+        parts = []
+        n = evaluation.rows_per_role
+        for kind, members in chunks.items():
+            together = members[-1] - members[0] == len(members) - 1
+            if together:
+                rows = slice(members[0] * n, (members[-1] + 1) * n)
+            else:
+                rows = torch.cat([torch.arange(m * n, (m + 1) * n) for m in members]).to(evaluation.x.device)
+            role = POSITIVE if kind == NEGATIVE and self.negative is None else kind
+            is_negative = kind == NEGATIVE
+            recorded = 0 if kind != POSITIVE else len(members)
+            parts.append(Part(rows, tuple(members), role, fidelity if is_negative else 0.0, recorded))
+        return parts
+
+    def _attend(self, site, device, parts, seen, evaluation, call: AttentionCall) -> torch.Tensor:
+        """Attention of the picture at one site."""
+        places = self._places(site, parts, evaluation)
+        if call.previous is not None:
+            self.missed.failed(SEEN, _REPLACED, places)
+            return call.unpatched()
+        q, k, v = call.q, call.k, call.v
+        if len(q) != len(k) or len(q) != len(evaluation.x):
+            self.missed.failed(SEEN, _TILED, places)
+            return call.unpatched()
+        self.missed.done(SEEN, places)
+        out = None
+        for part in parts:
+            rows = part.rows
+            if part.role is None:
+                result = call.attend(q[rows], k[rows], v[rows])
+            else:
+                result = self._see_references(site, device, part, seen[part.role][site], evaluation, call)
+            if len(parts) == 1:
+                return result
+            if out is None:
+                out = torch.empty_like(q)
+            out[rows] = result
+        return out
+
+    def _see_references(self, site, device, part, reference, evaluation, call) -> torch.Tensor:
+        q, k, v = (x[part.rows] for x in (call.q, call.k, call.v))
+        keys, values = reference.unbind(0)
+        layout = device.layouts[site]
+        grid = call.grid
+        bias = device.bias(layout, k.shape[1], grid[0] * grid[1], q.dtype)
+        in_place = q.shape[1] == grid[0] * grid[1] and evaluation.x.shape[-2:] == self.sampling.noise.shape[-2:]
+        groups = device.groups(layout, k.shape[1], grid) if in_place else None
+        if device.has_target_masks:
+            places = self._places(site, [part], evaluation)
+            self.missed.done(PLACED, places) if in_place else self.missed.failed(PLACED, _UNPLACED, places)
+        mixed = mrsa.multi_reference_attention(call.attend, q, k, v, keys, values, bias, groups)
+        if self.share is not None and part.recorded and in_place and self.share.wants(site, evaluation.step):
+            shares = mrsa.subject_shares(
+                call.attend, q, k, keys, bias, layout.owner, len(self.system.encoded), call.options["n_heads"], groups
+            )
+            self.share.add(shares, part.recorded, grid)
+        if part.style_fidelity > 0:
+            return mrsa.keep_style(call.attend(q, k, v), mixed, part.style_fidelity)
+        return mixed
+
+    def _places(self, site: Site, parts: Sequence[Part], evaluation: Evaluation) -> list[tuple]:
+        """(site, step, conditioning) of all parts that see references."""
+        uuids = evaluation.options.get("uuids") or [None]
+        return [
+            (site, evaluation.step, uuids[i]) for part in parts if part.role is not None for i in part.conditionings
+        ]
+
+    def finish(self, samples: torch.Tensor) -> None:
+        """Hands over the attention shares, and says what was missed and what the bank holds."""
+        for reason in self.missed.reasons():
+            advise(NAME, reason, self.sampling.node)
+        if self.share is not None:
+            self.share.finish(samples)
+        bank = self.system.bank
+        log.info(
+            "FreeCustom: %d reference passes; the bank holds %.1f of %d MiB in %s",
+            self.passes,
+            bank.size / 2**20,
+            bank.limit >> 20,
+            bank.device,
+        )
+
+    def close(self) -> None:
+        """Lets go of all tensors."""
+        self.devices.clear()
+        self.share = None
+        self.latents = []

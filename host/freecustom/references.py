@@ -1,0 +1,235 @@
+"""Reference passes of FreeCustom: references go through the model ahead of the picture and leave keys and values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import comfy.sampler_helpers
+import torch
+
+from ...attention import mrsa
+from ...subjects.masks import binarize, token_mask
+from ..model import passes
+from ..model.patching import NEGATIVE, POSITIVE, Evaluation
+from ..model.sites import AttentionCall, Handler, Site, family_of, network_of
+from .bank import BankGroup
+
+if TYPE_CHECKING:
+    from .attention import ReferenceRun
+
+PER_STEP, FIXED = "per_step", "fixed"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """References of equal shape that go through the model together.
+
+    Attributes:
+        members: indices into the system's references.
+        latents: (R, C, h, w).
+        conds: per role the host's tensors for the model call.
+    """
+
+    members: tuple[int, ...]
+    latents: torch.Tensor
+    conds: dict[str, dict[str, torch.Tensor]]
+
+
+class ReferencePasses:
+    """A run's tensors on one device."""
+
+    def __init__(self, run: ReferenceRun, evaluation: Evaluation):
+        self.run = run
+        self.model = evaluation.model
+        self.device = evaluation.x.device
+        self.layouts: dict[Site, mrsa.KeyLayout] = {}
+        self.has_target_masks = any(run.system.encoded[i].subject.target_mask is not None for i in run.system.active)
+        # The reference pass must meet no layers that treat its batch as frames, whoever injected them.
+        network = network_of(self.model)
+        family_of(network).sites(network)
+        self._batches = self._make_batches(evaluation)
+        self._plans: dict[tuple, mrsa.KeyPlan] = {}
+        self._joined: dict[tuple, mrsa.KeyLayout] = {}
+        self._biases: dict[tuple, torch.Tensor] = {}
+        self._groups: dict[tuple, list[mrsa.QueryGroup] | None] = {}
+        self._current: dict[tuple, dict[Site, torch.Tensor]] = {}
+        self._group = self._open_bank(evaluation)
+
+    def _make_batches(self, evaluation: Evaluation) -> list[Batch]:
+        """Encodes the references' conditionings and puts those of equal shapes together, as many as fit."""
+        run, model = self.run, self.model
+        entries = []
+        for i, reference in enumerate(run.system.references):
+            latent = run.latents[i].to(self.device)
+            conds = {POSITIVE: self._encode(reference.conditioning[:1], latent)}
+            if run.negative is not None:
+                conds[NEGATIVE] = self._encode(None, latent)
+            shapes = tuple((role, name, c.shape) for role, named in conds.items() for name, c in named.items())
+            entries.append(((latent.shape, shapes), i, latent, conds))
+        alike: dict[tuple, list] = {}
+        for shapes, *entry in entries:
+            alike.setdefault(shapes, []).append(entry)
+        batches = []
+        for members in alike.values():
+            room = len(members)
+            free = comfy.model_management.get_free_memory(self.device)
+            while room > len(evaluation.x) and model.memory_required([room, *members[0][1].shape[1:]]) * 1.5 > free:
+                room -= 1
+            for start in range(0, len(members), room):
+                chosen = members[start : start + room]
+                conds = {
+                    role: {name: torch.cat([c[role][name] for _, _, c in chosen]) for name in named}
+                    for role, named in chosen[0][2].items()
+                }
+                batches.append(Batch(tuple(i for i, _, _ in chosen), torch.cat([z for _, z, _ in chosen]), conds))
+        return batches
+
+    def _encode(self, conditioning: list | None, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The host's tensors for one conditioning; None takes the guider's negative."""
+        if conditioning is None:
+            return passes.encode(self.model, self.run.negative, latent, NEGATIVE, self.run.noise_seed)
+        entry = comfy.sampler_helpers.convert_cond(conditioning)[0]
+        return passes.encode(self.model, entry, latent, POSITIVE, self.run.noise_seed)
+
+    def _open_bank(self, evaluation: Evaluation) -> BankGroup | None:
+        """The bank's group of this run, or None where nothing may be kept."""
+        run, bank = self.run, self.run.system.bank
+        patcher = run.sampling.guider.model_patcher
+        if bank.limit == 0 or self.device != patcher.load_device:
+            return None
+        changing = [
+            *patcher.object_patches.items(),
+            *((name, x) for name, xs in patcher.injections.items() for x in xs),
+            *((name, x) for name, xs in passes.feature_patches(evaluation).items() for x in xs),
+            (passes.KERNEL_OVERRIDE, evaluation.options.get(passes.KERNEL_OVERRIDE)),
+        ]
+        key = (
+            patcher.patches_uuid,
+            tuple((name, id(x)) for name, x in changing),
+            str(self.device),
+            self.model.get_dtype_inference(),
+            tuple(run.sampling.noise.shape[-2:]),
+            run.sampling.sigmas,
+            run.noise_seed,
+            tuple(batch.members for batch in self._batches),
+            None if run.negative is None else _digest_of(run.negative),
+        )
+        group = bank.open(key, tuple(x for _, x in changing))
+        self.layouts = dict(group.layouts)
+        return group
+
+    def references(self, role: str, evaluation: Evaluation) -> dict[Site, torch.Tensor]:
+        """Per site the references' keys and values, (2, M, C): from this evaluation's pass, the bank, or a new pass."""
+        hooks = self.model.current_patcher.current_hooks
+        entry = (evaluation.noise_level, evaluation.step, role, hooks)
+        if entry in self._current:
+            return self._current[entry]
+        self._current = {key: kept for key, kept in self._current.items() if key[0] == evaluation.noise_level}
+        group = self._group if hooks is None else None
+        if group is not None and entry in group.entries:
+            tensors = {site: t.to(self.device) for site, t in group.entries[entry].items()}
+        else:
+            tensors = self._reference_pass(role, evaluation)
+            if group is not None:
+                group.layouts = group.layouts or dict(self.layouts)
+                self.run.system.bank.put(group, entry, tensors)
+        self._current[entry] = tensors
+        return tensors
+
+    def _reference_pass(self, role: str, evaluation: Evaluation) -> dict[Site, torch.Tensor]:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.run.passes += 1
+        collected: dict[Site, list[torch.Tensor]] = {site: [] for site in self.run.system.sites}
+        grids: dict[Site, list[tuple]] = {site: [] for site in collected}
+        last = max(collected, key=lambda site: site.index)
+        for number, batch in enumerate(self._batches):
+
+            def record(site: Site, call: AttentionCall, number=number) -> torch.Tensor:
+                collected[site].append(torch.stack(self._plan(number, call.grid).collect(call.k, call.v)))
+                grids[site].append((number, call.grid))
+                if site == last:
+                    raise passes.StopForward
+                return call.unpatched()
+
+            self._forward(batch, role, evaluation, {site: partial(record, site) for site in collected})
+        for site, where in grids.items():
+            key = tuple(where)
+            if key not in self._joined:
+                self._joined[key] = mrsa.KeyLayout.join([self._plans[one].layout for one in where])
+            self.layouts[site] = self._joined[key]
+        return {site: tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1) for site, tensors in collected.items()}
+
+    def _forward(self, batch: Batch, role: str, evaluation: Evaluation, handlers: dict[Site, Handler]) -> None:
+        """One truncated forward of the model on noised references."""
+        model = self.model
+        rows = len(batch.members)
+        sigma = evaluation.sigma[:1].repeat(rows)
+        step = 0 if self.run.system.settings.reference_noise == FIXED else evaluation.step
+        shape = batch.latents.shape[1:]
+        # Named by its first subject, so that switching another subject off does not change this one's noise.
+        names = [self.run.system.references[i].subjects[0] for i in batch.members]
+        noise = torch.cat([reference_noise(self.run.noise_seed, step, name, shape) for name in names])
+        x = model.model_sampling.noise_scaling(sigma, noise.to(self.device), batch.latents.to(noise.dtype))
+        passes.forward(evaluation, x, batch.conds[role], handlers)
+
+    def _plan(self, batch: int, grid: tuple[int, int]) -> mrsa.KeyPlan:
+        """Which tokens to take from a batch at a grid; the same for all steps."""
+        key = (batch, grid)
+        if key not in self._plans:
+            system = self.run.system
+            members = self._batches[batch].members
+            shown = [(row, i) for row, r in enumerate(members) for i in system.references[r].subjects]
+            self._plans[key] = mrsa.plan_keys(
+                torch.stack([token_mask(system.masks[i], grid) for _, i in shown]),
+                [row for row, _ in shown],
+                len(members),
+                [system.encoded[i].subject.weight for _, i in shown],
+                [system.lifts[i] for _, i in shown],
+                [i for _, i in shown],
+                system.settings.formula,
+                self.device,
+            )
+        return self._plans[key]
+
+    def bias(self, layout: mrsa.KeyLayout, n_own: int, own_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """`mrsa.bias_row`, once per layout and size."""
+        key = (id(layout), n_own, own_tokens, dtype)
+        if key not in self._biases:
+            self._biases[key] = mrsa.bias_row(layout, n_own, own_tokens, dtype)
+        return self._biases[key]
+
+    def groups(self, layout: mrsa.KeyLayout, n_own: int, grid: tuple[int, int]) -> list[mrsa.QueryGroup] | None:
+        """`mrsa.query_groups`, once per layout and size; None without target masks."""
+        if not self.has_target_masks:
+            return None
+        key = (id(layout), n_own, grid)
+        if key not in self._groups:
+            threshold = self.run.system.settings.mask_threshold
+            targets = [
+                token_mask(binarize(e.subject.target_mask, threshold, grid), grid) for e in self.run.system.encoded
+            ]
+            self._groups[key] = mrsa.query_groups(torch.stack(targets), layout.owner, n_own)
+        return self._groups[key]
+
+
+def reference_noise(seed: int, step: int, subject: int, shape: Sequence[int]) -> torch.Tensor:
+    """Noise (1, *shape) of a subject's reference at one step, drawn apart from the sampler's random numbers."""
+    name = hashlib.blake2b(f"{seed} {step} {subject}".encode(), digest_size=7).digest()
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(int.from_bytes(name, "little")))
+
+
+def _digest_of(cond: Mapping) -> str:
+    """Fingerprint of a conditioning's tensors and numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(cond):
+        value = cond[name]
+        if torch.is_tensor(value):
+            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        elif isinstance(value, (int, float, str)):
+            digest.update(f"{name}={value}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""How anything gets into a model: sites, patches, forward passes of our own."""

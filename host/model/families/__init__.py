@@ -1,0 +1,1 @@
+"""What a kind of model calls its parts, a file per kind."""

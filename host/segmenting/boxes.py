@@ -1,0 +1,154 @@
+"""Boxes by text and masks by boxes: Grounding DINO, and Segment Anything from transformers or its own package.
+
+All models come from files that lie on the disk already: nothing is downloaded, and no code from a file is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from safetensors import SafetensorError
+
+from ...encoders.files import check, check_folder, read_state
+from .segmenters import Cutter
+
+SAM_KINDS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+"""Names that the package segment-anything gives its models, by the width of the image encoder."""
+
+_PATCH_WEIGHT = "image_encoder.patch_embed.proj.weight"
+
+
+class GroundingDino:
+    """A detector: Grounding DINO, as transformers saves it."""
+
+    def __init__(self, weights: Path, threshold: float):
+        """`weights` has config.json, tokenizer and preprocessor beside it; boxes have a score above `threshold`.
+
+        Raises:
+            ValueError: the folder of the weights holds something else.
+        """
+        from transformers import AutoModelForZeroShotObjectDetection
+
+        wanted = "detector: Grounding DINO"
+        self.processor, self.model = _from_folder(AutoModelForZeroShotObjectDetection, weights, wanted)
+        self.patcher, self.threshold = _patcher(self.model), threshold
+
+    def detect(self, image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Boxes and scores for each noun, asked for one by one, so that no phrase has to be matched to a noun."""
+        comfy.model_management.load_model_gpu(self.patcher)
+        found = {}
+        for noun in dict.fromkeys(nouns):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            # The model knows phrases in small letters that end with a period.
+            inputs = self.processor(images=_bytes(image), text=f"{noun.lower()}.", return_tensors="pt")
+            inputs = inputs.to(self.patcher.load_device)
+            with torch.no_grad():
+                out = self.model(**inputs)
+            (result,) = self.processor.post_process_grounded_object_detection(
+                out, inputs["input_ids"], threshold=self.threshold, target_sizes=[tuple(image.shape[:2])]
+            )
+            found[noun] = result["boxes"].cpu(), result["scores"].cpu()
+        return [found[noun] for noun in nouns]
+
+
+class TransformersSam:
+    """A cutter: SAM or SAM 2, as transformers saves them."""
+
+    def __init__(self, weights: Path):
+        """`weights` has config.json and preprocessor beside it.
+
+        Raises:
+            ValueError: the folder of the weights holds something else.
+        """
+        from transformers import AutoModelForMaskGeneration
+
+        self.processor, self.model = _from_folder(AutoModelForMaskGeneration, weights, "sam: SAM or SAM 2")
+        self.patcher = _patcher(self.model)
+
+    def cut(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Masks (n, H, W), boolean, of n boxes (n, 4)."""
+        comfy.model_management.load_model_gpu(self.patcher)
+        inputs = self.processor(images=_bytes(image), input_boxes=[boxes.tolist()], return_tensors="pt")
+        sizes = [inputs.pop(key) for key in ("original_sizes", "reshaped_input_sizes") if key in inputs]
+        with torch.no_grad():
+            out = self.model(**inputs.to(self.patcher.load_device), multimask_output=False)
+        (masks,) = self.processor.post_process_masks(out.pred_masks.cpu(), *sizes)
+        return masks[:, 0]
+
+
+class SegmentAnything:
+    """A cutter: SAM as its own package has it."""
+
+    def __init__(self, path: Path):
+        """`path` is a checkpoint such as sam_vit_b_01ec64.pth.
+
+        Raises:
+            ValueError: the package is not installed, or the file is no checkpoint of it.
+        """
+        try:
+            from segment_anything import SamPredictor, sam_model_registry
+        except ImportError as error:
+            raise ValueError(
+                f"sam: expected the package segment-anything for {path.name}, got none; pip install segment-anything "
+                "gives it"
+            ) from error
+        state = read_state(path, "sam")
+        kind = SAM_KINDS.get(len(state.get(_PATCH_WEIGHT, ())))
+        if kind is None:
+            raise ValueError(f"sam: expected a checkpoint of Segment Anything, got {path.name} with other weights")
+        model = sam_model_registry[kind]()
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"sam: expected all weights of SAM {kind}, got {path.name} with others") from error
+        self.patcher = _patcher(model)
+        self.predictor = SamPredictor(model)
+
+    def cut(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Masks (n, H, W), boolean, of n boxes (n, 4)."""
+        comfy.model_management.load_model_gpu(self.patcher)
+        self.predictor.set_image(_bytes(image))
+        scaled = self.predictor.transform.apply_boxes_torch(boxes, tuple(image.shape[:2]))
+        masks, _, _ = self.predictor.predict_torch(None, None, scaled.to(self.patcher.load_device), None, False)
+        self.predictor.reset_image()
+        return masks[:, 0].cpu()
+
+
+def load_cutter(path: Path) -> Cutter:
+    """The cutter of a file of weights: one of transformers if config.json lies beside it, else of segment-anything."""
+    return TransformersSam(path) if (path.parent / "config.json").exists() else SegmentAnything(path)
+
+
+def _from_folder(auto_class, weights: Path, wanted: str):
+    """Processor and model of a folder that transformers wrote, in which `weights` lie."""
+    from transformers import AutoProcessor
+
+    folder, (name, _, what) = weights.parent, wanted.partition(": ")
+    check(weights, name)
+    check_folder(folder, name)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        model = auto_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{name}: expected {what}, as transformers saves it, got what is in {folder.name}") from error
+    return processor, model
+
+
+def _patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """A patcher for the model, so that the host places and frees it. It holds a list, because the host sets `device` on
+    what it holds, which these models compute."""
+    return comfy.model_patcher.CoreModelPatcher(
+        torch.nn.ModuleList([model.eval().requires_grad_(False)]),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def _bytes(image: torch.Tensor):
+    """(H, W, 3) in [0, 1] as an array of bytes, which all preprocessors read alike."""
+    return (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,282 @@
+"""Plug-and-Play injection (Tumanyan et al., arXiv 2211.12572): a picture's structure, kept while its content changes.
+
+Beside every evaluation of the picture that is sampled, the source picture goes through the model at the same noise
+level, taken from its inversion. What it leaves is put into all rows of the evaluation: the residual branch of one
+decoder block, and queries and keys of self-attention in some. Both stop after a share of the steps.
+
+A source pass of its own equals the published program's additional row of the batch, and does not disturb whatever
+counts the rows (ControlNet, IPAdapter).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import comfy.model_management
+import comfy.sampler_helpers
+import torch
+
+from ..advice import advise
+from ..model import passes
+from ..model.patching import POSITIVE, Evaluation, Sampling, attach
+from ..model.sites import (
+    RESIDUAL,
+    SELF,
+    AttentionCall,
+    Handler,
+    ResidualCall,
+    Site,
+    family_of,
+    network_of,
+    parse_numbers,
+)
+from .inversion import SourceTrajectory
+
+KEY = "conceptloom_plug_and_play"
+NAME = "Plug-and-Play Injection"
+
+PAPER, PUBLISHED = "three blocks (paper)", "all from the second on (published code)"
+PRESETS = (PAPER, PUBLISHED)
+
+# Of the samplers that could draw noise those that do not.
+_QUIET = ("sample_res_multistep", "sample_res_multistep_cfg_pp")
+
+_OFF = 1e-3  # the part of a noise level by which it may differ from the inversion's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is injected, and for how long.
+
+    Attributes:
+        residual_share: part of the steps, from the first on, that receive the residual branch (tau_f), 0..1.
+        attention_share: part of the steps that receive queries and keys (tau_A), 0..1.
+        blocks: one of PRESETS, or decoder blocks by number such as "4, 7-9", whose self-attention receives.
+    """
+
+    residual_share: float = 0.8
+    attention_share: float = 0.5
+    blocks: str = PAPER
+
+
+def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, ...]]:
+    """The residual branch and the self-attention sites that receive.
+
+    The branch is the second block's of the coarsest decoder stage with attention: block 4 of SD 1.x and 2.x, 1 of SDXL.
+    PAPER takes the second block of that stage and of the next and the first of the third (4, 7, 9; SDXL: 1, 4),
+    PUBLISHED all from the second block on (4-11; SDXL: 1-5). A stage of one block, as smaller models have, gives that.
+
+    Raises:
+        ValueError: `blocks` is neither a preset nor a list of decoder blocks with attention, or there is no such block.
+    """
+    own = [site for site in sites if site.kind == SELF and site.key[0] == "output"]
+    stages: dict[int, list[int]] = {}
+    for site in own:
+        numbers = stages.setdefault(site.stage, [])
+        if site.key[1] not in numbers:
+            numbers.append(site.key[1])
+    ordered = [stages[stage] for stage in sorted(stages)]
+    if not ordered:
+        raise ValueError("model: expected one with self-attention in its decoder, got one without")
+    second = ordered[0][:2][-1]
+    if blocks == PAPER:
+        wanted = {numbers[: place + 1][-1] for numbers, place in zip(ordered, (1, 1, 0), strict=False)}
+    elif blocks == PUBLISHED:
+        wanted = {number for numbers in ordered for number in numbers if number >= second}
+    else:
+        wanted = parse_numbers(blocks, "blocks")
+        with_attention = {number for numbers in ordered for number in numbers}
+        if wanted - with_attention:
+            raise ValueError(
+                f"blocks: expected decoder blocks with attention, of this model {min(with_attention)} to "
+                f"{max(with_attention)}, got {min(wanted - with_attention)}"
+            )
+    branch = next((site for site in sites if site.kind == RESIDUAL and site.key[1] == second), None)
+    if branch is None:
+        raise ValueError(f"model: expected one residual layer in its decoder block {second}, got none or several")
+    return branch, tuple(site for site in own if site.key[1] in wanted)
+
+
+def adds_noise(sampler) -> bool:
+    """Whether a SAMPLER of the host draws fresh noise while it samples, as ancestral and SDE samplers do. Of other
+    kinds than the host's nothing is known, and the answer is no."""
+    function = getattr(sampler, "sampler_function", None)
+    if function is None or getattr(function, "__name__", "") in _QUIET:
+        return False
+    defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    given = {**defaults, **sampler.extra_options}
+    if given.get("s_churn", 0) > 0:
+        return True
+    always = 1.0 if "noise_sampler" in defaults else 0.0
+    return all(given.get(name, always) > 0 for name in ("eta", "s_noise"))
+
+
+def apply(model, source: SourceTrajectory, settings: Settings):
+    """A clone of the MODEL that keeps the structure of the source picture.
+
+    Sampling is to start from the inversion's noise, along its sigmas, with a sampler that adds no noise.
+
+    Raises:
+        ValueError: the model or a setting cannot be used; says which and why.
+    """
+    unet = network_of(model.model)
+    branch, attention = choose_sites(family_of(unet).sites(unet), settings.blocks)
+    return attach(model, KEY, PlugAndPlay(source, settings, branch, attention))
+
+
+@dataclass(frozen=True, eq=False)
+class PlugAndPlay:
+    """The system attached to a MODEL."""
+
+    name = NAME
+
+    source: SourceTrajectory
+    settings: Settings
+    branch: Site
+    attention: tuple[Site, ...]
+
+    def begin(self, sampling: Sampling) -> InjectionRun | None:
+        """Opens a run.
+
+        Raises:
+            ValueError: the inversion was another model's, or of another size or batch.
+        """
+        steps = len(sampling.sigmas) - 1
+        until = int(self.settings.residual_share * steps), int(self.settings.attention_share * steps)
+        if not any(until):
+            return None
+        width = sampling.guider.model_patcher.model.model_config.unet_config["context_dim"]
+        spoken = self.source.conditioning[0][0].shape[-1]
+        if spoken != width:
+            raise ValueError(
+                f"{NAME}: trajectory: expected one that was inverted with this model, whose text states are {width} "
+                f"wide, got {spoken}"
+            )
+        wanted, given = tuple(self.source.trajectory.latents.shape[1:]), tuple(sampling.noise.shape)
+        if wanted[1:] != given[1:] or wanted[0] not in (1, given[0]):
+            raise ValueError(
+                f"{NAME}: latent: expected the size and batch of the inversion {wanted}, got {given}; sample from "
+                "the noise that DDIM Inversion gives"
+            )
+        if sampling.noise.any():
+            advise(
+                NAME,
+                "the sampler adds noise to that of the inversion, which hides the picture; sample with DisableNoise, "
+                "or a KSampler (Advanced) with add_noise disabled",
+                sampling.node,
+            )
+        if adds_noise(sampling.sampler):
+            advise(
+                NAME,
+                "the sampler draws fresh noise in every step, which the inversion does not know; euler and others that "
+                "are neither ancestral nor SDE keep the picture's structure",
+                sampling.node,
+            )
+        known = torch.tensor(self.source.trajectory.sigmas)
+        levels = torch.tensor(sampling.sigmas[: max(until)])
+        if ((levels[:, None] - known).abs().amin(1) > _OFF * levels).any():
+            advise(
+                NAME,
+                "sampling goes by other noise levels than the inversion's, whose SIGMAS fit better",
+                sampling.node,
+            )
+        return InjectionRun(self, sampling, *until)
+
+
+class InjectionRun:
+    """One sampling into which a source's features are injected."""
+
+    def __init__(self, system: PlugAndPlay, sampling: Sampling, residual_until: int, attention_until: int):
+        self.system = system
+        self.seed = sampling.seed
+        self.residual_until, self.attention_until = residual_until, attention_until
+        self._conds: dict[torch.device, dict[str, torch.Tensor]] = {}
+        self._records: dict[tuple, dict[Site, tuple[torch.Tensor, ...]]] = {}
+
+    def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
+        """See `patching.Run`; runs the source pass this evaluation needs."""
+        wanted = [self.system.branch] if evaluation.step < self.residual_until else []
+        wanted += self.system.attention if evaluation.step < self.attention_until else ()
+        if not wanted:
+            return {}
+        # The host may evaluate conditionings of one noise level in several calls: one source pass serves them.
+        key = (evaluation.x.device, evaluation.noise_level)
+        if key not in self._records:
+            self._records = {k: kept for k, kept in self._records.items() if k[1] == evaluation.noise_level}
+            self._records[key] = self._source_pass(evaluation, wanted)
+        records = self._records[key]
+        return {
+            site: partial(self._branch if site.kind == RESIDUAL else self._attend, records[site], evaluation)
+            for site in wanted
+        }
+
+    def _source_pass(self, evaluation: Evaluation, wanted: Sequence[Site]) -> dict[Site, tuple[torch.Tensor, ...]]:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        x = self.system.source.trajectory.at(evaluation.noise_level).to(evaluation.x)
+        unet = network_of(evaluation.model)
+        last = [site for site in family_of(unet).sites(unet) if site in wanted][-1]
+        records: dict[Site, tuple[torch.Tensor, ...]] = {}
+
+        def record_branch(site: Site, call: ResidualCall) -> torch.Tensor:
+            out, branch = call.with_its_branch()
+            return keep(site, (branch,), lambda: out)
+
+        def record_attention(site: Site, call: AttentionCall) -> torch.Tensor:
+            return keep(site, (call.q, call.k), call.unpatched)
+
+        def keep(site, tensors, result):
+            records[site] = tensors
+            if site == last:
+                raise passes.StopForward
+            return result()
+
+        record = {RESIDUAL: record_branch, SELF: record_attention}
+        passes.forward(
+            evaluation, x, self._encode(evaluation, x), {site: partial(record[site.kind], site) for site in wanted}
+        )
+        return records
+
+    def _encode(self, evaluation: Evaluation, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The source prompt's tensors, once per device."""
+        if x.device not in self._conds:
+            entry = comfy.sampler_helpers.convert_cond(self.system.source.conditioning)[0]
+            self._conds[x.device] = passes.encode(evaluation.model, entry, x[:1], POSITIVE, self.seed, len(x))
+        return self._conds[x.device]
+
+    def _branch(self, record, evaluation: Evaluation, call: ResidualCall) -> torch.Tensor:
+        (branch,) = record
+        _check(call.x, branch, 2, evaluation)
+        return call.with_branch(_for_all_rows(branch, evaluation))
+
+    def _attend(self, record, evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
+        for own, kept in ((call.q, record[0]), (call.v, record[1])):
+            _check(own, kept, 1, evaluation)
+        q, k = (_for_all_rows(kept, evaluation) for kept in record)
+        if call.previous is not None:
+            return call.previous(q, k, call.v, call.options)
+        return call.attend(q, k, call.v)
+
+    def finish(self, samples: torch.Tensor) -> None:
+        """Nothing is handed over."""
+
+    def close(self) -> None:
+        """Lets go of all tensors."""
+        self._conds.clear()
+        self._records.clear()
+
+
+def _for_all_rows(source: torch.Tensor, evaluation: Evaluation) -> torch.Tensor:
+    """A source's record (1 or pictures, ...) for every row of the evaluation, in the order of its conditionings."""
+    return source.repeat(len(evaluation.x) // len(source), *(1,) * (source.ndim - 1))
+
+
+def _check(own: torch.Tensor, source: torch.Tensor, first: int, evaluation: Evaluation) -> None:
+    """Raises ValueError when another node has cut the picture into parts; `first` is the first dimension of places."""
+    if len(own) != len(evaluation.x) or own.shape[first : first + 2] != source.shape[first : first + 2]:
+        raise ValueError(
+            f"{NAME}: model: expected one whose layers see the whole picture and nothing else, got {tuple(own.shape)} "
+            f"where the source has {tuple(source.shape)}; another node or the area of a conditioning makes it so"
+        )

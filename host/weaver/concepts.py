@@ -1,0 +1,274 @@
+"""Concepts of a bank on the host: read against a MODEL, put into its keys and values, written again.
+
+A concept is what a fine-tuned model changes in the MODEL's own cross-attention (Concept Weaver, arXiv 2404.03913, and
+Custom Diffusion, arXiv 2212.04488). The model is never changed: its layers are asked for keys and values, and the
+concept's share is added, so LoRAs on the model, quantised weights and the host's memory management stay in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ...encoders import concept_files, concept_formats
+from ...encoders.adapter_names import TEXT, TEXT_2, Layer
+from ...encoders.adapters import Adapter
+from ...encoders.concept_formats import Tokens
+from ...encoders.concepts import PARTS, Concept, Key, layer_name
+from ...encoders.files import checked_folder, checked_name, read
+from ..advice import advise
+from ..model.sites import Site, network_of
+from .weights import adapters_by_weight, check_fit, host_patch, is_whole, read_weights
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
+AS_CONCEPT, AS_LORA = "concept", "LoRA"
+FORMS = (AS_CONCEPT, AS_LORA)
+
+
+def load_concept(
+    model,
+    source: str | Path | Mapping[str, Any] | list,
+    tokens: str | Path | Mapping[str, Any] | list | None = None,
+    class_word: str = "",
+    placeholder: str = "",
+    strength: float = 1.0,
+    name: str = "",
+) -> Concept:
+    """A concept from a file of any known format, as differences to a MODEL's own weights.
+
+    Args:
+        model: the host's MODEL that the concept is to be used on; its LoRAs do not matter.
+        source: path or loaded content of the concept's file.
+        tokens: the same of a file with its token, where that is kept apart.
+        class_word: what kind of thing it is; empty keeps what the file says.
+        placeholder: which of the file's tokens it is; the name that a single token shall have; empty keeps its own.
+        strength: factor of the differences.
+        name: what reports call it; empty means the file's name.
+
+    Raises:
+        ValueError: the file is none of a concept, is for another model, is not whole, holds tensors that cannot be used
+            or numbers that are not finite, or the placeholder is not there.
+    """
+    from_path = isinstance(source, (str, Path))
+    name = name or (Path(source).stem if from_path else "concept")
+    if from_path and concept_files.is_concept_file(source):
+        concept = concept_files.load(source)
+        check_fit(concept, model)
+        found = {concept.placeholder: concept.tokens} if concept.tokens else {}
+    else:
+        file = concept_formats.read(*_contents(source, "file"))
+        concept, found = read_weights(file, model, name), file.tokens
+    if tokens is not None:
+        if found:
+            raise ValueError(f"token_file: expected none, for the file itself holds the token {next(iter(found))}")
+        content, _ = _contents(tokens, "token_file")
+        try:
+            found = concept_formats.read_tokens(content)
+        except ValueError as error:
+            raise ValueError(f"token_file: {str(error).partition(': ')[2]}") from error
+    placeholder, token = _choose(found, placeholder.strip())
+    return replace(
+        concept,
+        name=name,
+        class_word=class_word.strip() or concept.class_word,
+        placeholder=placeholder,
+        tokens=token,
+        strength=strength,
+    )
+
+
+def describe(concept: Concept) -> str:
+    """What was found in a concept's file, and what of it is not the business of cross-attention."""
+    parts = [part for parts in concept.deltas.values() for part in parts]
+    counts = ", ".join(f"{parts.count(part)} {name}" for part, name in PARTS.items() if part in parts)
+    lines = [f"{concept.name}: {concept.source_format}", f"cross-attention: {len(concept.deltas)} layers ({counts})"]
+    for encoder, token in concept.tokens.items():
+        lines.append(f"token {concept.placeholder}: {len(token)} of width {token.shape[1]} for text encoder {encoder}")
+    if concept.text_patches:
+        changes = [change for state in concept.text_patches.values() for change in state.values()]
+        count = sum(len(change.group) if isinstance(change, Adapter) else 1 for change in changes)
+        lines.append(f"text encoder: {count} tensors, for its own prompt")
+    if concept.others:
+        lines.append(f"elsewhere in the model: {len(concept.others)} patches, for its own part of the picture")
+    return "\n".join(lines)
+
+
+def keys_and_values(concept: Concept, model, site: Site, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A concept's keys and values at a cross-attention site, for text states: K = to_k(p) + strength p delta_k^T, and V
+    likewise.
+
+    Args:
+        concept: of this model's architecture.
+        model: the host's BaseModel, loaded.
+        site: of kind CROSS.
+        context: (B, L, text width) states of the concept's prompt, on the device and in the dtype of the model.
+
+    Returns:
+        Keys and values, (B, L, C).
+    """
+    deltas = concept.deltas.get(site.key, {})
+    outputs = []
+    for part in ("k", "v"):
+        out = layer_module(model, site.key, part)(context)
+        if part in deltas and concept.strength:
+            out = out + concept.strength * deltas[part].apply(context)
+        outputs.append(out)
+    return outputs[0], outputs[1]
+
+
+def layer_module(model, key: Key, part: str) -> torch.nn.Module:
+    """The linear layer of a BaseModel's cross-attention that a part of a concept is a difference to."""
+    return network_of(model).get_submodule(f"{layer_name(key)}.{PARTS[part]}")
+
+
+def check_tokens(concept: Concept, clip) -> None:
+    """Raises ValueError where a concept's tokens do not fit a CLIP's text encoders; the host would drop them without a
+    word."""
+    if not concept.tokens:
+        return
+    names = list(clip.tokenize(""))
+    widths = {name: getattr(getattr(clip.tokenizer, f"clip_{name}", None), "embedding_size", None) for name in names}
+    given = {encoder: token.shape[1] for encoder, token in concept.tokens.items()}
+    if given != widths:
+        says = [", ".join(f"{name} {width}" for name, width in side.items()) for side in (widths, given)]
+        raise ValueError(f"clip: expected one of the width of {concept.name}'s token ({says[1]}), got {says[0]}")
+
+
+def with_text(concept: Concept, clip):
+    """A clone of a CLIP with what the concept changes in text encoders, for the concept's own prompt alone; the CLIP
+    itself if that is nothing.
+
+    Raises:
+        ValueError: the CLIP is of another architecture.
+    """
+    if not concept.text_patches or not concept.strength:
+        return clip
+    own = clip.get_key_patches()
+    changes: dict[str, Any] = {}
+    for encoder, state in concept.text_patches.items():
+        if encoder == "lora":
+            changes |= _spoken(concept, state, own)
+        else:
+            found = {f"clip_{encoder}.transformer.{key}": ("set", (tensor,)) for key, tensor in state.items()}
+            changes |= {key: change for key, change in found.items() if not key.endswith("position_ids")}
+    foreign = next((key for key in changes if key not in own), None)
+    if foreign:
+        raise _other_clip(concept, foreign)
+    patches = {key: _scalable(change, own, key) for key, change in changes.items()}
+    clip = clip.clone()
+    clip.add_patches({key: patch for key, patch in patches.items() if patch is not None}, concept.strength)
+    return clip
+
+
+def _spoken(concept: Concept, adapters: Mapping[Layer, Adapter], own: Mapping[str, list]) -> dict[str, Adapter]:
+    """A LoRA's changes of text encoders by the host's names."""
+    encoders = sorted({key.partition(".")[0] for key in own if key.startswith("clip_")} - {"clip_g"})
+    second = ["clip_g"] if any(key.startswith("clip_g.") for key in own) else []
+    places = dict(zip((TEXT, TEXT_2), [*encoders, *second], strict=False))
+    layers = {}
+    for key in own:
+        if key.endswith(".weight"):
+            encoder, _, name = key.removesuffix(".weight").partition(".transformer.")
+            layers[encoder, name.removeprefix("text_model.").replace(".", "_")] = key.removesuffix(".weight")
+    found, unknown = {}, []
+    for layer, adapter in adapters.items():
+        name = layers.get((places.get(layer.place), layer.name))
+        if name is None:
+            unknown += [named.name for named in adapter.group.values()]
+        else:
+            found |= adapters_by_weight(adapter, name)
+    if unknown and not found:
+        raise _other_clip(concept, unknown[0])
+    if unknown:
+        sentence = f"of {concept.name}, {len(unknown)} tensors are for no layer of this CLIP and are not used"
+        advise("Concept Prompts", sentence)
+    return found
+
+
+def _other_clip(concept: Concept, lacking: str) -> ValueError:
+    return ValueError(f"clip: expected the one that {concept.name} was trained on, got one without {lacking}")
+
+
+def _scalable(change: Any, own: Mapping[str, list], key: str) -> Any:
+    """A patch of the host for a text encoder; None if it changes nothing."""
+    if is_whole(change) and key.endswith("token_embedding.weight"):
+        # Rows behind the vocabulary are the placeholders', which come as tokens.
+        change = ("set", (change[1][0][: len(own[key][0][0])],))
+    return host_patch(change, own, key)
+
+
+def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, rank: int = 0) -> str:
+    """Writes a concept and returns a report of the files.
+
+    AS_CONCEPT makes `folder`/concepts/`filename`.safetensors. AS_LORA makes `folder`/loras/`filename`.safetensors, a
+    plain LoRA for the host's own nodes, and `folder`/embeddings/`filename`.safetensors with the token if there is one.
+
+    Args:
+        concept: what to write; its strength, its text encoder and its patches elsewhere are not written.
+        folder: see above.
+        filename: without folders and ending; where a file of the name exists, a number is put after it.
+        form: one of FORMS.
+        rank: of the factors that the differences are compressed to; 0 leaves them as they are.
+
+    Raises:
+        ValueError: the filename or the rank cannot be used, or the folder cannot be written.
+    """
+    filename = checked_name(filename)
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    if form == AS_CONCEPT:
+        writers = {"concepts": concept_files.save}
+    else:
+        writers = {"loras": concept_files.save_as_lora}
+        if concept.tokens:
+            writers["embeddings"] = concept_files.save_as_embedding
+    for number in count(1):
+        name = f"{filename} {number}" if number > 1 else filename
+        files = {Path(folder) / kind / f"{name}.safetensors": write for kind, write in writers.items()}
+        if not any(file.exists() for file in files):
+            break
+    for file in files:
+        checked_folder(file.parent)
+    if rank:
+        progress = comfy.utils.ProgressBar(sum(map(len, concept.deltas.values())))
+
+        def after_each():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update(1)
+
+        concept = concept.compressed(rank, after_each)
+    for file, write in files.items():
+        write(concept, file)
+    lines = [f"{file.parent.name}/{file.name}: {file.stat().st_size / 2**20:.1f} MiB" for file in files]
+    left_out = {"the text encoder": concept.text_patches, "patches outside cross-attention": concept.others}
+    return "\n".join([*lines, *(f"left out: {what}" for what, there in left_out.items() if there)])
+
+
+def _contents(source: str | Path | Mapping[str, Any] | list, name: str) -> tuple[Any, dict[str, str]]:
+    """What a file holds, and what it says about itself."""
+    if not isinstance(source, (str, Path)):
+        return source, {}
+    content, about = read(source, name)
+    path = Path(source)
+    config = path.with_name(PEFT_CONFIG)
+    if path.stem == PEFT_FILE and config.is_file():
+        about = {**about, "adapter_config": config.read_text(encoding="utf-8", errors="replace")}
+    return content, about
+
+
+def _choose(found: Tokens, placeholder: str) -> tuple[str, Mapping[str, torch.Tensor]]:
+    """The placeholder and its tokens."""
+    if len(found) > 1 and placeholder not in found:
+        raise ValueError(f"placeholder: expected one of the file's tokens {', '.join(found)}, got {placeholder!r}")
+    if len(found) > 1:
+        return placeholder, found[placeholder]
+    for own, token in found.items():
+        return placeholder or own, token
+    return placeholder, {}

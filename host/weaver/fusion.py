@@ -1,0 +1,355 @@
+"""Multi-concept fusion (Concept Weaver, arXiv 2404.03913) on the host: every concept in its own part of one picture.
+
+One latent is denoised, by one row per conditioning whatever the number of concepts. At every cross-attention layer the
+positive rows' attention is put together from the base's and the concepts' answers (`attention.fusion`). Keys and values
+of a concept depend on its prompt and weights alone, so they are computed once per run; its weights are not needed
+afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import comfy.sampler_helpers
+import torch
+
+from ...attention.fusion import Voices, fuse, voices_of
+from ...encoders.concepts import PARTS, Concept, layer_name
+from ...subjects.masks import check_aspect
+from ...subjects.partition import THRESHOLD, layer_masks
+from ..advice import advise
+from ..model import passes
+from ..model.patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
+from ..model.sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of, network_of
+from .concepts import keys_and_values
+from .layers import Change, MaskedLayer, OwnQueries, Rows, changes_of
+
+KEY = "conceptloom_concept_fusion"
+NAME = "Multi-Concept Fusion (Concept Weaver)"
+
+ALL_LAYERS, DECODER = "all layers", "decoder"
+LAYERS = (ALL_LAYERS, DECODER)
+IN_PLACE, LEFT_OUT = "inside its mask", "left out"
+ELSEWHERE = (IN_PLACE, LEFT_OUT)
+FEATURES, SCORES = "features", "scores"
+MODES = (FEATURES, SCORES)
+
+_CONCEPT = "conceptloom concept "
+
+# What cuts a conditioning to a part of the picture, where a partition could not be placed. Hooks cut nothing: they
+# wrap, or change weights as a LoRA on the model does.
+_NOT_IN_POSITIVE = ("area", "mask", "gligen")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How concepts are fused.
+
+    Attributes:
+        mode: FEATURES mixes in cross-attention, as Concept Weaver does. SCORES is what it is compared with: every
+            concept denoises the whole picture on its own, and what they give is mixed by their masks.
+        suppression: lambda of the paper, how far to move away from the concept-free base.
+        norm_cap: see `attention.fusion.fuse`; 0 sets no bound.
+        layers: ALL_LAYERS, as the paper says, or DECODER.
+        start_percent, end_percent: the part of the schedule in which concepts are seen, 0..1.
+        elsewhere: what becomes of a concept's changes outside keys and values: IN_PLACE or LEFT_OUT.
+    """
+
+    mode: str = FEATURES
+    suppression: float = 0.3
+    norm_cap: float = 0.0
+    layers: str = ALL_LAYERS
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    elsewhere: str = IN_PLACE
+
+
+@dataclass(frozen=True, eq=False)
+class SpokenConcept:
+    """A concept with the host's conditioning of its own prompt."""
+
+    concept: Concept
+    conditioning: list
+
+
+def apply(
+    model,
+    positive: list,
+    concepts: Sequence[SpokenConcept],
+    partition: torch.Tensor,
+    settings: Settings,
+    background: SpokenConcept | None = None,
+) -> tuple[Any, list]:
+    """A clone of the MODEL that draws each concept in its part of the picture, and the conditioning to sample it with.
+
+    Without any concept that has a strength and a place, the clone is untouched.
+
+    Args:
+        model: the host's MODEL.
+        positive: the host's conditioning of the plain prompt.
+        concepts: in the order of the partition.
+        partition: (N + 1, H, W), the background last (see `attention.partition`).
+        settings: see there.
+        background: a concept for the background; without one it is the base model's.
+
+    Raises:
+        ValueError: the parts do not fit together; says which and why.
+    """
+    unet = network_of(model.model)
+    sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
+    if len(partition) != len(concepts) + 1:
+        raise ValueError(
+            f"partition: expected one mask for each of the {len(concepts)} concepts, got {len(partition) - 1}"
+        )
+    if settings.start_percent > settings.end_percent:
+        raise ValueError(
+            f"start_percent: expected at most end_percent ({settings.end_percent:g}), got {settings.start_percent:g}"
+        )
+    placed = [*zip(concepts, partition, strict=False)]
+    if background is not None:
+        placed.append((background, partition[-1]))
+    width = model.model.model_config.unet_config["context_dim"]
+    for spoken, _ in placed:
+        given = spoken.concept.text_width
+        if given not in (None, width):
+            raise ValueError(
+                f"concepts: expected those of a model with text states of width {width}, got "
+                f"{spoken.concept.name} with {given}"
+            )
+    active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
+    if not active:
+        without = "strength" if any(mask.any() for _, mask in placed) else "place in the partition"
+        advise(NAME, f"no concept has a {without}, so the plain prompt is drawn")
+        return model.clone(), positive
+    advice = []
+    if settings.suppression > 1 and settings.mode == FEATURES:
+        advice.append(f"a suppression of {settings.suppression:g} is far beyond 0.3 and burns colours")
+    if settings.layers == DECODER:
+        sites = [site for site in sites if site.key[0] == "output"]
+    if settings.mode == SCORES and (settings.start_percent > 0 or settings.end_percent < 1):
+        raise ValueError("mode: expected features where start_percent and end_percent leave steps out, got scores")
+    maps = torch.stack([mask for _, mask in placed])
+    chosen = [placed[i][0] for i in active]
+    changes: dict[str, list[Change]] = {}
+    if settings.elsewhere == IN_PLACE:
+        changes, left_out = changes_of([spoken.concept for spoken in chosen], model, sites)
+        if left_out:
+            advice.append(f"{left_out} patches in layers that see no places are left out")
+    fused = attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings, tuple(advice)))
+    if settings.mode == FEATURES:
+        return fused, positive
+    rest = (1 - maps[active].sum(0)).clamp(min=0)
+    parts = [(positive, rest, POSITIVE)] if rest.any() else []
+    for number, (spoken, mask) in enumerate(zip(chosen, maps[active], strict=True)):
+        parts.append((spoken.conditioning, mask, f"{_CONCEPT}{number}"))
+    return fused, [
+        [context, {**extras, "mask": mask[None], "mask_strength": 1.0, ROLE_TAG: role}]
+        for conditioning, mask, role in parts
+        for context, extras in conditioning
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptFusion:
+    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts, `changes` theirs by layer.
+
+    `advice` is what to say when a sampling begins.
+    """
+
+    name = NAME
+
+    concepts: Sequence[SpokenConcept]
+    maps: torch.Tensor
+    sites: Sequence[Site]
+    changes: Mapping[str, Sequence[Change]]
+    settings: Settings
+    advice: tuple[str, ...] = ()
+
+    def begin(self, sampling: Sampling) -> FusionRun:
+        """Opens a run.
+
+        Raises:
+            ValueError: the partition has another shape than the picture, or the positive conditioning is not one for
+                the whole of it.
+        """
+        check_aspect(self.maps.sum(0), tuple(sampling.noise.shape[-2:]), f"{NAME}: partition", latent=True)
+        for sentence in self.advice:
+            advise(NAME, sentence, sampling.node)
+        if self.settings.mode == SCORES:
+            return FusionRun(self, sampling)
+        entries = sampling.guider.conds.get(POSITIVE) or []
+        cut = sorted({name for entry in entries for name in _NOT_IN_POSITIVE if entry.get(name) is not None})
+        if len(entries) > 1 or cut:
+            given = f"{len(entries)} of them" if len(entries) > 1 else f"one with {', '.join(cut)}"
+            raise ValueError(f"{NAME}: positive: expected one conditioning for the whole picture, got {given}")
+        return FusionRun(self, sampling)
+
+
+class FusionRun:
+    """One sampling of several concepts."""
+
+    def __init__(self, system: ConceptFusion, sampling: Sampling):
+        levels = sampling.guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
+        self.system = system
+        self.node = sampling.node
+        self.seed = sampling.seed
+        self.size = tuple(sampling.noise.shape[-2:])
+        self.first_level = levels(system.settings.start_percent)
+        self.last_level = levels(system.settings.end_percent)
+        self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        self._sized: dict[tuple, torch.Tensor] = {}
+        self._voices: dict[tuple, list[Voices]] = {}
+        self._changes: dict[torch.device, dict[str, list[Change]]] = {}
+        # Of one evaluation; each device has its own.
+        self._queries: dict[tuple[Site, torch.device], OwnQueries] = {}
+        self._suppressed: dict[tuple[Site, torch.device, int], torch.Tensor] = {}
+        self._with_own_outputs = {
+            site for site in system.sites if f"{layer_name(site.key)}.{PARTS['out']}" in system.changes
+        }
+        # By concept the largest share that it has of any cell, and the layer's grid.
+        self._seen: dict[SpokenConcept, tuple[float, tuple[int, int]]] = {}
+
+    def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
+        """See `patching.Run`."""
+        if not self._rows(evaluation):
+            return {}
+        # Hooks change weights within a run, and each device needs tensors of its own.
+        hooks, strengths = evaluation.hooks
+        key = (evaluation.x.device, hooks, strengths)
+        if key not in self._keys:
+            # A strength that follows a schedule does not come back.
+            self._keys = {old: kept for old, kept in self._keys.items() if old[:2] != key[:2]}
+            self._voices = {old: kept for old, kept in self._voices.items() if old[0][1][:2] != key[:2]}
+            self._keys[key] = self._speak(evaluation)
+        return {site: partial(self._attend, (site, key), evaluation) for site in self.system.sites}
+
+    def layers(self, evaluation: Evaluation) -> dict[str, LayerHandler]:
+        """See `patching.LayerRun`."""
+        rows, changes = self._rows(evaluation), self.system.changes
+        if not rows or not changes:
+            return {}
+        unet, device, count = network_of(evaluation.model), evaluation.x.device, len(evaluation.x)
+        if device not in self._changes:
+            dtype = evaluation.model.get_dtype_inference()
+            self._changes[device] = {n: [one.to(device, dtype) for one in found] for n, found in changes.items()}
+        masks = partial(self._masks, device=device)
+        handlers: dict[str, LayerHandler] = {}
+        # Where concepts share a stream, the base must not see their queries, nor they what suppression takes away.
+        shared = {}
+        if self.system.settings.mode == FEATURES:
+            shared = {
+                f"{layer_name(site.key)}.{PARTS[part]}": (part, site) for site in self.system.sites for part in PARTS
+            }
+        for name, found in self._changes[device].items():
+            layer = unet.get_submodule(name)
+            part, site = shared.get(name, ("", None))
+            if part == "q":
+                handlers[name] = self._queries[site, device] = OwnQueries(layer, found, count, rows)
+            else:
+                missing = {"missing": partial(self._taken_away, site, device)} if part == "out" else {}
+                handlers[name] = MaskedLayer(layer, found, masks, count, rows, **missing)
+        return handlers
+
+    def _taken_away(self, site: Site, device: torch.device, part: Rows) -> torch.Tensor | None:
+        return self._suppressed.pop((site, device, part.rows.start), None)
+
+    def _rows(self, evaluation: Evaluation) -> list[Rows]:
+        """The rows that see concepts, one entry per conditioning."""
+        if not self.last_level <= evaluation.noise_level <= self.first_level:
+            return []
+        n, found = evaluation.rows_per_role, []
+        for i, role in enumerate(evaluation.roles):
+            rows = slice(i * n, (i + 1) * n)
+            if role.startswith(_CONCEPT):
+                found.append(Rows(rows, int(role.removeprefix(_CONCEPT))))
+            elif role == POSITIVE and self.system.settings.mode == FEATURES:
+                found.append(Rows(rows, None))
+        return found
+
+    def _masks(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """The concepts' shares (n, h, w) of a layer's tokens, once per size."""
+        if (grid, device) not in self._sized:
+            maps = self.system.maps
+            # The rest, too, goes through the sampling, so that shares stay a partition at every size.
+            rest = (1 - maps.sum(0, keepdim=True)).clamp(min=0)
+            self._sized[grid, device] = layer_masks(torch.cat([maps, rest]), grid)[:-1].to(device)
+        return self._sized[grid, device]
+
+    def _speak(self, evaluation: Evaluation) -> dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Keys and values of all concepts at all sites."""
+        model = evaluation.model
+        dtype = model.get_dtype_inference()
+        spoken: dict[Site, list] = {site: [] for site in self.system.sites}
+        for one in self.system.concepts:
+            entry = comfy.sampler_helpers.convert_cond(one.conditioning)[0]
+            conds = passes.encode(model, entry, evaluation.x[:1], POSITIVE, self.seed)
+            context = conds["c_crossattn"].to(dtype)
+            for site, kept in spoken.items():
+                kept.append(keys_and_values(one.concept, model, site, context))
+        return spoken
+
+    def _attend(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
+        base = call.attend(call.q, call.k, call.v)
+        # What another node adds here (IPAdapter) stays an addition to whatever is drawn.
+        added = None if call.previous is None else call.previous(call.q, call.k, call.v, call.options) - base
+        site, key = where
+        settings, spoken = self.system.settings, self._keys[key][site]
+        voices = self._put_together(where, evaluation, call) if settings.mode == FEATURES else []
+        out = base.clone()
+        for part in self._rows(evaluation):
+            query = call.q[part.rows]
+            if part.concept is None:
+                suppression, here = settings.suppression, (site, query.device)
+                own = self._queries[here].take(part) if here in self._queries else {}
+                out[part.rows] = fuse(query, base[part.rows], voices, call.attend, suppression, settings.norm_cap, own)
+                if suppression and site in self._with_own_outputs:
+                    self._suppressed[(*here, part.rows.start)] = suppression * base[part.rows]
+            else:
+                concept_key, concept_value = (x.expand(len(query), -1, -1) for x in spoken[part.concept])
+                out[part.rows] = call.attend(query, concept_key, concept_value)
+        return out if added is None else out + added
+
+    def _put_together(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> list[Voices]:
+        """The concepts at a layer, once per size."""
+        grid = call.grid
+        whole = tuple(evaluation.x.shape[-2:]) == self.size and len(call.q) == len(evaluation.x)
+        if not whole or call.q.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"{NAME}: model: expected one whose cross-attention sees the whole picture, got parts of shape "
+                f"{tuple(call.q.shape)} from another node"
+            )
+        at = (where, grid, call.q.dtype)
+        if at not in self._voices:
+            site, key = where
+            masks, spoken = self._masks(grid, call.q.device), self._keys[key][site]
+            self._voices[at] = voices_of(masks.to(call.q), spoken)
+            for together in self._voices[at]:
+                for row, number in enumerate(together.concepts):
+                    # Those put together are the ones to keep, so that none is held twice.
+                    spoken[number] = (together.key[row : row + 1], together.value[row : row + 1])
+            for one, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
+                self._seen[one] = max((most, grid), self._seen.get(one, (0.0, grid)))
+        return self._voices[at]
+
+    def finish(self, samples: torch.Tensor) -> None:
+        """Says which concepts no layer could see well. In coarse layers alone that is as it must be."""
+        for one, (most, (height, width)) in self._seen.items():
+            if most < THRESHOLD:
+                advise(
+                    NAME,
+                    f"the concept {one.concept.name} is smaller than a cell of every layer, even of that of "
+                    f"{width}x{height}, so it is weak; enlarge its mask or the picture",
+                    self.node,
+                )
+
+    def close(self) -> None:
+        """Lets go of all tensors."""
+        self._keys.clear()
+        self._sized.clear()
+        self._voices.clear()
+        self._changes.clear()
+        self._queries.clear()
+        self._suppressed.clear()

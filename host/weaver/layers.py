@@ -1,0 +1,194 @@
+"""What concepts change outside the keys and values of cross-attention, applied inside their own part of the picture.
+
+A LoRA changes most layers of a model. Merged into the model it would act on the whole picture and on other concepts.
+Here every layer that works on places adds M_i Delta_i(x) instead, for the positive rows alone (FreeFuse, arXiv
+2510.23515). Layers that see no places (of the time embedding) and norms are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from ...encoders.concepts import PARTS, Concept, Key, layer_name
+from ..model.sites import Site, network_of
+from .weights import UNET, Weights, difference
+
+Sized = Callable[[tuple[int, int]], torch.Tensor]
+"""Masks (n, h, w) of the concepts at a layer's size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one concept changes in one layer.
+
+    Attributes:
+        concept: its number among the concepts.
+        strength: of the change.
+        factors: of the weight's difference, as `concept_weights.difference` gives them; empty if there is none.
+        bias: difference of the bias, or None.
+    """
+
+    concept: int
+    strength: float
+    factors: tuple[torch.Tensor, ...]
+    bias: torch.Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """The change where it is computed with. What has no factors is as large as the model's own layer, and stays
+        where it is until it is needed."""
+        if len(self.factors) < 2:
+            return self
+        return replace(self, factors=tuple(factor.to(device, dtype) for factor in self.factors))
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What it adds to the layer's output for an input x."""
+        out = torch.zeros((), device=x.device, dtype=x.dtype)
+        if self.factors:
+            first, *rest = (factor.to(x) for factor in reversed(self.factors))
+            if isinstance(layer, torch.nn.Conv2d):
+                kernel = first.reshape(-1, *layer.weight.shape[1:])
+                out = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+                out = F.conv2d(out, rest[0][:, :, None, None]) if rest else out
+            else:
+                out = F.linear(x, first.flatten(1))
+                out = F.linear(out, rest[0]) if rest else out
+        if self.bias is not None:
+            bias = self.bias.to(x)
+            out = out + (bias[:, None, None] if isinstance(layer, torch.nn.Conv2d) else bias)
+        return self.strength * out
+
+
+def changes_of(concepts: Sequence[Concept], model, sites: Sequence[Site]) -> tuple[dict[str, list[Change]], int]:
+    """The concepts' changes by layer of the diffusion model, and how many patches no layer could take.
+
+    Args:
+        concepts: in the order of their masks.
+        model: the host's MODEL.
+        sites: the cross-attention in which concepts are seen; queries and outputs of others stay as they are.
+    """
+    weights = Weights.of(model)
+    unet = network_of(model.model)
+    found: dict[str, list[Change]] = {}
+    left_out = 0
+    for i, concept in enumerate(concepts):
+        for name, (factors, bias) in _differences(concept, weights, {site.key for site in sites}):
+            if _sees_places(unet, name):
+                found.setdefault(name, []).append(Change(i, concept.strength, factors, bias))
+            else:
+                left_out += 1
+    return found, left_out
+
+
+def _differences(concept: Concept, weights: Weights, seen: set[Key]) -> Iterable[tuple[str, tuple]]:
+    """(layer, (factors, bias)) of all that a concept changes beside keys and values."""
+    for key, parts in concept.deltas.items():
+        for part in ("q", "out"):
+            if part in parts and key in seen:
+                yield f"{layer_name(key)}.{PARTS[part]}", (parts[part].factors, parts[part].bias)
+    layers: dict[str, dict[str, tuple]] = {}
+    for key, patch in concept.others.items():
+        layer, _, kind = key.removeprefix(UNET).rpartition(".")
+        layers.setdefault(layer, {})[kind] = difference(patch, weights[key], key)
+    for layer, found in layers.items():
+        bias = found.get("bias")
+        yield layer, (found.get("weight", ()), bias and bias[0])
+
+
+def _sees_places(unet: torch.nn.Module, name: str) -> bool:
+    try:
+        layer = unet.get_submodule(name)
+    except AttributeError:
+        return False
+    outside = ("time_embed", "label_emb")
+    return (
+        isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        and not name.startswith(outside)
+        and "emb_layers" not in name
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the batch that see concepts: all of them, each at its place, or one alone everywhere.
+
+    Attributes:
+        rows: of the batch.
+        concept: the number of the one; None for all.
+    """
+
+    rows: slice
+    concept: int | None
+
+
+class MaskedLayer:
+    """Handles one layer during an evaluation: adds the changes of concepts where they are."""
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        changes: Sequence[Change],
+        masks: Sized,
+        rows: int,
+        parts: Sequence[Rows],
+        missing: Callable[[Rows], torch.Tensor | None] = lambda _part: None,
+    ):
+        """`rows` of the whole batch. `missing` is what some rows' input lacks for the concepts, or None."""
+        self.layer, self.changes, self.masks, self.rows, self.parts = layer, changes, masks, rows, parts
+        self.missing = missing
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        """The layer's output (B, L, C) or (B, C, h, w) with the changes added."""
+        as_picture = isinstance(self.layer, torch.nn.Conv2d)
+        grid = tuple(out.shape[-2:]) if as_picture else grid
+        check_whole(out, grid, self.rows, as_picture)
+        masks = self.masks(grid).to(out)
+        for part in self.parts:
+            given, missing = x[part.rows], self.missing(part)
+            if missing is not None:
+                given = given + missing
+            for change in self.changes:
+                if part.concept is None:
+                    mask = masks[change.concept] if as_picture else masks[change.concept].flatten()[:, None]
+                    out[part.rows] += mask * change.apply(self.layer, given)
+                elif part.concept == change.concept:
+                    out[part.rows] += change.apply(self.layer, given)
+        return out
+
+
+class OwnQueries:
+    """Handles the layer that makes the queries of a cross-attention: what each concept's own weights add is kept for
+    when that concept answers, and the base's queries stay as they are."""
+
+    def __init__(self, layer: torch.nn.Module, changes: Sequence[Change], rows: int, parts: Sequence[Rows]):
+        """`rows` of the whole batch."""
+        self.layer, self.changes, self.rows, self.parts = layer, changes, rows, parts
+        self._kept: dict[int, dict[int, torch.Tensor]] = {}
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        """The layer's output as it is."""
+        check_whole(out, grid, self.rows)
+        self._kept = {
+            part.rows.start: {change.concept: change.apply(self.layer, x[part.rows]) for change in self.changes}
+            for part in self.parts
+        }
+        return out
+
+    def take(self, part: Rows) -> dict[int, torch.Tensor]:
+        """What was kept for some rows, by concept (B, L, C); it is let go of here."""
+        return self._kept.pop(part.rows.start, {})
+
+
+def check_whole(out: torch.Tensor, grid: tuple[int, int] | None, rows: int, as_picture: bool = False) -> None:
+    """Raises ValueError where a layer does not see the batch of whole pictures, because another node (HyperTile, token
+    merging) gives it parts of them."""
+    cells = tuple(out.shape[-2:]) if as_picture else (out.shape[1],)
+    wanted = grid if as_picture else grid and (grid[0] * grid[1],)
+    if len(out) != rows or cells != wanted:
+        raise ValueError(
+            "Multi-Concept Fusion (Concept Weaver): model: expected one whose layers see the whole picture, got "
+            f"parts of shape {tuple(out.shape)} from another node; with elsewhere set to left out any do"
+        )

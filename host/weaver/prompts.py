@@ -1,0 +1,139 @@
+"""The prompts of a concept fusion on the host: one conditioning per concept, with its own token and text encoder.
+
+A placeholder is no word of the tokenizer's. In its place the prompt is tokenized with a word that is one token, and
+each of these is then replaced by a row of the concept's token, which the host's text encoders take as it is. That gives
+the same states as a vocabulary with one more word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text
+from ...encoders.concepts import Concept, join
+from ...encoders.words import hide_names, show_names, whole_word
+from ..advice import advise
+from ..words import row_count, stand_in
+from .concepts import check_tokens, with_text
+from .fusion import SpokenConcept
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptPrompts:
+    """Concepts with what their prompts say.
+
+    Attributes:
+        positive, negative: the host's conditionings of the plain prompts.
+        concepts: in the order in which they were given.
+        background: the background's; None leaves it to the base model.
+        texts: what each concept's conditioning was made of, the background's last.
+    """
+
+    positive: list
+    negative: list
+    concepts: tuple[SpokenConcept, ...]
+    background: SpokenConcept | None
+    texts: tuple[str, ...]
+
+
+def encode_prompts(
+    clip,
+    base: str,
+    negative: str,
+    concepts: Sequence[Concept],
+    background: Concept | None = None,
+    texts: str = "",
+    about_others: str = KEEP_OTHERS,
+) -> ConceptPrompts:
+    """The conditionings of all concepts.
+
+    Args:
+        clip: the host's CLIP of the model.
+        base: describes the whole picture with class words; the plain prompt has no placeholder that stands in it.
+        negative: what it should not show.
+        concepts: a bank's.
+        background: a concept for what lies behind; its text is made from `base` too.
+        texts: one line per concept, and one for the background, each a text of its own; an empty line or none takes the
+            one that is made from `base`.
+        about_others: one of `concept_texts.OTHERS`.
+
+    Raises:
+        ValueError: concepts do not go together, a text lacks its concept or names another, or a token does not fit.
+    """
+    bank = [*concepts, *([background] if background is not None else [])]
+    join(bank)
+    names = [Name(concept.class_word, concept.placeholder) for concept in bank]
+    lines = [line.strip() for line in texts.splitlines()]
+    if len(lines) > len(bank):
+        raise ValueError(f"texts: expected at most one line for each of the {len(bank)} concepts, got {len(lines)}")
+    lines += [""] * (len(bank) - len(lines))
+    for concept in bank:
+        check_tokens(concept, clip)
+    spoken, said = [], []
+    for i, (concept, own) in enumerate(zip(bank, names, strict=True)):
+        others = [name for j, name in enumerate(names) if j != i]
+        text = lines[i] or concept_text(base, own, others, about_others)
+        check_text(text, own, others)
+        if not names_class(text, own):
+            advise("Concept Prompts", f"{text!r} does not say what {concept.name} is ({own.class_word})")
+        spoken.append(SpokenConcept(concept, encode_text(clip, text, concept)))
+        said.append(text)
+    plain = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (plain_text(base, names), negative)]
+    count = len(concepts)
+    return ConceptPrompts(*plain, tuple(spoken[:count]), spoken[count] if background is not None else None, tuple(said))
+
+
+def encode_text(clip, text: str, concept: Concept) -> list:
+    """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder.
+
+    Raises:
+        ValueError: of `splice`, or a word of negative weight has two rows of states, for keys and for values, which
+            only a model with NegPip on it tells apart, and not the concept's own layers.
+    """
+    words = {concept.placeholder: concept.tokens} if concept.tokens else {}
+    clip = with_text(concept, clip)
+    tokens = splice(clip, text, words)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    negative = any(weight < 0 for chunks in tokens.values() for chunk in chunks for _, weight in chunk)
+    if negative and any(states.shape[1] != row_count(tokens) for states, _ in conditioning):
+        raise ValueError(
+            f"clip: expected one row of text states for each token where words have negative weights, as in {text!r}, "
+            "got two, as CLIP NegPip gives them; put such words into the negative prompt"
+        )
+    return conditioning
+
+
+def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list]:
+    """The host's tokens of a text, in which placeholders stand for rows (n, d) of each text encoder.
+
+    Args:
+        clip: the host's.
+        text: may hold each placeholder any number of times.
+        words: rows by text encoder, by placeholder; without any, the tokens are the text's own.
+
+    Raises:
+        ValueError: a placeholder is part of a longer word.
+    """
+    (marked, names), places = hide_names(text), {}
+    for placeholder, rows in words.items():
+        name = next(iter(rows))
+        foreign, word = stand_in(getattr(clip.tokenizer, f"clip_{name}"), marked)
+        marked = re.sub(whole_word(placeholder), " ".join([word] * len(rows[name])), marked)
+        places[foreign] = placeholder, word, rows
+    tokens = clip.tokenize(show_names(marked, names))
+    for encoder, chunks in tokens.items():
+        reached = dict.fromkeys(places, 0)
+        for chunk in chunks:
+            for i, (token, *weight) in enumerate(chunk):
+                if isinstance(token, int) and token in places:
+                    rows = places[token][2][encoder]
+                    chunk[i] = (rows[reached[token] % len(rows)], *weight)
+                    reached[token] += 1
+        for foreign, (placeholder, word, _) in places.items():
+            if reached[foreign] != marked.count(word):
+                raise ValueError(f"texts: expected spaces around {placeholder}, got {text!r}")
+    return tokens

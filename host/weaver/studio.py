@@ -1,0 +1,148 @@
+"""A concept's training as a person sees it: pictures of the class first, progress and previews, the loss as a curve."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import comfy.sample
+import comfy.utils
+import torch
+
+from ...encoders.concepts import Concept
+from ...encoders.files import checked_folder
+from ...training.concepts.learner import Recipe
+from ...training.concepts.pictures import Pictures
+from . import fusion, training
+from .prompts import encode_text
+from .weights import Weights
+
+SAMPLER, SCHEDULER, CFG = "euler", "normal", 5.0
+STEPS, PREVIEW_STEPS = 25, 12
+AT_ONCE = 4
+"""Pictures of a class in one batch."""
+
+
+def train_with_progress(
+    model,
+    clip,
+    vae,
+    pictures: Pictures,
+    class_word: str,
+    placeholder: str,
+    recipe: Recipe,
+    side: int,
+    class_pictures: int = 0,
+    preview_every: int = 0,
+    checkpoints: Path | None = None,
+) -> tuple[Concept, torch.Tensor, str]:
+    """Trains a concept under the host's progress bar.
+
+    Args:
+        model, clip, vae, pictures, class_word, placeholder, recipe, side: see `training.train`.
+        class_pictures: how many pictures of the class the model draws for itself beforehand, as a prior.
+        preview_every: steps between two previews; 0 shows none.
+        checkpoints: folder in which this training may keep one, so that it can continue; None keeps none.
+
+    Returns:
+        The concept, the loss as a picture (H, W, 3), and a sentence about the training.
+    """
+    training.check(vae, pictures, class_word, placeholder, recipe, side)
+    if checkpoints is not None:
+        checked_folder(checkpoints)
+    began = time.monotonic()
+    caption = pictures.captions[0]
+    progress = comfy.utils.ProgressBar(recipe.steps)
+    losses: list[float] = []
+    prior = None
+    if class_pictures:
+        text = caption.replace("{}", class_word)
+        prior = draw_class(model, clip, text, class_pictures, side // vae.spacial_compression_encode(), recipe.seed)
+
+    def report(step: int, loss: float, concept_now) -> None:
+        losses.append(loss)
+        shown = None
+        if preview_every and step and step % preview_every == 0:
+            with torch.inference_mode():
+                shown = draw_concept(model, clip, vae, concept_now(), caption, side, recipe.seed)
+        progress.update_absolute(step + 1, recipe.steps, None if shown is None else _as_preview(shown))
+
+    base = Weights.of(model).fingerprint()
+    kind = [base, class_word, placeholder, asdict(recipe), side, class_pictures, list(pictures.captions)]
+    folder = checkpoints and checkpoints / _fingerprint(kind, pictures)
+    concept = training.train(model, clip, vae, pictures, class_word, placeholder, recipe, side, prior, report, folder)
+    seconds = time.monotonic() - began
+    said = f"{concept.name}: {len(losses)} steps of {recipe.batch} pictures in {seconds:.0f} s"
+    if len(losses) < recipe.steps:
+        said += f", continued at step {recipe.steps - len(losses)}"
+    return replace(concept, base=base), loss_picture(losses), said
+
+
+def draw_class(model, clip, text: str, count: int, cells: int, seed: int) -> torch.Tensor:
+    """Latents (count, C, cells, cells) of pictures of a class, as the model itself draws them."""
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (text, ""))
+    batches = [
+        _sample(model, positive, negative, cells, seed + first, STEPS, min(AT_ONCE, count - first))
+        for first in range(0, count, AT_ONCE)
+    ]
+    return torch.cat(batches)
+
+
+def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, seed: int) -> torch.Tensor:
+    """A quick picture (side, side, 3) of a concept over the whole frame."""
+    text = caption.replace("{}", f"{concept.placeholder} {concept.class_word}".strip())
+    spoken = fusion.SpokenConcept(concept, encode_text(clip, text, concept))
+    everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+    settings = fusion.Settings(suppression=0.0)
+    drawing, positive = fusion.apply(model, spoken.conditioning, [spoken], everywhere, settings)
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    cells = side // vae.spacial_compression_encode()
+    return vae.decode(_sample(drawing, positive, empty, cells, seed, PREVIEW_STEPS))[0, ..., :3]
+
+
+def _sample(model, positive: list, negative: list, cells: int, seed: int, steps: int, count: int = 1) -> torch.Tensor:
+    empty = torch.zeros(count, model.model.latent_format.latent_channels, cells, cells)
+    noise = comfy.sample.prepare_noise(empty, seed)
+    return comfy.sample.sample(
+        model, noise, steps, CFG, SAMPLER, SCHEDULER, positive, negative, empty, disable_pbar=True, seed=seed
+    )
+
+
+def _as_preview(picture: torch.Tensor) -> tuple:
+    """A picture (H, W, 3) as the host's progress bar takes it; small ones enlarged."""
+    from PIL import Image
+
+    image = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
+    times = max(1, 256 // max(image.size))
+    return "JPEG", image.resize((image.width * times, image.height * times), Image.NEAREST), None
+
+
+def _fingerprint(kind: list, pictures: Pictures) -> str:
+    """Tells one training from another, so that none continues another's checkpoint."""
+    digest = hashlib.sha256(json.dumps(kind).encode())
+    for tensor in (*pictures.images, *(mask for mask in pictures.masks if mask is not None)):
+        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return f"training-{digest.hexdigest()[:16]}"
+
+
+def loss_picture(losses: Sequence[float], width: int = 512, height: int = 256) -> torch.Tensor:
+    """The losses of a training as a curve, (height, width, 3): each step grey, and their running mean dark."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    values = torch.tensor(losses)
+    window = max(1, len(values) // 20)
+    padded = torch.cat((values[:1].expand(window - 1), values))
+    mean = padded.unfold(0, window, 1).mean(1)
+    top = float(values.quantile(0.98)) or 1.0
+    for curve, colour, line in ((values, "#c8c8c8", 1), (mean, "#303060", 2)):
+        xs = torch.linspace(8, width - 8, len(curve)).tolist()
+        ys = (height - 8 - (curve / top).clamp(max=1) * (height - 16)).tolist()
+        draw.line(list(zip(xs, ys, strict=True)), fill=colour, width=line)
+    draw.text((12, 8), f"{len(values)} steps, mean of the last {window}: {float(mean[-1]):.4f}", fill="black")
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3).float() / 255

@@ -1,0 +1,275 @@
+"""Training a concept within the host: on a copy of the model, through the sites that drawing it uses too.
+
+The model's own weights get no gradient. At every cross-attention layer keys and values gain what the concept adds, so
+what is trained is what Multi-Concept Fusion will compute. Parameters of the host cannot be differentiated through
+where they were made under inference mode, hence the copies of UNet and text encoder, which go when training ends in any
+way.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MethodType
+
+import comfy.clip_model
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sampler_helpers
+import torch
+
+from ...encoders.concept_texts import Name
+from ...encoders.concepts import Concept
+from ...training.concepts.learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask, prediction_weight
+from ...training.concepts.pictures import Pictures, called, name_of
+from ...training.loop import Run
+from ..model import passes
+from ..model.patching import POSITIVE
+from ..model.sites import CROSS, AttentionCall, family_of, network_of
+from .concepts import layer_module
+from .prompts import splice
+
+Report = Callable[[int, float, Callable[[], Concept]], None]
+"""Told after each step: how many were done, the loss, and what gives the concept as it is."""
+
+
+def train(
+    model,
+    clip,
+    vae,
+    pictures: Pictures,
+    class_word: str,
+    placeholder: str,
+    recipe: Recipe,
+    side: int,
+    prior: torch.Tensor | None = None,
+    report: Report = lambda *_: None,
+    folder: Path | None = None,
+) -> Concept:
+    """A concept learnt from pictures.
+
+    Args:
+        model, clip, vae: the host's, of one checkpoint; they stay as they are.
+        pictures: of the concept.
+        class_word: what kind of thing it is.
+        placeholder: its new word.
+        recipe: see there.
+        side: of the square training pictures, in pixels.
+        prior: latents (n, C, h, w), as a sampler gives them, of things of the class in general; None for no prior.
+        report: told after each step.
+        folder: for a checkpoint every minute, from which the same training continues after a cancellation or a crash;
+            it is removed at the end. None keeps none.
+
+    Raises:
+        ValueError: an input cannot be used; says which and why.
+    """
+    name = check(vae, pictures, class_word, placeholder, recipe, side)
+    with torch.inference_mode(False), torch.enable_grad(), _copies(model, clip) as (patcher, text):
+        trainer = _Trainer(patcher, text, pictures, name, recipe, side, prior)
+        trainer.encode(vae)
+        trainer.run(report, folder)
+        concept = trainer.concept()
+        if folder:
+            shutil.rmtree(folder)
+        return concept
+
+
+def check(vae, pictures: Pictures, class_word: str, placeholder: str, recipe: Recipe, side: int) -> Name:
+    """What the concept is called; raises ValueError with one sentence where a training could not begin."""
+    factor = vae.spacial_compression_encode()
+    if side % factor or side < factor:
+        raise ValueError(f"size: expected a multiple of {factor} for this VAE, got {side}")
+    return name_of(class_word, placeholder, recipe)
+
+
+@contextmanager
+def _copies(model, clip):
+    """Copies of a MODEL and a CLIP that gradients can go through, loaded; let go of at the end."""
+    for given, what in ((model, "model"), (clip.patcher, "clip")):
+        if given.cached_patcher_init is None:
+            raise ValueError(
+                f"{what}: expected one from the host's own loaders, got one that cannot be loaded a second time"
+            )
+    network_of(model.model)
+    patched = next((name for name in model.object_patches if name.startswith("diffusion_model")), None)
+    if patched:
+        raise ValueError(
+            f"model: expected one whose layers are its checkpoint's, got one with another node's patch of {patched}, "
+            "which would not be of the copy that is trained on; connect the model ahead of that node"
+        )
+    # The fresh ones are held too: the host takes a model whose first patcher has gone for a leak, at every load.
+    (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
+    text = clip.clone()
+    text.patcher = text_patcher
+    text.cond_stage_model = text.patcher.model
+    training = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        for one in (patcher, text.patcher):
+            one.model.requires_grad_(False)
+        for layer in text.cond_stage_model.modules():
+            if isinstance(layer, comfy.clip_model.CLIPLayer):
+                layer.forward = MethodType(_out_of_place, layer)
+        yield patcher, text
+    finally:
+        comfy.model_management.in_training = training
+        for layer in text.cond_stage_model.modules():
+            # A method of its own ties a layer to itself, and the copy would stay until the next garbage collection.
+            layer.__dict__.pop("forward", None)
+        for one in (patcher, text.patcher):
+            comfy.model_management.unload_model_and_clones(one)
+
+
+def _copy(patcher) -> tuple:
+    """A copy of a patcher on a model that is loaded anew, and the patcher that the new model came with."""
+    factory, arguments, *index = patcher.cached_patcher_init
+    fresh = factory(*arguments, disable_dynamic=True)
+    fresh = fresh[index[0]] if index else fresh
+    return patcher.clone(force_deepcopy=True, model_override=fresh.get_clone_model_override()), fresh
+
+
+def _out_of_place(layer, x, mask=None, optimized_attention=None):
+    """A text encoder's layer; the host's own adds in place, which a gradient cannot go through."""
+    x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
+@dataclass(frozen=True, eq=False)
+class _Example:
+    """A view as the model sees it: latent (C, h, w), mask (h, w), caption."""
+
+    latent: torch.Tensor
+    mask: torch.Tensor
+    caption: str
+
+
+class _Trainer:
+    def __init__(self, patcher, clip, pictures: Pictures, name: Name, recipe: Recipe, side: int, prior):
+        self.model, self.device = patcher.model, patcher.load_device
+        self.patchers = [patcher, clip.patcher]
+        self.clip, self.pictures, self.name, self.recipe, self.side = clip, pictures, name, recipe, side
+        unet = network_of(self.model)
+        self.sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
+        layers = {
+            site.key: {part: layer_module(self.model, site.key, part).weight.detach() for part in BOTH}
+            for site in self.sites
+        }
+        starts = self._start_of_word() if recipe.new_word else {}
+        self.weights = ConceptWeights(layers, starts, recipe.rank, recipe.seed).to(self.device)
+        self.prior = [] if prior is None else list(self.model.process_latent_in(prior.clone()))
+        self.examples: list[_Example] = []
+        self._texts: dict[str, dict[str, torch.Tensor]] = {}
+
+    def _start_of_word(self) -> dict[str, torch.Tensor]:
+        """The class word's own embedding, so that training starts from what is known of the class."""
+        starts = {}
+        for encoder, chunks in self.clip.tokenize(self.name.class_word).items():
+            tower = getattr(self.clip.cond_stage_model, f"clip_{encoder}")
+            table = tower.transformer.get_input_embeddings().weight
+            first = chunks[0][1][0]
+            starts[encoder] = table[first : first + 1].detach().clone()
+        return starts
+
+    def encode(self, vae) -> None:
+        """Encodes the views of all pictures."""
+        views = self.pictures.views(self.recipe, self.side)
+        with torch.no_grad():
+            for start in range(0, len(views), 8):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                chunk = views[start : start + 8]
+                latents = vae.encode(torch.stack([view.image for view, _ in chunk])).clone()
+                for latent, (view, caption) in zip(self.model.process_latent_in(latents), chunk, strict=True):
+                    self.examples.append(_Example(latent, latent_mask(view.mask, tuple(latent.shape[-2:])), caption))
+        if not all(torch.isfinite(example.latent).all() for example in self.examples):
+            raise ValueError("vae: expected finite latents, got NaN or infinity for a picture")
+
+    def run(self, report: Report, folder: Path | None) -> None:
+        """All steps."""
+        optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1.0, weight_decay=0.01)
+        run = Run(
+            folder,
+            self.weights,
+            lambda step: self.recipe.rate,
+            self.recipe.steps,
+            self.recipe.seed,
+            device=str(self.device),
+            optimizer=optimizer,
+        )
+
+        def loss_of(step, generator):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            # A report may draw a preview, for which the host may have made room.
+            comfy.model_management.load_models_gpu(self.patchers)
+            return self._losses(generator)
+
+        def after(step, losses):
+            report(step, float(losses["concept"].detach()), self.concept)
+
+        half = self.model.get_dtype_inference() != torch.float32
+        run.train(loss_of, self.recipe.steps, save_seconds=60.0, half=half, after=after)
+
+    def _losses(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        recipe = self.recipe
+        chosen = torch.randint(len(self.examples), (recipe.batch,), generator=generator).tolist()
+        rows = [self.examples[i] for i in chosen]
+        latents, masks = [row.latent for row in rows], [row.mask for row in rows]
+        captions = [called(row.caption, self.name) for row in rows]
+        if self.prior:
+            others = torch.randint(len(self.prior), (recipe.batch,), generator=generator).tolist()
+            latents += [self.prior[i] for i in others]
+            masks += [torch.ones_like(masks[0])] * len(others)
+            captions += [self.pictures.captions[0].replace("{}", self.name.class_word)] * len(others)
+        x0, mask = torch.stack(latents).to(self.device).float(), torch.stack(masks).to(self.device)
+        sampling = self.model.model_sampling
+        steps = torch.randint(len(sampling.sigmas), (len(x0),), generator=generator)
+        sigma = sampling.sigmas[steps].to(self.device).float().clone()
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        denoised = self._denoise(x0 + sigma[:, None, None, None] * noise, sigma, self._conds(captions, x0[:1]))
+        v_prediction = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+        weight = prediction_weight(sigma, v_prediction)
+        return concept_losses(denoised, x0, mask, weight, recipe)
+
+    def _conds(self, captions: Sequence[str], latent: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The host's tensors for captions, one row each; texts without the new word are encoded once."""
+        rows = []
+        for caption in captions:
+            conds = self._texts.get(caption)
+            if conds is None:
+                own = self.name.placeholder and self.name.placeholder in caption
+                words = {self.name.placeholder: self.weights.tokens()} if own else {}
+                spliced = splice(self.clip, caption, words)
+                cond, pooled = self.clip.encode_from_tokens(spliced, return_pooled=True)
+                entry = comfy.sampler_helpers.convert_cond([[cond, {"pooled_output": pooled}]])[0]
+                conds = passes.encode(self.model, entry, latent, POSITIVE, self.recipe.seed)
+                if not own:
+                    conds = self._texts[caption] = {key: value.detach() for key, value in conds.items()}
+            rows.append(dict(conds))
+        length = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
+        for row in rows:
+            # As the host does with prompts of different length.
+            context = row["c_crossattn"]
+            row["c_crossattn"] = context.repeat(1, length // context.shape[1], 1)
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict[str, torch.Tensor]) -> torch.Tensor:
+        context = conds["c_crossattn"].to(self.model.get_dtype_inference())
+
+        def attend(site, call: AttentionCall) -> torch.Tensor:
+            key, value = (
+                own + self.weights.addition(site.key, part, context)
+                for part, own in zip(BOTH, (call.k, call.v), strict=True)
+            )
+            return call.attend(call.q, key, value)
+
+        handlers = {site: partial(attend, site) for site in self.sites}
+        options = family_of(network_of(self.model)).install({"cond_or_uncond": [0], "sigmas": sigma}, handlers)
+        return passes.evaluate(self.model, x, sigma, conds, options)
+
+    def concept(self) -> Concept:
+        """The concept as it is now."""
+        return self.weights.concept(self.name, "Train Concept")

@@ -1,0 +1,364 @@
+"""From a concept's file to differences of a MODEL's own weights.
+
+A difference is what a file makes of the unpatched weight: delta = W' - W. Factors stay factors. LoRAs are read by the
+pack's own `encoders.adapters`, for the host's reader leaves tensors out without a word and computes some kinds
+otherwise than their trainers.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.weight_adapter.lora import LoRAAdapter
+
+from ...encoders.adapter_names import (
+    ANYWHERE,
+    DIFFUSION,
+    Group,
+    Layer,
+    Named,
+    grouped,
+    is_numbered,
+    layer_of,
+    lokr_rank,
+    lost_its_scale,
+    numbered_names,
+    scale_of,
+)
+from ...encoders.adapters import Adapter
+from ...encoders.concept_formats import LORA, ConceptFile
+from ...encoders.concepts import PARTS, Concept, Delta, Key, architecture, fingerprint, layer_name
+from ..advice import advise
+from ..model.patching import unload_compiled
+from ..model.sites import CROSS, family_of, network_of
+
+UNET = "diffusion_model."
+# Networks of one architecture that share no training differ by more than their own size; a difference is far smaller.
+_MOST_CHANGE, _LIKE_SIZE = 1.0, (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model before all patches, and the linear layers of its cross-attention.
+
+    Attributes:
+        patches: the host's key patches, whose first entry is the weight itself.
+        layers: site's key and part by the layer's name.
+    """
+
+    patches: Mapping[str, list]
+    layers: Mapping[str, tuple[Key, str]]
+
+    @classmethod
+    def of(cls, model) -> Weights:
+        """Those of a MODEL.
+
+        Raises:
+            ValueError: it is of no family with cross-attention.
+        """
+        unet = network_of(model.model)
+        keys = [site.key for site in family_of(unet).sites(unet) if site.kind == CROSS]
+        layers = {f"{UNET}{layer_name(key)}.{tail}": (key, part) for key in keys for part, tail in PARTS.items()}
+        unload_compiled(model)
+        patches = model.get_key_patches(UNET)
+        if not layers or any(f"{layer}.weight" not in patches for layer in layers):
+            raise ValueError(
+                "model: expected one with cross-attention in every block that attends, such as SD 1.5, got another"
+            )
+        return cls(patches, layers)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.patches
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """A copy of a weight in float on the CPU."""
+        return unpatched(self.patches, key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a weight."""
+        return tuple(self.patches[key][0][0].shape)
+
+    @property
+    def text_width(self) -> int:
+        """Of the text states that cross-attention reads."""
+        return next(self.shape(f"{layer}.weight")[1] for layer, (_, part) in self.layers.items() if part == "k")
+
+    def fingerprint(self) -> str:
+        """See `encoders.concepts.fingerprint`."""
+        return fingerprint(self[f"{next(iter(self.layers))}.weight"])
+
+
+def unpatched(patches: Mapping[str, list], key: str) -> torch.Tensor:
+    """A copy of a weight as it is before all patches, from the host's key patches; float, on the CPU."""
+    weight, convert = patches[key][0]
+    copy = comfy.model_management.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
+    return convert(copy, inplace=True)
+
+
+def difference(change: Any, base: torch.Tensor, key: str) -> tuple[torch.Tensor, ...]:
+    """What a change adds to the weight or bias `key`: in its shape, or the factors of a plain LoRA.
+
+    Args:
+        change: an `Adapter`, or as the host's patches are ("set", (weight,)) and ("diff", (difference,)).
+        base: the weight before all patches, float.
+        key: its name in the model.
+
+    Raises:
+        ValueError: the shape is another's.
+    """
+    if isinstance(change, Adapter):
+        if not key.endswith(".bias"):
+            _check_width(change, base, key)
+            return change.weight(base)
+        change = ("diff", (change.bias(),))
+    kind, (tensor,) = change
+    _check_shape(tuple(tensor.shape), tuple(base.shape), key)
+    tensor = tensor.detach().to("cpu", torch.float32)
+    return (tensor - base,) if kind == "set" else (tensor,)
+
+
+def named_layers(model) -> dict[str, str]:
+    """The host's names of the layers of a MODEL's UNet by every name that files have for them, with underscores."""
+    keys = [key for key in model.model_state_dict(UNET) if key.endswith(".weight")]
+    diffusers = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    names = {key.removeprefix(UNET): key for key in keys}
+    names |= {name: UNET + key for name, key in diffusers.items() if UNET + key in keys}
+    layers = {}
+    for name, key in names.items():
+        plain, layer = name.removesuffix(".weight").replace(".", "_"), key.removesuffix(".weight")
+        layers[plain] = layer
+        # diffusers' first processors have one output layer without a number.
+        if plain.endswith("_to_out_0"):
+            layers[plain.removesuffix("_0")] = layer
+    return layers
+
+
+def is_whole(change: Any) -> bool:
+    """Whether a change puts a weight in place of the model's."""
+    return isinstance(change, tuple) and change[0] == "set"
+
+
+def host_patch(change: Any, own: Mapping[str, list], key: str) -> Any:
+    """A change as a patch of the host that a strength can scale; None if it changes nothing.
+
+    Args:
+        change: as for `difference`.
+        own: the host's key patches of the model.
+        key: of the weight or bias.
+    """
+    changed = difference(change, unpatched(own, key), key)
+    if not all(factor.any() for factor in changed):
+        return None
+    return LoRAAdapter(set(), (*changed, None, None, None, None)) if len(changed) == 2 else ("diff", changed)
+
+
+def adapters_by_weight(adapter: Adapter, layer: str) -> dict[str, Adapter]:
+    """An adapter by the names of the weight and bias that it changes, of a layer named without their endings."""
+    found = {f"{layer}.weight": adapter} if adapter.changes_weight else {}
+    return found if adapter.bias() is None else found | {f"{layer}.bias": adapter}
+
+
+def read_weights(file: ConceptFile, model, name: str) -> Concept:
+    """A concept without tokens from what a file holds.
+
+    Raises:
+        ValueError: the file is for another model, is not whole, has tensors for a layer that cannot be used, or holds
+            numbers that are not finite.
+    """
+    weights = Weights.of(model)
+    text = dict(file.text)
+    if file.lora:
+        changes, spoken = _lora_changes(file, model, weights)
+        text |= {"lora": spoken} if spoken else {}
+    else:
+        changes = _changes(file, model, weights)
+    parts: dict[tuple[Key, str], dict[str, tuple[torch.Tensor, ...]]] = {}
+    others, sizes, moves = {}, [], []
+    for key, change in changes.items():
+        layer, _, kind = key.rpartition(".")
+        whole = is_whole(change)
+        if layer not in weights.layers and not whole:
+            others[key] = change
+            continue
+        base = weights[key]
+        found = difference(change, base, key)
+        if layer not in weights.layers:
+            if found[0].any():
+                others[key] = ("diff", (found[0].half(),))
+            continue
+        parts.setdefault(weights.layers[layer], {})[kind] = found
+        if whole and kind == "weight":
+            norm = float(base.norm()) or 1.0
+            sizes.append(float((base + found[0]).norm()) / norm)
+            moves.append(float(found[0].norm()) / norm)
+    _check_base(sizes, moves)
+    _check_whole(file, parts, weights)
+    deltas: dict[Key, dict[str, Delta]] = {}
+    for (key, part), found in parts.items():
+        deltas.setdefault(key, {})[part] = _delta(found, f"{layer_name(key)}.{PARTS[part]}", weights)
+    return Concept(
+        name,
+        deltas,
+        text_patches=text,
+        others=others,
+        source_format=file.source_format,
+        base=weights.fingerprint(),
+    )
+
+
+def check_fit(concept: Concept, model) -> None:
+    """Raises ValueError where a concept's deltas are for another architecture than a MODEL's, and warns where they were
+    made on another model of the same."""
+    weights = Weights.of(model)
+    names = {where: layer for layer, where in weights.layers.items()}
+    for key, parts in concept.deltas.items():
+        for part, delta in parts.items():
+            if (key, part) not in names:
+                wanted = architecture(weights.text_width)
+                raise ValueError(f"file: expected a concept for {wanted}, got one with a layer {layer_name(key)}")
+            layer = f"{names[key, part]}.weight"
+            _check_shape(delta.shape, weights.shape(layer), layer)
+    if concept.base and concept.base != weights.fingerprint():
+        advise(
+            "Load Concept",
+            f"the concept {concept.name} was made on another base model of this kind, so it may look different here",
+        )
+
+
+def _changes(file: ConceptFile, model, weights: Weights) -> dict[str, Any]:
+    """What a file of Custom Diffusion changes, by the host's names."""
+    if file.text_width != weights.text_width:
+        _refuse_width(file.text_width, weights.text_width)
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    changes: dict[str, Any] = {name: ("set", (tensor,)) for name, tensor in file.weights.items()}
+    for name, pair in file.factors.items():
+        changes[name] = Adapter({part: Named(name, factor) for part, factor in zip(("up", "down"), pair, strict=True)})
+    changes = {UNET + names.get(name, name): change for name, change in changes.items()}
+    foreign = next((key for key in changes if key not in weights), None)
+    if foreign:
+        wanted = architecture(weights.text_width)
+        raise ValueError(f"file: expected a concept for {wanted}, got one with {foreign.removeprefix(UNET)}")
+    return changes
+
+
+def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str, Adapter], dict[Layer, Adapter]]:
+    """What a LoRA changes of the diffusion model, by the host's names, and of text encoders, by layer."""
+    state = file.lora
+    if all(map(is_numbered, state)):
+        names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()
+        state = numbered_names(state, {name: weights.shape(UNET + key) for name, key in names if UNET + key in weights})
+    groups, rest = grouped(state)
+    layers = named_layers(model)
+    rank = lokr_rank(groups)
+    changes: dict[str, Adapter] = {}
+    spoken: dict[Layer, Adapter] = {}
+    unknown = []
+    for layer, group in groups.items():
+        if layer.place not in (DIFFUSION, ANYWHERE):
+            spoken[layer] = _adapter(layer, group, file, rank)
+        elif layer.name in layers:
+            changes |= adapters_by_weight(_adapter(layer, group, file, rank), layers[layer.name])
+        else:
+            unknown += [named.name for named in group.values()]
+    for name in rest:
+        if _is_of_a_layer(name, layers) or layer_of(name).place not in (DIFFUSION, ANYWHERE):
+            raise ValueError(f"file: expected tensors that can all be used, got {name!r}, which is of no known kind")
+        unknown.append(name)
+    if not any(key.rpartition(".")[0] in weights.layers for key in changes):
+        raise ValueError(
+            f"file: expected a LoRA that changes the cross-attention of {architecture(weights.text_width)}, got one of "
+            f"{len(file.lora)} tensors that do not, such as {next(iter(file.lora))!r}"
+        )
+    foreign = next((key for key in changes if key not in weights), None)
+    if foreign:
+        raise ValueError(f"file: expected a LoRA for this model, got one with {foreign}, which the model does not have")
+    if lost_its_scale(state, file.about):
+        advise(
+            "Load Concept",
+            "the file was saved by PEFT, which keeps its scale in adapter_config.json; without it the LoRA is taken at "
+            "scale 1, so put that file beside it and name the LoRA adapter_model.safetensors",
+        )
+    if unknown:
+        advise("Load Concept", f"{len(unknown)} tensors are for no layer of this model, such as {unknown[0]}")
+    return changes, spoken
+
+
+def _adapter(layer: Layer, group: Group, file: ConceptFile, rank: int | None) -> Adapter:
+    return Adapter(group, scale_of(layer, group, file.about, rank))
+
+
+def _is_of_a_layer(name: str, layers: Mapping[str, str]) -> bool:
+    """Whether the beginning of a tensor's name is that of a layer of the model."""
+    pieces = name.split(".")
+    return any(layer_of(".".join(pieces[:n])).name in layers for n in range(1, len(pieces) + 1))
+
+
+def _check_width(adapter: Adapter, base: torch.Tensor, key: str) -> None:
+    """Says which model a LoRA of another text width is for."""
+    if not key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) or adapter.kind != "LoRA":
+        return
+    width = adapter.group["down"].tensor.flatten(1).shape[1]
+    if width != base.shape[1] and len(adapter.group["up"].tensor) == len(base):
+        _refuse_width(width, base.shape[1])
+
+
+def _check_shape(given: tuple[int, ...], wanted: tuple[int, ...], key: str) -> None:
+    if given == wanted:
+        return
+    if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) and given[0] == wanted[0]:
+        _refuse_width(given[1], wanted[1])
+    raise ValueError(f"file: expected the shape {tuple(wanted)} for {key}, got {tuple(given)}")
+
+
+def _refuse_width(given: int, wanted: int) -> None:
+    raise ValueError(f"file: expected a concept for {architecture(wanted)}, got one for {architecture(given)}")
+
+
+def _check_base(sizes: list[float], moves: list[float]) -> None:
+    """Whole weights must be near the model's own; a file of differences, or of another base, is not."""
+    if not sizes:
+        return
+    size, change = statistics.median(sizes), statistics.median(moves)
+    if not _LIKE_SIZE[0] <= size <= _LIKE_SIZE[1] or not change <= _MOST_CHANGE:
+        raise ValueError(
+            f"file: expected whole weights that were trained from this model, got some {size:.2g} times its own in "
+            f"size and {change:.2g} times that away from them: the base is another, or they are differences"
+        )
+
+
+def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], weights: Weights) -> None:
+    """Custom Diffusion trains keys and values of every layer; a LoRA may leave layers out, but not change nothing."""
+    if file.source_format != LORA:
+        wanted = {where: layer for layer, where in weights.layers.items() if where[1] in ("k", "v")}
+        missing = [layer.removeprefix(UNET) for where, layer in wanted.items() if where not in parts]
+        if missing:
+            raise ValueError(
+                f"file: expected keys and values of all cross-attention layers of {architecture(weights.text_width)}, "
+                f"got a file without {len(missing)} of them, such as {missing[0]}"
+            )
+    # A product is nothing where one of its factors is: a new LoRA has one of zeros.
+    nothing = not any(all(factor.any() for factor in found) for kinds in parts.values() for found in kinds.values())
+    if nothing and file.source_format == LORA:
+        raise ValueError(
+            f"file: expected a LoRA for {architecture(weights.text_width)}, got one that changes no weight of "
+            "cross-attention: it was never trained"
+        )
+    if nothing and not file.tokens:
+        raise ValueError("file: expected weights that were trained from this model's, got the model's own")
+
+
+def _delta(found: Mapping[str, tuple[torch.Tensor, ...]], name: str, weights: Weights) -> Delta:
+    factors, bias = found.get("weight"), found.get("bias")
+    if factors is None:
+        out, width = weights.shape(f"{UNET}{name}.weight")
+        factors = torch.zeros(out, 0), torch.zeros(0, width)
+    try:
+        return Delta(factors, bias and bias[0])
+    except ValueError as error:
+        raise ValueError(f"file: {error}, in {name}") from error

@@ -1,0 +1,1 @@
+"""Sampling loops and schedules as pure functions."""

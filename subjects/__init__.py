@@ -1,0 +1,1 @@
+"""What a subject is: its mask, its place in a collage or a partition, and which of several things is meant."""
