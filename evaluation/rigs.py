@@ -125,7 +125,7 @@ class RandomCLIP:
         """The text itself."""
         return text
 
-    def encode_from_tokens_scheduled(self, text: str) -> list:
+    def encode_from_tokens_scheduled(self, _tokens: str) -> list:
         """A conditioning as the host's CLIP gives it."""
         return [[torch.randn(1, _TOKENS, self.width), {"pooled_output": torch.randn(1, _POOLED)}]]
 

@@ -58,7 +58,7 @@ class ModelConfig(comfy.supported_models_base.BASE):
         """The host takes more than four channels for a mask's; ours are latents."""
         return False
 
-    def model_type(self, state_dict, prefix=""):
+    def model_type(self, *_):
         """Shapeland's UNet predicts v."""
         return comfy.model_base.ModelType.V_PREDICTION
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
 
-from conceptloom.encoders.fastcomposer import FUSER, split  # noqa: E402
-from conceptloom.encoders.fuser import Fuser  # noqa: E402
-from conceptloom.shapeland import models, world  # noqa: E402
-from conceptloom.training.base import open_base  # noqa: E402
-from conceptloom.training.shapeland import autoencoder, clip, fuser, lessons, scenes, unet  # noqa: E402
+from conceptloom.encoders.fastcomposer import FUSER, split
+from conceptloom.encoders.fuser import Fuser
+from conceptloom.shapeland import models, world
+from conceptloom.training.base import open_base
+from conceptloom.training.shapeland import autoencoder, clip, fuser, lessons, scenes, unet
 
 
 @pytest.fixture(scope="module")

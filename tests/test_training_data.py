@@ -12,13 +12,13 @@ from PIL import Image
 pytest.importorskip("torchvision", reason="torchvision is not installed (pip install torchvision)")
 pytest.importorskip("tqdm", reason="tqdm is not installed (pip install tqdm)")
 
-from conceptloom.encoders.files import whole_file  # noqa: E402
-from conceptloom.shapeland import world  # noqa: E402
-from conceptloom.training import data  # noqa: E402
-from conceptloom.training.data import captions, dataset, images, match, phrases, segments  # noqa: E402
-from conceptloom.training.data.folder import Folder, Phrase, Segment, Subject  # noqa: E402
-from conceptloom.training.data.greedy import greedy_match  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
+from conceptloom.encoders.files import whole_file
+from conceptloom.shapeland import world
+from conceptloom.training import data
+from conceptloom.training.data import captions, dataset, images, match, phrases, segments
+from conceptloom.training.data.folder import Folder, Phrase, Segment, Subject
+from conceptloom.training.data.greedy import greedy_match
+from torchvision.transforms import v2
 
 
 def needs(package: str, pip: str):

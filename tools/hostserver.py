@@ -142,7 +142,7 @@ class HostServer:
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> HostServer:
-        stream = open(self.log, "wb") if self.log else None  # noqa: SIM115 (the process owns it)
+        stream = open(self.log, "wb") if self.log else None
         threads = thread_settings(os.environ, os.cpu_count() or 1)
         environ = {**os.environ, **threads, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(

@@ -93,7 +93,7 @@ class GivenBoxes:
             [box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]] for box in flat_boxes(boxes)
         ]
 
-    def detect(self, image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def detect(self, _image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One box of score 1 per noun.
 
         Raises:

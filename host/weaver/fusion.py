@@ -334,7 +334,7 @@ class FusionRun:
                 self._seen[one] = max((most, grid), self._seen.get(one, (0.0, grid)))
         return self._voices[at]
 
-    def finish(self, samples: torch.Tensor) -> None:
+    def finish(self, _samples: torch.Tensor) -> None:
         """Says which concepts no layer could see well. In coarse layers alone that is as it must be."""
         for one, (most, (height, width)) in self._seen.items():
             if most < THRESHOLD:

@@ -51,7 +51,7 @@ def train_with_progress(
     Returns:
         The concept, the loss as a picture (H, W, 3), and a sentence about the training.
     """
-    training.check(vae, pictures, class_word, placeholder, recipe, side)
+    training.check(vae, class_word, placeholder, recipe, side)
     if checkpoints is not None:
         checked_folder(checkpoints)
     began = time.monotonic()

@@ -68,7 +68,7 @@ def train(
     Raises:
         ValueError: an input cannot be used; says which and why.
     """
-    name = check(vae, pictures, class_word, placeholder, recipe, side)
+    name = check(vae, class_word, placeholder, recipe, side)
     with torch.inference_mode(False), torch.enable_grad(), _copies(model, clip) as (patcher, text):
         trainer = _Trainer(patcher, text, pictures, name, recipe, side, prior)
         trainer.encode(vae)
@@ -79,7 +79,7 @@ def train(
         return concept
 
 
-def check(vae, pictures: Pictures, class_word: str, placeholder: str, recipe: Recipe, side: int) -> Name:
+def check(vae, class_word: str, placeholder: str, recipe: Recipe, side: int) -> Name:
     """What the concept is called; raises ValueError with one sentence where a training could not begin."""
     factor = vae.spacial_compression_encode()
     if side % factor or side < factor:
@@ -201,7 +201,7 @@ class _Trainer:
             optimizer=optimizer,
         )
 
-        def loss_of(step, generator):
+        def loss_of(_step, generator):
             comfy.model_management.throw_exception_if_processing_interrupted()
             # A report may draw a preview, for which the host may have made room.
             comfy.model_management.load_models_gpu(self.patchers)

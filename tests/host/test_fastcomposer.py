@@ -706,7 +706,7 @@ def test_the_host_can_make_a_second_copy_without_dynamic_memory(published, clip)
     from conceptloom.host.shapeland import load_model
     from conceptloom.shapeland import models
 
-    path, state = published
+    path, _state = published
     with torch.inference_mode():
         for patcher in (files.load(str(path)).clip.patcher, load_model(models.build_unet().state_dict()), clip.patcher):
             make, arguments = patcher.cached_patcher_init

@@ -347,7 +347,7 @@ def test_drawn_boxes_belong_to_the_nouns_in_order():
     from conceptloom.host.segmenting.segmenters import Boxes, GivenBoxes, text_to_masks
 
     drawn = [[{"x": 1, "y": 2, "width": 9, "height": 18}, {"x": 30, "y": 2, "width": 10, "height": 18}]]
-    masks, scores, _ = text_to_masks(Boxes(GivenBoxes(drawn), Rectangles()), PICTURE, "dog, dog", ERROR)
+    masks, _scores, _ = text_to_masks(Boxes(GivenBoxes(drawn), Rectangles()), PICTURE, "dog, dog", ERROR)
     assert torch.equal(masks.bool(), Rectangles().cut(PICTURE, torch.tensor([[1, 2, 10, 20], [30, 2, 40, 20]])))
     with pytest.raises(ValueError, match="boxes: expected one per noun, got 2 for 1 nouns"):
         text_to_masks(Boxes(GivenBoxes(drawn), Rectangles()), PICTURE, "dog", ERROR)
@@ -375,7 +375,7 @@ def test_nodes_hand_over_what_the_functions_give(host):
     from conceptloom.nodes import masks as nodes
     from conceptloom.shapeland import world
 
-    picture, truth = world.draw_description("a red striped fish and a blue mug", 0, 0, 1)
+    picture, _truth = world.draw_description("a red striped fish and a blue mug", 0, 0, 1)
     image = torch.from_numpy(picture.image)[None]
     (segmenter,) = nodes.LoadSegmenter.execute({"kind": nodes.SHAPELAND}).args
     output = nodes.TextToMasks.execute(segmenter, image, "mug\nfish", ERROR)

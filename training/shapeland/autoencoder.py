@@ -92,7 +92,7 @@ def _train(model: Autoencoder, name: str, loss_of, steps: int, device: str) -> t
         return best
 
     @torch.no_grad()
-    def report(step):
+    def report(_step):
         best = averaged()
         y = best.decode(best.encode(held_out)).clamp(-1, 1)
         save_sheet(torch.stack([held_out[:32], y[:32]], 1).flatten(0, 1), run.folder / "samples.png")

@@ -161,10 +161,10 @@ def train_clip(device: str, steps: int, shipped: bool = False) -> None:
     run = Run(RUNS / "clip", model, warmup_cosine(1e-3, 200, steps), steps, SEED, average=0.998, device=device)
     held_out = clip_batch(data, np.arange(3 * SHARD, 3 * SHARD + 256), device)
 
-    def loss_of(step, generator):
+    def loss_of(step, _generator):
         return model(clip_batch(data, rows_of(step, 64, 3 * SHARD), device))
 
-    def report(step):
+    def report(_step):
         averaged = Clip().to(device)
         averaged.load_state_dict(run.best_state())
         with torch.no_grad():

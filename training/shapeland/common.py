@@ -95,7 +95,7 @@ def word_tokens() -> torch.Tensor:
     tokenizer = CLIPTokenizer.from_pretrained(host / "comfy" / "sd1_tokenizer")
     ids = [models.END]
     for word in scene_files.WORDS[1:]:
-        start, *inner, end = tokenizer(word).input_ids
+        _start, *inner, _end = tokenizer(word).input_ids
         if len(inner) != 1:
             raise ValueError(f"The word '{word}' is {len(inner)} tokens of CLIP's vocabulary, but must be one.")
         ids += inner

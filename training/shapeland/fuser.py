@@ -75,13 +75,13 @@ def train_fuser(device: str, steps: int) -> None:
         target, own = (base.read(batch[name])[0][batch["picture"], batch[f"{name}_row"]] for name in ("said", "bare"))
         return own, base.vision((batch["object"] - mean) / std).image_embeds, target
 
-    def loss_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def loss_of(step: int, _generator: torch.Generator) -> dict[str, torch.Tensor]:
         own, embeds, target = seen(rows_of(step, BATCH, data.count - SHARD))
         return {"squared": (fuser(own, embeds) - target).square().mean()}
 
     held_out = seen(np.arange(data.count - SHARD, data.count - SHARD + HELD_OUT))
 
-    def report(step: int) -> dict[str, float]:
+    def report(_step: int) -> dict[str, float]:
         own, embeds, target = held_out
         averaged = Fuser.from_state(run.best_state()).to(device)
         with torch.no_grad():

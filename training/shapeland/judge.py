@@ -113,7 +113,7 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
             "embedding": 0.5 * contrast(*pair),
         }
 
-    def report(step):
+    def report(_step):
         averaged = Judge().to(device)
         averaged.load_state_dict(run.best_state())
         return measure(averaged, data, np.arange(3 * SHARD, 3 * SHARD + 1024), device)
