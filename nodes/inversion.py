@@ -135,7 +135,7 @@ class RenewNoise(Node):
 
     @classmethod
     def execute(cls, noise, partition, seed, strength) -> io.NodeOutput:
-        return io.NodeOutput(host.renew(noise, partition, seed ^ _OTHER, strength))
+        return io.NodeOutput(host.renew(noise, partition.weights, seed ^ _OTHER, strength))
 
 
 NODES: list[type[Node]] = [DDIMInversion, RenewNoise]

@@ -14,9 +14,19 @@ import torch
 from comfy_api.latest import io
 
 from ..host.segmenting import boxes, segmenters
-from ..subjects.instances import ABSENT, ERROR, read_scores
-from ..subjects.partition import OVERLAPS, SMALLER_IN_FRONT, assemble, picture
-from .types import Node, PartitionSocket, SegmenterSocket, growing, in_order, one_picture, preview, register_folder
+from ..subjects.instances import ABSENT, ERROR
+from ..subjects.partition import OVERLAPS, SMALLER_IN_FRONT, Partition, assemble, picture
+from .types import (
+    DetectionsSocket,
+    Node,
+    PartitionSocket,
+    SegmenterSocket,
+    growing,
+    in_order,
+    one_picture,
+    preview,
+    register_folder,
+)
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 DETECTORS, SAMS = "grounding-dino", "sams"
@@ -153,16 +163,15 @@ class TextToMasks(Node):
             ],
             outputs=[
                 io.Mask.Output("masks", tooltip="One mask per noun."),
-                io.String.Output(
-                    "scores", tooltip="A line per noun with its score from 0 to 1; 0 was not found. For Concept Masks."
-                ),
+                DetectionsSocket.Output("detections", tooltip="The nouns with their scores, for Concept Masks."),
+                io.String.Output("report", tooltip="A line per noun with its score from 0 to 1; 0 was not found."),
             ],
         )
 
     @classmethod
     def execute(cls, segmenter, image, nouns, absent) -> io.NodeOutput:
-        masks, scores, seen = segmenters.text_to_masks(segmenter, one_picture(image), nouns, absent)
-        return io.NodeOutput(masks, scores, ui=preview(cls, seen))
+        masks, detections, seen = segmenters.text_to_masks(segmenter, one_picture(image), nouns, absent)
+        return io.NodeOutput(masks, detections, str(detections), ui=preview(cls, seen))
 
 
 class ConceptMasks(Node):
@@ -209,12 +218,11 @@ class ConceptMasks(Node):
                     tooltip="Who gets the pixels that two masks hold: the smaller one, the one of higher score, or the "
                     "later one.",
                 ),
-                io.String.Input(
-                    "scores",
+                DetectionsSocket.Input(
+                    "detections",
                     optional=True,
-                    force_input=True,
-                    advanced=True,
-                    tooltip="From Text to Masks; wanted when the higher score is in front.",
+                    tooltip="From Text to Masks, where all masks come from it: Multi-Concept Fusion then warns when a "
+                    "mask shows another kind of thing than its concept, and the one of higher score can be in front.",
                 ),
                 io.Image.Input(
                     "image", optional=True, tooltip="Shown under the colours of the preview; in the shape of the masks."
@@ -227,12 +235,13 @@ class ConceptMasks(Node):
         )
 
     @classmethod
-    def execute(cls, masks, dilation, feather, overlap, scores=None, image=None) -> io.NodeOutput:
-        partition = assemble(
-            _gather(masks), dilation, feather, overlap, None if scores is None else read_scores(scores)
-        )
-        seen = picture(partition, None if image is None else one_picture(image))
-        return io.NodeOutput(partition, partition, ui=preview(cls, seen))
+    def execute(cls, masks, dilation, feather, overlap, detections=None, image=None) -> io.NodeOutput:
+        scores, names = None, ()
+        if detections is not None:
+            scores, names = detections.scores, tuple(entry.noun for entry in detections.entries)
+        weights = assemble(_gather(masks), dilation, feather, overlap, scores)
+        seen = picture(weights, None if image is None else one_picture(image))
+        return io.NodeOutput(Partition(weights, names), weights, ui=preview(cls, seen))
 
 
 def _gather(masks: io.Autogrow.Type) -> list[torch.Tensor]:

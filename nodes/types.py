@@ -22,6 +22,7 @@ ShareRecordSocket = io.Custom("CONCEPTLOOM_SHARE_RECORD")
 ConceptSocket = io.Custom("CONCEPTLOOM_CONCEPT")
 ConceptPromptsSocket = io.Custom("CONCEPTLOOM_CONCEPT_PROMPTS")
 PartitionSocket = io.Custom("CONCEPTLOOM_PARTITION")
+DetectionsSocket = io.Custom("CONCEPTLOOM_DETECTIONS")
 SegmenterSocket = io.Custom("CONCEPTLOOM_SEGMENTER")
 TrajectorySocket = io.Custom("CONCEPTLOOM_TRAJECTORY")
 

@@ -38,6 +38,22 @@ class Wanted:
         return self.noun if self.which == BEST else f"{self.noun}#{self.which}"
 
 
+@dataclass(frozen=True)
+class Detections:
+    """What was found for the entries of a list of nouns, in their order.
+
+    Attributes:
+        entries: (N,).
+        scores: (N,), 0..1; 0 for what was not found.
+    """
+
+    entries: tuple[Wanted, ...]
+    scores: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{entry}: {score:.3f}" for entry, score in zip(self.entries, self.scores, strict=True))
+
+
 def read_nouns(text: str) -> list[Wanted]:
     """The entries of a list of nouns, parted by commas or lines.
 
@@ -57,7 +73,7 @@ def read_nouns(text: str) -> list[Wanted]:
 
 def choose(
     found: Sequence[Sequence[Candidate]], wanted: Sequence[Wanted], absent: str, size: tuple[int, int]
-) -> tuple[torch.Tensor, list[float]]:
+) -> tuple[torch.Tensor, Detections]:
     """One mask per entry.
 
     Args:
@@ -67,7 +83,7 @@ def choose(
         size: (H, W) of the masks.
 
     Returns:
-        Masks (N, H, W), boolean, and scores: that of the least sure part for ALL, 0 for what was not found.
+        Masks (N, H, W), boolean, and their scores: that of the least sure part for ALL, 0 for what was not found.
 
     Raises:
         ValueError: a thing was not found and `absent` is ERROR, or two entries took the same thing without both being
@@ -87,7 +103,7 @@ def choose(
         scores.append(min((one.score for one in chosen), default=0.0))
     stack = torch.stack(masks)
     _refuse_shared(stack, wanted, scores)
-    return stack, scores
+    return stack, Detections(tuple(wanted), tuple(scores))
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -102,23 +118,6 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
     """Intersection over union of two boolean masks (H, W); 0 if both are empty."""
     return int((a & b).count_nonzero()) / max(1, int((a | b).count_nonzero()))
-
-
-def write_scores(wanted: Sequence[Wanted], scores: Sequence[float]) -> str:
-    """One line per entry, such as "dog#2: 0.87"."""
-    return "\n".join(f"{want}: {score:.3f}" for want, score in zip(wanted, scores, strict=True))
-
-
-def read_scores(text: str) -> list[float]:
-    """The numbers of what `write_scores` wrote, or of numbers one per line.
-
-    Raises:
-        ValueError: a line does not end with a number.
-    """
-    try:
-        return [float(line.rpartition(":")[2]) for line in text.splitlines() if line.strip()]
-    except ValueError:
-        raise ValueError(f'scores: expected lines such as "dog: 0.87", got {text!r}') from None
 
 
 def _pick(things: list[Candidate], which: int | str) -> list[Candidate]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 
@@ -40,6 +41,32 @@ _COMPARED = 512
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The weights of concepts, and what is known of what their masks show.
+
+    Attributes:
+        weights: (N + 1, H, W), the background last, with the sum 1 at every pixel.
+        names: (N,), the noun by which each mask was found; empty where none is known.
+
+    Raises:
+        ValueError: there are names, but not one per mask.
+    """
+
+    weights: torch.Tensor
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.names and len(self.names) != len(self):
+            raise ValueError(
+                f"detections: expected one per mask, got {len(self.names)} for {len(self)} masks; remove the wire "
+                "where masks come from elsewhere too"
+            )
+
+    def __len__(self) -> int:
+        return len(self.weights) - 1
+
+
 def assemble(
     masks: Sequence[torch.Tensor],
     dilation: float = 0.03,
@@ -54,7 +81,7 @@ def assemble(
         dilation: how far masks grow, as a share of the picture's shorter side.
         feather: width over which neighbours blend, as a share of the same.
         overlap: one of OVERLAPS, who is in front.
-        scores: of the detector, one per mask; wanted for SURER_IN_FRONT alone.
+        scores: of the detector, one per mask; needed for SURER_IN_FRONT alone.
 
     Raises:
         ValueError: there is no mask, all are empty, their shapes differ or are none of masks, two show the same thing,
@@ -78,7 +105,7 @@ def assemble(
         raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, got {overlap!r}")
     if overlap == SURER_IN_FRONT and (scores is None or len(scores) != len(stack)):
         given = "none" if scores is None else len(scores)
-        raise ValueError(f"scores: expected one per mask for {overlap!r}, got {given} for {len(stack)} masks")
+        raise ValueError(f"detections: expected one per mask for {overlap!r}, got {given} for {len(stack)} masks")
     side = min(stack.shape[1:])
     return soften(divide(stack, round(dilation * side), overlap, scores), round(feather * side))
 

@@ -380,7 +380,7 @@ ROWS = [
     Row(
         "ConceptMasks",
         {"masks.mask0": ["white", 0], "overlap": "higher score in front"},
-        "scores: expected one per mask for 'higher score in front', got none for 1 masks",
+        "detections: expected one per mask for 'higher score in front', got none for 1 masks",
     ),
     Row(
         "ConceptMasks",

@@ -8,12 +8,11 @@ from conceptloom.subjects.instances import (
     ERROR,
     WHOLE,
     Candidate,
+    Detections,
     Wanted,
     choose,
     distinct,
     read_nouns,
-    read_scores,
-    write_scores,
 )
 
 
@@ -28,7 +27,10 @@ CAT = [box(17, 20, 0.8)]
 
 
 def pick(text, *found, absent=ERROR):
-    return choose(found, read_nouns(text), absent, (10, 20))
+    entries = read_nouns(text)
+    masks, detections = choose(found, entries, absent, (10, 20))
+    assert detections.entries == tuple(entries)
+    return masks, list(detections.scores)
 
 
 def test_nouns_are_read_from_commas_and_lines():
@@ -85,10 +87,10 @@ def test_what_is_absent_is_an_error_or_nothing_or_everything():
         pick("cat", CAT, absent="skip")
 
 
-def test_scores_come_back_as_they_were_written():
-    wanted = read_nouns("dog#2, time: noon, cat#all")
-    text = write_scores(wanted, [0.125, 0, 1])
-    assert text.splitlines()[0] == "dog#2: 0.125"
-    assert read_scores(text) == [0.125, 0, 1] == read_scores("0.125\n0\n\n1")
-    with pytest.raises(ValueError, match="scores: expected lines such as"):
-        read_scores("dog: high")
+def test_detections_are_lines_to_read():
+    entries = tuple(read_nouns("dog#2, time: noon, cat#all"))
+    assert str(Detections(entries, (0.125, 0.0, 1.0))).splitlines() == [
+        "dog#2: 0.125",
+        "time: noon: 0.000",
+        "cat#all: 1.000",
+    ]

@@ -1,4 +1,4 @@
-"""Writes the shipped workflows: `python tools/make_workflows.py [PART OF A NAME...]`
+"""Writes the shipped workflows: `python tools/make_workflows.py [--keep-cards] [PART OF A NAME...]`
 
 Every workflow is described by a function that takes a builder (workflow_builder.py shows how) and
 is listed in tools/templates under its file name. The name is all that a template's card shows: number it
@@ -9,7 +9,7 @@ can stand in a link. For each, three files are written:
     workflows/api/NAME.json  what a script posts
     workflows/NAME.jpg       its card: the picture of its last node, cut to a square; where it cannot be
                              run (its weights are absent), the reference pictures it starts from, or a
-                             scene of Shapeland
+                             scene of Shapeland; stays as it is with --keep-cards
 
 A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
 """
@@ -33,6 +33,7 @@ from workflow_format import to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
 CARD_SIDE = 400
+KEEP_CARDS = "--keep-cards"
 SCENE = {"description": "a star and a house on a navy background", "seed": 11, "identity_seed": 41}
 """Stands on the card of a workflow that cannot be run here and draws no reference."""
 
@@ -69,8 +70,8 @@ def drawn_references(api: dict) -> Image.Image:
     return card
 
 
-def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow], None]) -> None:
-    """Writes one workflow's files."""
+def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow], None], card: bool) -> None:
+    """Writes one workflow's files, its card if so wished."""
     flow = Workflow(info, name)
     describe(flow)
     ui = flow.ui()
@@ -81,6 +82,8 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
     save_json(FOLDER / f"{name}.json", ui)
     save_json(FOLDER / "api" / f"{name}.json", api)
     say(f"{name}: written")
+    if not card:
+        return
     try:
         pictures = server.pictures(server.finish(server.submit(api)))
     except PromptError as error:
@@ -91,8 +94,9 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
         save_card(FOLDER / f"{name}.jpg", max(pictures, key=lambda picture: int(picture.node)).data)
 
 
-def main(parts: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Writes all workflows, or those whose names contain one of the given parts."""
+    parts = [argument for argument in arguments if argument != KEEP_CARDS]
     base = WORK / "make_workflows"
     base.mkdir(parents=True, exist_ok=True)
     host = choose_host(os.environ)
@@ -100,7 +104,7 @@ def main(parts: list[str]) -> None:
         info = server.get("/object_info")
         for name, describe in WORKFLOWS.items():
             if not parts or any(part.lower() in name.lower() for part in parts):
-                make(server, info, name, describe)
+                make(server, info, name, describe, card=KEEP_CARDS not in arguments)
 
 
 if __name__ == "__main__":

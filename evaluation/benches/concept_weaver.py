@@ -16,6 +16,7 @@ from ...host.structure.plugandplay import Settings as Injection
 from ...host.structure.plugandplay import apply as inject
 from ...host.weaver.fusion import SCORES, Settings, SpokenConcept, apply
 from ...samplers.inversion import Trajectory
+from ...subjects.partition import Partition
 from ..rigs import Rig
 from . import Session
 
@@ -80,14 +81,14 @@ def _concept(rig: Rig, number: int) -> Concept:
     return Concept(f"concept {number}", deltas)
 
 
-def _stripes(count: int, side: int) -> torch.Tensor:
-    """A partition (count + 1, side, side) into stripes of equal width, the background the rest."""
-    partition = torch.zeros(count + 1, side, side)
+def _stripes(count: int, side: int) -> Partition:
+    """Of a picture (side, side) into `count` stripes of equal width, the background the rest."""
+    weights = torch.zeros(count + 1, side, side)
     edges = torch.linspace(0, side * COVERED, count + 1).round().long().tolist()
     for i, (left, right) in enumerate(zip(edges, edges[1:], strict=False)):
-        partition[i, :, left:right] = 1
-    partition[-1] = 1 - partition[:-1].sum(0)
-    return partition
+        weights[i, :, left:right] = 1
+    weights[-1] = 1 - weights[:-1].sum(0)
+    return Partition(weights)
 
 
 def _source(rig: Rig) -> SourceTrajectory:

@@ -15,7 +15,7 @@ from ...host.structure.inversion import invert, renew
 from ...host.weaver import fusion
 from ...host.weaver.prompts import encode_prompts, encode_text, splice
 from ...host.weaver.weights import UNET
-from ...subjects.partition import assemble
+from ...subjects.partition import Partition, assemble
 from ..comparison import compare, explain
 from ..sheet import contact_sheet
 from ..studio import CFG, NEGATIVE_PROMPT, Studio
@@ -83,7 +83,7 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
     latent = {"samples": studio.vae.encode(template)}
     inverted = invert(studio.model, latent, studio.encode(case.prompt), STEPS, SCHEDULER)
     prompts = encode_prompts(studio.clip, case.prompt, NEGATIVE_PROMPT, concepts)
-    partition = assemble(list(case.masks), DILATION)
+    weights = assemble(list(case.masks), DILATION)
     joint = joint_conditioning(studio, case.prompt, concepts)
     own = bank[BACKGROUND]
     on_it = re.sub(r"\w+ background", f"{own.placeholder} {own.class_word}", case.prompt)
@@ -93,10 +93,10 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         return plugandplay.apply(model, inverted.source, settings)
 
     def fused(model, spoken=prompts.concepts, background=None, **changed):
-        return fusion.apply(model, prompts.positive, spoken, partition, fusion.Settings(**changed), background)
+        return fusion.apply(model, prompts.positive, spoken, Partition(weights), fusion.Settings(**changed), background)
 
     base = injected(studio.model)
-    renewed = renew(inverted.noise, partition, case.seed, RENEWED)
+    renewed = renew(inverted.noise, weights, case.seed, RENEWED)
     variants = {
         "default": fused(base),
         "template_noise": fused(base),

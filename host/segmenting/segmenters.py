@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ...shapeland.world import NOUNS
 from ...subjects.collage import flat_boxes
-from ...subjects.instances import Candidate, choose, read_nouns, write_scores
+from ...subjects.instances import Candidate, Detections, choose, read_nouns
 from ...subjects.partition import divide, picture
 from ..shapeland import load_judge, read_with
 
@@ -46,7 +46,7 @@ class Cutter(Protocol):
 
 def text_to_masks(
     segmenter: Segmenter, image: torch.Tensor, nouns: str, absent: str
-) -> tuple[torch.Tensor, str, torch.Tensor]:
+) -> tuple[torch.Tensor, Detections, torch.Tensor]:
     """One mask per entry of a list of nouns.
 
     Args:
@@ -55,15 +55,15 @@ def text_to_masks(
         absent: one of `instances.ABSENT`.
 
     Returns:
-        Masks (N, H, W) of zeros and ones, a line of score per entry, and a picture (H, W, 3) to look at.
+        Masks (N, H, W) of zeros and ones, their detections, and a picture (H, W, 3) to look at.
 
     Raises:
         ValueError: of `instances.read_nouns`, of `instances.choose`, or of the segmenter.
     """
     wanted = read_nouns(nouns)
     found = segmenter.segment(image, [want.noun for want in wanted])
-    masks, scores = choose(found, wanted, absent, tuple(image.shape[:2]))
-    return masks.float(), write_scores(wanted, scores), picture(divide(masks, 0), image)
+    masks, detections = choose(found, wanted, absent, tuple(image.shape[:2]))
+    return masks.float(), detections, picture(divide(masks, 0), image)
 
 
 class Boxes:

@@ -18,8 +18,9 @@ import torch
 
 from ...attention.fusion import Voices, fuse, voices_of
 from ...encoders.concepts import PARTS, Concept, layer_name
+from ...encoders.words import find_word
 from ...subjects.masks import check_aspect
-from ...subjects.partition import THRESHOLD, layer_masks
+from ...subjects.partition import THRESHOLD, Partition, layer_masks
 from ..advice import advise
 from ..model import passes
 from ..model.patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
@@ -79,7 +80,7 @@ def apply(
     model,
     positive: list,
     concepts: Sequence[SpokenConcept],
-    partition: torch.Tensor,
+    partition: Partition,
     settings: Settings,
     background: SpokenConcept | None = None,
 ) -> tuple[Any, list]:
@@ -91,7 +92,7 @@ def apply(
         model: the host's MODEL.
         positive: the host's conditioning of the plain prompt.
         concepts: in the order of the partition.
-        partition: (N + 1, H, W), the background last (see `attention.partition`).
+        partition: where each concept goes.
         settings: see there.
         background: a concept for the background; without one it is the base model's.
 
@@ -100,17 +101,15 @@ def apply(
     """
     unet = network_of(model.model)
     sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
-    if len(partition) != len(concepts) + 1:
-        raise ValueError(
-            f"partition: expected one mask for each of the {len(concepts)} concepts, got {len(partition) - 1}"
-        )
+    if len(partition) != len(concepts):
+        raise ValueError(f"partition: expected one mask for each of the {len(concepts)} concepts, got {len(partition)}")
     if settings.start_percent > settings.end_percent:
         raise ValueError(
             f"start_percent: expected at most end_percent ({settings.end_percent:g}), got {settings.start_percent:g}"
         )
-    placed = [*zip(concepts, partition, strict=False)]
+    placed = [*zip(concepts, partition.weights, strict=False)]
     if background is not None:
-        placed.append((background, partition[-1]))
+        placed.append((background, partition.weights[-1]))
     width = model.model.model_config.unet_config["context_dim"]
     for spoken, _ in placed:
         given = spoken.concept.text_width
@@ -124,7 +123,7 @@ def apply(
         without = "strength" if any(mask.any() for _, mask in placed) else "place in the partition"
         advise(NAME, f"no concept has a {without}, so the plain prompt is drawn")
         return model.clone(), positive
-    advice = []
+    advice = _misplaced(concepts, partition.names)
     if settings.suppression > 1 and settings.mode == FEATURES:
         advice.append(f"a suppression of {settings.suppression:g} is far beyond 0.3 and burns colours")
     if settings.layers == DECODER:
@@ -150,6 +149,19 @@ def apply(
         for conditioning, mask, role in parts
         for context, extras in conditioning
     ]
+
+
+def _misplaced(concepts: Sequence[SpokenConcept], names: Sequence[str]) -> list[str]:
+    """Advice for each concept whose mask was found by a noun that is none of its class word."""
+    advice = []
+    for number, (spoken, name) in enumerate(zip(concepts, names, strict=False), 1):
+        kind = spoken.concept.class_word
+        if kind and not find_word(kind, name) and not find_word(name, kind):
+            advice.append(
+                f'mask {number} shows "{name}", but its concept {spoken.concept.name} is a "{kind}": give masks and '
+                "concepts in the same order"
+            )
+    return advice
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import torch
 
 from ...encoders.concepts import Concept
 from ...encoders.files import checked_folder
+from ...subjects.partition import Partition
 from ...training.concepts.learner import Recipe
 from ...training.concepts.pictures import Pictures
 from . import fusion, training
@@ -96,7 +97,7 @@ def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, se
     """A quick picture (side, side, 3) of a concept over the whole frame."""
     text = caption.replace("{}", f"{concept.placeholder} {concept.class_word}".strip())
     spoken = fusion.SpokenConcept(concept, encode_text(clip, text, concept))
-    everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+    everywhere = Partition(torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]))
     settings = fusion.Settings(suppression=0.0)
     drawing, positive = fusion.apply(model, spoken.conditioning, [spoken], everywhere, settings)
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))

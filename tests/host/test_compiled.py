@@ -123,8 +123,11 @@ def concept(toy, with_lora):
 
 def fusion(toy, model, with_lora=False, **settings):
     from conceptloom.host.weaver.fusion import Settings, apply
+    from conceptloom.subjects.partition import Partition
 
-    model, positive = apply(model, toy.positive, [concept(toy, with_lora)], partition(), Settings(**settings))
+    model, positive = apply(
+        model, toy.positive, [concept(toy, with_lora)], Partition(partition()), Settings(**settings)
+    )
     return model, {"positive": positive}
 
 

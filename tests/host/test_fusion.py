@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conceptloom.subjects.partition import layer_masks
+from conceptloom.subjects.partition import Partition, layer_masks
 from other_packs import NegPip, controlled, negpip, reference_control
 
 WIDTH = 64
@@ -62,7 +62,7 @@ def fused(toy, bank, model=None, background=None, **settings):
     from conceptloom.host.weaver.fusion import Settings, apply
 
     model = toy.model if model is None else model
-    return apply(model, toy.positive, bank.concepts, bank.partition, Settings(**settings), background)[0]
+    return apply(model, toy.positive, bank.concepts, Partition(bank.partition), Settings(**settings), background)[0]
 
 
 def comfy_levels(toy, steps):
@@ -202,7 +202,7 @@ class TestNegPip:
 
         made = encode_prompts(clip, prompt, "", [concept])
         everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
-        fused, positive = apply(model, made.positive, made.concepts, everywhere, Settings())
+        fused, positive = apply(model, made.positive, made.concepts, Partition(everywhere), Settings())
         latent = torch.zeros(1, 8, 16, 16)
         noise = comfy.sample.prepare_noise(latent, 0)
         return comfy.sample.sample(
@@ -621,7 +621,7 @@ class TestScores:
         from conceptloom.host.weaver.fusion import Settings, apply
 
         settings = Settings(mode="scores", suppression=0.0)
-        model, positive = apply(toy.model, toy.positive, bank.concepts, bank.partition, settings)
+        model, positive = apply(toy.model, toy.positive, bank.concepts, Partition(bank.partition), settings)
         return toy.sample(model, positive=positive, **options)
 
     @pytest.mark.parametrize("cfg", [1.0, 5.0])
@@ -656,7 +656,7 @@ class TestScores:
         both = []
         for mode in ("scores", "features"):
             settings = Settings(mode=mode, suppression=0.0)
-            model, positive = apply(toy.model, toy.positive, bank.concepts, bank.partition, settings)
+            model, positive = apply(toy.model, toy.positive, bank.concepts, Partition(bank.partition), settings)
             both.append(toy.sample(model, positive=positive))
         assert close(*both)
 
@@ -832,6 +832,24 @@ class TestRefusals:
         bank.partition = bank.partition[1:]
         with pytest.raises(ValueError, match="partition: expected one mask for each of the 2 concepts, got 1"):
             fused(toy, bank)
+
+    def test_a_mask_of_another_kind_of_thing_is_advised(self, toy, caplog):
+        from conceptloom.host.weaver.fusion import Settings, apply
+
+        bank = Bank(toy, 2)
+        kinds = ["sks dog", "cat"]
+        concepts = [
+            replace(spoken, concept=replace(spoken.concept, class_word=kind))
+            for spoken, kind in zip(bank.concepts, kinds, strict=True)
+        ]
+        for names, advised in ((("Dog", "white cat"), False), ((), False), (("cat", "dog"), True)):
+            caplog.clear()
+            partition = Partition(bank.partition, names)
+            model, positive = apply(toy.model, toy.positive, concepts, partition, Settings())
+            toy.sample(model, positive=positive, steps=1)
+            found = [record.message for record in caplog.records if "give masks and concepts" in record.message]
+            assert len(found) == 2 * advised
+        assert f'mask 1 shows "cat", but its concept {concepts[0].concept.name} is a "sks dog"' in found[0]
 
     def test_a_partition_of_another_shape(self, toy):
         bank = Bank(toy, 1, size=(16, 24))

@@ -333,8 +333,8 @@ def test_boxes_and_masks_stay_with_their_nouns():
     from conceptloom.host.segmenting.segmenters import Boxes, text_to_masks
 
     detector = Fixed(dog=[[1, 2, 10, 20, 0.4], [30, 2, 40, 20, 0.9]], hat=[[12, 30, 20, 40, 0.8]])
-    masks, scores, seen = text_to_masks(Boxes(detector, Rectangles()), PICTURE, "hat, cat, dog, dog#1", EMPTY)
-    assert scores.splitlines() == ["hat: 0.800", "cat: 0.000", "dog: 0.900", "dog#1: 0.400"]
+    masks, detections, seen = text_to_masks(Boxes(detector, Rectangles()), PICTURE, "hat, cat, dog, dog#1", EMPTY)
+    assert str(detections).splitlines() == ["hat: 0.800", "cat: 0.000", "dog: 0.900", "dog#1: 0.400"]
     assert masks.shape == (4, *SIZE) and masks.dtype == torch.float32
     boxes = torch.tensor([[12, 30, 20, 40], [0, 0, 0, 0], [30, 2, 40, 20], [1, 2, 10, 20]])
     assert torch.equal(masks.bool(), Rectangles().cut(PICTURE, boxes))
@@ -379,14 +379,17 @@ def test_nodes_hand_over_what_the_functions_give(host):
     image = torch.from_numpy(picture.image)[None]
     (segmenter,) = nodes.LoadSegmenter.execute({"kind": nodes.SHAPELAND}).args
     output = nodes.TextToMasks.execute(segmenter, image, "mug\nfish", ERROR)
-    masks, scores = output.args
-    assert masks.shape == (2, 64, 64) and output.ui
-    batches = {"mask1": masks[1], "mask0": masks[:1], "mask10": torch.zeros(1, 64, 64)}
-    output = nodes.ConceptMasks.execute(batches, 0.0, 0.0, "smaller in front", scores, image)
+    masks, detections, report = output.args
+    assert masks.shape == (2, 64, 64) and output.ui and report.startswith("mug: ")
+    batches = {"mask1": masks[1], "mask0": masks[:1]}
+    output = nodes.ConceptMasks.execute(batches, 0.0, 0.0, "smaller in front", detections, image)
     partition, shown = output.args
-    assert torch.equal(partition, shown) and partition.shape == (4, 64, 64)
-    assert torch.equal(partition[0], masks[0] * (1 - masks[1])) or torch.equal(partition[0], masks[0])
-    with pytest.raises(ValueError, match="Concept Masks: scores: expected one per mask"):
-        nodes.ConceptMasks.execute(batches, 0.0, 0.0, "higher score in front", scores)
+    assert torch.equal(partition.weights, shown) and shown.shape == (3, 64, 64) and partition.names == ("mug", "fish")
+    assert torch.equal(shown[0], masks[0] * (1 - masks[1])) or torch.equal(shown[0], masks[0])
+    batches["mask10"] = torch.zeros(1, 64, 64)
+    for overlap in ("smaller in front", "higher score in front"):
+        with pytest.raises(ValueError, match="Concept Masks: detections: expected one per mask.* got 2 for 3 masks"):
+            nodes.ConceptMasks.execute(batches, 0.0, 0.0, overlap, detections)
+    assert nodes.ConceptMasks.execute(batches, 0.0, 0.0, "smaller in front").args[0].names == ()
     for node in nodes.NODES:
         node.GET_SCHEMA()

@@ -79,5 +79,9 @@ def bank(flow: Workflow, base: Base, files: dict[str, str], column: int = 1) -> 
 def places(flow: Workflow, segmenter: Node, image: Output, nouns: str) -> list[Node]:
     """Masks of the template's things, divided among the concepts."""
     found = flow.add("ConceptLoomTextToMasks", {"segmenter": segmenter[0], "image": image, "nouns": nouns}, column=2)
-    divided = flow.add("ConceptLoomConceptMasks", {"masks": [found["masks"]], "image": image}, column=2)
+    divided = flow.add(
+        "ConceptLoomConceptMasks",
+        {"masks": [found["masks"]], "detections": found["detections"], "image": image},
+        column=2,
+    )
     return [found, divided]
