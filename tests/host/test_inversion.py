@@ -253,6 +253,7 @@ def test_noise_is_renewed_where_concepts_are():
     import comfy.sample
     from conceptloom.host.structure.inversion import renew
     from conceptloom.nodes.inversion import RenewNoise
+    from conceptloom.subjects.partition import Partition
 
     noise = picture(batch=2)
     partition = torch.zeros(2, 64, 64)
@@ -262,19 +263,19 @@ def test_noise_is_renewed_where_concepts_are():
     strength = noise["samples"].square().mean((1, 2, 3), keepdim=True).sqrt()
     assert torch.equal(found["samples"][..., :8], noise["samples"][..., :8])
     assert torch.allclose(found["samples"][..., 8:], (strength * fresh)[..., 8:])
-    others = [RenewNoise.execute(noise, partition, seed, 1.0).args[0]["samples"] for seed in (7, 7, 8)]
+    others = [RenewNoise.execute(noise, Partition(partition), seed, 1.0).args[0]["samples"] for seed in (7, 7, 8)]
     assert torch.equal(others[0], others[1]) and not torch.equal(others[0], others[2])
     likeness = torch.nn.functional.cosine_similarity(others[0][..., 8:].flatten(), fresh[..., 8:].flatten(), 0)
     assert abs(likeness) < 0.2
     nowhere = torch.stack([torch.zeros(64, 64), torch.ones(64, 64)])
-    for changed in ((nowhere, 7, 1.0), (partition, 7, 0.0)):
-        assert torch.equal(RenewNoise.execute(noise, *changed).args[0]["samples"], noise["samples"])
-    for bad, sentence in (
-        (
-            (noise, torch.stack([torch.ones(64, 128), torch.zeros(64, 128)]), 0, 1.0),
-            "Renew Noise: partition: expected the shape of the latent",
-        ),
-        (({"samples": torch.ones(1, 4, 3, 8, 8)}, partition, 0, 1.0), "Renew Noise: noise: expected that of pictures"),
+    for where, seed, share in ((nowhere, 7, 1.0), (partition, 7, 0.0)):
+        assert torch.equal(
+            RenewNoise.execute(noise, Partition(where), seed, share).args[0]["samples"], noise["samples"]
+        )
+    wide = torch.stack([torch.ones(64, 128), torch.zeros(64, 128)])
+    for (given, where), sentence in (
+        ((noise, wide), "Renew Noise: partition: expected the shape of the latent"),
+        (({"samples": torch.ones(1, 4, 3, 8, 8)}, partition), "Renew Noise: noise: expected that of pictures"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            RenewNoise.execute(*bad)
+            RenewNoise.execute(given, Partition(where), 0, 1.0)
