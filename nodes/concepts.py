@@ -108,7 +108,7 @@ class LoadConcept(Node):
                     default="",
                     advanced=True,
                     tooltip="The concept's word in prompts. Empty keeps the file's, mostly <new1>; two concepts in one "
-                    "picture want different ones. In a file with several words it says which.",
+                    "picture need different ones. In a file with several words it says which.",
                 ),
             ],
             outputs=[
@@ -170,8 +170,8 @@ class SaveConcept(Node):
                     tooltip="Name of the new files, without ending; a number follows where it is taken.",
                 ),
                 io.Combo.Input(
-                    "form",
-                    options=list(concepts.FORMS),
+                    "format",
+                    options=list(concepts.FORMATS),
                     default=concepts.AS_CONCEPT,
                     tooltip="concept: one file in output/concepts, for Load Concept. LoRA: a plain LoRA in "
                     "output/loras for the host's own loaders, and the concept's word in output/embeddings, to be moved "
@@ -190,8 +190,8 @@ class SaveConcept(Node):
         )
 
     @classmethod
-    def execute(cls, concept, filename, form, rank) -> io.NodeOutput:
-        report = concepts.save(one_concept(concept), Path(folder_paths.get_output_directory()), filename, form, rank)
+    def execute(cls, concept, filename, format, rank) -> io.NodeOutput:
+        report = concepts.save(one_concept(concept), Path(folder_paths.get_output_directory()), filename, format, rank)
         return io.NodeOutput(report, ui={"text": (report,)})
 
 

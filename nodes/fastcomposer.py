@@ -48,19 +48,19 @@ class LoadFastComposer(Node):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The base model: wanted if the file holds a LoRA, passed through if it holds no UNet.",
+                    tooltip="The base model: needed if the file holds a LoRA, passed through if it holds no UNet.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Passed through if the file holds no text encoder."),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="CLIP ViT-L/14: wanted if the file holds only the trained last layers of it.",
+                    tooltip="CLIP ViT-L/14: needed if the file holds only its trained last layers.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
                     tooltip="The UNet that was trained with the fuser, or the model on the input; delayed "
-                    "conditionings want the model of this output."
+                    "conditionings need the model of this output."
                 ),
                 io.Clip.Output(tooltip="The text encoder, Stable Diffusion's own."),
                 io.ClipVision.Output(tooltip="The vision tower of the subject encoder."),
@@ -133,7 +133,7 @@ class SubjectEncoder(Node):
             node_id="ConceptLoomSubjectEncoder",
             display_name="Subject Encoder (FastComposer)",
             category=CATEGORY,
-            description="Looks at each subject's picture and keeps what FastComposer's fuser wants of it.",
+            description="Encodes each subject's picture as the image embedding that FastComposer's fuser needs.",
             search_aliases=["FastComposer", "image encoder", "embed", "face", "identity", "subject"],
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="The vision tower from Load FastComposer."),

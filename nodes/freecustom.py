@@ -41,7 +41,7 @@ class MultiReferenceSelfAttention(Node):
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts of the references."),
                 io.Vae.Input("vae", tooltip="Encodes the reference pictures, when sampling begins, at its size."),
-                subject_inputs("The subjects. Two or three work best; each wants its noun in your prompt."),
+                subject_inputs("The subjects. Two or three work best. Name each one in your prompt."),
                 io.DynamicCombo.Input(
                     "blocks",
                     options=[
@@ -104,7 +104,7 @@ class MultiReferenceSelfAttention(Node):
                     advanced=True,
                     tooltip="official: the published code, adds the weight to the logits and hides masked keys. paper: "
                     "multiplies logits by weight and mask, so masked keys keep a share. paper_drop: the same without "
-                    "masked keys. The paper's want weights near 1 to 1.5.",
+                    "masked keys. The paper's formulas need weights of about 1 to 1.5.",
                 ),
                 io.Combo.Input(
                     "reference_noise",

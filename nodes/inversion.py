@@ -18,7 +18,7 @@ class DDIMInversion(Node):
             node_id="ConceptLoomDDIMInversion",
             display_name="DDIM Inversion",
             category="ConceptLoom/Concept Weaver",
-            description="Finds the noise out of which the Euler sampler makes a given picture, and keeps the way there "
+            description="Finds the noise from which the Euler sampler makes a given picture, and keeps the way there "
             "for systems that take the picture's structure from it. For models of noise or v prediction.",
             search_aliases=["invert", "inversion", "unsampler", "Plug-and-Play", "PnP", "ReNoise", "Concept Weaver"],
             inputs=[
@@ -116,7 +116,7 @@ class RenewNoise(Node):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Of the fresh noise: another one varies the concepts and leaves the rest.",
+                    tooltip="Seed of the fresh noise: another one varies the concepts and leaves the rest.",
                 ),
                 io.Float.Input(
                     "strength",

@@ -43,7 +43,7 @@ def _threshold(default: float) -> io.Float.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="Least score of a thing. Lower it when something is missed; the best of what is found is still taken.",
+        tooltip="Lowest score that counts. Lower it when something is missed; of what is found the best is taken.",
     )
 
 
@@ -52,7 +52,7 @@ def _sam() -> io.Combo.Input:
         "sam",
         options=folder_paths.get_filename_list(SAMS),
         tooltip="In models/sams: the weights of SAM or SAM 2 in a folder as transformers saves it, or a checkpoint "
-        "such as sam_vit_b_01ec64.pth, which wants the package segment-anything.",
+        "such as sam_vit_b_01ec64.pth, which needs the package segment-anything.",
     )
 
 
@@ -150,8 +150,8 @@ class TextToMasks(Node):
                     "nouns",
                     default="",
                     multiline=True,
-                    tooltip='What to find, parted by commas or lines: "dog, cat". Of several dogs the surest is taken; '
-                    "dog#2 is the second from the left, dog#all all of them in one mask.",
+                    tooltip='What to find, separated by commas or lines: "dog, cat". Of several dogs the one of highest '
+                    "score is taken; dog#2 is the second from the left, dog#all all of them in one mask.",
                 ),
                 io.Combo.Input(
                     "absent",

@@ -68,7 +68,7 @@ class DrawScene(Node):
                     + ", ".join(world.PATTERNS)
                     + ". Backgrounds: "
                     + ", ".join(world.BACKGROUNDS)
-                    + ". What the sentence leaves open is drawn by lot.",
+                    + ". What the sentence leaves open is random.",
                 ),
                 io.Int.Input(
                     "seed",

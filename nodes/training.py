@@ -80,7 +80,7 @@ class TrainConcept(Node):
                     tooltip="Side of the training pictures in pixels; that of the model: 512 for SD 1.5, 64 for "
                     "Shapeland.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of everything that is drawn by lot."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Seed of everything that is random."),
                 io.Combo.Input(
                     "augmentation",
                     options=list(AUGMENTATIONS),

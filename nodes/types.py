@@ -58,7 +58,7 @@ another node with the same inputs, and the advice is shown on the right one."""
 
 
 def growing(id: str, one: io.Input, tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
-    """An input that grows with every wire, and to which `in_order` wants at least one.
+    """An input that grows with every wire, and to which `in_order` needs at least one.
 
     None is required of the host, which would ask for "subjects.subject0", a name that the node does not show, though
     another be connected.

@@ -35,7 +35,7 @@ class ConceptPrompts(Node):
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
                 ConceptSocket.Input(
                     "concepts",
-                    tooltip="A concept from Load Concept, or several from Concept Bank. Concept Masks wants their "
+                    tooltip="A concept from Load Concept, or several from Concept Bank. Concept Masks needs their "
                     "masks in the same order.",
                 ),
                 io.String.Input(
@@ -101,16 +101,16 @@ class PlugAndPlayInjection(Node):
                 io.Model.Input("model", tooltip="The model that the picture was inverted with; LoRAs may come after."),
                 TrajectorySocket.Input("trajectory", tooltip="From DDIM Inversion."),
                 io.Float.Input(
-                    "residual_share",
+                    "residual_until",
                     default=0.8,
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Part of the steps, from the first on, in which the picture's features are injected: holds "
-                    "the shapes. Lower it to let a concept change the silhouette.",
+                    tooltip="The picture's features are injected up to this part of the steps, which holds the shapes. "
+                    "Lower it to let a concept change the silhouette.",
                 ),
                 io.Float.Input(
-                    "attention_share",
+                    "attention_until",
                     default=0.5,
                     min=0.0,
                     max=1.0,
@@ -139,9 +139,9 @@ class PlugAndPlayInjection(Node):
         )
 
     @classmethod
-    def execute(cls, model, trajectory, residual_share, attention_share, blocks) -> io.NodeOutput:
+    def execute(cls, model, trajectory, residual_until, attention_until, blocks) -> io.NodeOutput:
         chosen = blocks.get("numbers", blocks["blocks"])
-        settings = plugandplay.Settings(residual_share, attention_share, chosen)
+        settings = plugandplay.Settings(residual_until, attention_until, chosen)
         return io.NodeOutput(plugandplay.apply(model, trajectory, settings))
 
 
@@ -152,9 +152,9 @@ class MultiConceptFusion(Node):
             node_id="ConceptLoomMultiConceptFusion",
             display_name="Multi-Concept Fusion (Concept Weaver)",
             category=CATEGORY,
-            description="Draws each concept in its own part of one picture: in cross-attention, concepts answer with "
-            "their own weights where their masks are (Concept Weaver, CVPR 2024). The model is evaluated no more "
-            "often, however many there are. For SD 1.x, SD 2.x, SDXL and Shapeland.",
+            description="Draws each concept in its own part of one picture: cross-attention uses a concept's own "
+            "weights and prompt where its mask is (Concept Weaver, CVPR 2024). The model is evaluated no more often, "
+            "however many there are. For SD 1.x, SD 2.x, SDXL and Shapeland.",
             **ADVISES_LATER,
             search_aliases=["Concept Weaver", "multi LoRA", "regional LoRA", "custom diffusion", "multi concept"],
             inputs=[

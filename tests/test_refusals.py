@@ -59,7 +59,7 @@ def inversion(latent: str) -> tuple[str, dict]:
 
 def plug(source: str) -> tuple[str, dict]:
     inputs = {"model": ["world", 0], "trajectory": [source, 1]}
-    return f"{PREFIX}PlugAndPlayInjection", {**inputs, "residual_share": 1.0}
+    return f"{PREFIX}PlugAndPlayInjection", {**inputs, "residual_until": 1.0}
 
 
 def fusion(partition: str) -> tuple[str, dict]:

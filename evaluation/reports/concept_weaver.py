@@ -26,7 +26,7 @@ SYSTEM = "concept_weaver"
 SUBJECTS = (2, 3, 5)
 STEPS, SCHEDULER = 25, "ddim_uniform"
 DILATION = 0.03
-INJECTION = plugandplay.Settings(attention_share=1.0, blocks=plugandplay.PUBLISHED)
+INJECTION = plugandplay.Settings(attention_until=1.0, blocks=plugandplay.PUBLISHED)
 RENEWED = 0.6
 """What holds shapes on Shapeland's UNet, where the paper's settings do not, and how much of the noise can then be fresh
 with three concepts and more."""
@@ -54,7 +54,7 @@ the concepts are (Renew Noise), but *template_noise*, which is the default from 
 - **structure**: intersection over union of the template's masks and those of the result.
 - *default* is feature fusion with lambda {fusion.Settings().suppression:g} and Plug-and-Play with the attention of the
   published code's blocks in all steps; *paper_injection* takes the paper's blocks for
-  {plugandplay.Settings().attention_share:g} of them, and *no_injection* leaves all of it out.
+  {plugandplay.Settings().attention_until:g} of them, and *no_injection* leaves all of it out.
 - *merged_loras* adds all concepts to the weights and puts all their words into one prompt, with the same injection as
   the default. *score_mixing* denoises the picture once per concept and mixes by the masks. *joint_prompt* gives all
   concepts the prompt with all their words, *lambda_X* is another suppression, *own_ground* has a seventh concept behind

@@ -52,13 +52,13 @@ class Settings:
     """What is injected, and for how long.
 
     Attributes:
-        residual_share: part of the steps, from the first on, that receive the residual branch (tau_f), 0..1.
-        attention_share: part of the steps that receive queries and keys (tau_A), 0..1.
+        residual_until: part of the steps, from the first on, that receive the residual branch (tau_f), 0..1.
+        attention_until: part of the steps that receive queries and keys (tau_A), 0..1.
         blocks: one of PRESETS, or decoder blocks by number such as "4, 7-9", whose self-attention receives.
     """
 
-    residual_share: float = 0.8
-    attention_share: float = 0.5
+    residual_until: float = 0.8
+    attention_until: float = 0.5
     blocks: str = PAPER
 
 
@@ -145,7 +145,7 @@ class PlugAndPlay:
             ValueError: the inversion was another model's, or of another size or batch.
         """
         steps = len(sampling.sigmas) - 1
-        until = int(self.settings.residual_share * steps), int(self.settings.attention_share * steps)
+        until = int(self.settings.residual_until * steps), int(self.settings.attention_until * steps)
         if not any(until):
             return None
         width = sampling.guider.model_patcher.model.model_config.unet_config["context_dim"]

@@ -29,7 +29,7 @@ from .weights import adapters_by_weight, check_fit, host_patch, is_whole, read_w
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 AS_CONCEPT, AS_LORA = "concept", "LoRA"
-FORMS = (AS_CONCEPT, AS_LORA)
+FORMATS = (AS_CONCEPT, AS_LORA)
 
 
 def load_concept(
@@ -204,7 +204,7 @@ def _scalable(change: Any, own: Mapping[str, list], key: str) -> Any:
     return host_patch(change, own, key)
 
 
-def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, rank: int = 0) -> str:
+def save(concept: Concept, folder: Path, filename: str, format: str = AS_CONCEPT, rank: int = 0) -> str:
     """Writes a concept and returns a report of the files.
 
     AS_CONCEPT makes `folder`/concepts/`filename`.safetensors. AS_LORA makes `folder`/loras/`filename`.safetensors, a
@@ -214,16 +214,16 @@ def save(concept: Concept, folder: Path, filename: str, form: str = AS_CONCEPT, 
         concept: what to write; its strength, its text encoder and its patches elsewhere are not written.
         folder: see above.
         filename: without folders and ending; where a file of the name exists, a number is put after it.
-        form: one of FORMS.
+        format: one of FORMATS.
         rank: of the factors that the differences are compressed to; 0 leaves them as they are.
 
     Raises:
         ValueError: the filename or the rank cannot be used, or the folder cannot be written.
     """
     filename = checked_name(filename)
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
-    if form == AS_CONCEPT:
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if format == AS_CONCEPT:
         writers = {"concepts": concept_files.save}
     else:
         writers = {"loras": concept_files.save_as_lora}

@@ -158,7 +158,7 @@ def plug_and_play(toy, model):
     levels = (0.0, 1.0, 4.0, 15.0)
     latents = torch.randn(len(levels), 1, 4, 16, 16, generator=torch.Generator().manual_seed(4))
     source = SourceTrajectory(Trajectory(levels, latents), toy.clip.encode_from_tokens_scheduled("the source"), 0.0)
-    return apply(model, source, Settings(residual_share=1.0, attention_share=1.0)), {}
+    return apply(model, source, Settings(residual_until=1.0, attention_until=1.0)), {}
 
 
 def delayed(toy, model):

@@ -140,7 +140,7 @@ class TestFeatures:
 
 class TestNothingElse:
     def test_shares_of_zero_are_the_untouched_model(self, toy, source):
-        model = apply(toy, source(), residual_share=0.0, attention_share=0.0)
+        model = apply(toy, source(), residual_until=0.0, attention_until=0.0)
         assert torch.equal(toy.sample(model, STEPS), toy.sample(steps=STEPS))
         assert toy.rows == [2] * STEPS
 
@@ -189,7 +189,7 @@ class TestCompany:
         other.set_model_patch((ResBlock, double), "forward_timestep_embed_patch")
         drawn = toy.sample(apply(toy, source(), model=other), STEPS)
         assert not torch.allclose(drawn, toy.sample(apply(toy, source()), STEPS), atol=1e-3)
-        alone = toy.sample(apply(toy, source(), model=other, residual_share=0.0, attention_share=0.0), STEPS)
+        alone = toy.sample(apply(toy, source(), model=other, residual_until=0.0, attention_until=0.0), STEPS)
         assert torch.equal(alone, toy.sample(other, STEPS))
 
     def test_references_of_free_custom_see_the_sources_queries(self, toy, source):

@@ -86,8 +86,8 @@ def shapeland(flow: Workflow) -> None:
     flow.note(
         "## Each concept in its place\n"
         "Three concepts were trained on eight small pictures each: a star, a fish and a house whose looks no word "
-        "says. The **template** gives the scene; its masks say where each concept goes. **Multi-Concept Fusion** lets "
-        "each answer there with its own weights, in one evaluation of the model for all.\n\n"
+        "says. The **template** gives the scene; its masks say where each concept goes. **Multi-Concept Fusion** draws "
+        "each there with its own weights, in one evaluation of the model for all.\n\n"
         "Press **Run**.",
         column=0,
     )
@@ -98,7 +98,7 @@ def shapeland(flow: Workflow) -> None:
         "template's colours in them\n"
         "- `strength` of a concept: 0 is the plain star\n"
         "- `suppression`: how far to move away from what the base model alone would draw\n"
-        "- `attention_share`: lower lets the concepts change the shapes\n"
+        "- `attention_until`: lower lets the concepts change the shapes\n"
         "- **Train Concept** in place of a **Load Concept**: your own pictures",
         column=0,
     )
@@ -110,7 +110,7 @@ def shapeland(flow: Workflow) -> None:
     encoded = flow.add("VAEEncode", {"pixels": scene[0], "vae": base.vae}, column=1)
     segmenter = flow.add("ConceptLoomLoadSegmenter", {"kind": "Shapeland judge"}, column=1)
     found = places(flow, segmenter, scene[0], "star, fish, house")
-    held = {"attention_share": 1.0, "blocks": SHAPELAND_BLOCKS}
+    held = {"attention_until": 1.0, "blocks": SHAPELAND_BLOCKS}
     prompts, picture = weave(flow, base, concepts, encoded[0], found[1][0], (text, ""), 25, 4.0, fresh=True, **held)
     flow.add("PreviewAny", {"source": prompts["texts"]}, column=4, title="What each concept's prompt says")
     looks = [
@@ -144,8 +144,8 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
     )
     flow.note(
         "### When it does not work\n"
-        "- not alike enough: `strength` up to 1.5, or a lower `residual_share`\n"
-        "- the scene is lost: a higher `residual_share`\n"
+        "- not alike enough: `strength` up to 1.5, or a lower `residual_until`\n"
+        "- the scene is lost: a higher `residual_until`\n"
         "- concepts take the template's colours: **Renew Noise** between **DDIM Inversion** and the sampler\n"
         "- something is not found: another word in `nouns`, or paint a mask and plug it into **Concept Masks**",
         column=0,

@@ -25,7 +25,7 @@ def plug_and_play(flow: Workflow) -> None:
     flow.note(
         "### Things to try\n"
         "- another prompt: other colours, another background\n"
-        "- `residual_share` and `attention_share`: 0 lets everything go, 1 holds it to the end\n"
+        "- `residual_until` and `attention_until`: 0 lets everything go, 1 holds it to the end\n"
         "- the `error` of the inversion: more `refinements` bring it down",
         column=0,
     )
@@ -48,7 +48,7 @@ def plug_and_play(flow: Workflow) -> None:
             "model": base["MODEL"],
             "trajectory": inverted["trajectory"],
             "blocks": SHAPELAND_BLOCKS,
-            "attention_share": 0.8,
+            "attention_until": 0.8,
         },
         column=3,
     )
@@ -70,7 +70,7 @@ def self_template(flow: Workflow) -> None:
     flow.note(
         "## No template picture\n"
         "The model lays its picture out in the first steps. What it would draw is decoded after 8 of 30 and "
-        "**Text to Masks** finds the things in it; from there on each concept answers in its own place (the idea of "
+        "**Text to Masks** finds the things in it; from there on each concept is drawn in its own place (the idea of "
         "TweedieMix).\n\n"
         "Press **Run**. Another `noise_seed` gives another layout.",
         column=0,
