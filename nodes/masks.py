@@ -150,8 +150,8 @@ class TextToMasks(Node):
                     "nouns",
                     default="",
                     multiline=True,
-                    tooltip='What to find, separated by commas or lines: "dog, cat". Of several dogs the one of highest '
-                    "score is taken; dog#2 is the second from the left, dog#all all of them in one mask.",
+                    tooltip='What to find, separated by commas or lines: "dog, cat". Of several dogs the one with the '
+                    "highest score is taken; dog#2 is the second from the left, dog#all all of them in one mask.",
                 ),
                 io.Combo.Input(
                     "absent",
