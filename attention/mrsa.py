@@ -158,26 +158,38 @@ def bias_row(layout: KeyLayout, n_own: int, own_tokens: int, dtype: torch.dtype)
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Queries that see the same subjects: positions of queries (long) and of all keys they see (long)."""
+    """Queries that see the same subjects.
+
+    Attributes:
+        queries: (n,) long, their positions.
+        keys: positions of all keys they see, (m,) long, or a slice where they lie together.
+        plain: whether these are the target's own keys alone.
+    """
 
     queries: torch.Tensor
-    keys: torch.Tensor
+    keys: torch.Tensor | slice
+    plain: bool
 
 
-def query_groups(target_masks: torch.Tensor, owner: torch.Tensor, n_own: int) -> list[QueryGroup]:
+def query_groups(visible: torch.Tensor, owner: torch.Tensor, n_own: int) -> list[QueryGroup]:
     """Splits the queries by the subjects they may see, so that regions need no (Lq, Lk) bias.
 
     Args:
-        target_masks: (N, Lq) boolean, where each subject may appear.
+        visible: (N, Lq) boolean, which queries see each subject: those where it may appear, and of the picture alone,
+            not of the text beside it in joint attention.
         owner: (M,) long, the subject of each reference key.
         n_own: number of the target's own keys, which every query sees.
     """
-    sets, member = torch.unique(target_masks.cpu().T, dim=0, return_inverse=True)
-    own = torch.arange(n_own, device=owner.device)
+    sets, member = torch.unique(visible.cpu().T, dim=0, return_inverse=True)
     groups = []
-    for index, visible in enumerate(sets.to(owner.device)):
-        keys = torch.cat([own, torch.nonzero(visible[owner]).flatten() + n_own])
-        groups.append(QueryGroup(torch.nonzero(member == index).flatten().to(owner.device), keys))
+    for index, subjects in enumerate(sets):
+        queries = torch.nonzero(member == index).flatten().to(owner.device)
+        seen = torch.nonzero(subjects[owner.cpu()]).flatten() + n_own
+        if len(seen) in (0, len(owner)):
+            keys = slice(0, n_own + len(seen))
+        else:
+            keys = torch.cat([torch.arange(n_own), seen]).to(owner.device)
+        groups.append(QueryGroup(queries, keys, plain=len(seen) == 0))
     return groups
 
 
@@ -246,7 +258,8 @@ def _attend_in_groups(attend, q, k, v, bias, groups):
     out = torch.empty_like(q)
     for group in groups:
         seen = group.keys
-        out[:, group.queries] = attend(q[:, group.queries], k[:, seen], v[:, seen], bias[..., seen])
+        seen_bias = None if group.plain else bias[..., seen]
+        out[:, group.queries] = attend(q[:, group.queries], k[:, seen], v[:, seen], seen_bias)
     return out
 
 

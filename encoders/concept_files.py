@@ -1,26 +1,27 @@
 """Files of concepts: the project's own format, and what any other program reads.
 
-The own format is safetensors with the keys <part>.<block>.<number>.<depth>.d for a difference, .u and .v for its
-factors and .b for a bias, emb.<encoder> for a token, and JSON under `FORMAT` in the metadata.
+The own format is safetensors with the keys <part>.<layer>.d for a difference, .u and .v for its factors and .b for a
+bias, emb.<encoder> for a token, and JSON under `FORMAT` in the metadata. A layer is called as in `Concept.deltas`, such
+as output.6.0.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .concepts import ENCODERS, PARTS, Concept, Delta, layer_name
+from .concepts import ENCODERS, PARTS, Concept, Delta
 from .files import read, whole_file
 
 FORMAT, VERSION = "conceptloom_concept", 1
 
-_DELTA_NAME = re.compile(rf"({'|'.join(PARTS)})\.(input|middle|output)\.(\d+)\.(\d+)\.(d|u|v|b)")
+_DELTA_NAME = re.compile(rf"({'|'.join(PARTS)})\.(.+)\.(d|u|v|b)")
 _TOKEN_NAME = re.compile(rf"emb\.({'|'.join(ENCODERS)})")
 
 
@@ -30,7 +31,7 @@ def save(concept: Concept, path: Path) -> None:
     state = {f"emb.{encoder}": token.contiguous() for encoder, token in concept.tokens.items()}
     for key, parts in concept.deltas.items():
         for part, delta in parts.items():
-            name = ".".join(map(str, (part, *key)))
+            name = f"{part}.{key}"
             ends = ("d",) if len(delta.factors) == 1 else ("u", "v")
             state |= {f"{name}.{end}": matrix for end, matrix in zip(ends, delta.factors, strict=True)}
             if delta.bias is not None:
@@ -71,8 +72,8 @@ def load(path: Path) -> Concept:
         if match := _TOKEN_NAME.fullmatch(name):
             tokens[match[1]] = tensor
         elif match := _DELTA_NAME.fullmatch(name):
-            part, block, number, depth, end = match.groups()
-            found.setdefault((block, int(number), int(depth)), {}).setdefault(part, {})[end] = tensor
+            part, key, end = match.groups()
+            found.setdefault(key, {}).setdefault(part, {})[end] = tensor
         else:
             raise ValueError(f"file: expected parts of a concept, got {path.name} with {name!r}")
     try:
@@ -91,12 +92,18 @@ def _factors(ends: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(ends[end] for end in ("d", "u", "v") if end in ends)
 
 
-def save_as_lora(concept: Concept, path: Path) -> None:
-    """Writes a concept's deltas with the names that every LoRA loader reads; factors as such, others in full."""
+def save_as_lora(concept: Concept, path: Path, layer: Callable[[str, str], str]) -> None:
+    """Writes a concept's deltas with the names that every LoRA loader reads; factors as such, others in full.
+
+    Args:
+        concept: what to write.
+        path: of the file.
+        layer: (layer, part) of the deltas -> the name of the linear layer in the model.
+    """
     lora = {}
     for key, parts in concept.deltas.items():
         for part, delta in parts.items():
-            name = f"diffusion_model.{layer_name(key)}.{PARTS[part]}"
+            name = f"diffusion_model.{layer(key, part)}"
             ends = ("diff",) if len(delta.factors) == 1 else ("lora_up.weight", "lora_down.weight")
             lora |= {f"{name}.{end}": matrix for end, matrix in zip(ends, delta.factors, strict=True)}
             if delta.bias is not None:

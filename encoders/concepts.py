@@ -3,15 +3,13 @@
 Concept Weaver (Kwon et al., arXiv 2404.03913) draws on a *bank* of models that were fine-tuned with Custom Diffusion
 (Kumari et al., arXiv 2212.04488). Such a model differs from its base in the matrices that make keys and values of the
 text, W_i = W + Delta_i, and in the embedding of a new word. Here a concept is just that; the base model stays one.
-
-A layer is named by its site's key, such as ("input", 1, 0): block, number, transformer in it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,28 +19,10 @@ import torch
 from .concept_texts import check_placeholder
 from .lora import factor
 
-Key = tuple[str, int, int]
-
-PARTS = {"k": "to_k", "v": "to_v", "q": "to_q", "out": "to_out.0"}
-"""Parts of a layer that a concept may change, and their names in a model."""
+PARTS = {"k": "keys", "v": "values", "q": "queries", "out": "outputs"}
+"""Parts of a cross-attention that a concept may change, and what they make."""
 ENCODERS = ("l", "g", "h")
 """CLIP's text encoders by the names of the host's tokens: SD 1.x has l, SD 2.x h, SDXL l and g."""
-
-_ARCHITECTURES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-_CONTAINERS = {"input": "input_blocks.{}.1", "middle": "middle_block.1", "output": "output_blocks.{}.1"}
-
-
-def layer_name(key: Key) -> str:
-    """What CompVis and LoRA files call the cross-attention layer of a site, such as
-    input_blocks.1.1.transformer_blocks.0.attn2."""
-    block, number, depth = key
-    return f"{_CONTAINERS[block].format(number)}.transformer_blocks.{depth}.attn2"
-
-
-def architecture(text_width: int) -> str:
-    """The family of models whose cross-attention reads text states of a width."""
-    known = _ARCHITECTURES.get(text_width)
-    return f"{known} (text width {text_width})" if known else f"a model of text width {text_width}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +104,8 @@ class Concept:
 
     Attributes:
         name: what reports call it.
-        deltas: for each layer it changes, the parts (of PARTS) it changes there.
+        deltas: for each cross-attention it changes, by the name that the model's family has for it, the parts (of
+            PARTS) it changes there.
         class_word: what kind of thing it is ("dog").
         placeholder: the word that its tokens stand for in a prompt, such as "<new1>"; empty without tokens.
         tokens: by text encoder (of ENCODERS) the (n, d) input embeddings of the placeholder.
@@ -140,7 +121,7 @@ class Concept:
     """
 
     name: str
-    deltas: Mapping[Key, Mapping[str, Delta]]
+    deltas: Mapping[str, Mapping[str, Delta]]
     class_word: str = ""
     placeholder: str = ""
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -193,24 +174,3 @@ class Concept:
 
         deltas = {key: {part: small(delta) for part, delta in parts.items()} for key, parts in self.deltas.items()}
         return replace(self, deltas=deltas)
-
-
-def join(concepts: Sequence[Concept]) -> list[Concept]:
-    """A bank: concepts that can be drawn together.
-
-    Raises:
-        ValueError: they are made for different models, or two share a placeholder.
-    """
-    widths = {concept.text_width: concept.name for concept in concepts if concept.text_width is not None}
-    if len(widths) > 1:
-        given = " and ".join(f"{name} for {architecture(width)}" for width, name in widths.items())
-        raise ValueError(f"concepts: expected all for one kind of model, got {given}")
-    owners: dict[str, str] = {}
-    for concept in concepts:
-        if concept.placeholder and concept.placeholder in owners:
-            raise ValueError(
-                f"concepts: expected a placeholder of its own for each, got {concept.placeholder} for both "
-                f"{owners[concept.placeholder]} and {concept.name}; Load Concept can give it another"
-            )
-        owners[concept.placeholder] = concept.name
-    return list(concepts)

@@ -8,8 +8,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..encoders.concepts import Concept, join
+from ..encoders.concepts import Concept
 from ..host.weaver import concepts
+from ..host.weaver.concepts import join
 from .types import ConceptSocket, Node, growing, in_order, own_places, register_folder
 
 CATEGORY = "ConceptLoom/Concept Weaver"

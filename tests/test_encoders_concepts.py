@@ -7,7 +7,7 @@ import pytest
 import torch
 from conceptloom.encoders import concept_files, concept_formats
 from conceptloom.encoders.concept_formats import read, read_tokens
-from conceptloom.encoders.concepts import Concept, Delta, architecture, join, layer_name
+from conceptloom.encoders.concepts import Concept, Delta
 from safetensors.torch import load_file, save_file
 
 WIDTH, CHANNELS, RANK = 24, 16, 4
@@ -18,14 +18,18 @@ NAMES = (
 )
 LAYER = "a.attn2.to_k.weight"
 
-# SD 1.x's cross-attention layers by their sites' keys, with diffusers' names.
+# SD 1.x's cross-attention layers as concepts call them, with diffusers' names and CompVis's.
 LAYERS = {
-    **{("input", 3 * d + 1 + a, 0): f"down_blocks.{d}.attentions.{a}" for d in range(3) for a in range(2)},
-    ("middle", 0, 0): "mid_block.attentions.0",
-    **{("output", 3 * u + a, 0): f"up_blocks.{u}.attentions.{a}" for u in range(1, 4) for a in range(3)},
+    **{f"input.{3 * d + 1 + a}.0": f"down_blocks.{d}.attentions.{a}" for d in range(3) for a in range(2)},
+    "middle.0.0": "mid_block.attentions.0",
+    **{f"output.{3 * u + a}.0": f"up_blocks.{u}.attentions.{a}" for u in range(1, 4) for a in range(3)},
 }
 DIFFUSERS = {key: f"{name}.transformer_blocks.0.attn2" for key, name in LAYERS.items()}
-COMPVIS = {key: layer_name(key) for key in LAYERS}
+COMPVIS = {
+    **{f"input.{i}.0": f"input_blocks.{i}.1.transformer_blocks.0.attn2" for i in (1, 2, 4, 5, 7, 8)},
+    "middle.0.0": "middle_block.1.transformer_blocks.0.attn2",
+    **{f"output.{i}.0": f"output_blocks.{i}.1.transformer_blocks.0.attn2" for i in range(3, 12)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +164,14 @@ def test_compvis_tokens_are_numbered_in_one_row_or_in_several(truth):
 
 
 def test_extras_of_all_cross_attention_stand_beside_factors(truth):
-    out = f"model.diffusion_model.{COMPVIS['middle', 0, 0]}.to_out.0"
+    out = f"model.diffusion_model.{COMPVIS['middle.0.0']}.to_out.0"
     state = compvis(truth, pairs(truth), truth[2])
     state["state_dict"] |= {f"{out}.weight": torch.ones(4, 4), f"{out}.bias": torch.ones(4)}
     file = read(state)
-    assert set(file.weights) == {f"{COMPVIS['middle', 0, 0]}.to_out.0.{end}" for end in ("weight", "bias")}
+    assert set(file.weights) == {f"{COMPVIS['middle.0.0']}.to_out.0.{end}" for end in ("weight", "bias")}
     assert len(file.factors) == 32
-    name = f"{DIFFUSERS['middle', 0, 0]}.processor.to_out_custom_diffusion.0.bias"
-    assert f"{DIFFUSERS['middle', 0, 0]}.to_out.0.bias" in read({**files(truth)["F7"], name: torch.ones(4)}).weights
+    name = f"{DIFFUSERS['middle.0.0']}.processor.to_out_custom_diffusion.0.bias"
+    assert f"{DIFFUSERS['middle.0.0']}.to_out.0.bias" in read({**files(truth)["F7"], name: torch.ones(4)}).weights
 
 
 def test_factors_of_rank_0_are_no_difference(truth):
@@ -335,7 +339,7 @@ def test_bad_differences_get_their_sentence(factors, bias, sentence):
 
 def test_compression_is_the_best_of_its_rank(truth):
     full = torch.randn(CHANNELS, WIDTH)
-    key = ("middle", 0, 0)
+    key = "middle.0.0"
     concept = Concept("x", {key: {"k": Delta((full,)), "v": Delta(truth[1][key, "v"])}})
     seen = []
     small = concept.compressed(5, lambda: seen.append(1)).deltas[key]
@@ -354,7 +358,7 @@ def test_compression_is_the_best_of_its_rank(truth):
 
 
 def small(name="dog", width=4, **changes):
-    return Concept(name, {("middle", 0, 0): {"k": Delta((torch.ones(2, width),))}}, **changes)
+    return Concept(name, {"middle.0.0": {"k": Delta((torch.ones(2, width),))}}, **changes)
 
 
 @pytest.mark.parametrize(
@@ -375,17 +379,6 @@ def test_bad_concepts_get_their_sentence(changes, sentence):
         Concept(**{"name": "dog", "deltas": small().deltas, **changes})
 
 
-def test_banks_hold_concepts_of_one_kind_with_words_of_their_own():
-    token = {"tokens": {"l": torch.zeros(1, 4)}}
-    dog, cat, lora = small("dog", placeholder="<a>", **token), small("cat", placeholder="<b>", **token), small("lora")
-    assert join([dog, cat, lora, lora]) == [dog, cat, lora, lora]
-    with pytest.raises(ValueError, match="got <a> for both dog and tiger"):
-        join([dog, cat, small("tiger", placeholder="<a>", **token)])
-    with pytest.raises(ValueError, match="got lora for a model of text width 4 and big for SDXL"):
-        join([lora, small("big", width=2048)])
-    assert architecture(768) == "SD 1.x (text width 768)"
-
-
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
@@ -396,7 +389,7 @@ def test_concepts_are_read_as_they_were_written(name, truth, tmp_path):
     concept = concept_of(
         read(files(truth)[name]), truth, class_word="dog", source_format=name, base="abc", strength=0.5
     )
-    concept = Concept(**{**vars(concept), "deltas": {**concept.deltas, ("input", 11, 3): {"out": bias}}})
+    concept = Concept(**{**vars(concept), "deltas": {**concept.deltas, "another.layer": {"out": bias}}})
     path = tmp_path / "dog.safetensors"
     concept_files.save(concept, path)
     again = concept_files.load(path)
@@ -405,7 +398,7 @@ def test_concepts_are_read_as_they_were_written(name, truth, tmp_path):
         for part, delta in parts.items():
             assert all(map(torch.equal, again.deltas[key][part].factors, delta.factors))
             assert (delta.bias is None) == (again.deltas[key][part].bias is None)
-    assert torch.equal(again.deltas["input", 11, 3]["out"].bias, bias.bias)
+    assert torch.equal(again.deltas["another.layer"]["out"].bias, bias.bias)
     assert again.tokens.keys() == concept.tokens.keys() and all(
         torch.equal(again.tokens[encoder], token) for encoder, token in concept.tokens.items()
     )
@@ -425,7 +418,8 @@ def test_foreign_and_broken_files_get_their_sentence(tmp_path):
             concept_files.load(path)
 
     refused("expected version 1 of the concept format, got x.safetensors with 2", version=2)
-    refused("got x.safetensors with 'k.middle.0.d'", {"k.middle.0.d": torch.zeros(2, 2)})
+    refused("got x.safetensors with 'k.d'", {"k.d": torch.zeros(2, 2)})
+    refused("got x.safetensors with 'ff.middle.0.0.d'", {"ff.middle.0.0.d": torch.zeros(2, 2)})
     refused("got x.safetensors with 'emb.t5'", {"emb.t5": torch.zeros(2, 2)})
     refused("both its factors, got u", {"k.middle.0.0.u": torch.zeros(2, 2)})
     refused("expected differences of cross-attention weights", {"emb.l": torch.zeros(1, 2)}, placeholder="x")
@@ -444,14 +438,18 @@ def test_foreign_and_broken_files_get_their_sentence(tmp_path):
 
 def test_lora_and_embedding_have_the_names_of_stock_loaders(truth, tmp_path):
     concept = concept_of(read(files(truth)["F4"]), truth)
-    concept_files.save_as_lora(concept.compressed(RANK), tmp_path / "lora.safetensors")
+
+    def layer(key, part):
+        return f"{COMPVIS[key]}.to_{part}"
+
+    concept_files.save_as_lora(concept.compressed(RANK), tmp_path / "lora.safetensors", layer)
     lora = load_file(tmp_path / "lora.safetensors")
     for (key, part), (up, down) in truth[1].items():
         name = f"diffusion_model.{COMPVIS[key]}.to_{part}"
         product = lora[f"{name}.lora_up.weight"].float() @ lora[f"{name}.lora_down.weight"].float()
         assert (product - up @ down).norm() / (up @ down).norm() < 2 * FP16_ROUNDING
     assert len(lora) == 2 * len(truth[1])
-    concept_files.save_as_lora(concept, tmp_path / "full.safetensors")
+    concept_files.save_as_lora(concept, tmp_path / "full.safetensors", layer)
     assert all(name.endswith(".diff") for name in load_file(tmp_path / "full.safetensors"))
     concept_files.save_as_embedding(concept, tmp_path / "token.safetensors")
     assert set(load_file(tmp_path / "token.safetensors")) == {"clip_l", "clip_g"}

@@ -6,7 +6,7 @@ from conceptloom.training.concepts.augment import AUGMENTATIONS, CUSTOM, GREY, N
 from conceptloom.training.concepts.learner import ConceptWeights, Recipe, latent_mask, masked_error, prediction_weight
 from conceptloom.training.concepts.pictures import Pictures
 
-KEYS = [("input", 1, 0), ("middle", 0, 0)]
+KEYS = ["input.1.0", "middle.0.0"]
 
 
 def generators(count):

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ...encoders import concept_files
-from ...encoders.concepts import Concept, Delta, layer_name
-from ...host.model.sites import CROSS, family_of
+from ...encoders.concepts import Concept, Delta
+from ...host.model.families import family_of
+from ...host.model.sites import CROSS
 from ...host.structure.inversion import SourceTrajectory
 from ...host.structure.plugandplay import Settings as Injection
 from ...host.structure.plugandplay import apply as inject
@@ -71,9 +72,10 @@ def _concept(rig: Rig, number: int) -> Concept:
     """A concept of random factors at all layers."""
     unet = rig.model.model.diffusion_model
     deltas = {}
-    for site in family_of(unet).sites(unet):
+    family = family_of(unet)
+    for site in family.sites(unet):
         if site.kind == CROSS:
-            weight = unet.get_submodule(f"{layer_name(site.key)}.to_k").weight
+            weight = unet.get_submodule(family.layer(site.key, "k")).weight
             out, width = weight.shape
             deltas[site.key] = {
                 part: Delta((torch.randn(out, RANK) * 0.01, torch.randn(RANK, width) * width**-0.5)) for part in "kv"

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 
 from ...encoders.concept_texts import Name, concept_text
-from ...encoders.concepts import PARTS, Concept, layer_name
+from ...encoders.concepts import Concept
+from ...host.model.families import family_of_concept
 from ...host.structure import plugandplay
 from ...host.structure.inversion import invert, renew
 from ...host.weaver import fusion
 from ...host.weaver.prompts import encode_prompts, encode_text, splice
-from ...host.weaver.weights import UNET
+from ...host.weaver.weights import DIFFUSION_MODEL
 from ...subjects.partition import Partition, assemble
 from ..comparison import compare, explain
 from ..sheet import contact_sheet
@@ -128,8 +129,9 @@ def merged(model, concepts: list[Concept]):
     """A clone of the MODEL with all concepts' differences in its weights, as LoRA loaders put them there."""
     patched = model.clone()
     for concept in concepts:
+        layer = family_of_concept(concept.deltas).layer
         patches = {
-            f"{UNET}{layer_name(key)}.{PARTS[part]}.weight": ("diff", (delta.matrix(),))
+            f"{DIFFUSION_MODEL}{layer(key, part)}.weight": ("diff", (delta.matrix(),))
             for key, parts in concept.deltas.items()
             for part, delta in parts.items()
         }

@@ -21,10 +21,11 @@ from ...encoders.fastcomposer import FUSER, LORA, TEXT, UNET, VAE, VISION, State
 from ...encoders.files import checked_folder, checked_name, whole_file
 from ...encoders.fuser import Fuser
 from ...encoders.lora import factor
+from ..model.families import family_of, network_of
 from ..model.files import load_state
 from ..model.patching import unload_compiled
-from ..weaver.weights import UNET as DIFFUSION_MODEL
-from ..weaver.weights import adapters_by_weight, host_patch, named_layers
+from ..model.sites import CROSS
+from ..weaver.weights import DIFFUSION_MODEL, adapters_by_weight, host_patch, named_layers
 from . import delay
 
 AS_LORA, AS_FILE, WITHOUT = "LoRA", "file", "none"
@@ -229,9 +230,9 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
 
 def _difference(state: dict[str, torch.Tensor], model, rank: int) -> dict[str, torch.Tensor]:
     """A UNet's difference to a MODEL as a LoRA with the names that every LoRA loader reads."""
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    names = family_of(network_of(model.model, CROSS)).diffusers_names(model.model)
     unload_compiled(model)
-    own = model.model_state_dict("diffusion_model.")
+    own = model.model_state_dict(DIFFUSION_MODEL)
     lora = {}
     progress = comfy.utils.ProgressBar(len(state))
     for key, tensor in state.items():

@@ -22,8 +22,9 @@ from ...attention import mrsa
 from ...subjects.masks import binarize, check_aspect, same_aspect
 from ...subjects.subject import Subject
 from ..advice import advise, executing_node
+from ..model.families import family_of, network_of
 from ..model.patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
-from ..model.sites import LAST_TWO_STAGES, AttentionCall, Handler, Site, choose_sites, family_of, network_of
+from ..model.sites import LAST_TWO_STAGES, SELF, AttentionCall, Handler, Site, choose_sites
 from ..workflow_texts import executing_prompt
 from .bank import RAM, Bank
 from .references import PER_STEP, ReferencePasses
@@ -109,8 +110,8 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
     Raises:
         ValueError: model, VAE, CLIP or a setting cannot be used; says which and why.
     """
-    unet = network_of(model.model)
-    sites = choose_sites(family_of(unet).sites(unet), settings.blocks)
+    network = network_of(model.model, SELF)
+    sites = choose_sites(family_of(network).sites(network), settings.blocks)
     if vae is None or clip is None:
         missing = "vae" if vae is None else "clip"
         raise ValueError(f"{missing}: expected the one of the model's checkpoint, got none from the file given")
@@ -432,17 +433,18 @@ class ReferenceRun:
         layout = device.layouts[site]
         grid = call.grid
         bias = device.bias(layout, k.shape[1], grid[0] * grid[1], q.dtype)
-        in_place = q.shape[1] == grid[0] * grid[1] and evaluation.x.shape[-2:] == self.sampling.noise.shape[-2:]
-        groups = device.groups(layout, k.shape[1], grid) if in_place else None
+        whole = q[:, call.picture].shape[1] == grid[0] * grid[1]
+        in_place = whole and evaluation.x.shape[-2:] == self.sampling.noise.shape[-2:]
+        groups = device.groups(layout, call, in_place)
         if device.has_target_masks:
             places = self._places(site, [part], evaluation)
             self.missed.done(PLACED, places) if in_place else self.missed.failed(PLACED, _UNPLACED, places)
         mixed = mrsa.multi_reference_attention(call.attend, q, k, v, keys, values, bias, groups)
         if self.share is not None and part.recorded and in_place and self.share.wants(site, evaluation.step):
             shares = mrsa.subject_shares(
-                call.attend, q, k, keys, bias, layout.owner, len(self.system.encoded), call.options["n_heads"], groups
+                call.attend, q, k, keys, bias, layout.owner, len(self.system.encoded), call.heads, groups
             )
-            self.share.add(shares, part.recorded, grid)
+            self.share.add(shares[:, call.picture], part.recorded, grid)
         if part.style_fidelity > 0:
             return mrsa.keep_style(call.attend(q, k, v), mixed, part.style_fidelity)
         return mixed

@@ -15,8 +15,9 @@ import torch
 from ...attention import mrsa
 from ...subjects.masks import binarize, token_mask
 from ..model import passes
+from ..model.families import family_of, network_of
 from ..model.patching import NEGATIVE, POSITIVE, Evaluation
-from ..model.sites import AttentionCall, Handler, Site, family_of, network_of
+from ..model.sites import AttentionCall, Handler, Site
 from .bank import BankGroup
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ class Batch:
     Attributes:
         members: indices into the system's references.
         latents: (R, C, h, w).
-        conds: per role the host's tensors for the model call.
+        conds: what the model call takes for each role.
     """
 
     members: tuple[int, ...]
     latents: torch.Tensor
-    conds: dict[str, dict[str, torch.Tensor]]
+    conds: dict[str, passes.Conds]
 
 
 class ReferencePasses:
@@ -69,7 +70,11 @@ class ReferencePasses:
             conds = {POSITIVE: self._encode(reference.conditioning[:1], latent)}
             if run.negative is not None:
                 conds[NEGATIVE] = self._encode(None, latent)
-            shapes = tuple((role, name, c.shape) for role, named in conds.items() for name, c in named.items())
+            shapes = tuple(
+                (role, name, c.shape if torch.is_tensor(c) else c)
+                for role, named in conds.items()
+                for name, c in named.items()
+            )
             entries.append(((latent.shape, shapes), i, latent, conds))
         alike: dict[tuple, list] = {}
         for shapes, *entry in entries:
@@ -83,14 +88,17 @@ class ReferencePasses:
             for start in range(0, len(members), room):
                 chosen = members[start : start + room]
                 conds = {
-                    role: {name: torch.cat([c[role][name] for _, _, c in chosen]) for name in named}
+                    role: {
+                        name: torch.cat([c[role][name] for _, _, c in chosen]) if torch.is_tensor(first) else first
+                        for name, first in named.items()
+                    }
                     for role, named in chosen[0][2].items()
                 }
                 batches.append(Batch(tuple(i for i, _, _ in chosen), torch.cat([z for _, z, _ in chosen]), conds))
         return batches
 
-    def _encode(self, conditioning: list | None, latent: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The host's tensors for one conditioning; None takes the guider's negative."""
+    def _encode(self, conditioning: list | None, latent: torch.Tensor) -> passes.Conds:
+        """What the host makes of one conditioning; None takes the guider's negative."""
         if conditioning is None:
             return passes.encode(self.model, self.run.negative, latent, NEGATIVE, self.run.noise_seed)
         entry = comfy.sampler_helpers.convert_cond(conditioning)[0]
@@ -150,7 +158,8 @@ class ReferencePasses:
         for number, batch in enumerate(self._batches):
 
             def record(site: Site, call: AttentionCall, number=number) -> torch.Tensor:
-                collected[site].append(torch.stack(self._plan(number, call.grid).collect(call.k, call.v)))
+                k, v = (x[:, call.picture] for x in (call.k, call.v))
+                collected[site].append(torch.stack(self._plan(number, call.grid).collect(k, v)))
                 grids[site].append((number, call.grid))
                 if site == last:
                     raise passes.StopForward
@@ -203,17 +212,25 @@ class ReferencePasses:
             self._biases[key] = mrsa.bias_row(layout, n_own, own_tokens, dtype)
         return self._biases[key]
 
-    def groups(self, layout: mrsa.KeyLayout, n_own: int, grid: tuple[int, int]) -> list[mrsa.QueryGroup] | None:
-        """`mrsa.query_groups`, once per layout and size; None without target masks."""
-        if not self.has_target_masks:
+    def groups(self, layout: mrsa.KeyLayout, call: AttentionCall, in_place: bool) -> list[mrsa.QueryGroup] | None:
+        """`mrsa.query_groups`, once per layout and size; None where all queries see all subjects.
+
+        Target masks count where `in_place` says that the call sees the whole picture.
+        """
+        n_queries, n_own, grid, picture = call.q.shape[1], call.k.shape[1], call.grid, call.picture
+        masked = in_place and self.has_target_masks
+        if not masked and (picture.start, picture.stop) == (0, n_queries):
             return None
-        key = (id(layout), n_own, grid)
+        key = (id(layout), n_queries, n_own, grid, picture.start, picture.stop, masked)
         if key not in self._groups:
-            threshold = self.run.system.settings.mask_threshold
-            targets = [
-                token_mask(binarize(e.subject.target_mask, threshold, grid), grid) for e in self.run.system.encoded
-            ]
-            self._groups[key] = mrsa.query_groups(torch.stack(targets), layout.owner, n_own)
+            subjects = self.run.system.encoded
+            visible = torch.zeros(len(subjects), n_queries, dtype=torch.bool)
+            visible[:, picture] = True
+            if masked:
+                threshold = self.run.system.settings.mask_threshold
+                targets = [token_mask(binarize(e.subject.target_mask, threshold, grid), grid) for e in subjects]
+                visible[:, picture] = torch.stack(targets)
+            self._groups[key] = mrsa.query_groups(visible, layout.owner, n_own)
         return self._groups[key]
 
 

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 import comfy.samplers
 import torch
 
+from .families import family_of, network_of
+from .layers import unhandled_layers
 from .patching import Evaluation
-from .sites import Handler, Site, family_of, network_of, resting_layers
+from .sites import Handler, Site
 
 _FEATURE_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
 KERNEL_OVERRIDE = "optimized_attention_override"
@@ -32,8 +34,12 @@ def feature_patches(evaluation: Evaluation) -> dict[str, list]:
     return {name: patches[name] for name in _FEATURE_PATCHES if name in patches}
 
 
-def encode(model, entry: Mapping, latent: torch.Tensor, side: str, seed: int, rows: int = 1) -> dict[str, torch.Tensor]:
-    """The host's tensors for a model call with one conditioning.
+Conds = dict[str, torch.Tensor | int | float]
+"""What a model call takes beside the picture, by name: tensors of one row for each picture, and numbers."""
+
+
+def encode(model, entry: Mapping, latent: torch.Tensor, side: str, seed: int, rows: int = 1) -> Conds:
+    """What the host makes of one conditioning for a model call.
 
     Args:
         model: the host's BaseModel.
@@ -53,13 +59,12 @@ def encode(model, entry: Mapping, latent: torch.Tensor, side: str, seed: int, ro
         denoise_mask=torch.zeros_like(latent[:, :1]),
         seed=seed,
     )[0]["model_conds"]
-    tensors = {name: c.process_cond(batch_size=rows, area=None).cond for name, c in encoded.items()}
-    return {name: c.to(latent.device) for name, c in tensors.items() if torch.is_tensor(c)}
+    found = {name: c.process_cond(batch_size=rows, area=None).cond for name, c in encoded.items()}
+    numbers = {name: c for name, c in found.items() if isinstance(c, (int, float))}
+    return numbers | {name: c.to(latent.device) for name, c in found.items() if torch.is_tensor(c)}
 
 
-def forward(
-    evaluation: Evaluation, x: torch.Tensor, conds: Mapping[str, torch.Tensor], handlers: Mapping[Site, Handler]
-) -> None:
+def forward(evaluation: Evaluation, x: torch.Tensor, conds: Conds, handlers: Mapping[Site, Handler]) -> None:
     """Runs the model on `x` (n, C, h, w) at the noise level of `evaluation` until a handler raises StopForward.
 
     It goes past all wrappers of other packs. `conds` are what `encode` gives, for n rows.
@@ -73,17 +78,16 @@ def forward(
         sigmas=sigma,
         patches=feature_patches(evaluation),
     )
-    options = family_of(network_of(model)).install(options, handlers)
+    network = network_of(model)
+    options = family_of(network).install(network, options, handlers)
     with contextlib.suppress(StopForward):
         evaluate(model, x, sigma, conds, options)
 
 
-def evaluate(
-    model, x: torch.Tensor, sigma: torch.Tensor, conds: Mapping[str, torch.Tensor], options: dict
-) -> torch.Tensor:
+def evaluate(model, x: torch.Tensor, sigma: torch.Tensor, conds: Conds, options: dict) -> torch.Tensor:
     """Denoised latents (n, C, h, w) of `x` at noise levels `sigma` (n,), past all wrappers."""
     conds = dict(conds)
-    with resting_layers():
+    with unhandled_layers():
         return model._apply_model(
             x, sigma, conds.pop("c_concat", None), conds.pop("c_crossattn", None), None, options, **conds
         )

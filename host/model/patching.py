@@ -25,7 +25,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..advice import executing_node, withdraw_earlier
-from .sites import Handler, LayerHandler, Site, family_of, handled_layers, network_of
+from .families import family_of, network_of
+from .layers import LayerHooks, handled_layers
+from .sites import Handler, Site
 
 log = logging.getLogger("conceptloom")
 
@@ -92,8 +94,8 @@ class Run(Protocol):
 class LayerRun(Run, Protocol):
     """A run that handles single layers too."""
 
-    def layers(self, evaluation: Evaluation) -> Mapping[str, LayerHandler]:
-        """Which layers of the diffusion model, by name, to handle in this evaluation, and how."""
+    def layers(self, evaluation: Evaluation) -> LayerHooks:
+        """What handles layers of the diffusion model in this evaluation; empty where there is nothing to handle."""
 
 
 class System(Protocol):
@@ -249,13 +251,13 @@ def _apply_model(key: str) -> Callable:
     def apply_model(executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
         scope = transformer_options.get(RUNS, {}).get(key)
         if scope is not None:
-            network = network_of(executor.class_obj)
             evaluation = scope.read(executor.class_obj, x, sigma, transformer_options)
             handlers = scope.run.handlers(evaluation)
             if handlers:
-                transformer_options = family_of(network).install(transformer_options, handlers)
+                network = network_of(executor.class_obj)
+                transformer_options = family_of(network).install(network, transformer_options, handlers)
             if isinstance(scope.run, LayerRun):
-                with handled_layers(network, scope.run.layers(evaluation)):
+                with handled_layers(scope.run.layers(evaluation)):
                     return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
         return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

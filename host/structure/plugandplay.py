@@ -21,18 +21,9 @@ import torch
 
 from ..advice import advise
 from ..model import passes
+from ..model.families import family_of, network_of
 from ..model.patching import POSITIVE, Evaluation, Sampling, attach
-from ..model.sites import (
-    RESIDUAL,
-    SELF,
-    AttentionCall,
-    Handler,
-    ResidualCall,
-    Site,
-    family_of,
-    network_of,
-    parse_numbers,
-)
+from ..model.sites import CROSS, RESIDUAL, SELF, AttentionCall, Handler, ResidualCall, Site, parse_numbers
 from .inversion import SourceTrajectory
 
 KEY = "conceptloom_plug_and_play"
@@ -72,12 +63,12 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
     Raises:
         ValueError: `blocks` is neither a preset nor a list of decoder blocks with attention, or there is no such block.
     """
-    own = [site for site in sites if site.kind == SELF and site.key[0] == "output"]
+    own = [site for site in sites if site.kind == SELF and site.in_decoder]
     stages: dict[int, list[int]] = {}
     for site in own:
         numbers = stages.setdefault(site.stage, [])
-        if site.key[1] not in numbers:
-            numbers.append(site.key[1])
+        if site.block not in numbers:
+            numbers.append(site.block)
     ordered = [stages[stage] for stage in sorted(stages)]
     if not ordered:
         raise ValueError("model: expected one with self-attention in its decoder, got one without")
@@ -94,10 +85,10 @@ def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, 
                 f"blocks: expected decoder blocks with attention, of this model {min(with_attention)} to "
                 f"{max(with_attention)}, got {min(wanted - with_attention)}"
             )
-    branch = next((site for site in sites if site.kind == RESIDUAL and site.key[1] == second), None)
+    branch = next((site for site in sites if site.kind == RESIDUAL and site.block == second), None)
     if branch is None:
         raise ValueError(f"model: expected one residual layer in its decoder block {second}, got none or several")
-    return branch, tuple(site for site in own if site.key[1] in wanted)
+    return branch, tuple(site for site in own if site.block in wanted)
 
 
 def adds_noise(sampler) -> bool:
@@ -122,21 +113,22 @@ def apply(model, source: SourceTrajectory, settings: Settings):
     Raises:
         ValueError: the model or a setting cannot be used; says which and why.
     """
-    unet = network_of(model.model)
-    branch, attention = choose_sites(family_of(unet).sites(unet), settings.blocks)
-    return attach(model, KEY, PlugAndPlay(source, settings, branch, attention))
+    network = network_of(model.model, SELF, CROSS, RESIDUAL)
+    sites = family_of(network).sites(network)
+    branch, attention = choose_sites(sites, settings.blocks)
+    order = tuple(site for site in sites if site == branch or site in attention)
+    return attach(model, KEY, PlugAndPlay(source, settings, order))
 
 
 @dataclass(frozen=True, eq=False)
 class PlugAndPlay:
-    """The system attached to a MODEL."""
+    """The system attached to a MODEL; `sites` are those that receive, in order of execution."""
 
     name = NAME
 
     source: SourceTrajectory
     settings: Settings
-    branch: Site
-    attention: tuple[Site, ...]
+    sites: tuple[Site, ...]
 
     def begin(self, sampling: Sampling) -> InjectionRun | None:
         """Opens a run.
@@ -148,12 +140,13 @@ class PlugAndPlay:
         until = int(self.settings.residual_until * steps), int(self.settings.attention_until * steps)
         if not any(until):
             return None
-        width = sampling.guider.model_patcher.model.model_config.unet_config["context_dim"]
-        spoken = self.source.conditioning[0][0].shape[-1]
-        if spoken != width:
+        model = sampling.guider.model_patcher.model
+        width = family_of(network_of(model)).text_width(model)
+        given = self.source.conditioning[0][0].shape[-1]
+        if given != width:
             raise ValueError(
                 f"{NAME}: trajectory: expected one that was inverted with this model, whose text states are {width} "
-                f"wide, got {spoken}"
+                f"wide, got {given}"
             )
         wanted, given = tuple(self.source.trajectory.latents.shape[1:]), tuple(sampling.noise.shape)
         if wanted[1:] != given[1:] or wanted[0] not in (1, given[0]):
@@ -193,13 +186,13 @@ class InjectionRun:
         self.system = system
         self.seed = sampling.seed
         self.residual_until, self.attention_until = residual_until, attention_until
-        self._conds: dict[torch.device, dict[str, torch.Tensor]] = {}
+        self._conds: dict[torch.device, passes.Conds] = {}
         self._records: dict[tuple, dict[Site, tuple[torch.Tensor, ...]]] = {}
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
         """See `patching.Run`; runs the source pass this evaluation needs."""
-        wanted = [self.system.branch] if evaluation.step < self.residual_until else []
-        wanted += self.system.attention if evaluation.step < self.attention_until else ()
+        until = {RESIDUAL: self.residual_until, SELF: self.attention_until}
+        wanted = [site for site in self.system.sites if evaluation.step < until[site.kind]]
         if not wanted:
             return {}
         # The host may evaluate conditionings of one noise level in several calls: one source pass serves them.
@@ -216,8 +209,6 @@ class InjectionRun:
     def _source_pass(self, evaluation: Evaluation, wanted: Sequence[Site]) -> dict[Site, tuple[torch.Tensor, ...]]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         x = self.system.source.trajectory.at(evaluation.noise_level).to(evaluation.x)
-        unet = network_of(evaluation.model)
-        last = [site for site in family_of(unet).sites(unet) if site in wanted][-1]
         records: dict[Site, tuple[torch.Tensor, ...]] = {}
 
         def record_branch(site: Site, call: ResidualCall) -> torch.Tensor:
@@ -229,7 +220,7 @@ class InjectionRun:
 
         def keep(site, tensors, result):
             records[site] = tensors
-            if site == last:
+            if site == wanted[-1]:
                 raise passes.StopForward
             return result()
 
@@ -239,9 +230,12 @@ class InjectionRun:
         )
         return records
 
-    def _encode(self, evaluation: Evaluation, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The source prompt's tensors, once per device."""
+    def _encode(self, evaluation: Evaluation, x: torch.Tensor) -> passes.Conds:
+        """What the host makes of the source's prompt, once per device."""
         if x.device not in self._conds:
+            # The source pass must meet no layers that treat its batch as frames, whoever injected them.
+            network = network_of(evaluation.model)
+            family_of(network).sites(network)
             entry = comfy.sampler_helpers.convert_cond(self.system.source.conditioning)[0]
             self._conds[x.device] = passes.encode(evaluation.model, entry, x[:1], POSITIVE, self.seed, len(x))
         return self._conds[x.device]
@@ -256,7 +250,7 @@ class InjectionRun:
             _check(own, kept, 1, evaluation)
         q, k = (_for_all_rows(kept, evaluation) for kept in record)
         if call.previous is not None:
-            return call.previous(q, k, call.v, call.options)
+            return call.previous(q, k, call.v)
         return call.attend(q, k, call.v)
 
     def finish(self, samples: torch.Tensor) -> None:

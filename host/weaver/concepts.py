@@ -7,8 +7,9 @@ concept's share is added, so LoRAs on the model, quantised weights and the host'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from ...encoders import concept_files, concept_formats
 from ...encoders.adapter_names import TEXT, TEXT_2, Layer
 from ...encoders.adapters import Adapter
 from ...encoders.concept_formats import Tokens
-from ...encoders.concepts import PARTS, Concept, Key, layer_name
+from ...encoders.concepts import PARTS, Concept
 from ...encoders.files import checked_folder, checked_name, read
 from ..advice import advise
-from ..model.sites import Site, network_of
+from ..model.families import family_of, family_of_concept, network_of
+from ..model.sites import Site
 from .weights import adapters_by_weight, check_fit, host_patch, is_whole, read_weights
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
@@ -84,6 +86,29 @@ def load_concept(
     )
 
 
+def join(concepts: Sequence[Concept]) -> list[Concept]:
+    """A bank: concepts that can be drawn together.
+
+    Raises:
+        ValueError: they are made for different models, or two share a placeholder.
+    """
+    widths = {concept.text_width: concept for concept in concepts if concept.text_width is not None}
+    if len(widths) > 1:
+        given = " and ".join(
+            f"{one.name} for {family_of_concept(one.deltas).architecture(width)}" for width, one in widths.items()
+        )
+        raise ValueError(f"concepts: expected all for one kind of model, got {given}")
+    owners: dict[str, str] = {}
+    for concept in concepts:
+        if concept.placeholder and concept.placeholder in owners:
+            raise ValueError(
+                f"concepts: expected a placeholder of its own for each, got {concept.placeholder} for both "
+                f"{owners[concept.placeholder]} and {concept.name}; Load Concept can give it another"
+            )
+        owners[concept.placeholder] = concept.name
+    return list(concepts)
+
+
 def describe(concept: Concept) -> str:
     """What was found in a concept's file, and what of it is not the business of cross-attention."""
     parts = [part for parts in concept.deltas.values() for part in parts]
@@ -123,9 +148,10 @@ def keys_and_values(concept: Concept, model, site: Site, context: torch.Tensor) 
     return outputs[0], outputs[1]
 
 
-def layer_module(model, key: Key, part: str) -> torch.nn.Module:
+def layer_module(model, key: str, part: str) -> torch.nn.Module:
     """The linear layer of a BaseModel's cross-attention that a part of a concept is a difference to."""
-    return network_of(model).get_submodule(f"{layer_name(key)}.{PARTS[part]}")
+    network = network_of(model)
+    return network.get_submodule(family_of(network).layer(key, part))
 
 
 def check_tokens(concept: Concept, clip) -> None:
@@ -218,7 +244,7 @@ def save(concept: Concept, folder: Path, filename: str, format: str = AS_CONCEPT
         rank: of the factors that the differences are compressed to; 0 leaves them as they are.
 
     Raises:
-        ValueError: the filename or the rank cannot be used, or the folder cannot be written.
+        ValueError: the filename, the rank or, as a LoRA, a layer cannot be used, or the folder cannot be written.
     """
     filename = checked_name(filename)
     if format not in FORMATS:
@@ -226,7 +252,7 @@ def save(concept: Concept, folder: Path, filename: str, format: str = AS_CONCEPT
     if format == AS_CONCEPT:
         writers = {"concepts": concept_files.save}
     else:
-        writers = {"loras": concept_files.save_as_lora}
+        writers = {"loras": partial(concept_files.save_as_lora, layer=family_of_concept(concept.deltas).layer)}
         if concept.tokens:
             writers["embeddings"] = concept_files.save_as_embedding
     for number in count(1):

@@ -17,14 +17,16 @@ import comfy.sampler_helpers
 import torch
 
 from ...attention.fusion import Voices, fuse, voices_of
-from ...encoders.concepts import PARTS, Concept, layer_name
+from ...encoders.concepts import PARTS, Concept
 from ...encoders.words import find_word
 from ...subjects.masks import check_aspect
 from ...subjects.partition import THRESHOLD, Partition, layer_masks
 from ..advice import advise
 from ..model import passes
+from ..model.families import family_of, network_of
+from ..model.layers import LayerHandler, LayerHooks, layer_hooks
 from ..model.patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
-from ..model.sites import CROSS, AttentionCall, Handler, LayerHandler, Site, family_of, network_of
+from ..model.sites import CROSS, AttentionCall, Handler, Site
 from .concepts import keys_and_values
 from .layers import Change, MaskedLayer, OwnQueries, Rows, changes_of
 
@@ -99,8 +101,9 @@ def apply(
     Raises:
         ValueError: the parts do not fit together; says which and why.
     """
-    unet = network_of(model.model)
-    sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
+    network = network_of(model.model, CROSS)
+    family = family_of(network)
+    sites = [site for site in family.sites(network) if site.kind == CROSS]
     if len(partition) != len(concepts):
         raise ValueError(f"partition: expected one mask for each of the {len(concepts)} concepts, got {len(partition)}")
     if settings.start_percent > settings.end_percent:
@@ -110,7 +113,7 @@ def apply(
     placed = [*zip(concepts, partition.weights, strict=False)]
     if background is not None:
         placed.append((background, partition.weights[-1]))
-    width = model.model.model_config.unet_config["context_dim"]
+    width = family.text_width(model.model)
     for spoken, _ in placed:
         given = spoken.concept.text_width
         if given not in (None, width):
@@ -127,7 +130,7 @@ def apply(
     if settings.suppression > 1 and settings.mode == FEATURES:
         advice.append(f"a suppression of {settings.suppression:g} is far beyond 0.3 and burns colours")
     if settings.layers == DECODER:
-        sites = [site for site in sites if site.key[0] == "output"]
+        sites = [site for site in sites if site.in_decoder]
     if settings.mode == SCORES and (settings.start_percent > 0 or settings.end_percent < 1):
         raise ValueError("mode: expected features where start_percent and end_percent leave steps out, got scores")
     maps = torch.stack([mask for _, mask in placed])
@@ -137,7 +140,8 @@ def apply(
         changes, left_out = changes_of([spoken.concept for spoken in chosen], model, sites)
         if left_out:
             advice.append(f"{left_out} patches in layers that see no places are left out")
-    fused = attach(model, KEY, ConceptFusion(chosen, maps[active], sites, changes, settings, tuple(advice)))
+    layers = {family.layer(site.key, part): (part, site) for site in sites for part in PARTS}
+    fused = attach(model, KEY, ConceptFusion(chosen, maps[active], sites, layers, changes, settings, tuple(advice)))
     if settings.mode == FEATURES:
         return fused, positive
     rest = (1 - maps[active].sum(0)).clamp(min=0)
@@ -166,9 +170,16 @@ def _misplaced(concepts: Sequence[SpokenConcept], names: Sequence[str]) -> list[
 
 @dataclass(frozen=True, eq=False)
 class ConceptFusion:
-    """The system attached to a MODEL; `maps` (n, H, W) are the parts of its concepts, `changes` theirs by layer.
+    """The system attached to a MODEL.
 
-    `advice` is what to say when a sampling begins.
+    Attributes:
+        concepts: those that have a strength and a place.
+        maps: (n, H, W), the parts of the concepts.
+        sites: the cross-attention in which they are seen.
+        layers: part and site of the linear layers of these sites, by name.
+        changes: what the concepts change beside keys and values, by layer.
+        settings: see there.
+        advice: what to say when a sampling begins.
     """
 
     name = NAME
@@ -176,6 +187,7 @@ class ConceptFusion:
     concepts: Sequence[SpokenConcept]
     maps: torch.Tensor
     sites: Sequence[Site]
+    layers: Mapping[str, tuple[str, Site]]
     changes: Mapping[str, Sequence[Change]]
     settings: Settings
     advice: tuple[str, ...] = ()
@@ -215,11 +227,12 @@ class FusionRun:
         self._sized: dict[tuple, torch.Tensor] = {}
         self._voices: dict[tuple, list[Voices]] = {}
         self._changes: dict[torch.device, dict[str, list[Change]]] = {}
+        self._layers: dict[tuple, tuple[LayerHooks, dict[Site, OwnQueries]]] = {}
         # Of one evaluation; each device has its own.
-        self._queries: dict[tuple[Site, torch.device], OwnQueries] = {}
+        self._queries: dict[torch.device, dict[Site, OwnQueries]] = {}
         self._suppressed: dict[tuple[Site, torch.device, int], torch.Tensor] = {}
         self._with_own_outputs = {
-            site for site in system.sites if f"{layer_name(site.key)}.{PARTS['out']}" in system.changes
+            site for layer, (part, site) in system.layers.items() if part == "out" and layer in system.changes
         }
         # By concept the largest share that it has of any cell, and the layer's grid.
         self._seen: dict[SpokenConcept, tuple[float, tuple[int, int]]] = {}
@@ -238,32 +251,37 @@ class FusionRun:
             self._keys[key] = self._speak(evaluation)
         return {site: partial(self._attend, (site, key), evaluation) for site in self.system.sites}
 
-    def layers(self, evaluation: Evaluation) -> dict[str, LayerHandler]:
+    def layers(self, evaluation: Evaluation) -> LayerHooks:
         """See `patching.LayerRun`."""
-        rows, changes = self._rows(evaluation), self.system.changes
-        if not rows or not changes:
-            return {}
-        unet, device, count = network_of(evaluation.model), evaluation.x.device, len(evaluation.x)
+        rows, device = self._rows(evaluation), evaluation.x.device
+        if not rows or not self.system.changes:
+            return ()
+        key = (device, len(evaluation.x), evaluation.roles)
+        if key not in self._layers:
+            self._layers[key] = self._handle_layers(evaluation, rows)
+        hooks, self._queries[device] = self._layers[key]
+        return hooks
+
+    def _handle_layers(self, evaluation: Evaluation, rows: Sequence[Rows]) -> tuple[LayerHooks, dict[Site, OwnQueries]]:
+        """What handles all layers that concepts change, and those of the handlers that keep queries, by their site."""
+        network, device, count = network_of(evaluation.model), evaluation.x.device, len(evaluation.x)
         if device not in self._changes:
-            dtype = evaluation.model.get_dtype_inference()
+            dtype, changes = evaluation.model.get_dtype_inference(), self.system.changes
             self._changes[device] = {n: [one.to(device, dtype) for one in found] for n, found in changes.items()}
         masks = partial(self._masks, device=device)
         handlers: dict[str, LayerHandler] = {}
+        queries: dict[Site, OwnQueries] = {}
         # Where concepts share a stream, the base must not see their queries, nor they what suppression takes away.
-        shared = {}
-        if self.system.settings.mode == FEATURES:
-            shared = {
-                f"{layer_name(site.key)}.{PARTS[part]}": (part, site) for site in self.system.sites for part in PARTS
-            }
+        shared = self.system.layers if self.system.settings.mode == FEATURES else {}
         for name, found in self._changes[device].items():
-            layer = unet.get_submodule(name)
+            layer = network.get_submodule(name)
             part, site = shared.get(name, ("", None))
             if part == "q":
-                handlers[name] = self._queries[site, device] = OwnQueries(layer, found, count, rows)
+                handlers[name] = queries[site] = OwnQueries(layer, found, count, rows)
             else:
                 missing = {"missing": partial(self._taken_away, site, device)} if part == "out" else {}
                 handlers[name] = MaskedLayer(layer, found, masks, count, rows, **missing)
-        return handlers
+        return layer_hooks(network, handlers), queries
 
     def _taken_away(self, site: Site, device: torch.device, part: Rows) -> torch.Tensor | None:
         return self._suppressed.pop((site, device, part.rows.start), None)
@@ -306,7 +324,7 @@ class FusionRun:
     def _attend(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
         base = call.attend(call.q, call.k, call.v)
         # What another node adds here (IPAdapter) stays an addition to whatever is drawn.
-        added = None if call.previous is None else call.previous(call.q, call.k, call.v, call.options) - base
+        added = None if call.previous is None else call.previous(call.q, call.k, call.v) - base
         site, key = where
         settings, spoken = self.system.settings, self._keys[key][site]
         voices = self._put_together(where, evaluation, call) if settings.mode == FEATURES else []
@@ -315,7 +333,8 @@ class FusionRun:
             query = call.q[part.rows]
             if part.concept is None:
                 suppression, here = settings.suppression, (site, query.device)
-                own = self._queries[here].take(part) if here in self._queries else {}
+                queries = self._queries.get(query.device, {}).get(site)
+                own = {} if queries is None else queries.take(part)
                 out[part.rows] = fuse(query, base[part.rows], voices, call.attend, suppression, settings.norm_cap, own)
                 if suppression and site in self._with_own_outputs:
                     self._suppressed[(*here, part.rows.start)] = suppression * base[part.rows]
@@ -363,5 +382,6 @@ class FusionRun:
         self._sized.clear()
         self._voices.clear()
         self._changes.clear()
+        self._layers.clear()
         self._queries.clear()
         self._suppressed.clear()

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ...encoders.concepts import PARTS, Concept, Key, layer_name
-from ..model.sites import Site, network_of
-from .weights import UNET, Weights, difference
+from ...encoders.concepts import Concept
+from ..model.families import network_of
+from ..model.sites import CROSS, Site
+from .weights import DIFFUSION_MODEL, Weights, difference
 
 Sized = Callable[[tuple[int, int]], torch.Tensor]
 """Masks (n, h, w) of the concepts at a layer's size."""
@@ -71,44 +72,31 @@ def changes_of(concepts: Sequence[Concept], model, sites: Sequence[Site]) -> tup
         sites: the cross-attention in which concepts are seen; queries and outputs of others stay as they are.
     """
     weights = Weights.of(model)
-    unet = network_of(model.model)
+    network = network_of(model.model, CROSS)
     found: dict[str, list[Change]] = {}
     left_out = 0
     for i, concept in enumerate(concepts):
         for name, (factors, bias) in _differences(concept, weights, {site.key for site in sites}):
-            if _sees_places(unet, name):
+            if weights.family.sees_places(network, name):
                 found.setdefault(name, []).append(Change(i, concept.strength, factors, bias))
             else:
                 left_out += 1
     return found, left_out
 
 
-def _differences(concept: Concept, weights: Weights, seen: set[Key]) -> Iterable[tuple[str, tuple]]:
+def _differences(concept: Concept, weights: Weights, seen: set[str]) -> Iterable[tuple[str, tuple]]:
     """(layer, (factors, bias)) of all that a concept changes beside keys and values."""
     for key, parts in concept.deltas.items():
         for part in ("q", "out"):
             if part in parts and key in seen:
-                yield f"{layer_name(key)}.{PARTS[part]}", (parts[part].factors, parts[part].bias)
+                yield weights.family.layer(key, part), (parts[part].factors, parts[part].bias)
     layers: dict[str, dict[str, tuple]] = {}
     for key, patch in concept.others.items():
-        layer, _, kind = key.removeprefix(UNET).rpartition(".")
+        layer, _, kind = key.removeprefix(DIFFUSION_MODEL).rpartition(".")
         layers.setdefault(layer, {})[kind] = difference(patch, weights[key], key)
     for layer, found in layers.items():
         bias = found.get("bias")
         yield layer, (found.get("weight", ()), bias and bias[0])
-
-
-def _sees_places(unet: torch.nn.Module, name: str) -> bool:
-    try:
-        layer = unet.get_submodule(name)
-    except AttributeError:
-        return False
-    outside = ("time_embed", "label_emb")
-    return (
-        isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
-        and not name.startswith(outside)
-        and "emb_layers" not in name
-    )
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from ...encoders.concept_texts import KEEP_OTHERS, Name, check_text, concept_text, names_class, plain_text
-from ...encoders.concepts import Concept, join
+from ...encoders.concepts import Concept
 from ...encoders.words import hide_names, show_names, whole_word
 from ..advice import advise
 from ..words import row_count, stand_in
-from .concepts import check_tokens, with_text
+from .concepts import check_tokens, join, with_text
 from .fusion import SpokenConcept
 
 

@@ -29,8 +29,9 @@ from ...training.concepts.learner import BOTH, ConceptWeights, Recipe, concept_l
 from ...training.concepts.pictures import Pictures, called, name_of
 from ...training.loop import Run
 from ..model import passes
+from ..model.families import family_of, network_of
 from ..model.patching import POSITIVE
-from ..model.sites import CROSS, AttentionCall, family_of, network_of
+from ..model.sites import CROSS, AttentionCall
 from .concepts import layer_module
 from .prompts import splice
 
@@ -95,7 +96,7 @@ def _copies(model, clip):
             raise ValueError(
                 f"{what}: expected one from the host's own loaders, got one that cannot be loaded a second time"
             )
-    network_of(model.model)
+    network_of(model.model, CROSS)
     patched = next((name for name in model.object_patches if name.startswith("diffusion_model")), None)
     if patched:
         raise ValueError(
@@ -153,8 +154,9 @@ class _Trainer:
         self.model, self.device = patcher.model, patcher.load_device
         self.patchers = [patcher, clip.patcher]
         self.clip, self.pictures, self.name, self.recipe, self.side = clip, pictures, name, recipe, side
-        unet = network_of(self.model)
-        self.sites = [site for site in family_of(unet).sites(unet) if site.kind == CROSS]
+        self.network = network_of(self.model)
+        self.family = family_of(self.network)
+        self.sites = [site for site in self.family.sites(self.network) if site.kind == CROSS]
         layers = {
             site.key: {part: layer_module(self.model, site.key, part).weight.detach() for part in BOTH}
             for site in self.sites
@@ -267,7 +269,7 @@ class _Trainer:
             return call.attend(call.q, key, value)
 
         handlers = {site: partial(attend, site) for site in self.sites}
-        options = family_of(network_of(self.model)).install({"cond_or_uncond": [0], "sigmas": sigma}, handlers)
+        options = self.family.install(self.network, {"cond_or_uncond": [0], "sigmas": sigma}, handlers)
         return passes.evaluate(self.model, x, sigma, conds, options)
 
     def concept(self) -> Concept:

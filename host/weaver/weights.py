@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 
@@ -33,12 +32,13 @@ from ...encoders.adapter_names import (
 )
 from ...encoders.adapters import Adapter
 from ...encoders.concept_formats import LORA, ConceptFile
-from ...encoders.concepts import PARTS, Concept, Delta, Key, architecture, fingerprint, layer_name
+from ...encoders.concepts import PARTS, Concept, Delta, fingerprint
 from ..advice import advise
+from ..model.families import family_of, network_of
 from ..model.patching import unload_compiled
-from ..model.sites import CROSS, family_of, network_of
+from ..model.sites import CROSS, CrossAttentionFamily
 
-UNET = "diffusion_model."
+DIFFUSION_MODEL = "diffusion_model."
 # Networks of one architecture that share no training differ by more than their own size; a difference is far smaller.
 _MOST_CHANGE, _LIKE_SIZE = 1.0, (0.5, 2.0)
 
@@ -48,12 +48,14 @@ class Weights:
     """The weights of a model before all patches, and the linear layers of its cross-attention.
 
     Attributes:
+        family: the model's.
         patches: the host's key patches, whose first entry is the weight itself.
         layers: site's key and part by the layer's name.
     """
 
+    family: CrossAttentionFamily
     patches: Mapping[str, list]
-    layers: Mapping[str, tuple[Key, str]]
+    layers: Mapping[str, tuple[str, str]]
 
     @classmethod
     def of(cls, model) -> Weights:
@@ -62,16 +64,17 @@ class Weights:
         Raises:
             ValueError: it is of no family with cross-attention.
         """
-        unet = network_of(model.model)
-        keys = [site.key for site in family_of(unet).sites(unet) if site.kind == CROSS]
-        layers = {f"{UNET}{layer_name(key)}.{tail}": (key, part) for key in keys for part, tail in PARTS.items()}
+        network = network_of(model.model, CROSS)
+        family = family_of(network)
+        keys = [site.key for site in family.sites(network) if site.kind == CROSS]
+        layers = {DIFFUSION_MODEL + family.layer(key, part): (key, part) for key in keys for part in PARTS}
         unload_compiled(model)
-        patches = model.get_key_patches(UNET)
+        patches = model.get_key_patches(DIFFUSION_MODEL)
         if not layers or any(f"{layer}.weight" not in patches for layer in layers):
             raise ValueError(
                 "model: expected one with cross-attention in every block that attends, such as SD 1.5, got another"
             )
-        return cls(patches, layers)
+        return cls(family, patches, layers)
 
     def __contains__(self, key: str) -> bool:
         return key in self.patches
@@ -88,6 +91,11 @@ class Weights:
     def text_width(self) -> int:
         """Of the text states that cross-attention reads."""
         return next(self.shape(f"{layer}.weight")[1] for layer, (_, part) in self.layers.items() if part == "k")
+
+    @property
+    def architecture(self) -> str:
+        """What errors call a model of this text width."""
+        return self.family.architecture(self.text_width)
 
     def fingerprint(self) -> str:
         """See `encoders.concepts.fingerprint`."""
@@ -114,21 +122,25 @@ def difference(change: Any, base: torch.Tensor, key: str) -> tuple[torch.Tensor,
     """
     if isinstance(change, Adapter):
         if not key.endswith(".bias"):
-            _check_width(change, base, key)
             return change.weight(base)
         change = ("diff", (change.bias(),))
     kind, (tensor,) = change
-    _check_shape(tuple(tensor.shape), tuple(base.shape), key)
+    if tensor.shape != base.shape:
+        raise ValueError(f"file: expected the shape {tuple(base.shape)} for {key}, got {tuple(tensor.shape)}")
     tensor = tensor.detach().to("cpu", torch.float32)
     return (tensor - base,) if kind == "set" else (tensor,)
 
 
 def named_layers(model) -> dict[str, str]:
-    """The host's names of the layers of a MODEL's UNet by every name that files have for them, with underscores."""
-    keys = [key for key in model.model_state_dict(UNET) if key.endswith(".weight")]
-    diffusers = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    names = {key.removeprefix(UNET): key for key in keys}
-    names |= {name: UNET + key for name, key in diffusers.items() if UNET + key in keys}
+    """The host's names of the layers of a MODEL by every name that files have for them, with underscores.
+
+    Raises:
+        ValueError: it is of no family with cross-attention.
+    """
+    diffusers = family_of(network_of(model.model, CROSS)).diffusers_names(model.model)
+    keys = [key for key in model.model_state_dict(DIFFUSION_MODEL) if key.endswith(".weight")]
+    names = {key.removeprefix(DIFFUSION_MODEL): key for key in keys}
+    names |= {name: DIFFUSION_MODEL + key for name, key in diffusers.items() if DIFFUSION_MODEL + key in keys}
     layers = {}
     for name, key in names.items():
         plain, layer = name.removesuffix(".weight").replace(".", "_"), key.removesuffix(".weight")
@@ -178,7 +190,7 @@ def read_weights(file: ConceptFile, model, name: str) -> Concept:
         text |= {"lora": spoken} if spoken else {}
     else:
         changes = _changes(file, model, weights)
-    parts: dict[tuple[Key, str], dict[str, tuple[torch.Tensor, ...]]] = {}
+    parts: dict[tuple[str, str], dict[str, tuple[torch.Tensor, ...]]] = {}
     others, sizes, moves = {}, [], []
     for key, change in changes.items():
         layer, _, kind = key.rpartition(".")
@@ -186,6 +198,7 @@ def read_weights(file: ConceptFile, model, name: str) -> Concept:
         if layer not in weights.layers and not whole:
             others[key] = change
             continue
+        _check_width(_shape_of(change), key, weights)
         base = weights[key]
         found = difference(change, base, key)
         if layer not in weights.layers:
@@ -199,9 +212,9 @@ def read_weights(file: ConceptFile, model, name: str) -> Concept:
             moves.append(float(found[0].norm()) / norm)
     _check_base(sizes, moves)
     _check_whole(file, parts, weights)
-    deltas: dict[Key, dict[str, Delta]] = {}
+    deltas: dict[str, dict[str, Delta]] = {}
     for (key, part), found in parts.items():
-        deltas.setdefault(key, {})[part] = _delta(found, f"{layer_name(key)}.{PARTS[part]}", weights)
+        deltas.setdefault(key, {})[part] = _delta(found, weights.family.layer(key, part), weights)
     return Concept(
         name,
         deltas,
@@ -220,10 +233,13 @@ def check_fit(concept: Concept, model) -> None:
     for key, parts in concept.deltas.items():
         for part, delta in parts.items():
             if (key, part) not in names:
-                wanted = architecture(weights.text_width)
-                raise ValueError(f"file: expected a concept for {wanted}, got one with a layer {layer_name(key)}")
+                raise ValueError(
+                    f"file: expected a concept for {weights.architecture}, got one with {PARTS[part]} of a layer {key}"
+                )
             layer = f"{names[key, part]}.weight"
-            _check_shape(delta.shape, weights.shape(layer), layer)
+            _check_width(delta.shape, layer, weights)
+            if delta.shape != weights.shape(layer):
+                raise ValueError(f"file: expected the shape {weights.shape(layer)} for {layer}, got {delta.shape}")
     if concept.base and concept.base != weights.fingerprint():
         advise(
             "Load Concept",
@@ -234,16 +250,17 @@ def check_fit(concept: Concept, model) -> None:
 def _changes(file: ConceptFile, model, weights: Weights) -> dict[str, Any]:
     """What a file of Custom Diffusion changes, by the host's names."""
     if file.text_width != weights.text_width:
-        _refuse_width(file.text_width, weights.text_width)
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+        raise _other_width(file.text_width, weights)
+    names = weights.family.diffusers_names(model.model)
     changes: dict[str, Any] = {name: ("set", (tensor,)) for name, tensor in file.weights.items()}
     for name, pair in file.factors.items():
         changes[name] = Adapter({part: Named(name, factor) for part, factor in zip(("up", "down"), pair, strict=True)})
-    changes = {UNET + names.get(name, name): change for name, change in changes.items()}
+    changes = {DIFFUSION_MODEL + names.get(name, name): change for name, change in changes.items()}
     foreign = next((key for key in changes if key not in weights), None)
     if foreign:
-        wanted = architecture(weights.text_width)
-        raise ValueError(f"file: expected a concept for {wanted}, got one with {foreign.removeprefix(UNET)}")
+        raise ValueError(
+            f"file: expected a concept for {weights.architecture}, got one with {foreign.removeprefix(DIFFUSION_MODEL)}"
+        )
     return changes
 
 
@@ -251,8 +268,8 @@ def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str,
     """What a LoRA changes of the diffusion model, by the host's names, and of text encoders, by layer."""
     state = file.lora
     if all(map(is_numbered, state)):
-        names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()
-        state = numbered_names(state, {name: weights.shape(UNET + key) for name, key in names if UNET + key in weights})
+        names = {name: DIFFUSION_MODEL + key for name, key in weights.family.diffusers_names(model.model).items()}
+        state = numbered_names(state, {name: weights.shape(key) for name, key in names.items() if key in weights})
     groups, rest = grouped(state)
     layers = named_layers(model)
     rank = lokr_rank(groups)
@@ -272,7 +289,7 @@ def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str,
         unknown.append(name)
     if not any(key.rpartition(".")[0] in weights.layers for key in changes):
         raise ValueError(
-            f"file: expected a LoRA that changes the cross-attention of {architecture(weights.text_width)}, got one of "
+            f"file: expected a LoRA that changes the cross-attention of {weights.architecture}, got one of "
             f"{len(file.lora)} tensors that do not, such as {next(iter(file.lora))!r}"
         )
     foreign = next((key for key in changes if key not in weights), None)
@@ -299,25 +316,27 @@ def _is_of_a_layer(name: str, layers: Mapping[str, str]) -> bool:
     return any(layer_of(".".join(pieces[:n])).name in layers for n in range(1, len(pieces) + 1))
 
 
-def _check_width(adapter: Adapter, base: torch.Tensor, key: str) -> None:
-    """Says which model a LoRA of another text width is for."""
-    if not key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) or adapter.kind != "LoRA":
-        return
-    width = adapter.group["down"].tensor.flatten(1).shape[1]
-    if width != base.shape[1] and len(adapter.group["up"].tensor) == len(base):
-        _refuse_width(width, base.shape[1])
+def _shape_of(change: Any) -> tuple[int, ...]:
+    """Of the weight that a change is for; empty where its tensors do not say it."""
+    if not isinstance(change, Adapter):
+        return tuple(change[1][0].shape)
+    if change.kind != "LoRA":
+        return ()
+    return len(change.group["up"].tensor), change.group["down"].tensor.flatten(1).shape[1]
 
 
-def _check_shape(given: tuple[int, ...], wanted: tuple[int, ...], key: str) -> None:
-    if given == wanted:
-        return
-    if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) and given[0] == wanted[0]:
-        _refuse_width(given[1], wanted[1])
-    raise ValueError(f"file: expected the shape {tuple(wanted)} for {key}, got {tuple(given)}")
+def _check_width(given: tuple[int, ...], key: str, weights: Weights) -> None:
+    """Says which model a change of keys or values is for, if it is one of another text width."""
+    layer, _, kind = key.rpartition(".")
+    wanted = weights.shape(key)
+    reads_text = kind == "weight" and weights.layers.get(layer, ("", ""))[1] in ("k", "v")
+    if reads_text and len(given) == 2 and given[0] == wanted[0] and given[1] != wanted[1]:
+        raise _other_width(given[1], weights)
 
 
-def _refuse_width(given: int, wanted: int) -> None:
-    raise ValueError(f"file: expected a concept for {architecture(wanted)}, got one for {architecture(given)}")
+def _other_width(given: int, weights: Weights) -> ValueError:
+    named = weights.family.architecture(given)
+    return ValueError(f"file: expected a concept for {weights.architecture}, got one for {named}")
 
 
 def _check_base(sizes: list[float], moves: list[float]) -> None:
@@ -332,21 +351,21 @@ def _check_base(sizes: list[float], moves: list[float]) -> None:
         )
 
 
-def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], weights: Weights) -> None:
+def _check_whole(file: ConceptFile, parts: Mapping[tuple[str, str], Mapping], weights: Weights) -> None:
     """Custom Diffusion trains keys and values of every layer; a LoRA may leave layers out, but not change nothing."""
     if file.source_format != LORA:
         wanted = {where: layer for layer, where in weights.layers.items() if where[1] in ("k", "v")}
-        missing = [layer.removeprefix(UNET) for where, layer in wanted.items() if where not in parts]
+        missing = [layer.removeprefix(DIFFUSION_MODEL) for where, layer in wanted.items() if where not in parts]
         if missing:
             raise ValueError(
-                f"file: expected keys and values of all cross-attention layers of {architecture(weights.text_width)}, "
+                f"file: expected keys and values of all cross-attention layers of {weights.architecture}, "
                 f"got a file without {len(missing)} of them, such as {missing[0]}"
             )
     # A product is nothing where one of its factors is: a new LoRA has one of zeros.
     nothing = not any(all(factor.any() for factor in found) for kinds in parts.values() for found in kinds.values())
     if nothing and file.source_format == LORA:
         raise ValueError(
-            f"file: expected a LoRA for {architecture(weights.text_width)}, got one that changes no weight of "
+            f"file: expected a LoRA for {weights.architecture}, got one that changes no weight of "
             "cross-attention: it was never trained"
         )
     if nothing and not file.tokens:
@@ -356,7 +375,7 @@ def _check_whole(file: ConceptFile, parts: Mapping[tuple[Key, str], Mapping], we
 def _delta(found: Mapping[str, tuple[torch.Tensor, ...]], name: str, weights: Weights) -> Delta:
     factors, bias = found.get("weight"), found.get("bias")
     if factors is None:
-        out, width = weights.shape(f"{UNET}{name}.weight")
+        out, width = weights.shape(f"{DIFFUSION_MODEL}{name}.weight")
         factors = torch.zeros(out, 0), torch.zeros(0, width)
     try:
         return Delta(factors, bias and bias[0])

@@ -5,12 +5,11 @@ import torch
 
 
 class ToyVAE:
-    """Eight pixels a side make one cell of a latent of four fixed mixtures of the mean colour."""
+    """Eight pixels a side make one cell of a latent of fixed mixtures of the mean colour."""
 
-    latent_channels = 4
-
-    def __init__(self):
-        self.mix = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    def __init__(self, latent_channels=4):
+        self.latent_channels = latent_channels
+        self.mix = torch.randn(3, latent_channels, generator=torch.Generator().manual_seed(1))
         self.encoded = []
 
     def spacial_compression_encode(self):
@@ -44,7 +43,6 @@ class Toy:
 
     def __init__(self, unet_config=None, family="SD15", base="BaseModel", **kind):
         import comfy.model_base
-        import comfy.model_patcher
         import comfy.supported_models
         from conceptloom.evaluation.rigs import SD15_UNET
 
@@ -58,7 +56,19 @@ class Toy:
             }
         )
         config.unet_config.update({"num_heads": 4, "num_head_channels": -1})
-        self.base = getattr(comfy.model_base, base)(config, device="cpu", **kind)
+        self.surround(getattr(comfy.model_base, base)(config, device="cpu", **kind), ToyVAE())
+
+    @classmethod
+    def of(cls, base):
+        """A toy around another BaseModel."""
+        toy = cls.__new__(cls)
+        toy.surround(base, ToyVAE(base.latent_format.latent_channels))
+        return toy
+
+    def surround(self, base, vae):
+        import comfy.model_patcher
+
+        self.base = base
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, p in self.base.diffusion_model.named_parameters():
@@ -67,7 +77,7 @@ class Toy:
                 else:
                     p.fill_(1.0 if name.endswith("weight") else 0.0)
         self.model = comfy.model_patcher.ModelPatcher(self.base, torch.device("cpu"), torch.device("cpu"))
-        self.vae, self.clip = ToyVAE(), ToyCLIP()
+        self.vae, self.clip = vae, ToyCLIP()
         self.positive = self.clip.encode_from_tokens_scheduled("a dog and a hat")
         self.negative = self.clip.encode_from_tokens_scheduled("blurry")
         self.rows = []
@@ -78,7 +88,7 @@ class Toy:
         import comfy.sample
 
         self.rows.clear()
-        latent = torch.zeros(batch, 4, *size)
+        latent = torch.zeros(batch, self.vae.latent_channels, *size)
         return comfy.sample.sample(
             self.model if model is None else model,
             comfy.sample.prepare_noise(latent, seed),

@@ -98,8 +98,9 @@ def concept(toy, with_lora):
     """One with differences of keys and values, and with a LoRA of a layer outside of cross-attention if asked for."""
     from conceptloom.encoders.adapter_names import Named
     from conceptloom.encoders.adapters import Adapter
-    from conceptloom.encoders.concepts import Concept, Delta, layer_name
-    from conceptloom.host.model.sites import CROSS, UNetFamily
+    from conceptloom.encoders.concepts import Concept, Delta
+    from conceptloom.host.model.families.unet import UNetFamily
+    from conceptloom.host.model.sites import CROSS
     from conceptloom.host.weaver.fusion import SpokenConcept
 
     unet, generator = toy.base.diffusion_model, torch.Generator().manual_seed(11)
@@ -108,10 +109,11 @@ def concept(toy, with_lora):
         return torch.randn(*shape, generator=generator) * 0.3
 
     deltas = {}
-    for site in UNetFamily().sites(unet):
+    family = UNetFamily()
+    for site in family.sites(unet):
         if site.kind == CROSS:
-            layer = unet.get_submodule(layer_name(site.key))
-            deltas[site.key] = {part: Delta((random(*layer.to_k.weight.shape),)) for part in "kv"}
+            shape = unet.get_submodule(family.layer(site.key, "k")).weight.shape
+            deltas[site.key] = {part: Delta((random(*shape),)) for part in "kv"}
     others = {}
     if with_lora:
         rows, columns = unet.get_submodule(LAYER).weight.shape

@@ -24,7 +24,7 @@ def concept(clip):
 
     def make(words="fish", placeholder="<new1>", class_word="star", **changes):
         ids = [clip.tokenize(word)["l"][0][1][0] for word in words.split()]
-        nothing = {("middle", 0, 0): {"k": Delta((torch.zeros(128, 128),))}}
+        nothing = {"middle.0.0": {"k": Delta((torch.zeros(128, 128),))}}
         return Concept(
             placeholder, nothing, class_word, placeholder, tokens={"l": table[ids].detach().clone()}, **changes
         )

@@ -47,7 +47,7 @@ class TestConcept:
 
     def test_the_same_seed_gives_the_same_concept(self, parts):
         once, again, other = train(parts), train(parts), train(parts, seed=1)
-        key = ("middle", 0, 0)
+        key = "middle.0.0"
         assert torch.equal(once.deltas[key]["v"].matrix(), again.deltas[key]["v"].matrix())
         assert not torch.equal(once.deltas[key]["v"].matrix(), other.deltas[key]["v"].matrix())
 
@@ -158,7 +158,7 @@ class TestConcept:
 
     def test_pictures_of_the_class_take_part(self, parts):
         prior = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(5))
-        key = ("middle", 0, 0)
+        key = "middle.0.0"
         with_prior = train(parts, prior=prior).deltas[key]["v"].matrix()
         assert not torch.equal(with_prior, train(parts).deltas[key]["v"].matrix())
         without_weight = train(parts, prior=prior, prior_weight=0.0).deltas[key]["v"].matrix()
@@ -170,7 +170,7 @@ class TestConcept:
         def backend(graph, inputs):
             raise AssertionError("compiled")
 
-        model, key = parts[0].clone(), ("middle", 0, 0)
+        model, key = parts[0].clone(), "middle.0.0"
         set_torch_compile_wrapper(model, backend)
         learnt = train((model, *parts[1:]), steps=1).deltas[key]["v"].matrix()
         assert torch.equal(learnt, train(parts, steps=1).deltas[key]["v"].matrix())
@@ -186,7 +186,7 @@ class TestAfterwards:
             if step == 1:
                 comfy.model_management.interrupt_current_processing()
 
-        folder, key = tmp_path / "training", ("middle", 0, 0)
+        folder, key = tmp_path / "training", "middle.0.0"
         saved, save = [], Run.save
         with pytest.MonkeyPatch.context() as patch:
             # As if a minute had passed at each step.

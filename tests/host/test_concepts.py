@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conceptloom.encoders.concepts import layer_name
+from conceptloom.encoders.concepts import Concept, Delta
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -288,7 +288,7 @@ def test_numbered_files_of_cloneofsimo_are_read(ending, toy, truth, tmp_path):
         save_file({**state, "<s1>": truth.token}, path, {"unet": '["Attention"]', "<s1>": "<embed>"})
     concept = load(toy, path)
     truth.check(without(concept, "q", "out"))
-    assert set(concept.deltas["middle", 0, 0]) == {"k", "v", "q", "out"} and len(concept.others) == 5 * len(blocks)
+    assert set(concept.deltas["middle.0.0"]) == {"k", "v", "q", "out"} and len(concept.others) == 5 * len(blocks)
     assert concept.placeholder == ("<s1>" if ending == "safetensors" else "")
 
 
@@ -453,7 +453,8 @@ def test_products_of_kronecker_are_read(toy, truth):
 
 
 def test_keys_and_values_are_those_of_a_unet_with_the_weights_swapped(toy, truth):
-    from conceptloom.host.model.sites import CROSS, family_of
+    from conceptloom.host.model.families import family_of
+    from conceptloom.host.model.sites import CROSS
     from conceptloom.host.weaver.concepts import keys_and_values
 
     # In half precision the differences are exact, so only the order of sums is left to differ.
@@ -473,7 +474,8 @@ def test_keys_and_values_are_those_of_a_unet_with_the_weights_swapped(toy, truth
 
 
 def test_strength_scales_the_difference_and_0_is_the_base(toy, truth):
-    from conceptloom.host.model.sites import CROSS, family_of
+    from conceptloom.host.model.families import family_of
+    from conceptloom.host.model.sites import CROSS
     from conceptloom.host.weaver.concepts import keys_and_values
 
     context = torch.randn(1, 5, WIDTH)
@@ -495,12 +497,12 @@ def test_queries_outputs_and_biases_of_all_cross_attention(toy, truth):
     own = toy.base.diffusion_model.state_dict()
     changed = {name: own[f"{LOWEST}.{name}"] + 0.25 for name in ("to_q.weight", "to_out.0.weight", "to_out.0.bias")}
     unet = truth.named(truth.whole) | {truth.diffusers[f"{LOWEST}.{name}"]: w for name, w in changed.items()}
-    parts = load(toy, {"unet": unet}).deltas["middle", 0, 0]
+    parts = load(toy, {"unet": unet}).deltas["middle.0.0"]
     assert set(parts) == {"k", "v", "q", "out"}
     for delta in (parts["q"].matrix(), parts["out"].matrix(), parts["out"].bias.float()):
         torch.testing.assert_close(delta, torch.full_like(delta, 0.25), atol=1e-4, rtol=0)
     lora = {f"diffusion_model.{LOWEST}.to_out.0.diff_b": torch.full_like(own[f"{LOWEST}.to_out.0.bias"], 0.5)}
-    alone = load(toy, {**truth.files()["F8 kohya"], **lora}).deltas["middle", 0, 0]["out"]
+    alone = load(toy, {**truth.files()["F8 kohya"], **lora}).deltas["middle.0.0"]["out"]
     assert not alone.matrix().any() and torch.equal(alone.bias, torch.full_like(alone.bias, 0.5))
 
 
@@ -689,6 +691,7 @@ def test_files_for_other_models_get_their_sentence(sentence, toy, truth):
 
 def test_saved_concepts_are_for_their_model(toy, truth, toy_type, tmp_path, caplog):
     from conceptloom.encoders import concept_files
+    from conceptloom.host.weaver.concepts import AS_LORA, save
 
     concept = load(toy, truth.files()["F3"])
     concept_files.save(concept, tmp_path / "dog.safetensors")
@@ -696,6 +699,12 @@ def test_saved_concepts_are_for_their_model(toy, truth, toy_type, tmp_path, capl
     with pytest.raises(ValueError, match="text width 96"):
         load(wider, tmp_path / "dog.safetensors")
     assert "another base model" not in caplog.text
+    foreign = Concept("foreign", {"layers.0": concept.deltas["middle.0.0"]})
+    concept_files.save(foreign, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="file: expected a concept for .*, got one with keys of a layer layers.0"):
+        load(toy, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="concept: expected layers of a known family of models, got layers.0"):
+        save(foreign, tmp_path, "foreign", AS_LORA)
     near = toy_type()
     with torch.no_grad():
         near.base.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2.to_k.weight.mul_(1.01)
@@ -781,13 +790,38 @@ def test_embeddings_of_automatic1111_are_tokens(toy, truth, tmp_path):
         load(toy, truth.files()["F3 alone"], tokens=path)
 
 
+def test_banks_hold_concepts_of_one_kind_with_words_of_their_own(host):
+    from conceptloom.host.model.families.unet import UNetFamily
+    from conceptloom.host.weaver.concepts import join
+
+    def small(name, width=4, **changes):
+        return Concept(name, {"middle.0.0": {"k": Delta((torch.ones(2, width),))}}, **changes)
+
+    token = {"tokens": {"l": torch.zeros(1, 4)}}
+    dog, cat, lora = small("dog", placeholder="<a>", **token), small("cat", placeholder="<b>", **token), small("lora")
+    assert join([dog, cat, lora, lora]) == [dog, cat, lora, lora]
+    with pytest.raises(ValueError, match="got <a> for both dog and tiger"):
+        join([dog, cat, small("tiger", placeholder="<a>", **token)])
+    with pytest.raises(ValueError, match="got lora for a model of text width 4 and big for SDXL"):
+        join([lora, small("big", width=2048)])
+    assert UNetFamily().architecture(768) == "SD 1.x (text width 768)"
+
+
 # ---- models -------------------------------------------------------------------------------------------------------
+
+
+def layer_name(key):
+    """The cross-attention of a site."""
+    from conceptloom.host.model.families.unet import UNetFamily
+
+    return UNetFamily().layer(key, "k").removesuffix(".to_k")
 
 
 def walk(config):
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from conceptloom.host.model.sites import CROSS, family_of
+    from conceptloom.host.model.families import family_of
+    from conceptloom.host.model.sites import CROSS
 
     unet = UNetModel(
         **config, num_heads=8, num_head_channels=-1, device="meta", operations=comfy.ops.disable_weight_init
@@ -802,12 +836,12 @@ def test_layers_of_sd15_and_sdxl_have_their_published_widths():
 
     shapes, keys = walk(SD15_UNET)
     assert (len(shapes), sum(c for c, _ in shapes), {w for _, w in shapes}) == (16, 12_480, {768})
-    assert [key for key in keys if key[0] == "middle"] == [("middle", 0, 0)]
+    assert [key for key in keys if key.startswith("middle")] == ["middle.0.0"]
     assert sum(2 * c * w for c, w in shapes) == 19_169_280
     shapes, keys = walk(sdxl_unet(10))
     assert (len(shapes), sum(c for c, _ in shapes), {w for _, w in shapes}) == (70, 83_200, {2048})
     assert sum(2 * c * w for c, w in shapes) == 340_787_200
-    assert [key for key in keys if key[:2] == ("input", 8)] == [("input", 8, i) for i in range(10)]
+    assert [key for key in keys if key.startswith("input.8.")] == [f"input.8.{i}" for i in range(10)]
 
 
 def test_sdxl_s_layers_are_named_right_in_both_namings(toy_type):
@@ -829,7 +863,7 @@ def strength_of(nodes, toy, truth, entry):
     """How many times the true difference a file holds."""
     concept, _ = nodes.LoadConcept.execute(toy.model, entry, "cat", 1.0, "none", "").result
     true = truth.delta[f"{LOWEST}.to_k.weight"]
-    return round(float(concept.deltas["middle", 0, 0]["k"].matrix().norm() / true.norm()))
+    return round(float(concept.deltas["middle.0.0"]["k"].matrix().norm() / true.norm()))
 
 
 def test_nodes_load_gather_and_save(toy, truth, tmp_path, monkeypatch):

@@ -71,7 +71,8 @@ def test_over_budget_is_marked(host):
 def test_architectures_are_the_true_ones(host, arch):
     """Layers and widths as the papers count them, without building the large ones' weights."""
     from conceptloom.evaluation.rigs import PLANS
-    from conceptloom.host.model.sites import LAST_TWO_STAGES, UNetFamily, choose_sites
+    from conceptloom.host.model.families.unet import UNetFamily
+    from conceptloom.host.model.sites import LAST_TWO_STAGES, choose_sites
 
     config = PLANS[arch, "cuda"].config()
     config.set_inference_dtype(torch.float16, None)

@@ -45,7 +45,7 @@ def test_merged_weights_are_the_base_s_and_all_differences(studio, concepts):
         patched.patch_model()
         found = patched.model.get_parameter(name).clone()
         patched.unpatch_model()
-    added = sum(concept.deltas["middle", 0, 0]["v"].matrix() for concept in two)
+    added = sum(concept.deltas["middle.0.0"]["v"].matrix() for concept in two)
     assert torch.allclose(found.float(), base.float() + added, atol=1e-5)
     assert torch.equal(studio.model.model.get_parameter(name), base)
 

@@ -406,7 +406,7 @@ class TestOtherModels:
         class VanillaTemporalModule(torch.nn.Identity):
             pass
 
-        from conceptloom.host.model.sites import UNetFamily
+        from conceptloom.host.model.families.unet import UNetFamily
 
         unet = toy.base.diffusion_model
         unet.output_blocks[3].append(VanillaTemporalModule())

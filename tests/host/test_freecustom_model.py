@@ -425,7 +425,7 @@ class TestBlocks:
     def sites(self, name):
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
         from conceptloom.evaluation.rigs import SD15_UNET
-        from conceptloom.host.model.sites import UNetFamily
+        from conceptloom.host.model.families.unet import UNetFamily
 
         changes, _, _ = self.CONFIGS[name]
         config = {**SD15_UNET, "num_heads": -1, "num_head_channels": 64, **changes}
@@ -439,8 +439,10 @@ class TestBlocks:
 
         sites = self.sites(name)
         own = [site for site in sites if site.kind == places.SELF]
-        inputs = [("input", i, 0) for i in (1, 2, 4, 5, 7, 8)]
-        assert [s.key for s in own] == [*inputs, ("middle", 0, 0), *(("output", i, 0) for i in range(3, 12))]
+        inputs = [f"input.{i}.0" for i in (1, 2, 4, 5, 7, 8)]
+        assert [s.key for s in own] == [*inputs, "middle.0.0", *(f"output.{i}.0" for i in range(3, 12))]
+        assert [s.block for s in own if s.in_decoder] == list(range(3, 12))
+        assert {s.in_decoder for s in own[:7]} == {False}
         assert [s.key for s in sites if s.kind == places.CROSS] == [s.key for s in own]
         expected = {
             places.LAST_TWO_STAGES: range(10, 16),
@@ -458,7 +460,7 @@ class TestBlocks:
         sites = self.sites("sdxl")
         own = [site for site in sites if site.kind == places.SELF]
         assert len(own) == 70
-        assert own[4].key == ("input", 7, 0) and own[33].key == ("middle", 0, 9) and own[63].key == ("output", 2, 9)
+        assert own[4].key == "input.7.0" and own[33].key == "middle.0.9" and own[63].key == "output.2.9"
         assert [s.index for s in places.choose_sites(sites, places.LAST_TWO_STAGES)] == list(range(34, 70))
         assert [s.index for s in places.choose_sites(sites, places.LAST_STAGE)] == list(range(64, 70))
 
@@ -475,7 +477,7 @@ def test_every_kernel_adds_the_bias(host, name, monkeypatch):
     heads = [x.double().unflatten(-1, (4, -1)).transpose(1, 2) for x in (q, k, v)]
     logits = heads[0] @ heads[1].mT / math.sqrt(40) + bias
     expected = (logits.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
-    assert (host_attention(q, k, v, 4, bias, {}) - expected).abs().max() < 2e-6
+    assert (host_attention(q, k, v, bias, heads=4, options={}) - expected).abs().max() < 2e-6
 
 
 def test_kernels_that_drop_a_bias_are_not_given_one(host, monkeypatch):
@@ -488,5 +490,5 @@ def test_kernels_that_drop_a_bias_are_not_given_one(host, monkeypatch):
 
     monkeypatch.setattr(attention, "optimized_attention", flash)
     q, bias = torch.randn(1, 8, 16), torch.zeros(1, 1, 1, 8)
-    assert host_attention(q, q, q, 2, None, {}) is q
-    assert not torch.equal(host_attention(q, q, q, 2, bias, {}), q)
+    assert host_attention(q, q, q, heads=2, options={}) is q
+    assert not torch.equal(host_attention(q, q, q, bias, heads=2, options={}), q)

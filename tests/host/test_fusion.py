@@ -22,7 +22,8 @@ class Bank:
 
     def __init__(self, toy, count, size=(16, 16), strength=1.0):
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.model.sites import CROSS, UNetFamily
+        from conceptloom.host.model.families.unet import UNetFamily
+        from conceptloom.host.model.sites import CROSS
         from conceptloom.host.weaver.fusion import SpokenConcept
         from conceptloom.subjects.partition import assemble
 
@@ -53,7 +54,7 @@ class Bank:
 
     @staticmethod
     def name(key):
-        block, number, depth = key
+        block, number, depth = key.split(".")
         place = {"input": f"input_blocks.{number}.1", "middle": "middle_block.1", "output": f"output_blocks.{number}.1"}
         return f"{place[block]}.transformer_blocks.{depth}.attn2"
 
@@ -87,7 +88,7 @@ def naive(toy, bank, monkeypatch, suppression, block="", between=(0.0, math.inf)
         cap: the most by which suppression lengthens a token.
     """
     for key, layer in bank.layers.items():
-        if not key[0].startswith(block):
+        if not key.startswith(block):
             continue
 
         def forward(x, context=None, value=None, mask=None, transformer_options=None, key=key, layer=layer):
@@ -192,7 +193,7 @@ class TestNegPip:
         from conceptloom.host.shapeland import load_clip, load_model
 
         generator = torch.Generator().manual_seed(2)
-        deltas = {("middle", 0, 0): {"k": Delta((torch.randn(128, 128, generator=generator) * 0.1,))}}
+        deltas = {"middle.0.0": {"k": Delta((torch.randn(128, 128, generator=generator) * 0.1,))}}
         return load_model(), load_clip(), Concept("star", deltas, class_word="star")
 
     def draw(self, model, clip, concept, prompt):
@@ -311,7 +312,7 @@ class TestPicture:
         picture = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))}
         made = DDIMInversion.execute(toy.model, picture, toy.positive, 4, "normal", "pnp", 0).args
         noise, trajectory, sigmas = made[:3]
-        nothing = {("middle", 0, 0): {"k": Delta((torch.zeros(128, WIDTH),))}}
+        nothing = {"middle.0.0": {"k": Delta((torch.zeros(128, WIDTH),))}}
         spoken = tuple(SpokenConcept(Concept(f"none{i}", nothing), toy.positive) for i in range(2))
         prompts = ConceptPrompts(toy.positive, toy.negative, spoken, None, ("", ""))
         masks = torch.zeros(2, 64, 64)
@@ -353,7 +354,7 @@ class TestPicture:
         from conceptloom.host.weaver.fusion import SpokenConcept
 
         bank = Bank(toy, 2)
-        nothing = {("middle", 0, 0): {"k": Delta((torch.zeros(128, WIDTH),))}}
+        nothing = {"middle.0.0": {"k": Delta((torch.zeros(128, WIDTH),))}}
         bank.concepts = [SpokenConcept(Concept(f"none{i}", nothing), toy.positive) for i in range(2)]
         assert close(toy.sample(fused(toy, bank, suppression=0.8)), toy.sample())
 
@@ -420,7 +421,8 @@ class TestOrdinaryLoras:
 
     @staticmethod
     def sites(toy):
-        from conceptloom.host.model.sites import CROSS, UNetFamily
+        from conceptloom.host.model.families.unet import UNetFamily
+        from conceptloom.host.model.sites import CROSS
 
         return [site for site in UNetFamily().sites(toy.base.diffusion_model) if site.kind == CROSS]
 
@@ -499,13 +501,29 @@ class TestOrdinaryLoras:
         deltas = {key: {part: parts[part] for part in "kv"} for key, parts in concept.deltas.items()}
         return replace(concept, deltas=deltas)
 
+    def test_layers_are_handled_by_what_was_made_once_per_run(self, toy, monkeypatch):
+        """Once for the two rows that guidance has, however many steps."""
+        from conceptloom.host.weaver import layers
+
+        made, make = [], layers.MaskedLayer.__init__
+        monkeypatch.setattr(
+            layers.MaskedLayer, "__init__", lambda self, *args, **more: made.append(args) or make(self, *args, **more)
+        )
+        model = fused(toy, self.bank(toy, torch.stack([torch.ones(16, 16), torch.zeros(16, 16)])))
+        toy.sample(model, steps=4)
+        changed = len(made)
+        assert changed > 1
+        made.clear()
+        toy.sample(model, steps=2)
+        assert len(made) == changed
+
     def test_the_decoder_alone_leaves_the_encoders_queries_too(self, toy):
         from conceptloom.host.weaver.layers import changes_of
 
         bank = Bank(toy, 1)
         extra = {(0, key): {"q": torch.ones(w, w)} for key in bank.layers for _, w in self.widths(bank, key)}
         concept = self.with_parts(bank.concepts[0], 0, extra).concept
-        decoder = [site for site in self.sites(toy) if site.key[0] == "output"]
+        decoder = [site for site in self.sites(toy) if site.key.startswith("output")]
         assert {name.split(".")[0] for name in changes_of([concept], toy.model, decoder)[0]} == {"output_blocks"}
 
     def test_one_lora_in_two_halves_and_two_formats_is_the_lora_everywhere(self, toy):
@@ -883,7 +901,7 @@ class TestRefusals:
         from conceptloom.host.weaver.fusion import SpokenConcept
 
         bank = Bank(toy, 1)
-        foreign = Concept("foreign", {("middle", 0, 0): {"k": Delta((torch.zeros(128, 768),))}})
+        foreign = Concept("foreign", {"middle.0.0": {"k": Delta((torch.zeros(128, 768),))}})
         bank.concepts = [SpokenConcept(foreign, toy.positive)]
         with pytest.raises(ValueError, match="width 64, got foreign with 768"):
             fused(toy, bank)

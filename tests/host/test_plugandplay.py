@@ -146,16 +146,24 @@ class TestNothingElse:
 
     def test_reading_a_branch_leaves_the_block_as_it_is(self, toy):
         """Oracle P2."""
-        from conceptloom.host.model.sites import ResidualCall
+        from conceptloom.host.model.families.unet import ResBlockCall
 
         layer = toy.base.diffusion_model.output_blocks[4][0]
         x = torch.randn(2, layer.channels, 4, 4)
         embedding = torch.randn(2, layer.emb_channels)
-        call = ResidualCall(layer, x, lambda: layer(x, embedding))
+        call = ResBlockCall(layer, x, lambda: layer(x, embedding))
         out, branch = call.with_its_branch()
         assert torch.equal(out, layer(x, embedding))
         assert torch.equal(call.with_branch(branch), out)
         assert not layer.out_layers[-1]._forward_hooks
+
+    def test_sites_are_looked_for_once_per_run(self, toy, source, monkeypatch):
+        from conceptloom.host.model.families.unet import UNetFamily
+
+        model, walks, walk = apply(toy, source()), [], UNetFamily.sites
+        monkeypatch.setattr(UNetFamily, "sites", lambda self, network: walks.append(network) or walk(self, network))
+        toy.sample(model, STEPS)
+        assert walks == [toy.base.diffusion_model]
 
     def test_the_model_is_as_before_afterwards(self, toy, source):
         before = toy.sample(steps=STEPS)
@@ -286,15 +294,15 @@ def test_sdxl_has_its_blocks_one_level_lower(host):
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from conceptloom.evaluation.rigs import sdxl_unet
-    from conceptloom.host.model.sites import UNetFamily
+    from conceptloom.host.model.families.unet import UNetFamily
     from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_sites
 
     config = {**sdxl_unet(2), "num_heads": -1, "num_head_channels": 64}
     sites = UNetFamily().sites(UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init))
     for blocks, numbers in ((PAPER, {1, 4}), (PUBLISHED, {1, 2, 3, 4, 5})):
         branch, attention = choose_sites(sites, blocks)
-        assert branch.key == ("output", 1, 0)
-        assert {site.key[1] for site in attention} == numbers
+        assert branch.key == "output.1.0"
+        assert {site.block for site in attention} == numbers
         assert all(site.kind == "self" for site in attention)
 
 
@@ -304,13 +312,12 @@ def test_stages_of_one_block_give_that_one(host, stages):
     from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_sites
 
     numbers = [(n, i - len(stages)) for i, stage in enumerate(stages) for n in stage]
-    sites = [Site(RESIDUAL, ("output", n, 0), n, stage) for n, stage in numbers]
-    sites += [Site(SELF, ("output", n, 0), n, stage) for n, stage in numbers]
+    sites = [Site(kind, f"output.{n}.0", n, n, True, stage) for kind in (RESIDUAL, SELF) for n, stage in numbers]
     branch, attention = choose_sites(sites, PAPER)
-    assert branch.key[1] == 3
+    assert branch.block == 3
     seconds = [stage[-1] for stage in stages[:2]] + [stage[0] for stage in stages[2:3]]
-    assert [site.key[1] for site in attention] == seconds
-    assert [site.key[1] for site in choose_sites(sites, PUBLISHED)[1]] == [n for n, _ in numbers]
+    assert [site.block for site in attention] == seconds
+    assert [site.block for site in choose_sites(sites, PUBLISHED)[1]] == [n for n, _ in numbers]
     with pytest.raises(ValueError, match="model: expected one with self-attention in its decoder"):
         choose_sites([], PAPER)
     with pytest.raises(ValueError, match="expected one residual layer in its decoder block 3"):

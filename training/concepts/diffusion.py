@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ...encoders.concept_texts import Name
-from ...encoders.concepts import Key, fingerprint
+from ...encoders.concepts import fingerprint
 from ..base import LENGTH, Base, States, Vocabulary
 from .augment import View
 from .learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask
@@ -17,13 +17,14 @@ from .learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask
 STEPS, GUIDANCE = 25, 5.0
 
 
-def cross_attentions(unet) -> dict[Key, torch.nn.Module]:
-    """The cross-attentions of a diffusers UNet by the keys of their sites in Stable Diffusion's own numbering."""
-    found: dict[Key, torch.nn.Module] = {}
+def cross_attentions(unet) -> dict[str, torch.nn.Module]:
+    """The cross-attentions of a diffusers UNet as a concept calls them: by Stable Diffusion's own numbering of blocks
+    and of the transformers in them, such as output.6.0."""
+    found: dict[str, torch.nn.Module] = {}
 
     def add(block: str, number: int, transformer) -> None:
         for depth, one in enumerate(transformer.transformer_blocks):
-            found[block, number, depth] = one.attn2
+            found[f"{block}.{number}.{depth}"] = one.attn2
 
     number = 1
     for down in unet.down_blocks:
@@ -46,7 +47,7 @@ def cross_attentions(unet) -> dict[Key, torch.nn.Module]:
 class _Gaining:
     """A diffusers attention processor whose keys and values gain what the concept adds."""
 
-    def __init__(self, weights: ConceptWeights, key: Key):
+    def __init__(self, weights: ConceptWeights, key: str):
         self.weights, self.key = weights, key
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):

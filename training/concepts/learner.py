@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...encoders.concept_texts import Name
-from ...encoders.concepts import Concept, Delta, Key
+from ...encoders.concepts import Concept, Delta
 from .augment import NONE
 
 BOTH = ("k", "v")
@@ -57,7 +57,7 @@ class ConceptWeights(torch.nn.Module):
     """
 
     def __init__(
-        self, layers: Mapping[Key, Mapping[str, torch.Tensor]], tokens: Mapping[str, torch.Tensor], rank: int, seed: int
+        self, layers: Mapping[str, Mapping[str, torch.Tensor]], tokens: Mapping[str, torch.Tensor], rank: int, seed: int
     ):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -76,7 +76,7 @@ class ConceptWeights(torch.nn.Module):
             self.scales[encoder] = _rms(start)
             self.word[encoder] = torch.nn.Parameter(torch.zeros_like(start))
 
-    def addition(self, key: Key, part: str, context: torch.Tensor) -> torch.Tensor:
+    def addition(self, key: str, part: str, context: torch.Tensor) -> torch.Tensor:
         """What a layer's keys or values gain, (B, L, C), for text states (B, L, text width).
 
         The first token, which every prompt has alike, teaches nothing: its share is kept, without a gradient.
@@ -93,9 +93,9 @@ class ConceptWeights(torch.nn.Module):
         device = next(iter(self.up.values())).device
         return {e: start.to(device) + self.scales[e] * self.word[e] for e, start in self.starts.items()}
 
-    def deltas(self) -> dict[Key, dict[str, Delta]]:
+    def deltas(self) -> dict[str, dict[str, Delta]]:
         """The differences as a concept keeps them."""
-        found: dict[Key, dict[str, Delta]] = {}
+        found: dict[str, dict[str, Delta]] = {}
         for name, (key, part) in self.keys.items():
             up = self.up[name].detach() * self.scales[name]
             factors = (up, self.down[name].detach()) if name in self.down else (up,)
@@ -150,8 +150,8 @@ def latent_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.adaptive_avg_pool2d(mask[None, None], size)[0, 0]
 
 
-def _name(key: Key, part: str) -> str:
-    return "_".join(map(str, (*key, part)))
+def _name(key: str, part: str) -> str:
+    return f"{key}_{part}".replace(".", "_")
 
 
 def _rms(weight: torch.Tensor) -> float:
