@@ -9,9 +9,10 @@ from ..attention.heatmap import share_pictures
 from ..attention.mrsa import FORMULAS
 from ..host.advice import advise
 from ..host.freecustom import attention as freecustom
-from ..host.freecustom import bank, references
+from ..host.freecustom import bank, job
 from ..host.freecustom.shares import ALL
 from ..host.model import sites
+from ..host.model.window import Window
 from .types import ADVISES_LATER, Node, ShareRecordSocket, gather_subjects, subject_inputs
 
 CUSTOM_BLOCKS = "custom list"
@@ -108,8 +109,8 @@ class MultiReferenceSelfAttention(Node):
                 ),
                 io.Combo.Input(
                     "reference_noise",
-                    options=[references.PER_STEP, references.FIXED],
-                    default=references.PER_STEP,
+                    options=[job.PER_STEP, job.FIXED],
+                    default=job.PER_STEP,
                     advanced=True,
                     tooltip="per_step draws new noise for the references at each step, as published. fixed keeps one.",
                 ),
@@ -134,8 +135,8 @@ class MultiReferenceSelfAttention(Node):
                 ),
                 io.Combo.Input(
                     "negative_references",
-                    options=[freecustom.NEGATIVE_PROMPT, freecustom.SHARE_POSITIVE],
-                    default=freecustom.NEGATIVE_PROMPT,
+                    options=[job.NEGATIVE_PROMPT, job.SHARE_POSITIVE],
+                    default=job.NEGATIVE_PROMPT,
                     advanced=True,
                     tooltip="For style_fidelity below 1. negative prompt: the references run again with the negative "
                     "prompt, as published. share positive: their first pass serves both, faster.",
@@ -162,12 +163,10 @@ class MultiReferenceSelfAttention(Node):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, subjects, blocks, **settings) -> io.NodeOutput:
+    def execute(cls, model, clip, vae, subjects, blocks, start_percent, end_percent, **settings) -> io.NodeOutput:
         chosen = blocks.get("numbers", blocks["blocks"])
-        patched = freecustom.apply(
-            model, vae, clip, gather_subjects(subjects), freecustom.Settings(blocks=chosen, **settings)
-        )
-        return io.NodeOutput(patched)
+        settings = job.MrsaSettings(blocks=chosen, window=Window(start_percent, end_percent), **settings)
+        return io.NodeOutput(freecustom.apply(model, vae, clip, gather_subjects(subjects), settings))
 
 
 class RecordAttentionShare(Node):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..encoders.concept_texts import KEEP_OTHERS, OTHERS
+from ..host.model.window import Window
 from ..host.structure import plugandplay
 from ..host.weaver import fusion
 from ..host.weaver import prompts as concept_prompts
@@ -141,7 +142,7 @@ class PlugAndPlayInjection(Node):
     @classmethod
     def execute(cls, model, trajectory, residual_until, attention_until, blocks) -> io.NodeOutput:
         chosen = blocks.get("numbers", blocks["blocks"])
-        settings = plugandplay.Settings(residual_until, attention_until, chosen)
+        settings = plugandplay.InjectionSettings(residual_until, attention_until, chosen)
         return io.NodeOutput(plugandplay.apply(model, trajectory, settings))
 
 
@@ -229,9 +230,10 @@ class MultiConceptFusion(Node):
         )
 
     @classmethod
-    def execute(cls, model, prompts, partition, **settings) -> io.NodeOutput:
+    def execute(cls, model, prompts, partition, start_percent, end_percent, **settings) -> io.NodeOutput:
+        settings = fusion.FusionSettings(window=Window(start_percent, end_percent), **settings)
         fused, positive = fusion.apply(
-            model, prompts.positive, prompts.concepts, partition, fusion.Settings(**settings), prompts.background
+            model, prompts.positive, prompts.concepts, partition, settings, prompts.background
         )
         return io.NodeOutput(fused, positive, prompts.negative)
 

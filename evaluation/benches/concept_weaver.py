@@ -13,9 +13,9 @@ from ...encoders.concepts import Concept, Delta
 from ...host.model.families import family_of
 from ...host.model.sites import CROSS
 from ...host.structure.inversion import SourceTrajectory
-from ...host.structure.plugandplay import Settings as Injection
+from ...host.structure.plugandplay import InjectionSettings as Injection
 from ...host.structure.plugandplay import apply as inject
-from ...host.weaver.fusion import SCORES, Settings, SpokenConcept, apply
+from ...host.weaver.fusion import SCORES, FusionSettings, SpokenConcept, apply
 from ...samplers.inversion import Trajectory
 from ...subjects.partition import Partition
 from ..rigs import Rig
@@ -37,9 +37,9 @@ def _session(rig: Rig, count: int) -> Session:
         partition = _stripes(count, rig.plan.side)
         source = _source(rig)
 
-        def fused(mode: str = Settings.mode, injected: bool = False):
+        def fused(mode: str = FusionSettings.mode, injected: bool = False):
             model = inject(rig.model, source, Injection()) if injected else rig.model
-            model, positive = apply(model, rig.positive, concepts, partition, Settings(mode=mode))
+            model, positive = apply(model, rig.positive, concepts, partition, FusionSettings(mode=mode))
             return lambda: rig.sample(model, 1, positive)
 
         return {"default": fused(), "with_source": fused(injected=True), "score_mixing": fused(SCORES)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...host.freecustom.attention import Settings, apply
+from ...host.freecustom.attention import apply
+from ...host.freecustom.job import MrsaSettings
 from ..rigs import Rig
 from . import Session
 
@@ -16,7 +17,7 @@ def sessions(rig: Rig) -> list[Session]:
 
 def _session(rig: Rig, count: int) -> Session:
     def begin():
-        model = apply(rig.model, rig.vae, rig.clip, rig.subjects(count), Settings())
+        model = apply(rig.model, rig.vae, rig.clip, rig.subjects(count), MrsaSettings())
         return {"default": lambda: rig.sample(model, 1), "banked": lambda: rig.sample(model, 2)}
 
     return Session(count, begin, {"default": 1 + 0.55 * count, "banked": 1.10})

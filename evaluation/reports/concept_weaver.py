@@ -27,7 +27,7 @@ SYSTEM = "concept_weaver"
 SUBJECTS = (2, 3, 5)
 STEPS, SCHEDULER = 25, "ddim_uniform"
 DILATION = 0.03
-INJECTION = plugandplay.Settings(attention_until=1.0, blocks=plugandplay.PUBLISHED)
+INJECTION = plugandplay.InjectionSettings(attention_until=1.0, blocks=plugandplay.PUBLISHED)
 RENEWED = 0.6
 """What holds shapes on Shapeland's UNet, where the paper's settings do not, and how much of the noise can then be fresh
 with three concepts and more."""
@@ -53,9 +53,9 @@ concepts, whose identities no word says. All variants start from the inverted no
 the concepts are (Renew Noise), but *template_noise*, which is the default from the inverted noise as it is.
 
 - **structure**: intersection over union of the template's masks and those of the result.
-- *default* is feature fusion with lambda {fusion.Settings().suppression:g} and Plug-and-Play with the attention of the
-  published code's blocks in all steps; *paper_injection* takes the paper's blocks for
-  {plugandplay.Settings().attention_until:g} of them, and *no_injection* leaves all of it out.
+- *default* is feature fusion with lambda {fusion.FusionSettings().suppression:g} and Plug-and-Play with the attention
+  of the published code's blocks in all steps; *paper_injection* takes the paper's blocks for
+  {plugandplay.InjectionSettings().attention_until:g} of them, and *no_injection* leaves all of it out.
 - *merged_loras* adds all concepts to the weights and puts all their words into one prompt, with the same injection as
   the default. *score_mixing* denoises the picture once per concept and mixes by the masks. *joint_prompt* gives all
   concepts the prompt with all their words, *lambda_X* is another suppression, *own_ground* has a seventh concept behind
@@ -94,7 +94,8 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         return plugandplay.apply(model, inverted.source, settings)
 
     def fused(model, spoken=prompts.concepts, background=None, **changed):
-        return fusion.apply(model, prompts.positive, spoken, Partition(weights), fusion.Settings(**changed), background)
+        settings = fusion.FusionSettings(**changed)
+        return fusion.apply(model, prompts.positive, spoken, Partition(weights), settings, background)
 
     base = injected(studio.model)
     renewed = renew(inverted.noise, weights, case.seed, RENEWED)
@@ -105,7 +106,7 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         "merged_loras": (injected(merged(studio.model, concepts)), joint),
         "score_mixing": fused(base, mode=fusion.SCORES),
         "no_injection": fused(studio.model),
-        "paper_injection": fused(injected(studio.model, plugandplay.Settings())),
+        "paper_injection": fused(injected(studio.model, plugandplay.InjectionSettings())),
         "joint_prompt": fused(base, [fusion.SpokenConcept(concept, joint) for concept in concepts]),
         **{f"lambda_{value}": fused(base, suppression=value) for value in LAMBDAS},
         "own_ground": fused(base, background=ground),

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from ...host.freecustom import attention as freecustom
+from ...host.freecustom.job import MrsaSettings
 from ...host.model.sites import ALL_BLOCKS, LAST_STAGE, LAST_TWO_STAGES
 from ...subjects.subject import Subject
 from ..comparison import compare, explain
@@ -64,5 +65,5 @@ def patched(studio: Studio, case: Case, subject_changes: dict, setting_changes: 
         Subject(r.image, r.noun, **{"mask": r.mask, "prompt": r.prompt, "weight": WEIGHT, **subject_changes})
         for r in case.references
     ]
-    settings = freecustom.Settings(**{"blocks": LAST_TWO_STAGES, **setting_changes})
+    settings = MrsaSettings(**{"blocks": LAST_TWO_STAGES, **setting_changes})
     return freecustom.apply(studio.model, studio.vae, studio.clip, subjects, settings)

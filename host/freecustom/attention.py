@@ -24,18 +24,17 @@ from ...subjects.subject import Subject
 from ..advice import advise, executing_node
 from ..model.families import family_of, network_of
 from ..model.patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
-from ..model.sites import LAST_TWO_STAGES, SELF, AttentionCall, Handler, Site, choose_sites
+from ..model.sites import SELF, AttentionCall, Handler, Site, choose_self_attention
 from ..workflow_texts import executing_prompt
-from .bank import RAM, Bank
-from .references import PER_STEP, ReferencePasses
+from .bank import Bank
+from .job import SAMPLER_SEED, SHARE_POSITIVE, ActiveSubject, MrsaSettings, Reference, ReferenceJob
+from .references import ReferencePasses
 from .shares import ShareRecord, ShareRun
 
 log = logging.getLogger("conceptloom")
 
 KEY = "conceptloom_freecustom"
 NAME = "Multi-Reference Self-Attention (FreeCustom)"
-NEGATIVE_PROMPT, SHARE_POSITIVE = "negative prompt", "share positive"
-SAMPLER_SEED = -1
 CROWDED = 20.0
 LATENT_SIZES_KEPT = 4
 
@@ -51,38 +50,6 @@ _NOT_FOR_REFERENCES = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How subjects are drawn on. The defaults are those of the published code.
-
-    Attributes:
-        formula: one of `mrsa.FORMULAS`.
-        style_fidelity: 1 keeps the unconditional branch plain, 0 gives it the references too.
-        blocks: preset or layer numbers, see `sites.choose_sites`.
-        start_percent, end_percent: the part of the schedule in which references are seen, 0..1.
-        reference_seed: of the references' noise; SAMPLER_SEED follows the sampler.
-        reference_noise: PER_STEP draws new noise each step as published, FIXED keeps one.
-        balance: 0..1, see `mrsa.balance_biases`.
-        mask_threshold: mask value from which a pixel belongs to the subject.
-        negative_references: what prompt the unconditional branch's references have, for style_fidelity < 1.
-        bank_mib: most that the bank may hold; 0 keeps nothing.
-        bank_device: RAM or VRAM.
-    """
-
-    formula: str = "official"
-    style_fidelity: float = 1.0
-    blocks: str = LAST_TWO_STAGES
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    reference_seed: int = 0
-    reference_noise: str = PER_STEP
-    balance: float = 0.0
-    mask_threshold: float = 0.5
-    negative_references: str = NEGATIVE_PROMPT
-    bank_mib: int = 1024
-    bank_device: str = RAM
-
-
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """A subject with the host's conditioning of its reference prompt."""
@@ -91,17 +58,7 @@ class Encoded:
     conditioning: list
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """One picture with one prompt: a row of the reference pass. It may show several subjects."""
-
-    image: torch.Tensor
-    conditioning: list
-    noun: str
-    subjects: tuple[int, ...]
-
-
-def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
+def apply(model, vae, clip, subjects: Sequence[Subject], settings: MrsaSettings):
     """A clone of the MODEL whose pictures attend to the subjects' references.
 
     On a MODEL that has been through this before, the subjects are added to those already there and these settings
@@ -111,17 +68,13 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: Settings):
         ValueError: model, VAE, CLIP or a setting cannot be used; says which and why.
     """
     network = network_of(model.model, SELF)
-    sites = choose_sites(family_of(network).sites(network), settings.blocks)
+    sites = choose_self_attention(family_of(network).sites(network), settings.blocks)
     if vae is None or clip is None:
         missing = "vae" if vae is None else "clip"
         raise ValueError(f"{missing}: expected the one of the model's checkpoint, got none from the file given")
     wanted, given = model.model.latent_format.latent_channels, vae.latent_channels
     if wanted != given:
         raise ValueError(f"vae: expected one with {wanted} latent channels for this model, got {given}")
-    if settings.start_percent > settings.end_percent:
-        raise ValueError(
-            f"start_percent: expected at most end_percent ({settings.end_percent:g}), got {settings.start_percent:g}"
-        )
     if settings.formula not in mrsa.FORMULAS:
         raise ValueError(f"formula: expected one of {', '.join(mrsa.FORMULAS)}, got {settings.formula!r}")
     if not subjects:
@@ -163,7 +116,9 @@ class FreeCustom:
 
     name = NAME
 
-    def __init__(self, encoded: Sequence[Encoded], settings: Settings, sites: Sequence[Site], vae, record, node=None):
+    def __init__(
+        self, encoded: Sequence[Encoded], settings: MrsaSettings, sites: Sequence[Site], vae, record, node=None
+    ):
         self.encoded = tuple(encoded)
         self.settings = settings
         self.sites = tuple(sites)
@@ -171,39 +126,29 @@ class FreeCustom:
         self.record = record
         self.node = node or executing_node()
         self.bank = Bank(settings.bank_mib << 20, settings.bank_device)
-        self.masks = [
-            binarize(e.subject.mask, settings.mask_threshold, tuple(e.subject.image.shape[:2])) for e in self.encoded
-        ]
-        self.active = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0]
-        for subject in (self.encoded[i].subject for i in self.active):
-            for name, mask in (("mask", subject.mask), ("target mask", subject.target_mask)):
-                if mask is not None and not binarize(mask, settings.mask_threshold).any():
-                    raise ValueError(
-                        f"mask_threshold: expected at most {float(mask.max()):.2g}, the largest value in the {name} of "
-                        f'"{subject.noun}", got {settings.mask_threshold:g}'
-                    )
-        coverages = [float(self.masks[i].float().mean()) for i in self.active]
-        weights = [self.encoded[i].subject.weight for i in self.active]
-        lifts = mrsa.balance_biases(coverages, settings.balance) if self.active else []
-        self.lifts = dict(zip(self.active, lifts, strict=True))
-        self.references = self._share_rows()
-        self._latents: OrderedDict[tuple[int, int], list[torch.Tensor]] = OrderedDict()
+        drawn_on = [i for i, e in enumerate(self.encoded) if e.subject.weight > 0]
+        masks = [self._mask_of(self.encoded[i].subject) for i in drawn_on]
+        coverages = [float(mask.float().mean()) for mask in masks]
+        weights = [self.encoded[i].subject.weight for i in drawn_on]
+        lifts = mrsa.balance_biases(coverages, settings.balance) if drawn_on else []
+        self.active = tuple(
+            ActiveSubject(i, self.encoded[i].subject, self.encoded[i].conditioning, mask, lift)
+            for i, mask, lift in zip(drawn_on, masks, lifts, strict=True)
+        )
+        self.references = _rows(self.active)
         self.crowding = mrsa.crowding(coverages, weights) if settings.formula == "official" else 0.0
+        self._latents: OrderedDict[tuple[int, int], list[torch.Tensor]] = OrderedDict()
 
-    def _share_rows(self) -> list[Reference]:
-        """Subjects of the same picture and prompt share one row of the reference pass."""
-        rows: dict[tuple, list[int]] = {}
-        for i in self.active:
-            image = self.encoded[i].subject.image
-            key = (image.data_ptr(), image.shape, image.stride(), self.encoded[i].subject.prompt)
-            rows.setdefault(key, []).append(i)
-        first = {members[0]: tuple(members) for members in rows.values()}
-        return [
-            Reference(
-                self.encoded[i].subject.image, self.encoded[i].conditioning, self.encoded[i].subject.noun, members
-            )
-            for i, members in first.items()
-        ]
+    def _mask_of(self, subject: Subject) -> torch.Tensor:
+        """Where a subject is in its reference, (H, W), boolean."""
+        threshold = self.settings.mask_threshold
+        for name, mask in (("mask", subject.mask), ("target mask", subject.target_mask)):
+            if mask is not None and not binarize(mask, threshold).any():
+                raise ValueError(
+                    f"mask_threshold: expected at most {float(mask.max()):.2g}, the largest value in the {name} of "
+                    f'"{subject.noun}", got {threshold:g}'
+                )
+        return binarize(subject.mask, threshold, tuple(subject.image.shape[:2]))
 
     def begin(self, sampling: Sampling) -> ReferenceRun | None:
         """Opens a run; encodes the references for this picture's size unless that is done.
@@ -216,7 +161,7 @@ class FreeCustom:
         patcher = sampling.guider.model_patcher
         self._advise(sampling)
         size = tuple(sampling.noise.shape[-2:])
-        for subject in (self.encoded[i].subject for i in self.active):
+        for subject in (one.subject for one in self.active):
             if subject.target_mask is not None:
                 check_aspect(subject.target_mask, size, f'{NAME}: target_mask of "{subject.noun}"', latent=True)
         return ReferenceRun(self, sampling, self._encode(size, patcher.model))
@@ -233,7 +178,7 @@ class FreeCustom:
         prompt = executing_prompt()
         if prompt is None:
             return
-        nouns = dict.fromkeys(self.encoded[i].subject.noun for i in self.active)
+        nouns = dict.fromkeys(one.subject.noun for one in self.active)
         # Parts of words count too, for "dogs" has the dog in it.
         lacking = " and ".join(f'"{noun}"' for noun in nouns if noun.casefold() not in prompt.casefold())
         if lacking:
@@ -257,12 +202,21 @@ class FreeCustom:
                 if not torch.isfinite(latents[i]).all():
                     raise ValueError(
                         f"{NAME}: vae: expected finite latents, got NaN or infinity for the reference "
-                        f'"{reference.noun}"'
+                        f'"{reference.subjects[0].subject.noun}"'
                     )
             self._latents[size] = [latents[i] for i in range(len(self.references))]
             while len(self._latents) > LATENT_SIZES_KEPT:
                 self._latents.popitem(last=False)
         return self._latents[size]
+
+
+def _rows(subjects: Sequence[ActiveSubject]) -> tuple[Reference, ...]:
+    """Subjects of the same picture and prompt share one row of the reference pass."""
+    rows: dict[tuple, list[ActiveSubject]] = {}
+    for one in subjects:
+        image = one.subject.image
+        rows.setdefault((image.data_ptr(), image.shape, image.stride(), one.subject.prompt), []).append(one)
+    return tuple(Reference(tuple(shown)) for shown in rows.values())
 
 
 def reference_size(image: Sequence[int], target: tuple[int, int]) -> tuple[int, int]:
@@ -336,35 +290,40 @@ class Part:
     recorded: int
 
 
+def _negative_prompt(sampling: Sampling, settings: MrsaSettings) -> dict | None:
+    """The guider's negative conditioning, if references of the unconditional branch need it."""
+    entries = sampling.guider.conds.get(NEGATIVE)
+    if settings.style_fidelity >= 1 or settings.negative_references == SHARE_POSITIVE or not entries:
+        return None
+    return {k: v for k, v in entries[0].items() if k not in _NOT_FOR_REFERENCES}
+
+
 class ReferenceRun:
     """One sampling with references."""
 
     def __init__(self, system: FreeCustom, sampling: Sampling, latents: list[torch.Tensor]):
         settings = system.settings
-        model_sampling = sampling.guider.model_patcher.get_model_object("model_sampling")
-        self.system = system
+        self.settings = settings
         self.sampling = sampling
-        self.latents = latents
-        self.first_level = model_sampling.percent_to_sigma(settings.start_percent)
-        self.last_level = model_sampling.percent_to_sigma(settings.end_percent)
-        self.noise_seed = sampling.seed if settings.reference_seed == SAMPLER_SEED else settings.reference_seed
-        self.negative = self._negative_prompt()
+        self.levels = settings.window.levels(sampling.guider.model_patcher.get_model_object("model_sampling"))
+        self.job = ReferenceJob(
+            references=system.references,
+            latents=latents,
+            subject_count=len(system.encoded),
+            sites=system.sites,
+            settings=settings,
+            noise_seed=sampling.seed if settings.reference_seed == SAMPLER_SEED else settings.reference_seed,
+            negative=_negative_prompt(sampling, settings),
+            bank=system.bank,
+            sampling=sampling,
+        )
         self.share = ShareRun(system.record, sampling.noise) if system.record is not None else None
         self.devices: dict[torch.device, ReferencePasses] = {}
-        self.passes = 0
         self.missed = Missed()
-
-    def _negative_prompt(self) -> dict | None:
-        """The guider's negative conditioning, if references of the unconditional branch need it."""
-        settings = self.system.settings
-        entries = self.sampling.guider.conds.get(NEGATIVE)
-        if settings.style_fidelity >= 1 or settings.negative_references == SHARE_POSITIVE or not entries:
-            return None
-        return {k: v for k, v in entries[0].items() if k not in _NOT_FOR_REFERENCES}
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
         """See `patching.Run`; runs the reference passes this evaluation needs."""
-        if not self.last_level <= evaluation.noise_level <= self.first_level:
+        if evaluation.noise_level not in self.levels:
             return {}
         parts = self._parts(evaluation)
         roles = {part.role for part in parts} - {None}
@@ -372,13 +331,13 @@ class ReferenceRun:
             return {}
         device = self.devices.get(evaluation.x.device)
         if device is None:
-            device = self.devices[evaluation.x.device] = ReferencePasses(self, evaluation)
+            device = self.devices[evaluation.x.device] = ReferencePasses(self.job, evaluation)
         seen = {role: device.references(role, evaluation) for role in roles}
         return {site: partial(self._attend, site, device, parts, seen, evaluation) for site in device.layouts}
 
     def _parts(self, evaluation: Evaluation) -> list[Part]:
         """Which rows see which references."""
-        fidelity = self.system.settings.style_fidelity
+        fidelity = self.settings.style_fidelity
         chunks: dict[str | None, list[int]] = {}
         for i, role in enumerate(evaluation.roles):
             if role != NEGATIVE:
@@ -396,7 +355,7 @@ class ReferenceRun:
                 rows = slice(members[0] * n, (members[-1] + 1) * n)
             else:
                 rows = torch.cat([torch.arange(m * n, (m + 1) * n) for m in members]).to(evaluation.x.device)
-            role = POSITIVE if kind == NEGATIVE and self.negative is None else kind
+            role = POSITIVE if kind == NEGATIVE and self.job.negative is None else kind
             is_negative = kind == NEGATIVE
             recorded = 0 if kind != POSITIVE else len(members)
             parts.append(Part(rows, tuple(members), role, fidelity if is_negative else 0.0, recorded))
@@ -442,7 +401,7 @@ class ReferenceRun:
         mixed = mrsa.multi_reference_attention(call.attend, q, k, v, keys, values, bias, groups)
         if self.share is not None and part.recorded and in_place and self.share.wants(site, evaluation.step):
             shares = mrsa.subject_shares(
-                call.attend, q, k, keys, bias, layout.owner, len(self.system.encoded), call.heads, groups
+                call.attend, q, k, keys, bias, layout.owner, self.job.subject_count, call.heads, groups
             )
             self.share.add(shares[:, call.picture], part.recorded, grid)
         if part.style_fidelity > 0:
@@ -462,10 +421,10 @@ class ReferenceRun:
             advise(NAME, reason, self.sampling.node)
         if self.share is not None:
             self.share.finish(samples)
-        bank = self.system.bank
+        bank = self.job.bank
         log.info(
             "FreeCustom: %d reference passes; the bank holds %.1f of %d MiB in %s",
-            self.passes,
+            sum(device.count for device in self.devices.values()),
             bank.size / 2**20,
             bank.limit >> 20,
             bank.device,
@@ -474,5 +433,4 @@ class ReferenceRun:
     def close(self) -> None:
         """Lets go of all tensors."""
         self.devices.clear()
-        self.share = None
-        self.latents = []
+        self.share = self.job = None

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -19,11 +18,7 @@ from ..model.families import family_of, network_of
 from ..model.patching import NEGATIVE, POSITIVE, Evaluation
 from ..model.sites import AttentionCall, Handler, Site
 from .bank import BankGroup
-
-if TYPE_CHECKING:
-    from .attention import ReferenceRun
-
-PER_STEP, FIXED = "per_step", "fixed"
+from .job import FIXED, ReferenceJob
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +26,7 @@ class Batch:
     """References of equal shape that go through the model together.
 
     Attributes:
-        members: indices into the system's references.
+        members: indices into the job's references.
         latents: (R, C, h, w).
         conds: what the model call takes for each role.
     """
@@ -42,14 +37,22 @@ class Batch:
 
 
 class ReferencePasses:
-    """A run's tensors on one device."""
+    """A job's tensors on one device.
 
-    def __init__(self, run: ReferenceRun, evaluation: Evaluation):
-        self.run = run
+    Attributes:
+        layouts: what the keys and values of each site are, once there are any.
+        has_target_masks: whether some subject may not appear everywhere.
+        count: how many passes the model has made here.
+    """
+
+    def __init__(self, job: ReferenceJob, evaluation: Evaluation):
+        self.job = job
+        self.count = 0
         self.model = evaluation.model
         self.device = evaluation.x.device
         self.layouts: dict[Site, mrsa.KeyLayout] = {}
-        self.has_target_masks = any(run.system.encoded[i].subject.target_mask is not None for i in run.system.active)
+        self._subjects = [subject for reference in job.references for subject in reference.subjects]
+        self.has_target_masks = any(one.subject.target_mask is not None for one in self._subjects)
         # The reference pass must meet no layers that treat its batch as frames, whoever injected them.
         network = network_of(self.model)
         family_of(network).sites(network)
@@ -63,12 +66,12 @@ class ReferencePasses:
 
     def _make_batches(self, evaluation: Evaluation) -> list[Batch]:
         """Encodes the references' conditionings and puts those of equal shapes together, as many as fit."""
-        run, model = self.run, self.model
+        job, model = self.job, self.model
         entries = []
-        for i, reference in enumerate(run.system.references):
-            latent = run.latents[i].to(self.device)
+        for i, (reference, latent) in enumerate(zip(job.references, job.latents, strict=True)):
+            latent = latent.to(self.device)
             conds = {POSITIVE: self._encode(reference.conditioning[:1], latent)}
-            if run.negative is not None:
+            if job.negative is not None:
                 conds[NEGATIVE] = self._encode(None, latent)
             shapes = tuple(
                 (role, name, c.shape if torch.is_tensor(c) else c)
@@ -100,14 +103,14 @@ class ReferencePasses:
     def _encode(self, conditioning: list | None, latent: torch.Tensor) -> passes.Conds:
         """What the host makes of one conditioning; None takes the guider's negative."""
         if conditioning is None:
-            return passes.encode(self.model, self.run.negative, latent, NEGATIVE, self.run.noise_seed)
+            return passes.encode(self.model, self.job.negative, latent, NEGATIVE, self.job.noise_seed)
         entry = comfy.sampler_helpers.convert_cond(conditioning)[0]
-        return passes.encode(self.model, entry, latent, POSITIVE, self.run.noise_seed)
+        return passes.encode(self.model, entry, latent, POSITIVE, self.job.noise_seed)
 
     def _open_bank(self, evaluation: Evaluation) -> BankGroup | None:
         """The bank's group of this run, or None where nothing may be kept."""
-        run, bank = self.run, self.run.system.bank
-        patcher = run.sampling.guider.model_patcher
+        job, bank = self.job, self.job.bank
+        patcher = job.sampling.guider.model_patcher
         if bank.limit == 0 or self.device != patcher.load_device:
             return None
         changing = [
@@ -121,11 +124,11 @@ class ReferencePasses:
             tuple((name, id(x)) for name, x in changing),
             str(self.device),
             self.model.get_dtype_inference(),
-            tuple(run.sampling.noise.shape[-2:]),
-            run.sampling.sigmas,
-            run.noise_seed,
+            tuple(job.sampling.noise.shape[-2:]),
+            job.sampling.sigmas,
+            job.noise_seed,
             tuple(batch.members for batch in self._batches),
-            None if run.negative is None else _digest_of(run.negative),
+            None if job.negative is None else _digest_of(job.negative),
         )
         group = bank.open(key, tuple(x for _, x in changing))
         self.layouts = dict(group.layouts)
@@ -145,14 +148,14 @@ class ReferencePasses:
             tensors = self._reference_pass(role, evaluation)
             if group is not None:
                 group.layouts = group.layouts or dict(self.layouts)
-                self.run.system.bank.put(group, entry, tensors)
+                self.job.bank.put(group, entry, tensors)
         self._current[entry] = tensors
         return tensors
 
     def _reference_pass(self, role: str, evaluation: Evaluation) -> dict[Site, torch.Tensor]:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        self.run.passes += 1
-        collected: dict[Site, list[torch.Tensor]] = {site: [] for site in self.run.system.sites}
+        self.count += 1
+        collected: dict[Site, list[torch.Tensor]] = {site: [] for site in self.job.sites}
         grids: dict[Site, list[tuple]] = {site: [] for site in collected}
         last = max(collected, key=lambda site: site.index)
         for number, batch in enumerate(self._batches):
@@ -178,11 +181,10 @@ class ReferencePasses:
         model = self.model
         rows = len(batch.members)
         sigma = evaluation.sigma[:1].repeat(rows)
-        step = 0 if self.run.system.settings.reference_noise == FIXED else evaluation.step
+        step = 0 if self.job.settings.reference_noise == FIXED else evaluation.step
         shape = batch.latents.shape[1:]
-        # Named by its first subject, so that switching another subject off does not change this one's noise.
-        names = [self.run.system.references[i].subjects[0] for i in batch.members]
-        noise = torch.cat([reference_noise(self.run.noise_seed, step, name, shape) for name in names])
+        names = [self.job.references[i].name for i in batch.members]
+        noise = torch.cat([reference_noise(self.job.noise_seed, step, name, shape) for name in names])
         x = model.model_sampling.noise_scaling(sigma, noise.to(self.device), batch.latents.to(noise.dtype))
         passes.forward(evaluation, x, batch.conds[role], handlers)
 
@@ -190,17 +192,16 @@ class ReferencePasses:
         """Which tokens to take from a batch at a grid; the same for all steps."""
         key = (batch, grid)
         if key not in self._plans:
-            system = self.run.system
             members = self._batches[batch].members
-            shown = [(row, i) for row, r in enumerate(members) for i in system.references[r].subjects]
+            shown = [(row, one) for row, i in enumerate(members) for one in self.job.references[i].subjects]
             self._plans[key] = mrsa.plan_keys(
-                torch.stack([token_mask(system.masks[i], grid) for _, i in shown]),
+                torch.stack([token_mask(one.mask, grid) for _, one in shown]),
                 [row for row, _ in shown],
                 len(members),
-                [system.encoded[i].subject.weight for _, i in shown],
-                [system.lifts[i] for _, i in shown],
-                [i for _, i in shown],
-                system.settings.formula,
+                [one.subject.weight for _, one in shown],
+                [one.lift for _, one in shown],
+                [one.number for _, one in shown],
+                self.job.settings.formula,
                 self.device,
             )
         return self._plans[key]
@@ -223,21 +224,20 @@ class ReferencePasses:
             return None
         key = (id(layout), n_queries, n_own, grid, picture.start, picture.stop, masked)
         if key not in self._groups:
-            subjects = self.run.system.encoded
-            visible = torch.zeros(len(subjects), n_queries, dtype=torch.bool)
+            visible = torch.zeros(self.job.subject_count, n_queries, dtype=torch.bool)
             visible[:, picture] = True
             if masked:
-                threshold = self.run.system.settings.mask_threshold
-                targets = [token_mask(binarize(e.subject.target_mask, threshold, grid), grid) for e in subjects]
-                visible[:, picture] = torch.stack(targets)
+                for one in self._subjects:
+                    target = binarize(one.subject.target_mask, self.job.settings.mask_threshold, grid)
+                    visible[one.number, picture] = token_mask(target, grid)
             self._groups[key] = mrsa.query_groups(visible, layout.owner, n_own)
         return self._groups[key]
 
 
-def reference_noise(seed: int, step: int, subject: int, shape: Sequence[int]) -> torch.Tensor:
-    """Noise (1, *shape) of a subject's reference at one step, drawn apart from the sampler's random numbers."""
-    name = hashlib.blake2b(f"{seed} {step} {subject}".encode(), digest_size=7).digest()
-    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(int.from_bytes(name, "little")))
+def reference_noise(seed: int, step: int, name: int, shape: Sequence[int]) -> torch.Tensor:
+    """Noise (1, *shape) of the reference `name` at one step, apart from the sampler's random numbers."""
+    digest = hashlib.blake2b(f"{seed} {step} {name}".encode(), digest_size=7).digest()
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))
 
 
 def _digest_of(cond: Mapping) -> str:

@@ -164,7 +164,7 @@ def host_attention(q, k, v, bias: torch.Tensor | None = None, *, heads: int, opt
     return kernel(q, k, v, heads, mask=bias, attn_precision=precision)
 
 
-def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, ...]:
+def choose_self_attention(sites: Sequence[Site], blocks: str) -> tuple[Site, ...]:
     """Self-attention sites by the name of a preset, or by layer numbers such as "10-15" or "3, 7-9".
 
     Raises:

@@ -39,7 +39,7 @@ _OFF = 1e-3  # the part of a noise level by which it may differ from the inversi
 
 
 @dataclass(frozen=True)
-class Settings:
+class InjectionSettings:
     """What is injected, and for how long.
 
     Attributes:
@@ -53,7 +53,7 @@ class Settings:
     blocks: str = PAPER
 
 
-def choose_sites(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, ...]]:
+def choose_injected(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, ...]]:
     """The residual branch and the self-attention sites that receive.
 
     The branch is the second block's of the coarsest decoder stage with attention: block 4 of SD 1.x and 2.x, 1 of SDXL.
@@ -105,7 +105,7 @@ def adds_noise(sampler) -> bool:
     return all(given.get(name, always) > 0 for name in ("eta", "s_noise"))
 
 
-def apply(model, source: SourceTrajectory, settings: Settings):
+def apply(model, source: SourceTrajectory, settings: InjectionSettings):
     """A clone of the MODEL that keeps the structure of the source picture.
 
     Sampling is to start from the inversion's noise, along its sigmas, with a sampler that adds no noise.
@@ -115,7 +115,7 @@ def apply(model, source: SourceTrajectory, settings: Settings):
     """
     network = network_of(model.model, SELF, CROSS, RESIDUAL)
     sites = family_of(network).sites(network)
-    branch, attention = choose_sites(sites, settings.blocks)
+    branch, attention = choose_injected(sites, settings.blocks)
     order = tuple(site for site in sites if site == branch or site in attention)
     return attach(model, KEY, PlugAndPlay(source, settings, order))
 
@@ -127,7 +127,7 @@ class PlugAndPlay:
     name = NAME
 
     source: SourceTrajectory
-    settings: Settings
+    settings: InjectionSettings
     sites: tuple[Site, ...]
 
     def begin(self, sampling: Sampling) -> InjectionRun | None:

@@ -27,6 +27,7 @@ from ..model.families import family_of, network_of
 from ..model.layers import LayerHandler, LayerHooks, layer_hooks
 from ..model.patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
 from ..model.sites import CROSS, AttentionCall, Handler, Site
+from ..model.window import Window
 from .concepts import keys_and_values
 from .layers import Change, MaskedLayer, OwnQueries, Rows, changes_of
 
@@ -48,7 +49,7 @@ _NOT_IN_POSITIVE = ("area", "mask", "gligen")
 
 
 @dataclass(frozen=True)
-class Settings:
+class FusionSettings:
     """How concepts are fused.
 
     Attributes:
@@ -57,7 +58,7 @@ class Settings:
         suppression: lambda of the paper, how far to move away from the concept-free base.
         norm_cap: see `attention.fusion.fuse`; 0 sets no bound.
         layers: ALL_LAYERS, as the paper says, or DECODER.
-        start_percent, end_percent: the part of the schedule in which concepts are seen, 0..1.
+        window: in which concepts are seen.
         elsewhere: what becomes of a concept's changes outside keys and values: IN_PLACE or LEFT_OUT.
     """
 
@@ -65,8 +66,7 @@ class Settings:
     suppression: float = 0.3
     norm_cap: float = 0.0
     layers: str = ALL_LAYERS
-    start_percent: float = 0.0
-    end_percent: float = 1.0
+    window: Window = Window()
     elsewhere: str = IN_PLACE
 
 
@@ -83,7 +83,7 @@ def apply(
     positive: list,
     concepts: Sequence[SpokenConcept],
     partition: Partition,
-    settings: Settings,
+    settings: FusionSettings,
     background: SpokenConcept | None = None,
 ) -> tuple[Any, list]:
     """A clone of the MODEL that draws each concept in its part of the picture, and the conditioning to sample it with.
@@ -106,10 +106,6 @@ def apply(
     sites = [site for site in family.sites(network) if site.kind == CROSS]
     if len(partition) != len(concepts):
         raise ValueError(f"partition: expected one mask for each of the {len(concepts)} concepts, got {len(partition)}")
-    if settings.start_percent > settings.end_percent:
-        raise ValueError(
-            f"start_percent: expected at most end_percent ({settings.end_percent:g}), got {settings.start_percent:g}"
-        )
     placed = [*zip(concepts, partition.weights, strict=False)]
     if background is not None:
         placed.append((background, partition.weights[-1]))
@@ -131,7 +127,7 @@ def apply(
         advice.append(f"a suppression of {settings.suppression:g} is far beyond 0.3 and burns colours")
     if settings.layers == DECODER:
         sites = [site for site in sites if site.in_decoder]
-    if settings.mode == SCORES and (settings.start_percent > 0 or settings.end_percent < 1):
+    if settings.mode == SCORES and not settings.window.is_whole:
         raise ValueError("mode: expected features where start_percent and end_percent leave steps out, got scores")
     maps = torch.stack([mask for _, mask in placed])
     chosen = [placed[i][0] for i in active]
@@ -189,7 +185,7 @@ class ConceptFusion:
     sites: Sequence[Site]
     layers: Mapping[str, tuple[str, Site]]
     changes: Mapping[str, Sequence[Change]]
-    settings: Settings
+    settings: FusionSettings
     advice: tuple[str, ...] = ()
 
     def begin(self, sampling: Sampling) -> FusionRun:
@@ -216,13 +212,12 @@ class FusionRun:
     """One sampling of several concepts."""
 
     def __init__(self, system: ConceptFusion, sampling: Sampling):
-        levels = sampling.guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
         self.system = system
         self.node = sampling.node
         self.seed = sampling.seed
         self.size = tuple(sampling.noise.shape[-2:])
-        self.first_level = levels(system.settings.start_percent)
-        self.last_level = levels(system.settings.end_percent)
+        model_sampling = sampling.guider.model_patcher.get_model_object("model_sampling")
+        self.levels = system.settings.window.levels(model_sampling)
         self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._sized: dict[tuple, torch.Tensor] = {}
         self._voices: dict[tuple, list[Voices]] = {}
@@ -288,7 +283,7 @@ class FusionRun:
 
     def _rows(self, evaluation: Evaluation) -> list[Rows]:
         """The rows that see concepts, one entry per conditioning."""
-        if not self.last_level <= evaluation.noise_level <= self.first_level:
+        if evaluation.noise_level not in self.levels:
             return []
         n, found = evaluation.rows_per_role, []
         for i, role in enumerate(evaluation.roles):

@@ -98,7 +98,7 @@ def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, se
     text = caption.replace("{}", f"{concept.placeholder} {concept.class_word}".strip())
     spoken = fusion.SpokenConcept(concept, encode_text(clip, text, concept))
     everywhere = Partition(torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]))
-    settings = fusion.Settings(suppression=0.0)
+    settings = fusion.FusionSettings(suppression=0.0)
     drawing, positive = fusion.apply(model, spoken.conditioning, [spoken], everywhere, settings)
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     cells = side // vae.spacial_compression_encode()

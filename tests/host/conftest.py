@@ -125,10 +125,13 @@ class Toy:
 
     def apply(self, *subjects, model=None, **settings):
         """The model with FreeCustom; bank off unless asked for, so that runs count their passes."""
-        from conceptloom.host.freecustom.attention import Settings, apply
+        from conceptloom.host.freecustom.attention import apply
+        from conceptloom.host.freecustom.job import MrsaSettings
+        from conceptloom.host.model.window import Window
 
-        settings = {"bank_mib": 0, **settings}
-        return apply(self.model if model is None else model, self.vae, self.clip, subjects, Settings(**settings))
+        window = Window(settings.pop("start_percent", 0.0), settings.pop("end_percent", 1.0))
+        settings = {"bank_mib": 0, "window": window, **settings}
+        return apply(self.model if model is None else model, self.vae, self.clip, subjects, MrsaSettings(**settings))
 
 
 @pytest.fixture(scope="session")

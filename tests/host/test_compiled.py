@@ -124,11 +124,11 @@ def concept(toy, with_lora):
 
 
 def fusion(toy, model, with_lora=False, **settings):
-    from conceptloom.host.weaver.fusion import Settings, apply
+    from conceptloom.host.weaver.fusion import FusionSettings, apply
     from conceptloom.subjects.partition import Partition
 
     model, positive = apply(
-        model, toy.positive, [concept(toy, with_lora)], Partition(partition()), Settings(**settings)
+        model, toy.positive, [concept(toy, with_lora)], Partition(partition()), FusionSettings(**settings)
     )
     return model, {"positive": positive}
 
@@ -154,13 +154,13 @@ def recorded_shares(toy, model):
 
 def plug_and_play(toy, model):
     from conceptloom.host.structure.inversion import SourceTrajectory
-    from conceptloom.host.structure.plugandplay import Settings, apply
+    from conceptloom.host.structure.plugandplay import InjectionSettings, apply
     from conceptloom.samplers.inversion import Trajectory
 
     levels = (0.0, 1.0, 4.0, 15.0)
     latents = torch.randn(len(levels), 1, 4, 16, 16, generator=torch.Generator().manual_seed(4))
     source = SourceTrajectory(Trajectory(levels, latents), toy.clip.encode_from_tokens_scheduled("the source"), 0.0)
-    return apply(model, source, Settings(residual_until=1.0, attention_until=1.0)), {}
+    return apply(model, source, InjectionSettings(residual_until=1.0, attention_until=1.0)), {}
 
 
 def delayed(toy, model):

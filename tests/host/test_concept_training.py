@@ -102,7 +102,7 @@ class TestConcept:
         import comfy.model_management
         from conceptloom.encoders.concept_texts import Name
         from conceptloom.host.weaver import training as concept_training
-        from conceptloom.host.weaver.fusion import Settings, SpokenConcept, apply
+        from conceptloom.host.weaver.fusion import FusionSettings, SpokenConcept, apply
         from conceptloom.host.weaver.prompts import encode_text
         from conceptloom.training.concepts.learner import Recipe
         from conceptloom.training.concepts.pictures import Pictures
@@ -123,7 +123,7 @@ class TestConcept:
         with torch.inference_mode():
             spoken = SpokenConcept(concept, encode_text(clip, "a <new1> star", concept))
             everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
-            drawing, _ = apply(model, spoken.conditioning, [spoken], everywhere, Settings(suppression=0.0))
+            drawing, _ = apply(model, spoken.conditioning, [spoken], everywhere, FusionSettings(suppression=0.0))
 
             import comfy.samplers
 

@@ -72,7 +72,7 @@ def test_architectures_are_the_true_ones(host, arch):
     """Layers and widths as the papers count them, without building the large ones' weights."""
     from conceptloom.evaluation.rigs import PLANS
     from conceptloom.host.model.families.unet import UNetFamily
-    from conceptloom.host.model.sites import LAST_TWO_STAGES, choose_sites
+    from conceptloom.host.model.sites import LAST_TWO_STAGES, choose_self_attention
 
     config = PLANS[arch, "cuda"].config()
     config.set_inference_dtype(torch.float16, None)
@@ -81,7 +81,7 @@ def test_architectures_are_the_true_ones(host, arch):
     sites = UNetFamily().sites(unet)
     counts = {"tiny": 16, "sd15": 16, "sdxl": 70}
     assert sum(site.kind == "self" for site in sites) == counts[arch]
-    chosen = [site.index for site in choose_sites(sites, LAST_TWO_STAGES)]
+    chosen = [site.index for site in choose_self_attention(sites, LAST_TWO_STAGES)]
     assert chosen == {"tiny": [*range(10, 16)], "sd15": [*range(10, 16)], "sdxl": [*range(34, 70)]}[arch]
     millions = sum(p.numel() for p in unet.parameters()) / 1e6
     assert round(millions) == {"tiny": round(millions), "sd15": 860, "sdxl": 2567}[arch]

@@ -119,18 +119,19 @@ def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
     from conceptloom.evaluation.reports.freecustom import VARIANTS, patched
     from conceptloom.evaluation.scenes import make_case
     from conceptloom.evaluation.studio import Studio
-    from conceptloom.host.freecustom.attention import KEY, Settings
+    from conceptloom.host.freecustom.attention import KEY
+    from conceptloom.host.freecustom.job import MrsaSettings
     from conceptloom.host.model.patching import attached
     from conceptloom.host.model.sites import ALL_BLOCKS, LAST_STAGE
 
     studio, case = Studio.open(), make_case(2, 0)
     systems = {name: attached(patched(studio, case, *c), KEY) for name, c in VARIANTS.items() if c is not None}
-    own = Settings()
+    own = MrsaSettings()
     assert systems["default"].settings == own
     assert systems["last_stage"].settings == replace(own, blocks=LAST_STAGE)
     assert systems["all_blocks"].settings == replace(own, blocks=ALL_BLOCKS)
     assert systems["paper"].settings == replace(own, formula="paper")
-    assert systems["published"].settings == Settings()
+    assert systems["published"].settings == MrsaSettings()
     subjects = {name: [e.subject for e in system.encoded] for name, system in systems.items()}
     assert all(s.mask is not None and s.weight == 1.0 for s in subjects["default"])
     assert all(s.mask is not None and s.weight == 3.0 for s in subjects["published"])

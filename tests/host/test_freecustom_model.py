@@ -452,7 +452,7 @@ class TestBlocks:
             "10-12, 15": [10, 11, 12, 15],
         }
         for blocks, layers in expected.items():
-            assert [s.index for s in places.choose_sites(sites, blocks)] == list(layers)
+            assert [s.index for s in places.choose_self_attention(sites, blocks)] == list(layers)
 
     def test_seventy_layers_of_sdxl(self, host):
         from conceptloom.host.model import sites as places
@@ -461,8 +461,8 @@ class TestBlocks:
         own = [site for site in sites if site.kind == places.SELF]
         assert len(own) == 70
         assert own[4].key == "input.7.0" and own[33].key == "middle.0.9" and own[63].key == "output.2.9"
-        assert [s.index for s in places.choose_sites(sites, places.LAST_TWO_STAGES)] == list(range(34, 70))
-        assert [s.index for s in places.choose_sites(sites, places.LAST_STAGE)] == list(range(64, 70))
+        assert [s.index for s in places.choose_self_attention(sites, places.LAST_TWO_STAGES)] == list(range(34, 70))
+        assert [s.index for s in places.choose_self_attention(sites, places.LAST_STAGE)] == list(range(64, 70))
 
 
 @pytest.mark.parametrize("name", ["attention_basic", "attention_pytorch", "attention_split", "attention_sub_quad"])

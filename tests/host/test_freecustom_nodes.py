@@ -144,10 +144,11 @@ def test_colour_soft_and_small_masks_are_taken(patch, reference, toy, mask):
 
 
 def test_widgets_have_the_published_defaults(patch, toy, reference):
-    from conceptloom.host.freecustom.attention import KEY, Settings
+    from conceptloom.host.freecustom.attention import KEY
+    from conceptloom.host.freecustom.job import MrsaSettings
 
     system = patch().get_attachment(KEY)
-    assert system.settings == Settings()
+    assert system.settings == MrsaSettings()
     assert [site.index for site in system.sites] == list(range(10, 16))
     assert system.encoded[0].subject.weight == 3.0 and system.encoded[0].subject.prompt == "a dog"
 

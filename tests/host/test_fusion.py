@@ -60,10 +60,12 @@ class Bank:
 
 
 def fused(toy, bank, model=None, background=None, **settings):
-    from conceptloom.host.weaver.fusion import Settings, apply
+    from conceptloom.host.model.window import Window
+    from conceptloom.host.weaver.fusion import FusionSettings, apply
 
-    model = toy.model if model is None else model
-    return apply(model, toy.positive, bank.concepts, Partition(bank.partition), Settings(**settings), background)[0]
+    window = Window(settings.pop("start_percent", 0.0), settings.pop("end_percent", 1.0))
+    model, divided = toy.model if model is None else model, Partition(bank.partition)
+    return apply(model, toy.positive, bank.concepts, divided, FusionSettings(window=window, **settings), background)[0]
 
 
 def comfy_levels(toy, steps):
@@ -198,12 +200,12 @@ class TestNegPip:
 
     def draw(self, model, clip, concept, prompt):
         import comfy.sample
-        from conceptloom.host.weaver.fusion import Settings, apply
+        from conceptloom.host.weaver.fusion import FusionSettings, apply
         from conceptloom.host.weaver.prompts import encode_prompts
 
         made = encode_prompts(clip, prompt, "", [concept])
         everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
-        fused, positive = apply(model, made.positive, made.concepts, Partition(everywhere), Settings())
+        fused, positive = apply(model, made.positive, made.concepts, Partition(everywhere), FusionSettings())
         latent = torch.zeros(1, 8, 16, 16)
         noise = comfy.sample.prepare_noise(latent, 0)
         return comfy.sample.sample(
@@ -619,7 +621,7 @@ class TestOrdinaryLoras:
         layer = toy.base.diffusion_model.get_submodule("output_blocks.4.1.transformer_blocks.0.attn1.to_q")
         handle = layer.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].clone()))
         try:
-            injected = plugandplay.apply(toy.model, source, plugandplay.Settings())
+            injected = plugandplay.apply(toy.model, source, plugandplay.InjectionSettings())
             toy.sample(injected, steps=2)
             plain = [x for x in seen if len(x) == 1]
             seen.clear()
@@ -636,9 +638,9 @@ class TestScores:
     """The naive mixing that Concept Weaver is compared with."""
 
     def drawn(self, toy, bank, **options):
-        from conceptloom.host.weaver.fusion import Settings, apply
+        from conceptloom.host.weaver.fusion import FusionSettings, apply
 
-        settings = Settings(mode="scores", suppression=0.0)
+        settings = FusionSettings(mode="scores", suppression=0.0)
         model, positive = apply(toy.model, toy.positive, bank.concepts, Partition(bank.partition), settings)
         return toy.sample(model, positive=positive, **options)
 
@@ -666,14 +668,14 @@ class TestScores:
         assert sum(toy.rows) == 3 + 2
 
     def test_a_lora_elsewhere_acts_on_its_own_rows(self, toy):
-        from conceptloom.host.weaver.fusion import Settings, SpokenConcept, apply
+        from conceptloom.host.weaver.fusion import FusionSettings, SpokenConcept, apply
 
         bank = Bank(toy, 1)
         bank.concepts = [SpokenConcept(TestOrdinaryLoras().concept(toy), toy.positive)]
         bank.partition = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
         both = []
         for mode in ("scores", "features"):
-            settings = Settings(mode=mode, suppression=0.0)
+            settings = FusionSettings(mode=mode, suppression=0.0)
             model, positive = apply(toy.model, toy.positive, bank.concepts, Partition(bank.partition), settings)
             both.append(toy.sample(model, positive=positive))
         assert close(*both)
@@ -852,7 +854,7 @@ class TestRefusals:
             fused(toy, bank)
 
     def test_a_mask_of_another_kind_of_thing_is_advised(self, toy, caplog):
-        from conceptloom.host.weaver.fusion import Settings, apply
+        from conceptloom.host.weaver.fusion import FusionSettings, apply
 
         bank = Bank(toy, 2)
         kinds = ["sks dog", "cat"]
@@ -863,7 +865,7 @@ class TestRefusals:
         for names, advised in ((("Dog", "white cat"), False), ((), False), (("cat", "dog"), True)):
             caplog.clear()
             partition = Partition(bank.partition, names)
-            model, positive = apply(toy.model, toy.positive, concepts, partition, Settings())
+            model, positive = apply(toy.model, toy.positive, concepts, partition, FusionSettings())
             toy.sample(model, positive=positive, steps=1)
             found = [record.message for record in caplog.records if "give masks and concepts" in record.message]
             assert len(found) == 2 * advised
@@ -890,7 +892,7 @@ class TestRefusals:
         flux = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
         for use in (
             lambda: fused(toy, bank, model=flux),
-            lambda: plugandplay.apply(flux, None, plugandplay.Settings()),
+            lambda: plugandplay.apply(flux, None, plugandplay.InjectionSettings()),
             lambda: concepts.load_concept(flux, {"unet": {"x.attn2.to_k.weight": torch.zeros(2, 2)}}),
         ):
             with pytest.raises(ValueError, match="model: expected one of the families SD 1.x.*, got Identity"):

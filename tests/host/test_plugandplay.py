@@ -71,9 +71,9 @@ def source(toy):
 
 
 def apply(toy, source, model=None, **settings):
-    from conceptloom.host.structure.plugandplay import Settings, apply
+    from conceptloom.host.structure.plugandplay import InjectionSettings, apply
 
-    return apply(toy.model if model is None else model, source, Settings(**settings))
+    return apply(toy.model if model is None else model, source, InjectionSettings(**settings))
 
 
 def comfy_levels(toy, steps):
@@ -295,12 +295,12 @@ def test_sdxl_has_its_blocks_one_level_lower(host):
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from conceptloom.evaluation.rigs import sdxl_unet
     from conceptloom.host.model.families.unet import UNetFamily
-    from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_sites
+    from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_injected
 
     config = {**sdxl_unet(2), "num_heads": -1, "num_head_channels": 64}
     sites = UNetFamily().sites(UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init))
     for blocks, numbers in ((PAPER, {1, 4}), (PUBLISHED, {1, 2, 3, 4, 5})):
-        branch, attention = choose_sites(sites, blocks)
+        branch, attention = choose_injected(sites, blocks)
         assert branch.key == "output.1.0"
         assert {site.block for site in attention} == numbers
         assert all(site.kind == "self" for site in attention)
@@ -309,19 +309,19 @@ def test_sdxl_has_its_blocks_one_level_lower(host):
 @pytest.mark.parametrize("stages", [((3,), (6, 7), (9,)), ((3,),), ((3,), (6,), (9,), (12,))])
 def test_stages_of_one_block_give_that_one(host, stages):
     from conceptloom.host.model.sites import RESIDUAL, SELF, Site
-    from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_sites
+    from conceptloom.host.structure.plugandplay import PAPER, PUBLISHED, choose_injected
 
     numbers = [(n, i - len(stages)) for i, stage in enumerate(stages) for n in stage]
     sites = [Site(kind, f"output.{n}.0", n, n, True, stage) for kind in (RESIDUAL, SELF) for n, stage in numbers]
-    branch, attention = choose_sites(sites, PAPER)
+    branch, attention = choose_injected(sites, PAPER)
     assert branch.block == 3
     seconds = [stage[-1] for stage in stages[:2]] + [stage[0] for stage in stages[2:3]]
     assert [site.block for site in attention] == seconds
-    assert [site.block for site in choose_sites(sites, PUBLISHED)[1]] == [n for n, _ in numbers]
+    assert [site.block for site in choose_injected(sites, PUBLISHED)[1]] == [n for n, _ in numbers]
     with pytest.raises(ValueError, match="model: expected one with self-attention in its decoder"):
-        choose_sites([], PAPER)
+        choose_injected([], PAPER)
     with pytest.raises(ValueError, match="expected one residual layer in its decoder block 3"):
-        choose_sites([site for site in sites if site.kind == SELF], PAPER)
+        choose_injected([site for site in sites if site.kind == SELF], PAPER)
 
 
 def test_samplers_that_draw_noise_are_known(host):

@@ -390,8 +390,8 @@ class TestRefusals:
         copied.cached_patcher_init = ()
         clip = type("CLIP", (), {"patcher": copied})
         calls = {
-            "fusion": lambda: fusion.apply(toy.model, toy.positive, [spoken], partition, fusion.Settings()),
-            "plug and play": lambda: plugandplay.apply(toy.model, None, plugandplay.Settings()),
+            "fusion": lambda: fusion.apply(toy.model, toy.positive, [spoken], partition, fusion.FusionSettings()),
+            "plug and play": lambda: plugandplay.apply(toy.model, None, plugandplay.InjectionSettings()),
             "load concept": lambda: concepts.load_concept(
                 toy.model, {"lora_unet_x_attn2_to_k.lora_up.weight": torch.ones(2, 1)}
             ),
