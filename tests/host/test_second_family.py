@@ -25,7 +25,7 @@ SIZE = (12, 17)  # odd: its last column of tokens is half padding
 GRID, TOKENS, PADDED, TEXT = (6, 9), 54, 64, 32
 DIM, HEADS, LAYERS, REFINERS = 256, 4, 3, 2
 SITES = REFINERS + LAYERS
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
