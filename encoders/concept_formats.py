@@ -103,9 +103,9 @@ def read(state: Any, about: Mapping[str, str] | None = None) -> ConceptFile:
     if _COMPVIS_TOKENS in layers:
         rows = _tensor(_COMPVIS_TOKENS, layers.pop(_COMPVIS_TOKENS))
         tokens = _numbered(rows, rows.shape[-1] if rows.ndim == 2 else _text_width(layers.items()))
-    spoken = {name: layers.pop(name) for name in list(layers) if name.startswith(_COMPVIS_TEXT)}
-    if spoken:
-        text = _by_encoder({name.removeprefix(_COMPVIS_TEXT): value for name, value in spoken.items()})
+    of_text = {name: layers.pop(name) for name in list(layers) if name.startswith(_COMPVIS_TEXT)}
+    if of_text:
+        text = _by_encoder({name.removeprefix(_COMPVIS_TEXT): value for name, value in of_text.items()})
     layers = {_plain_name(name): value for name, value in layers.items()}
     if not any(_KEYS_AND_VALUES.search(name) for name in layers):
         first = next(iter(layers), None)

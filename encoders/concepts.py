@@ -75,7 +75,7 @@ class Delta:
         return Delta(factor(self.matrix(), rank), self.bias)
 
 
-def fingerprint(keys: torch.Tensor) -> str:
+def keys_fingerprint(keys: torch.Tensor) -> str:
     """Tells base models of one architecture apart by the weights (C, text width) that make the keys of their first
     cross-attention: in half precision, so that it is equal for files of one model, whatever their precision."""
     return hashlib.sha256(keys.detach().cpu().half().contiguous().numpy().tobytes()).hexdigest()[:16]

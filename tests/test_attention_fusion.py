@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conceptloom.attention.fusion import fuse, voices_of
+from conceptloom.attention.fusion import fuse, group_concepts
 from torch.nn.functional import scaled_dot_product_attention
 
 HEADS, WIDTH = 2, 8
@@ -53,7 +53,7 @@ def base_of(query, context):
 @pytest.mark.parametrize("longer", [0, 3])
 def test_fusion_is_the_papers_equation_for_any_number_of_concepts(scene, concepts, suppression, longer):
     query, context, masks = scene(concepts, longer=longer)
-    fused = fuse(query, base_of(query, context), voices_of(masks, context[1:]), attend, suppression)
+    fused = fuse(query, base_of(query, context), group_concepts(masks, context[1:]), attend, suppression)
     assert torch.allclose(fused, naive(query, context, masks, suppression), atol=1e-12)
 
 
@@ -62,24 +62,24 @@ def test_equal_concepts_over_any_partition_are_one_concept(scene):
     context = [context[0], context[1], context[1], context[1]]
     masks = masks / masks.sum(0).clamp(min=1e-9)
     base = base_of(query, context)
-    one = fuse(query, base, voices_of(masks.sum(0, keepdim=True), context[1:2]), attend, 0.7)
-    many = fuse(query, base, voices_of(masks, context[1:]), attend, 0.7)
+    one = fuse(query, base, group_concepts(masks.sum(0, keepdim=True), context[1:2]), attend, 0.7)
+    many = fuse(query, base, group_concepts(masks, context[1:]), attend, 0.7)
     assert torch.allclose(one, many, atol=1e-12)
 
 
 def test_concepts_equal_to_the_base_change_nothing_whatever_the_suppression(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
-    fused = fuse(query, base, voices_of(masks, [context[0]] * 2), attend, 0.9)
+    fused = fuse(query, base, group_concepts(masks, [context[0]] * 2), attend, 0.9)
     assert torch.allclose(fused, base, atol=1e-12)
 
 
 def test_a_concept_has_no_effect_where_its_mask_is_empty(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
-    before = fuse(query, base, voices_of(masks, context[1:]), attend, 0.3)
+    before = fuse(query, base, group_concepts(masks, context[1:]), attend, 0.3)
     changed = [*context[:2], tuple(x + 1 for x in context[2])]
-    after = fuse(query, base, voices_of(masks, changed[1:]), attend, 0.3)
+    after = fuse(query, base, group_concepts(masks, changed[1:]), attend, 0.3)
     outside = masks[1] == 0
     assert 0 < outside.sum() < len(outside)
     assert torch.equal(before[:, outside], after[:, outside])
@@ -90,18 +90,17 @@ def test_mixing_before_the_output_projection_is_mixing_after_it(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
     weight, bias = torch.randn(WIDTH, WIDTH, dtype=torch.float64), torch.randn(WIDTH, dtype=torch.float64)
-    projected = fuse(query, base, voices_of(masks, context[1:]), attend, 0.4) @ weight + bias
-    after = fuse(
-        query, base @ weight + bias, voices_of(masks, context[1:]), lambda q, k, v: attend(q, k, v) @ weight + bias, 0.4
-    )
+    projected = fuse(query, base, group_concepts(masks, context[1:]), attend, 0.4) @ weight + bias
+    groups = group_concepts(masks, context[1:])
+    after = fuse(query, base @ weight + bias, groups, lambda q, k, v: attend(q, k, v) @ weight + bias, 0.4)
     assert torch.allclose(projected, after, atol=1e-12)
 
 
 def test_the_norm_cap_bounds_what_suppression_adds(scene):
     query, context, masks = scene(2)
     base = base_of(query, context)
-    voices = voices_of(masks, context[1:])
-    mixed, free, capped = (fuse(query, base, voices, attend, lam, cap) for lam, cap in ((0, 0), (3.0, 0), (3.0, 1.2)))
+    groups = group_concepts(masks, context[1:])
+    mixed, free, capped = (fuse(query, base, groups, attend, lam, cap) for lam, cap in ((0, 0), (3.0, 0), (3.0, 1.2)))
     lengths = [x.abs().sum(-1) for x in (mixed, free, capped)]
     assert (lengths[1] > 1.2 * lengths[0]).any()
     assert (lengths[2] <= 1.2 * lengths[0] + 1e-9).all()
@@ -112,8 +111,8 @@ def test_the_norm_cap_bounds_what_suppression_adds(scene):
 def test_the_norm_cap_measures_wide_tokens_of_half_precision():
     """1280 numbers of 100 add up to more than half precision holds."""
     base, key = torch.full((1, 4, 1280), 100.0).half(), torch.zeros(1, 2, 1280).half()
-    voices = voices_of(torch.ones(1, 4).half(), [(key, key)])
-    capped = fuse(base, base, voices, lambda q, k, v: q * 0.5, 3.0, 1.2)
+    groups = group_concepts(torch.ones(1, 4).half(), [(key, key)])
+    capped = fuse(base, base, groups, lambda q, k, v: q * 0.5, 3.0, 1.2)
     assert torch.allclose(capped.float(), torch.full_like(base, -60.0).float(), rtol=1e-3)
 
 
@@ -122,12 +121,12 @@ def test_concepts_answer_together_where_prompts_are_as_long_and_regions_about_as
     masks = torch.zeros(5, 4, 5)
     for mask, count in zip(masks, (4, 6, 9, 5, 0), strict=True):
         mask.view(-1)[20 - count :] = 0.2
-    spoken = [(torch.randn(1, 9 if i == 3 else 7, 8), torch.randn(1, 9 if i == 3 else 7, 8)) for i in range(5)]
-    found = voices_of(masks, spoken)
-    assert [len(voices.tokens) for voices in found] == [2, 1, 1]
-    assert [voices.concepts for voices in found] == [(0, 1), (2,), (3,)]
+    keys_values = [(torch.randn(1, 9 if i == 3 else 7, 8), torch.randn(1, 9 if i == 3 else 7, 8)) for i in range(5)]
+    found = group_concepts(masks, keys_values)
+    assert [len(groups.tokens) for groups in found] == [2, 1, 1]
+    assert [groups.concepts for groups in found] == [(0, 1), (2,), (3,)]
     first = found[0]
     assert first.tokens.tolist() == [[16, 17, 18, 19, 0, 0], [14, 15, 16, 17, 18, 19]]
     assert first.share[..., 0].count_nonzero(1).tolist() == [4, 6]
-    assert torch.equal(first.key, torch.cat([spoken[0][0], spoken[1][0]]))
-    assert torch.equal(found[2].value, spoken[3][1])
+    assert torch.equal(first.key, torch.cat([keys_values[0][0], keys_values[1][0]]))
+    assert torch.equal(found[2].value, keys_values[3][1])

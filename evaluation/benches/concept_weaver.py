@@ -15,7 +15,7 @@ from ...host.model.sites import CROSS
 from ...host.structure.inversion import SourceTrajectory
 from ...host.structure.plugandplay import InjectionSettings as Injection
 from ...host.structure.plugandplay import apply as inject
-from ...host.weaver.fusion import SCORES, FusionSettings, SpokenConcept, apply
+from ...host.weaver.fusion import SCORES, FusionSettings, PromptedConcept, apply
 from ...samplers.inversion import Trajectory
 from ...subjects.partition import Partition
 from ..rigs import Rig
@@ -33,7 +33,7 @@ def sessions(rig: Rig) -> list[Session]:
 
 def _session(rig: Rig, count: int) -> Session:
     def begin():
-        concepts = [SpokenConcept(_concept(rig, i), rig.clip.encode_from_tokens_scheduled("")) for i in range(count)]
+        concepts = [PromptedConcept(_concept(rig, i), rig.clip.encode_from_tokens_scheduled("")) for i in range(count)]
         partition = _stripes(count, rig.plan.side)
         source = _source(rig)
 
@@ -60,10 +60,10 @@ def facts(rig: Rig) -> list[str]:
         seconds = time.perf_counter() - begin
     element = rig.model.model.get_dtype_inference().itemsize
     channels = sum(parts["k"].shape[0] + parts["v"].shape[0] for parts in bank[0].deltas.values())
-    spoken = rig.positive[0][0].shape[1] * channels * element / 2**20
+    held = rig.positive[0][0].shape[1] * channels * element / 2**20
     return [
         f"A concept of rank {RANK} takes {size:.2f} MiB on disk and as much in memory; while it is drawn, its keys and "
-        f"values take {spoken:.2f} MiB.",
+        f"values take {held:.2f} MiB.",
         f"A bank of {BANK} such concepts is read in {seconds:.2f} s from files that the system holds in memory.",
     ]
 

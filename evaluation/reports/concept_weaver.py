@@ -88,14 +88,14 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
     joint = joint_conditioning(studio, case.prompt, concepts)
     own = bank[BACKGROUND]
     on_it = re.sub(r"\w+ background", f"{own.placeholder} {own.class_word}", case.prompt)
-    ground = fusion.SpokenConcept(own, encode_text(studio.clip, on_it, own))
+    ground = fusion.PromptedConcept(own, encode_text(studio.clip, on_it, own))
 
     def injected(model, settings=INJECTION):
         return plugandplay.apply(model, inverted.source, settings)
 
-    def fused(model, spoken=prompts.concepts, background=None, **changed):
+    def fused(model, concepts_drawn=prompts.concepts, background=None, **changed):
         settings = fusion.FusionSettings(**changed)
-        return fusion.apply(model, prompts.positive, spoken, Partition(weights), settings, background)
+        return fusion.apply(model, prompts.positive, concepts_drawn, Partition(weights), settings, background)
 
     base = injected(studio.model)
     renewed = renew(inverted.noise, weights, case.seed, RENEWED)
@@ -107,7 +107,7 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
         "score_mixing": fused(base, mode=fusion.SCORES),
         "no_injection": fused(studio.model),
         "paper_injection": fused(injected(studio.model, plugandplay.InjectionSettings())),
-        "joint_prompt": fused(base, [fusion.SpokenConcept(concept, joint) for concept in concepts]),
+        "joint_prompt": fused(base, [fusion.PromptedConcept(concept, joint) for concept in concepts]),
         **{f"lambda_{value}": fused(base, suppression=value) for value in LAMBDAS},
         "own_ground": fused(base, background=ground),
     }

@@ -16,7 +16,7 @@ from ...encoders.reference import KEEP, prepare_reference
 from ...subjects.subject import Subject
 from ..advice import advise
 from ..words import MARK, Place, find_subjects, locate, row_count, trained_layer, without_emphasis
-from .files import LoadedFuser, fingerprint, same_tower
+from .files import LoadedFuser, same_tower, tower_fingerprint
 
 ENCODING = "fastcomposer"
 FUSE = "Fuse Subjects (MLP)"
@@ -62,7 +62,7 @@ def encode_subjects(
     side = clip_vision.image_size
     pictures_seen = torch.stack([prepare_reference(s.image, s.mask, side, background, crop) for s in subjects])
     vectors = clip_vision.encode_image(pictures_seen).image_embeds.float()
-    tower = fingerprint(clip_vision)
+    tower = tower_fingerprint(clip_vision)
     if pictures == AVERAGED:
         subjects, vectors = subjects[:1], vectors.mean(0, keepdim=True)
     return tuple(s.with_encoding(ENCODING, Embedding(v, tower)) for s, v in zip(subjects, vectors, strict=True))

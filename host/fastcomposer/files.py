@@ -84,7 +84,7 @@ def load(path: str, model=None, clip=None, clip_vision=None, embedding_directory
     fuser_tower = None
     if parts[VISION]:
         clip_vision = _vision(parts[VISION], clip_vision)
-        fuser_tower = fingerprint(clip_vision)
+        fuser_tower = tower_fingerprint(clip_vision)
     vae = comfy.sd.VAE(sd=parts[VAE]) if parts[VAE] else None
     fuser = wrap_fuser(parts[FUSER], fuser_tower) if parts[FUSER] else None
     return Parts(None if model is None else delay.prepared(model), clip, clip_vision, vae, fuser)
@@ -172,7 +172,7 @@ def wrap_fuser(state: State, tower: torch.Tensor | None) -> LoadedFuser:
     return LoadedFuser(patcher, tower)
 
 
-def fingerprint(clip_vision) -> torch.Tensor:
+def tower_fingerprint(clip_vision) -> torch.Tensor:
     """A row of a vision tower's last layer, which FastComposer has trained and a stock tower has not."""
     state = clip_vision.get_sd()
     last = max(

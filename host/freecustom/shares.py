@@ -63,7 +63,7 @@ class ShareRecord:
         """
         if not self.sites:
             return None
-        name = fingerprint(samples)
+        name = latent_fingerprint(samples)
         if name not in self.pictures:
             raise ValueError(
                 "latent: expected the unchanged output of a sampler that uses the recorded MODEL, got another latent; "
@@ -73,7 +73,7 @@ class ShareRecord:
 
     def keep(self, samples: torch.Tensor, maps: torch.Tensor | None) -> None:
         """Keeps the maps of a picture; the oldest go when there are too many."""
-        self.pictures[fingerprint(samples)] = maps
+        self.pictures[latent_fingerprint(samples)] = maps
         while len(self.pictures) > PICTURES_KEPT:
             self.pictures.popitem(last=False)
 
@@ -108,7 +108,7 @@ class ShareRun:
         self.record.keep(samples, (torch.stack(fine).sum(0) / sum(self.counts.values())).cpu())
 
 
-def fingerprint(samples: torch.Tensor) -> str:
+def latent_fingerprint(samples: torch.Tensor) -> str:
     """Names a latent by its content, the same before and after the host has moved it between nodes."""
     moved = samples.detach().to("cpu", comfy.model_management.intermediate_dtype()).contiguous()
     return hashlib.sha256(moved.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,7 +1,7 @@
 """Multi-concept fusion (Concept Weaver, arXiv 2404.03913) on the host: every concept in its own part of one picture.
 
 One latent is denoised, by one row per conditioning whatever the number of concepts. At every cross-attention layer the
-positive rows' attention is put together from the base's and the concepts' answers (`attention.fusion`). Keys and values
+positive rows' attention is mixed from the base's and the concepts' outputs (`attention.fusion`). Keys and values
 of a concept depend on its prompt and weights alone, so they are computed once per run; its weights are not needed
 afterwards.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import comfy.sampler_helpers
 import torch
 
-from ...attention.fusion import Voices, fuse, voices_of
+from ...attention.fusion import ConceptGroup, fuse, group_concepts
 from ...encoders.concepts import PARTS, Concept
 from ...encoders.words import find_word
 from ...subjects.masks import check_aspect
@@ -71,7 +71,7 @@ class FusionSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class SpokenConcept:
+class PromptedConcept:
     """A concept with the host's conditioning of its own prompt."""
 
     concept: Concept
@@ -81,10 +81,10 @@ class SpokenConcept:
 def apply(
     model,
     positive: list,
-    concepts: Sequence[SpokenConcept],
+    concepts: Sequence[PromptedConcept],
     partition: Partition,
     settings: FusionSettings,
-    background: SpokenConcept | None = None,
+    background: PromptedConcept | None = None,
 ) -> tuple[Any, list]:
     """A clone of the MODEL that draws each concept in its part of the picture, and the conditioning to sample it with.
 
@@ -110,14 +110,14 @@ def apply(
     if background is not None:
         placed.append((background, partition.weights[-1]))
     width = family.text_width(model.model)
-    for spoken, _ in placed:
-        given = spoken.concept.text_width
+    for prompted, _ in placed:
+        given = prompted.concept.text_width
         if given not in (None, width):
             raise ValueError(
                 f"concepts: expected those of a model with text states of width {width}, got "
-                f"{spoken.concept.name} with {given}"
+                f"{prompted.concept.name} with {given}"
             )
-    active = [i for i, (spoken, mask) in enumerate(placed) if spoken.concept.strength and mask.any()]
+    active = [i for i, (prompted, mask) in enumerate(placed) if prompted.concept.strength and mask.any()]
     if not active:
         without = "strength" if any(mask.any() for _, mask in placed) else "place in the partition"
         advise(NAME, f"no concept has a {without}, so the plain prompt is drawn")
@@ -133,7 +133,7 @@ def apply(
     chosen = [placed[i][0] for i in active]
     changes: dict[str, list[Change]] = {}
     if settings.elsewhere == IN_PLACE:
-        changes, left_out = changes_of([spoken.concept for spoken in chosen], model, sites)
+        changes, left_out = changes_of([prompted.concept for prompted in chosen], model, sites)
         if left_out:
             advice.append(f"{left_out} patches in layers that see no places are left out")
     layers = {family.layer(site.key, part): (part, site) for site in sites for part in PARTS}
@@ -142,8 +142,8 @@ def apply(
         return fused, positive
     rest = (1 - maps[active].sum(0)).clamp(min=0)
     parts = [(positive, rest, POSITIVE)] if rest.any() else []
-    for number, (spoken, mask) in enumerate(zip(chosen, maps[active], strict=True)):
-        parts.append((spoken.conditioning, mask, f"{_CONCEPT}{number}"))
+    for number, (prompted, mask) in enumerate(zip(chosen, maps[active], strict=True)):
+        parts.append((prompted.conditioning, mask, f"{_CONCEPT}{number}"))
     return fused, [
         [context, {**extras, "mask": mask[None], "mask_strength": 1.0, ROLE_TAG: role}]
         for conditioning, mask, role in parts
@@ -151,14 +151,14 @@ def apply(
     ]
 
 
-def _misplaced(concepts: Sequence[SpokenConcept], names: Sequence[str]) -> list[str]:
+def _misplaced(concepts: Sequence[PromptedConcept], names: Sequence[str]) -> list[str]:
     """Advice for each concept whose mask was found by a noun that is none of its class word."""
     advice = []
-    for number, (spoken, name) in enumerate(zip(concepts, names, strict=False), 1):
-        kind = spoken.concept.class_word
+    for number, (prompted, name) in enumerate(zip(concepts, names, strict=False), 1):
+        kind = prompted.concept.class_word
         if kind and not find_word(kind, name) and not find_word(name, kind):
             advice.append(
-                f'mask {number} shows "{name}", but its concept {spoken.concept.name} is a "{kind}": give masks and '
+                f'mask {number} shows "{name}", but its concept {prompted.concept.name} is a "{kind}": give masks and '
                 "concepts in the same order"
             )
     return advice
@@ -180,7 +180,7 @@ class ConceptFusion:
 
     name = NAME
 
-    concepts: Sequence[SpokenConcept]
+    concepts: Sequence[PromptedConcept]
     maps: torch.Tensor
     sites: Sequence[Site]
     layers: Mapping[str, tuple[str, Site]]
@@ -220,7 +220,7 @@ class FusionRun:
         self.levels = system.settings.window.levels(model_sampling)
         self._keys: dict[tuple, dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._sized: dict[tuple, torch.Tensor] = {}
-        self._voices: dict[tuple, list[Voices]] = {}
+        self._groups: dict[tuple, list[ConceptGroup]] = {}
         self._changes: dict[torch.device, dict[str, list[Change]]] = {}
         self._layers: dict[tuple, tuple[LayerHooks, dict[Site, OwnQueries]]] = {}
         # Of one evaluation; each device has its own.
@@ -230,7 +230,7 @@ class FusionRun:
             site for layer, (part, site) in system.layers.items() if part == "out" and layer in system.changes
         }
         # By concept the largest share that it has of any cell, and the layer's grid.
-        self._seen: dict[SpokenConcept, tuple[float, tuple[int, int]]] = {}
+        self._seen: dict[PromptedConcept, tuple[float, tuple[int, int]]] = {}
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
         """See `patching.Run`."""
@@ -242,8 +242,8 @@ class FusionRun:
         if key not in self._keys:
             # A strength that follows a schedule does not come back.
             self._keys = {old: kept for old, kept in self._keys.items() if old[:2] != key[:2]}
-            self._voices = {old: kept for old, kept in self._voices.items() if old[0][1][:2] != key[:2]}
-            self._keys[key] = self._speak(evaluation)
+            self._groups = {old: kept for old, kept in self._groups.items() if old[0][1][:2] != key[:2]}
+            self._keys[key] = self._project(evaluation)
         return {site: partial(self._attend, (site, key), evaluation) for site in self.system.sites}
 
     def layers(self, evaluation: Evaluation) -> LayerHooks:
@@ -303,26 +303,26 @@ class FusionRun:
             self._sized[grid, device] = layer_masks(torch.cat([maps, rest]), grid)[:-1].to(device)
         return self._sized[grid, device]
 
-    def _speak(self, evaluation: Evaluation) -> dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def _project(self, evaluation: Evaluation) -> dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Keys and values of all concepts at all sites."""
         model = evaluation.model
         dtype = model.get_dtype_inference()
-        spoken: dict[Site, list] = {site: [] for site in self.system.sites}
+        projected: dict[Site, list] = {site: [] for site in self.system.sites}
         for one in self.system.concepts:
             entry = comfy.sampler_helpers.convert_cond(one.conditioning)[0]
             conds = passes.encode(model, entry, evaluation.x[:1], POSITIVE, self.seed)
             context = conds["c_crossattn"].to(dtype)
-            for site, kept in spoken.items():
+            for site, kept in projected.items():
                 kept.append(keys_and_values(one.concept, model, site, context))
-        return spoken
+        return projected
 
     def _attend(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
         base = call.attend(call.q, call.k, call.v)
         # What another node adds here (IPAdapter) stays an addition to whatever is drawn.
         added = None if call.previous is None else call.previous(call.q, call.k, call.v) - base
         site, key = where
-        settings, spoken = self.system.settings, self._keys[key][site]
-        voices = self._put_together(where, evaluation, call) if settings.mode == FEATURES else []
+        settings, keys_values = self.system.settings, self._keys[key][site]
+        groups = self._group(where, evaluation, call) if settings.mode == FEATURES else []
         out = base.clone()
         for part in self._rows(evaluation):
             query = call.q[part.rows]
@@ -330,15 +330,15 @@ class FusionRun:
                 suppression, here = settings.suppression, (site, query.device)
                 queries = self._queries.get(query.device, {}).get(site)
                 own = {} if queries is None else queries.take(part)
-                out[part.rows] = fuse(query, base[part.rows], voices, call.attend, suppression, settings.norm_cap, own)
+                out[part.rows] = fuse(query, base[part.rows], groups, call.attend, suppression, settings.norm_cap, own)
                 if suppression and site in self._with_own_outputs:
                     self._suppressed[(*here, part.rows.start)] = suppression * base[part.rows]
             else:
-                concept_key, concept_value = (x.expand(len(query), -1, -1) for x in spoken[part.concept])
+                concept_key, concept_value = (x.expand(len(query), -1, -1) for x in keys_values[part.concept])
                 out[part.rows] = call.attend(query, concept_key, concept_value)
         return out if added is None else out + added
 
-    def _put_together(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> list[Voices]:
+    def _group(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> list[ConceptGroup]:
         """The concepts at a layer, once per size."""
         grid = call.grid
         whole = tuple(evaluation.x.shape[-2:]) == self.size and len(call.q) == len(evaluation.x)
@@ -348,17 +348,17 @@ class FusionRun:
                 f"{tuple(call.q.shape)} from another node"
             )
         at = (where, grid, call.q.dtype)
-        if at not in self._voices:
+        if at not in self._groups:
             site, key = where
-            masks, spoken = self._masks(grid, call.q.device), self._keys[key][site]
-            self._voices[at] = voices_of(masks.to(call.q), spoken)
-            for together in self._voices[at]:
-                for row, number in enumerate(together.concepts):
-                    # Those put together are the ones to keep, so that none is held twice.
-                    spoken[number] = (together.key[row : row + 1], together.value[row : row + 1])
+            masks, keys_values = self._masks(grid, call.q.device), self._keys[key][site]
+            self._groups[at] = group_concepts(masks.to(call.q), keys_values)
+            for group in self._groups[at]:
+                for row, number in enumerate(group.concepts):
+                    # The group's are the ones to keep, so that none is held twice.
+                    keys_values[number] = (group.key[row : row + 1], group.value[row : row + 1])
             for one, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
                 self._seen[one] = max((most, grid), self._seen.get(one, (0.0, grid)))
-        return self._voices[at]
+        return self._groups[at]
 
     def finish(self, _samples: torch.Tensor) -> None:
         """Says which concepts no layer could see well. In coarse layers alone that is as it must be."""
@@ -375,7 +375,7 @@ class FusionRun:
         """Lets go of all tensors."""
         self._keys.clear()
         self._sized.clear()
-        self._voices.clear()
+        self._groups.clear()
         self._changes.clear()
         self._layers.clear()
         self._queries.clear()

@@ -19,7 +19,7 @@ from ...encoders.words import hide_names, show_names, whole_word
 from ..advice import advise
 from ..words import row_count, stand_in
 from .concepts import check_tokens, join, with_text
-from .fusion import SpokenConcept
+from .fusion import PromptedConcept
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ class ConceptPrompts:
 
     positive: list
     negative: list
-    concepts: tuple[SpokenConcept, ...]
-    background: SpokenConcept | None
+    concepts: tuple[PromptedConcept, ...]
+    background: PromptedConcept | None
     texts: tuple[str, ...]
 
 
@@ -73,18 +73,18 @@ def encode_prompts(
     lines += [""] * (len(bank) - len(lines))
     for concept in bank:
         check_tokens(concept, clip)
-    spoken, said = [], []
+    prompted, said = [], []
     for i, (concept, own) in enumerate(zip(bank, names, strict=True)):
         others = [name for j, name in enumerate(names) if j != i]
         text = lines[i] or concept_text(base, own, others, about_others)
         check_text(text, own, others)
         if not names_class(text, own):
             advise("Concept Prompts", f"{text!r} does not say what {concept.name} is ({own.class_word})")
-        spoken.append(SpokenConcept(concept, encode_text(clip, text, concept)))
+        prompted.append(PromptedConcept(concept, encode_text(clip, text, concept)))
         said.append(text)
     plain = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (plain_text(base, names), negative)]
-    count = len(concepts)
-    return ConceptPrompts(*plain, tuple(spoken[:count]), spoken[count] if background is not None else None, tuple(said))
+    behind = prompted.pop() if background is not None else None
+    return ConceptPrompts(*plain, tuple(prompted), behind, tuple(said))
 
 
 def encode_text(clip, text: str, concept: Concept) -> list:

@@ -74,7 +74,7 @@ def train_with_progress(
 
     base = Weights.of(model).fingerprint()
     kind = [base, class_word, placeholder, asdict(recipe), side, class_pictures, list(pictures.captions)]
-    folder = checkpoints and checkpoints / _fingerprint(kind, pictures)
+    folder = checkpoints and checkpoints / _training_name(kind, pictures)
     concept = training.train(model, clip, vae, pictures, class_word, placeholder, recipe, side, prior, report, folder)
     seconds = time.monotonic() - began
     said = f"{concept.name}: {len(losses)} steps of {recipe.batch} pictures in {seconds:.0f} s"
@@ -96,10 +96,10 @@ def draw_class(model, clip, text: str, count: int, cells: int, seed: int) -> tor
 def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, seed: int) -> torch.Tensor:
     """A quick picture (side, side, 3) of a concept over the whole frame."""
     text = caption.replace("{}", f"{concept.placeholder} {concept.class_word}".strip())
-    spoken = fusion.SpokenConcept(concept, encode_text(clip, text, concept))
+    prompted = fusion.PromptedConcept(concept, encode_text(clip, text, concept))
     everywhere = Partition(torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]))
     settings = fusion.FusionSettings(suppression=0.0)
-    drawing, positive = fusion.apply(model, spoken.conditioning, [spoken], everywhere, settings)
+    drawing, positive = fusion.apply(model, prompted.conditioning, [prompted], everywhere, settings)
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     cells = side // vae.spacial_compression_encode()
     return vae.decode(_sample(drawing, positive, empty, cells, seed, PREVIEW_STEPS))[0, ..., :3]
@@ -122,7 +122,7 @@ def _as_preview(picture: torch.Tensor) -> tuple:
     return "JPEG", image.resize((image.width * times, image.height * times), Image.NEAREST), None
 
 
-def _fingerprint(kind: list, pictures: Pictures) -> str:
+def _training_name(kind: list, pictures: Pictures) -> str:
     """Tells one training from another, so that none continues another's checkpoint."""
     digest = hashlib.sha256(json.dumps(kind).encode())
     for tensor in (*pictures.images, *(mask for mask in pictures.masks if mask is not None)):

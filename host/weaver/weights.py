@@ -32,7 +32,7 @@ from ...encoders.adapter_names import (
 )
 from ...encoders.adapters import Adapter
 from ...encoders.concept_formats import LORA, ConceptFile
-from ...encoders.concepts import PARTS, Concept, Delta, fingerprint
+from ...encoders.concepts import PARTS, Concept, Delta, keys_fingerprint
 from ..advice import advise
 from ..model.families import family_of, network_of
 from ..model.patching import unload_compiled
@@ -98,8 +98,8 @@ class Weights:
         return self.family.architecture(self.text_width)
 
     def fingerprint(self) -> str:
-        """See `encoders.concepts.fingerprint`."""
-        return fingerprint(self[f"{next(iter(self.layers))}.weight"])
+        """See `encoders.concepts.keys_fingerprint`."""
+        return keys_fingerprint(self[f"{next(iter(self.layers))}.weight"])
 
 
 def unpatched(patches: Mapping[str, list], key: str) -> torch.Tensor:
@@ -186,8 +186,8 @@ def read_weights(file: ConceptFile, model, name: str) -> Concept:
     weights = Weights.of(model)
     text = dict(file.text)
     if file.lora:
-        changes, spoken = _lora_changes(file, model, weights)
-        text |= {"lora": spoken} if spoken else {}
+        changes, of_text = _lora_changes(file, model, weights)
+        text |= {"lora": of_text} if of_text else {}
     else:
         changes = _changes(file, model, weights)
     parts: dict[tuple[str, str], dict[str, tuple[torch.Tensor, ...]]] = {}
@@ -274,11 +274,11 @@ def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str,
     layers = named_layers(model)
     rank = lokr_rank(groups)
     changes: dict[str, Adapter] = {}
-    spoken: dict[Layer, Adapter] = {}
+    of_text: dict[Layer, Adapter] = {}
     unknown = []
     for layer, group in groups.items():
         if layer.place not in (DIFFUSION, ANYWHERE):
-            spoken[layer] = _adapter(layer, group, file, rank)
+            of_text[layer] = _adapter(layer, group, file, rank)
         elif layer.name in layers:
             changes |= adapters_by_weight(_adapter(layer, group, file, rank), layers[layer.name])
         else:
@@ -303,7 +303,7 @@ def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str,
         )
     if unknown:
         advise("Load Concept", f"{len(unknown)} tensors are for no layer of this model, such as {unknown[0]}")
-    return changes, spoken
+    return changes, of_text
 
 
 def _adapter(layer: Layer, group: Group, file: ConceptFile, rank: int | None) -> Adapter:

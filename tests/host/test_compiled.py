@@ -101,7 +101,7 @@ def concept(toy, with_lora):
     from conceptloom.encoders.concepts import Concept, Delta
     from conceptloom.host.model.families.unet import UNetFamily
     from conceptloom.host.model.sites import CROSS
-    from conceptloom.host.weaver.fusion import SpokenConcept
+    from conceptloom.host.weaver.fusion import PromptedConcept
 
     unet, generator = toy.base.diffusion_model, torch.Generator().manual_seed(11)
 
@@ -120,7 +120,7 @@ def concept(toy, with_lora):
         factors = {"up": random(rows, 4), "down": random(4, columns)}
         others[f"diffusion_model.{LAYER}.weight"] = Adapter({part: Named(part, x) for part, x in factors.items()})
     known = Concept("thing", deltas, others=others, class_word="thing")
-    return SpokenConcept(known, toy.clip.encode_from_tokens_scheduled("a thing"))
+    return PromptedConcept(known, toy.clip.encode_from_tokens_scheduled("a thing"))
 
 
 def fusion(toy, model, with_lora=False, **settings):

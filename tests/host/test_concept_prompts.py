@@ -102,8 +102,8 @@ class TestPrompts:
         made = self.encode(clip, star, mug)
         assert made.texts == ("a <new1> star and a mug", "a star and a <new2> mug")
         with torch.inference_mode():
-            for spoken, text in zip(made.concepts, made.texts, strict=True):
-                assert torch.equal(states(spoken.conditioning), states(encode_text(clip, text, spoken.concept)))
+            for prompted, text in zip(made.concepts, made.texts, strict=True):
+                assert torch.equal(states(prompted.conditioning), states(encode_text(clip, text, prompted.concept)))
             plain = clip.encode_from_tokens_scheduled(clip.tokenize("a star and a mug"))
         assert torch.equal(states(made.positive), states(plain))
         assert made.background is None

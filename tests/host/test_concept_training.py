@@ -102,7 +102,7 @@ class TestConcept:
         import comfy.model_management
         from conceptloom.encoders.concept_texts import Name
         from conceptloom.host.weaver import training as concept_training
-        from conceptloom.host.weaver.fusion import FusionSettings, SpokenConcept, apply
+        from conceptloom.host.weaver.fusion import FusionSettings, PromptedConcept, apply
         from conceptloom.host.weaver.prompts import encode_text
         from conceptloom.training.concepts.learner import Recipe
         from conceptloom.training.concepts.pictures import Pictures
@@ -121,14 +121,14 @@ class TestConcept:
             seen["trained"] = trainer._denoise(x, sigma, conds).detach()
             concept = trainer.concept()
         with torch.inference_mode():
-            spoken = SpokenConcept(concept, encode_text(clip, "a <new1> star", concept))
+            prompted = PromptedConcept(concept, encode_text(clip, "a <new1> star", concept))
             everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
-            drawing, _ = apply(model, spoken.conditioning, [spoken], everywhere, FusionSettings(suppression=0.0))
+            drawing, _ = apply(model, prompted.conditioning, [prompted], everywhere, FusionSettings(suppression=0.0))
 
             import comfy.samplers
 
             guider = comfy.samplers.CFGGuider(drawing)
-            guider.inner_set_conds({"positive": spoken.conditioning})
+            guider.inner_set_conds({"positive": prompted.conditioning})
 
             def once(model, x, sigmas, extra_args, **_):
                 seen["drawn"] = model(seen["x"], sigma, **extra_args)

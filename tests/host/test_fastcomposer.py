@@ -30,7 +30,7 @@ def fuser(host, vision):
     from conceptloom.host.fastcomposer import files
 
     torch.manual_seed(0)
-    return files.wrap_fuser(Fuser(128, 128).state_dict(), files.fingerprint(vision))
+    return files.wrap_fuser(Fuser(128, 128).state_dict(), files.tower_fingerprint(vision))
 
 
 def subject(noun, seed=0, **changes):
@@ -610,8 +610,8 @@ def test_small_file_replaces_the_trained_layers_of_a_stock_tower(published, tmp_
     stock = files._vision({k: v + 0.5 if ".layers.2" in k else v for k, v in whole.get_sd().items()}, None)
     parts = files.load(str(tmp_path / "fastcomposer" / "small.safetensors"), clip_vision=stock)
     assert parts.model is None and parts.vae is None
-    torch.testing.assert_close(parts.fuser.tower, files.fingerprint(whole))
-    assert not torch.equal(files.fingerprint(stock), parts.fuser.tower)
+    torch.testing.assert_close(parts.fuser.tower, files.tower_fingerprint(whole))
+    assert not torch.equal(files.tower_fingerprint(stock), parts.fuser.tower)
 
 
 def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):

@@ -24,7 +24,7 @@ class Bank:
         from conceptloom.encoders.concepts import Concept, Delta
         from conceptloom.host.model.families.unet import UNetFamily
         from conceptloom.host.model.sites import CROSS
-        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import PromptedConcept
         from conceptloom.subjects.partition import assemble
 
         generator = torch.Generator().manual_seed(11)
@@ -45,7 +45,7 @@ class Bank:
                 if i % 2
                 else f"a text of two chunks about concept number {i}, for it is rather a long one"
             )
-            self.concepts.append(SpokenConcept(concept, toy.clip.encode_from_tokens_scheduled(text)))
+            self.concepts.append(PromptedConcept(concept, toy.clip.encode_from_tokens_scheduled(text)))
         h, w = size[0] * 8, size[1] * 8
         masks = torch.zeros(count, h, w)
         for i in range(count):
@@ -103,10 +103,10 @@ def naive(toy, bank, monkeypatch, suppression, block="", between=(0.0, math.inf)
                     continue
                 rows = slice(i * n, (i + 1) * n)
                 mixed = masks[-1, :, None] * base[rows]
-                for spoken, share in zip(bank.concepts, masks, strict=False):
-                    p = spoken.conditioning[0][0].expand(n, -1, -1)
+                for prompted, share in zip(bank.concepts, masks, strict=False):
+                    p = prompted.conditioning[0][0].expand(n, -1, -1)
                     k, v = (
-                        p @ (linear.weight + spoken.concept.deltas[key][part].matrix()).T
+                        p @ (linear.weight + prompted.concept.deltas[key][part].matrix()).T
                         for part, linear in (("k", layer.to_k), ("v", layer.to_v))
                     )
                     mixed = mixed + share[:, None] * full_attention(q[rows], k, v)
@@ -269,7 +269,7 @@ class TestPicture:
         gives the fused answer in all, stay equal to each other and to the single row."""
         bank = Bank(toy, 3)
         short = [toy.clip.encode_from_tokens_scheduled(f"concept {i}") for i in range(3)]
-        bank.concepts = [replace(spoken, conditioning=text) for spoken, text in zip(bank.concepts, short, strict=True)]
+        bank.concepts = [replace(one, conditioning=text) for one, text in zip(bank.concepts, short, strict=True)]
         drawn = toy.sample(fused(toy, bank), cfg=1.0)
         texts = torch.cat([toy.positive[0][0], *(text[0][0] for text in short)])
 
@@ -282,7 +282,7 @@ class TestPicture:
         for key, layer in bank.layers.items():
 
             def forward(x, context=None, value=None, mask=None, transformer_options=None, key=key, layer=layer):
-                weights = [0, *(spoken.concept.deltas[key] for spoken in bank.concepts)]
+                weights = [0, *(prompted.concept.deltas[key] for prompted in bank.concepts)]
                 grid = tuple(transformer_options["activations_shape"][-2:])
                 background_last = layer_masks(bank.partition, grid).flatten(1)
                 mixed, answers = 0, []
@@ -305,7 +305,7 @@ class TestPicture:
         """Oracle E1: concepts that change nothing, shares of 0, through the nodes' own path."""
         from comfy_extras import nodes_custom_sampler as stock
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import PromptedConcept
         from conceptloom.host.weaver.prompts import ConceptPrompts
         from conceptloom.nodes.inversion import DDIMInversion
         from conceptloom.nodes.masks import ConceptMasks
@@ -315,8 +315,8 @@ class TestPicture:
         made = DDIMInversion.execute(toy.model, picture, toy.positive, 4, "normal", "pnp", 0).args
         noise, trajectory, sigmas = made[:3]
         nothing = {"middle.0.0": {"k": Delta((torch.zeros(128, WIDTH),))}}
-        spoken = tuple(SpokenConcept(Concept(f"none{i}", nothing), toy.positive) for i in range(2))
-        prompts = ConceptPrompts(toy.positive, toy.negative, spoken, None, ("", ""))
+        prompted = tuple(PromptedConcept(Concept(f"none{i}", nothing), toy.positive) for i in range(2))
+        prompts = ConceptPrompts(toy.positive, toy.negative, prompted, None, ("", ""))
         masks = torch.zeros(2, 64, 64)
         masks[0, :, :20], masks[1, 20:, 40:] = 1, 1
         (partition, _) = ConceptMasks.execute({"mask0": masks}, 0.03, 0.05, "smaller in front").args
@@ -341,23 +341,23 @@ class TestPicture:
         """Oracle O1."""
         bank = Bank(toy, 1)
         bank.partition = torch.stack([torch.ones(32, 32), torch.zeros(32, 32)])
-        (spoken,) = bank.concepts
+        (prompted,) = bank.concepts
         swapped = toy.model.clone()
-        for key, parts in spoken.concept.deltas.items():
+        for key, parts in prompted.concept.deltas.items():
             for part, delta in parts.items():
                 weight = f"diffusion_model.{bank.name(key)}.to_{part}.weight"
                 swapped.add_patches({weight: ("diff", (delta.matrix(),))})
         drawn = toy.sample(fused(toy, bank, suppression=0.0), cfg=1.0)
-        assert close(drawn, toy.sample(swapped, cfg=1.0, positive=spoken.conditioning))
+        assert close(drawn, toy.sample(swapped, cfg=1.0, positive=prompted.conditioning))
 
     def test_concepts_that_equal_the_base_change_nothing(self, toy):
         """Oracle O3."""
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import PromptedConcept
 
         bank = Bank(toy, 2)
         nothing = {"middle.0.0": {"k": Delta((torch.zeros(128, WIDTH),))}}
-        bank.concepts = [SpokenConcept(Concept(f"none{i}", nothing), toy.positive) for i in range(2)]
+        bank.concepts = [PromptedConcept(Concept(f"none{i}", nothing), toy.positive) for i in range(2)]
         assert close(toy.sample(fused(toy, bank, suppression=0.8)), toy.sample())
 
     def test_a_background_concept_has_the_rest(self, toy):
@@ -429,10 +429,10 @@ class TestOrdinaryLoras:
         return [site for site in UNetFamily().sites(toy.base.diffusion_model) if site.kind == CROSS]
 
     def bank(self, toy, partition):
-        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import PromptedConcept
 
         bank = Bank(toy, 1)
-        bank.concepts = [SpokenConcept(self.concept(toy), toy.positive)]
+        bank.concepts = [PromptedConcept(self.concept(toy), toy.positive)]
         bank.partition = partition
         return bank
 
@@ -447,12 +447,12 @@ class TestOrdinaryLoras:
         """h_i is a whole cross-attention with a concept's weights, h_base one with none of them."""
         generator, extra = torch.Generator().manual_seed(9), {}
         bank = Bank(toy, 2)
-        for i, spoken in enumerate(bank.concepts):
-            for key in spoken.concept.deltas:
+        for i, prompted in enumerate(bank.concepts):
+            for key in prompted.concept.deltas:
                 extra[i, key] = {
                     part: torch.randn(w, w, generator=generator) * 0.05 for part, w in self.widths(bank, key)
                 }
-        bank.concepts = [self.with_parts(spoken, i, extra) for i, spoken in enumerate(bank.concepts)]
+        bank.concepts = [self.with_parts(prompted, i, extra) for i, prompted in enumerate(bank.concepts)]
         bank.partition = torch.zeros(3, 16, 16)
         bank.partition[0, :, :8], bank.partition[1, :8, 8:], bank.partition[2, 8:, 8:] = 1, 1, 1
         drawn = toy.sample(fused(toy, bank, suppression=0.8), cfg=1.0)
@@ -463,9 +463,9 @@ class TestOrdinaryLoras:
                 masks = layer_masks(bank.partition, grid).flatten(1)
                 base = full_attention(layer.to_q(x), layer.to_k(context), layer.to_v(context))
                 mixed = masks[-1, :, None] * layer.to_out(base)
-                for spoken, share in zip(bank.concepts, masks, strict=False):
-                    own = {part: delta.matrix() for part, delta in spoken.concept.deltas[key].items()}
-                    p = spoken.conditioning[0][0]
+                for prompted, share in zip(bank.concepts, masks, strict=False):
+                    own = {part: delta.matrix() for part, delta in prompted.concept.deltas[key].items()}
+                    p = prompted.conditioning[0][0]
                     answer = full_attention(
                         x @ (layer.to_q.weight + own["q"]).T,
                         p @ (layer.to_k.weight + own["k"]).T,
@@ -489,14 +489,14 @@ class TestOrdinaryLoras:
         return [("q", len(bank.layers[key].to_q.weight)), ("out", len(bank.layers[key].to_q.weight))]
 
     @staticmethod
-    def with_parts(spoken, number, extra):
+    def with_parts(prompted, number, extra):
         from conceptloom.encoders.concepts import Delta
 
         deltas = {
             key: {**parts, **{part: Delta((matrix,)) for part, matrix in extra[number, key].items()}}
-            for key, parts in spoken.concept.deltas.items()
+            for key, parts in prompted.concept.deltas.items()
         }
-        return replace(spoken, concept=replace(spoken.concept, deltas=deltas))
+        return replace(prompted, concept=replace(prompted.concept, deltas=deltas))
 
     @staticmethod
     def keys_and_values(concept):
@@ -531,7 +531,7 @@ class TestOrdinaryLoras:
     def test_one_lora_in_two_halves_and_two_formats_is_the_lora_everywhere(self, toy):
         """Oracle O2 for all layers, with factors on the left and whole differences on the right."""
         from conceptloom.host.weaver.concepts import load_concept
-        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import PromptedConcept
 
         lora, whole = self.lora(toy), {}
         for name in self.LAYERS:
@@ -541,7 +541,7 @@ class TestOrdinaryLoras:
         assert {len(delta.factors) for one in halves for p in one.deltas.values() for delta in p.values()} == {1, 2}
         bank = self.bank(toy, torch.stack([torch.ones(16, 16), torch.zeros(16, 16)]))
         expected = toy.sample(fused(toy, bank))
-        bank.concepts = [SpokenConcept(half, toy.positive) for half in halves]
+        bank.concepts = [PromptedConcept(half, toy.positive) for half in halves]
         bank.partition = torch.zeros(3, 16, 16)
         bank.partition[0, :, :7], bank.partition[1, :, 7:] = 1, 1
         drawn = toy.sample(fused(toy, bank))
@@ -668,10 +668,10 @@ class TestScores:
         assert sum(toy.rows) == 3 + 2
 
     def test_a_lora_elsewhere_acts_on_its_own_rows(self, toy):
-        from conceptloom.host.weaver.fusion import FusionSettings, SpokenConcept, apply
+        from conceptloom.host.weaver.fusion import FusionSettings, PromptedConcept, apply
 
         bank = Bank(toy, 1)
-        bank.concepts = [SpokenConcept(TestOrdinaryLoras().concept(toy), toy.positive)]
+        bank.concepts = [PromptedConcept(TestOrdinaryLoras().concept(toy), toy.positive)]
         bank.partition = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
         both = []
         for mode in ("scores", "features"):
@@ -720,8 +720,8 @@ class TestNothing:
         held, runs = [], []
 
         def close(run, end=FusionRun.close):
-            kept = [x for spoken in run._keys.values() for pairs in spoken.values() for pair in pairs for x in pair]
-            kept += [x for voices in run._voices.values() for one in voices for x in (one.key, one.value)]
+            kept = [x for prompted in run._keys.values() for pairs in prompted.values() for pair in pairs for x in pair]
+            kept += [x for group in run._groups.values() for one in group for x in (one.key, one.value)]
             held.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()))
             end(run)
             runs.append(run)
@@ -729,10 +729,10 @@ class TestNothing:
         monkeypatch.setattr(FusionRun, "close", close)
         bank = Bank(toy, count)
         toy.sample(fused(toy, bank))
-        lengths = sum(spoken.conditioning[0][0].shape[1] for spoken in bank.concepts)
+        lengths = sum(prompted.conditioning[0][0].shape[1] for prompted in bank.concepts)
         channels = sum(len(layer.to_k.weight) for layer in bank.layers.values())
         assert held == [2 * 4 * lengths * channels]
-        assert not runs[0]._keys and not runs[0]._voices
+        assert not runs[0]._keys and not runs[0]._groups
 
 
 class TestCompany:
@@ -859,8 +859,8 @@ class TestRefusals:
         bank = Bank(toy, 2)
         kinds = ["sks dog", "cat"]
         concepts = [
-            replace(spoken, concept=replace(spoken.concept, class_word=kind))
-            for spoken, kind in zip(bank.concepts, kinds, strict=True)
+            replace(prompted, concept=replace(prompted.concept, class_word=kind))
+            for prompted, kind in zip(bank.concepts, kinds, strict=True)
         ]
         for names, advised in ((("Dog", "white cat"), False), ((), False), (("cat", "dog"), True)):
             caplog.clear()
@@ -900,11 +900,11 @@ class TestRefusals:
 
     def test_a_concept_of_another_model(self, toy):
         from conceptloom.encoders.concepts import Concept, Delta
-        from conceptloom.host.weaver.fusion import SpokenConcept
+        from conceptloom.host.weaver.fusion import PromptedConcept
 
         bank = Bank(toy, 1)
         foreign = Concept("foreign", {"middle.0.0": {"k": Delta((torch.zeros(128, 768),))}})
-        bank.concepts = [SpokenConcept(foreign, toy.positive)]
+        bank.concepts = [PromptedConcept(foreign, toy.positive)]
         with pytest.raises(ValueError, match="width 64, got foreign with 768"):
             fused(toy, bank)
 

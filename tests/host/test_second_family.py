@@ -385,12 +385,12 @@ class TestRefusals:
         from conceptloom.host.weaver import concepts, fusion, training
 
         concept = Concept("dog", {"middle.0.0": {"k": Delta((torch.ones(2, 4),))}})
-        spoken, partition = fusion.SpokenConcept(concept, toy.positive), torch.stack([torch.ones(8, 8)] * 2)
+        prompted, partition = fusion.PromptedConcept(concept, toy.positive), torch.stack([torch.ones(8, 8)] * 2)
         copied = toy.model.clone()
         copied.cached_patcher_init = ()
         clip = type("CLIP", (), {"patcher": copied})
         calls = {
-            "fusion": lambda: fusion.apply(toy.model, toy.positive, [spoken], partition, fusion.FusionSettings()),
+            "fusion": lambda: fusion.apply(toy.model, toy.positive, [prompted], partition, fusion.FusionSettings()),
             "plug and play": lambda: plugandplay.apply(toy.model, None, plugandplay.InjectionSettings()),
             "load concept": lambda: concepts.load_concept(
                 toy.model, {"lora_unet_x_attn2_to_k.lora_up.weight": torch.ones(2, 1)}

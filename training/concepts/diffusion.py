@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ...encoders.concept_texts import Name
-from ...encoders.concepts import fingerprint
+from ...encoders.concepts import keys_fingerprint
 from ..base import LENGTH, Base, States, Vocabulary
 from .augment import View
 from .learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask
@@ -80,7 +80,7 @@ class Learner(torch.nn.Module):
         self.base, self.name, self.recipe, self.device, self.half = base, name, recipe, device, half
         attentions = cross_attentions(base.unet)
         layers = {key: {"k": attn.to_k.weight, "v": attn.to_v.weight} for key, attn in attentions.items()}
-        self.fingerprint = fingerprint(next(iter(layers.values()))["k"])
+        self.fingerprint = keys_fingerprint(next(iter(layers.values()))["k"])
         starts = self._starts() if recipe.new_word else {}
         self.weights = ConceptWeights(layers, starts, recipe.rank, recipe.seed).to(device)
         for key, attn in attentions.items():
