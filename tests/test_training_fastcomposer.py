@@ -15,6 +15,7 @@ import torch.nn.functional as F
 for package in ("diffusers", "transformers", "accelerate", "peft", "torchvision"):
     pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
 
+from conceptloom.encoders.clip_pixels import normalize  # noqa: E402
 from conceptloom.encoders.fastcomposer import FUSER, split  # noqa: E402
 from conceptloom.encoders.fuser import Fuser  # noqa: E402
 from conceptloom.shapeland import models, world  # noqa: E402
@@ -244,9 +245,7 @@ def test_subjects_change_their_own_rows_alone(narrow, data_folder):
         text = composer.towers[0](batch["tokens"][:, 0]).last_hidden_state
         states, pooled = composer.states(batch["tokens"], batch["objects"], batch["rows"], batch["present"])
         nobody, _ = composer.states(batch["tokens"], batch["objects"], batch["rows"], batch["present"] & False)
-        seen = (batch["objects"] - torch.tensor(models.CLIP_MEAN)[:, None, None]) / torch.tensor(models.CLIP_STD)[
-            :, None, None
-        ]
+        seen = normalize(batch["objects"])
         for i in range(4):
             expected = text[i].clone()
             for j in batch["present"][i].nonzero().flatten():
@@ -491,8 +490,8 @@ def test_a_sheet_shows_subjects_and_samples(narrow, data_folder, tmp_path, monke
 def test_the_host_predicts_what_was_trained(host, data_folder, tmp_path, monkeypatch, train):
     """Subjects, text and UNet through the exported file: one prediction in diffusers and in the host."""
     import comfy.model_management
+    from conceptloom.host.fastcomposer import conditioning as in_host
     from conceptloom.host.fastcomposer import files as in_files
-    from conceptloom.host.fastcomposer import subjects as in_host
     from conceptloom.host.shapeland import load_clip, load_clip_vision, load_model
     from conceptloom.subjects.subject import Subject
 

@@ -14,6 +14,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from ...encoders.clip_pixels import square
 from .folder import IMAGE, MAP, MATCHED, Folder, Segment, Subject
 
 MAX_SUBJECTS = 4
@@ -220,11 +221,8 @@ def target_view(
 
 
 def _square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Black bars of equal width on both sides, as at inference: an odd difference leaves a square that is one pixel
-    off, which the resizing levels out."""
-    height, width = image.shape[-2:]
-    x, y = max(0, height - width) // 2, max(0, width - height) // 2
-    return F.resize(F.pad(image, [x, y], fill=0), [size, size], InterpolationMode.BILINEAR, antialias=True)
+    """A picture (3, h, w), uint8, before black bars as at inference: (3, size, size)."""
+    return F.to_dtype(square(image.movedim(0, -1) / 255, size).movedim(-1, 0), torch.uint8, scale=True)
 
 
 def _jitter_colors(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...shapeland.models import CLIP_MEAN
+from ...encoders.clip_pixels import MEAN_COLOR
 from .folder import (
     MAP,
     MATCHED,
@@ -63,8 +63,7 @@ def segment_crop(pixels: np.ndarray, ids: np.ndarray, segment: Segment) -> np.nd
     x1, y1, x2, y2 = segment.bbox
     side = max(x2 - x1, y2 - y1)
     square = np.empty((side, side, 3), np.uint8)
-    # CLIP subtracts this colour, so that a pixel of it is zero to the tower.
-    square[:] = np.round(np.array(CLIP_MEAN) * 255)
+    square[:] = MEAN_COLOR
     top, left = (side - (y2 - y1)) // 2, (side - (x2 - x1)) // 2
     inside = ids[y1:y2, x1:x2] == segment.id
     square[top : top + y2 - y1, left : left + x2 - x1][inside] = pixels[y1:y2, x1:x2][inside]

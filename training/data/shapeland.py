@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...encoders.clip_pixels import MEAN_COLOR, normalize
 from ...encoders.files import whole_file
 from ...shapeland import models, world
 from ..shapeland.common import pixels as to_pixels
@@ -33,9 +34,6 @@ from .folder import (
     work_through,
 )
 from .match import ClipSimilarity, tables, write_lists
-
-# What stands around the thing in a crop.
-_NO_THING = np.round(np.array(models.CLIP_MEAN) * 255).astype(np.uint8)
 
 
 def one_by_one(scene: world.Scene, looks: bool = True) -> tuple[str, list[Phrase], list[Phrase]]:
@@ -121,14 +119,13 @@ def open_towers(device: str = "cpu") -> ClipSimilarity:
     vision = models.build_vision()
     vision.load_state_dict(models.load("vision"))
     vision = vision.eval().requires_grad_(False).to(device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
 
     @torch.inference_mode()
     def similarity(phrases: list[list[str]], crops: list[list[np.ndarray]]) -> list[np.ndarray]:
         seen = 0
         for background in world.BACKGROUND_RGB.values():
             pictures = np.stack([_on_background(c, background) for some in crops for c in some])
-            embedded = vision(((to_pixels(pictures, device) + 1) / 2 - mean) / std).image_embeds
+            embedded = vision(normalize((to_pixels(pictures, device) + 1) / 2)).image_embeds
             seen = seen + torch.nn.functional.normalize(embedded, dim=-1)
         said = text(tokens(np.stack([_words(p) for some in phrases for p in some]), device)).text_embeds
         return tables(said, seen, [(len(p), len(c)) for p, c in zip(phrases, crops, strict=True)])
@@ -152,7 +149,7 @@ def _on_background(crop: np.ndarray, background: tuple[float, float, float]) -> 
         raise ValueError(f"A crop of {side} pixels does not fit into Shapeland's pictures of {world.SIZE}.")
     color = np.round(np.array(background) * 255).astype(np.uint8)
     picture, start = np.tile(color, (world.SIZE, world.SIZE, 1)), (world.SIZE - side) // 2
-    thing = (crop != _NO_THING).any(-1)
+    thing = (crop != MEAN_COLOR).any(-1)
     picture[start : start + side, start : start + side][thing] = crop[thing]
     return picture
 

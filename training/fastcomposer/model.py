@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ...attention.localization import localization_loss, masked_noise_loss
+from ...encoders.clip_pixels import normalize
 from ...encoders.fuser import Fuser, fuse_rows
-from ...shapeland.models import CLIP_MEAN, CLIP_STD
 from ..base import Base, States
 from .batches import Draws
 from .localize import MiddleAttention
@@ -116,10 +116,7 @@ class Composer(nn.Module):
             picture = subject = torch.zeros(1, dtype=torch.long, device=tokens.device)
         row = rows[picture, subject]
         own = text[picture, row]
-        fused = fuse_rows(self.fuser, own, self._embed(objects[picture, subject]))
+        seen = self.vision(normalize(objects[picture, subject])).image_embeds
+        fused = fuse_rows(self.fuser, own, seen)
         fused = torch.where(present[picture, subject][:, None], fused, own)
         return text.index_put((picture, row), fused), pooled
-
-    def _embed(self, objects: torch.Tensor) -> torch.Tensor:
-        mean, std = (torch.tensor(v, device=objects.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-        return self.vision((objects - mean) / std).image_embeds

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...encoders.clip_pixels import normalize
 from ...shapeland import models, world
 from ..loop import Run, warmup_cosine
 from .common import (
@@ -135,11 +136,10 @@ def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.T
     cells = data.take("label", rows).reshape(-1, 8, 8, 8, 8)
     regions = np.stack([(cells == i + 1).mean((2, 4)).reshape(-1, 64) for i in range(3)], 1)
     covered = regions.sum(-1, keepdims=True)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
     return {
         # Attention is causal: the padding behind the longest caption changes nothing before it.
         "tokens": tokens(words, device)[:, : MAX_WORDS + 2],
-        "pixels": ((pixels(data.take("image", rows), device) + 1) / 2 - mean) / std,
+        "pixels": normalize((pixels(data.take("image", rows), device) + 1) / 2),
         "noun_at": torch.from_numpy(data.take("noun_word", rows).astype(np.int64) + 1).to(device),
         "last_at": torch.from_numpy(last_words(describes) + 1).to(device),
         "present": torch.from_numpy((noun >= 0) & (covered[..., 0] > 0.01)).to(device),

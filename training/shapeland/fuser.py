@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ...encoders.clip_pixels import normalize
 from ...encoders.fastcomposer import FUSER
 from ...encoders.files import whole_file
 from ...encoders.fuser import Fuser
@@ -67,13 +68,12 @@ def train_fuser(device: str, steps: int) -> None:
     torch.manual_seed(SEED)
     fuser = Fuser(models.WIDTH, base.vision.config.projection_dim)
     run = Run(RUNS / "fuser", fuser, warmup_cosine(2e-3, 50, steps), steps, SEED, average=0.98, device=device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
 
     @torch.no_grad()
     def seen(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = {name: tensor.to(device) for name, tensor in said_and_bare(data, rows, base).items()}
         target, own = (base.read(batch[name])[0][batch["picture"], batch[f"{name}_row"]] for name in ("said", "bare"))
-        return own, base.vision((batch["object"] - mean) / std).image_embeds, target
+        return own, base.vision(normalize(batch["object"])).image_embeds, target
 
     def loss_of(step: int, _generator: torch.Generator) -> dict[str, torch.Tensor]:
         own, embeds, target = seen(rows_of(step, BATCH, data.count - SHARD))
