@@ -14,6 +14,8 @@ from conceptloom.encoders.fastcomposer import FUSER, split
 from conceptloom.encoders.fuser import Fuser
 from conceptloom.shapeland import models, world
 from conceptloom.training.base import open_base
+from conceptloom.training.open_attention import OpenAttention
+from conceptloom.training.sampling import sample
 from conceptloom.training.shapeland import autoencoder, clip, fuser, lessons, scenes, unet
 
 
@@ -64,19 +66,6 @@ def test_a_phrase_is_true_of_every_thing_that_has_what_it_says():
     have = torch.tensor([[1, 2, 5, 3, -2], [1, 4, 2, 3, 0]])
     truth = [[True, False], [True, True], [False, False], [False, True]]
     assert clip.phrase_is_true(said, have).tolist() == truth
-
-
-def test_localization_loss_counts_attention_outside_minus_inside():
-    masks = torch.zeros(1, 3, 16, 16)
-    masks[0, 0, :8] = 1
-    describes = torch.zeros(1, 3, models.TOKENS)
-    describes[0, 0, [4, 5]] = 1
-    present = torch.tensor([[1.0, 0.0, 0.0]])
-    attention = torch.zeros(1, 256, models.TOKENS)
-    attention[0, :128, 4], attention[0, :128, 5] = 0.5, 0.25
-    attention[0, 128:, 4] = 0.125
-    loss = unet.localization_loss([attention], describes, masks, present, torch.tensor([2.0]))
-    assert float(loss) == pytest.approx(2 * (0.125 - 0.75))
 
 
 def test_lessons_hold_what_is_true_of_each_thing(data):
@@ -154,28 +143,59 @@ def test_open_attention_is_the_models_own():
     x, t, context = torch.randn(2, 8, 16, 16), torch.tensor([5, 600]), torch.randn(2, models.TOKENS, models.WIDTH)
     with torch.no_grad():
         plain = model(x, t, context).sample
-        kept = unet.open_attention(model)
+    attention = OpenAttention(model, unet.OPENED)
+    first = model.get_submodule(attention.names[0])
+    seen = []
+    first.register_forward_hook(lambda _layer, inputs, _output: seen.append(inputs[0]))
+    with torch.no_grad(), attention.collecting() as maps:
         recorded = model(x, t, context).sample
+        # One head after another.
+        query, key = (
+            layer(given).unflatten(-1, (first.heads, -1)).unbind(2)
+            for layer, given in ((first.to_q, seen[0]), (first.to_k, context))
+        )
+        width = query[0].shape[-1]
+        heads = [(q @ k.mT / width**0.5).softmax(-1) for q, k in zip(query, key, strict=True)]
     assert torch.allclose(plain, recorded, atol=1e-5)
-    assert sorted({k.shape[1] for k in kept}) == [64, 256]
-    assert len(kept) == 2 + 2 + 3 + 3
-    assert all(torch.allclose(k.sum(-1), torch.ones(k.shape[:2]), atol=1e-4) for k in kept)
+    assert sorted({m.shape[1] for m in maps}) == [64, 256]
+    assert len(maps) == 2 + 2 + 3 + 3
+    torch.testing.assert_close(maps[0], sum(heads) / first.heads)
+    assert (heads[0] - heads[1]).abs().max() > 1e-3
+    assert all(torch.allclose(m.sum(-1), torch.ones(m.shape[:2]), atol=1e-4) for m in maps)
 
 
 def test_sampler_with_a_perfect_model_gives_the_picture():
-    """v of a known latent, solved by DDIM with guidance, ends at that latent."""
+    """v of a known latent, solved by DDIM with guidance, ends at that latent; each step has its own states."""
     target = torch.randn(1, 8, 16, 16)
     alphas = unet.noise_levels("cpu")
+    told = []
 
-    class Perfect:
-        def __call__(self, x, t, context):
-            a, s = alphas[t] ** 0.5, (1 - alphas[t]) ** 0.5
-            noise = (x - a * target) / s
-            return type("Out", (), {"sample": a * noise - s * target})()
+    def perfect(x, t, states):
+        told.append(states[0][:, 0, 0].tolist())
+        a, s = alphas[t] ** 0.5, (1 - alphas[t]) ** 0.5
+        noise = (x - a * target) / s
+        return a * noise - s * target
 
-    empty = torch.zeros(1, models.TOKENS, models.WIDTH)
-    out = unet.sample(Perfect(), empty.expand(2, -1, -1), empty, steps=10, guidance=3.0, seed=0)
+    empty = torch.zeros(2, models.TOKENS, models.WIDTH), None
+    out = sample(
+        perfect, models.SCHEDULE, (2, 8, 16, 16), empty, lambda i: (empty[0] + i, None), steps=10, guidance=3.0, seed=0
+    )
     assert torch.allclose(out, target.expand(2, -1, -1, -1), atol=1e-3)
+    assert told == [[0, 0, i, i] for i in range(10)]
+
+
+def test_guidance_goes_beyond_what_the_text_says():
+    """One step from pure noise to the predicted latent: with no text's 1 and the text's 2, guidance 3 gives 4."""
+    alphas = unet.noise_levels("cpu")
+
+    def predict(x, t, states):
+        a, s = alphas[t] ** 0.5, (1 - alphas[t]) ** 0.5
+        latent = 1 + states[0][:, :1, :1, None]
+        return (a * x - latent) / s
+
+    empty, text = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    out = sample(predict, models.SCHEDULE, (1, 8, 2, 2), (empty, None), lambda _: (text, None), 1, guidance=3.0, seed=0)
+    assert torch.allclose(out, torch.full((1, 8, 2, 2), 4.0), atol=1e-4)
 
 
 def test_a_unet_is_trained_in_lanes_and_judged(data, tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ def test_eleven_maps_of_the_middle_five_blocks(narrow, data_folder):
         opened = composer.base.predict(noisy, t, states)
     torch.testing.assert_close(opened, plain, atol=1e-5, rtol=1e-5)
     sides = [8, 8, 4, 4, 2, 4, 4, 4, 8, 8, 8]
-    assert [tuple(m.shape) for m in maps] == [(2, 4, side**2, 77) for side in sides]
+    assert [tuple(m.shape) for m in maps] == [(2, side**2, 77) for side in sides]
     assert all(torch.allclose(m.sum(-1), torch.ones(())) for m in maps)
     with torch.no_grad():
         composer.base.predict(noisy, t, states)
@@ -217,18 +217,17 @@ def test_losses_are_those_of_loops_in_double_precision(narrow, data_folder):
 
     layers = []
     for probabilities in maps:
-        n, heads, pixels, _ = probabilities.shape
+        n, pixels, _ = probabilities.shape
         side = int(pixels**0.5)
         scaled = F.interpolate(masks, (side, side), mode="bilinear", antialias=True).flatten(2).numpy()
         total = 0.0
         for i in range(n):
             subjects = batch["present"][i].nonzero().flatten().tolist()
-            for head in range(heads):
-                for j in subjects:
-                    a = probabilities[i, head, :, batch["rows"][i, j]].double().numpy()
-                    m = scaled[i, j]
-                    gap = (a * (1 - m)).sum() / ((1 - m).sum() + 1e-5) - (a * m).sum() / (m.sum() + 1e-5)
-                    total += gap / (len(subjects) + 1e-5) / (n * heads)
+            for j in subjects:
+                a = probabilities[i, :, batch["rows"][i, j]].double().numpy()
+                m = scaled[i, j]
+                gap = (a * (1 - m)).sum() / ((1 - m).sum() + 1e-5) - (a * m).sum() / (m.sum() + 1e-5)
+                total += gap / (len(subjects) + 1e-5) / n
         layers.append(total)
     assert losses["localization"].item() == pytest.approx(np.mean(layers), rel=1e-4, abs=1e-7)
     assert abs(np.mean(layers)) > 1e-6

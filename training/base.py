@@ -12,9 +12,9 @@ from torch import nn
 from ..encoders.files import check_folder
 from ..shapeland import models, world
 from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
-from .shapeland.common import START
+from .sampling import States, sample
+from .shapeland.common import START, frozen_autoencoder, frozen_text
 from .shapeland.scenes import WORDS
-from .shapeland.unet import frozen_autoencoder, frozen_text
 
 SHAPELAND = "shapeland"
 PARTS = {
@@ -45,10 +45,6 @@ class Vocabulary:
         """The 77 ids of a text that is split already."""
         row = [self.start, *tokens[: LENGTH - 2], self.end]
         return row + [self.pad] * (LENGTH - len(row))
-
-
-States = tuple[torch.Tensor, torch.Tensor | None]
-"""Text states (n, 77, D) and, with two towers, the pooled state (n, P) of the second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,24 +121,19 @@ class Base:
             return noisy, self.scheduler.get_velocity(latents, noise, t)
         return noisy, noise
 
-    @torch.no_grad()
     def sample(
-        self, silent: States, states: Callable[[int], States], count: int, steps: int, guidance: float, seed: int
+        self,
+        unconditional: States,
+        conditional: Callable[[int], States],
+        count: int,
+        steps: int,
+        guidance: float,
+        seed: int,
     ) -> torch.Tensor:
-        """DDIM latents of `count` pictures, at each step guided by its states away from `silent`."""
-        from diffusers import DDIMScheduler
-
-        scheduler = DDIMScheduler.from_config(
-            self.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-        )
-        scheduler.set_timesteps(steps)
-        device = silent[0].device
-        x = torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        for i, t in enumerate(scheduler.timesteps):
-            both = tuple(None if a is None else torch.cat((a, b)) for a, b in zip(silent, states(i), strict=True))
-            without, with_it = self.predict(torch.cat((x, x)), t.to(device), both).chunk(2)
-            x = scheduler.step(without + guidance * (with_it - without), t, x).prev_sample
-        return x
+        """DDIM latents of `count` pictures; see `sampling.sample`."""
+        shape = (count, *self.latent_shape)
+        schedule = self.scheduler.config
+        return sample(self.predict, schedule, shape, unconditional, conditional, steps, guidance, seed)
 
 
 class Pictures(nn.Module):

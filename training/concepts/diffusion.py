@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from ...encoders.concept_texts import Name
 from ...encoders.concepts import Key, fingerprint
-from ..base import LENGTH, Base, States, Vocabulary
+from ..base import LENGTH, Base, Vocabulary
+from ..sampling import States
 from .augment import View
 from .learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask
 

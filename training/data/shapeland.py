@@ -16,8 +16,8 @@ from PIL import Image
 from ...encoders.clip_pixels import MEAN_COLOR, normalize
 from ...encoders.files import whole_file
 from ...shapeland import models, world
+from ..shapeland.common import frozen_text, tokens
 from ..shapeland.common import pixels as to_pixels
-from ..shapeland.common import tokens
 from ..shapeland.scenes import MAX_WORDS, WORDS
 from .folder import (
     CAPTION,
@@ -113,8 +113,6 @@ def open_towers(device: str = "cpu") -> ClipSimilarity:
     Raises FileNotFoundError with one sentence if the towers' weights are absent, ValueError if a phrase or a crop is
     not of the world.
     """
-    from ..shapeland.unet import frozen_text
-
     text = frozen_text(device)
     vision = models.build_vision()
     vision.load_state_dict(models.load("vision"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ...attention.localization import localization_loss, masked_noise_loss
+from ...attention.localization import localization_loss, masked_noise_loss, mean_of_pictures
 from ...encoders.clip_pixels import normalize
 from ...encoders.fuser import Fuser, fuse_rows
-from ..base import Base, States
+from ..base import Base
+from ..open_attention import OpenAttention, middle_blocks
+from ..sampling import States
 from .batches import Draws
-from .localize import MiddleAttention
 
 FULL, LORA = "full", "lora"
 _ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -66,7 +68,7 @@ class Composer(nn.Module):
             from peft import LoraConfig
 
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_ATTENTION_LAYERS))
-        self.attention = MiddleAttention(self.unet) if localization else None
+        self.attention = OpenAttention(self.unet, middle_blocks(self.unet)) if localization else None
 
     @property
     def trainables(self) -> dict[str, nn.Parameter]:
@@ -95,7 +97,8 @@ class Composer(nn.Module):
         with self.attention.collecting() as maps:
             prediction = self.base.predict(noisy, draws.t, states)
         noise = masked_noise_loss(prediction, target, masks, masked)
-        located = localization_loss(maps, batch["rows"], masks, present)
+        tokens = F.one_hot(batch["rows"], maps[0].shape[-1])
+        located = localization_loss(maps, tokens, masks, mean_of_pictures(present))
         return {"loss": noise + self.localization * located, "noise": noise, "localization": located}
 
     def states(self, tokens: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> States:

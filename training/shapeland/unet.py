@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...attention.localization import localization_loss
 from ...shapeland import models, world
-from ...shapeland.autoencoder import CHANNELS, Autoencoder
+from ...shapeland.autoencoder import CHANNELS
 from ...shapeland.judge import Judge
 from ...shapeland.score import score_picture, summarise
 from ..loop import Lanes, MuonAdamW, Run, bfloat16_where_fast, replica
+from ..open_attention import OpenAttention
+from ..sampling import sample
 from .common import (
     RUNS,
     SEED,
-    compact_text,
+    frozen_autoencoder,
+    frozen_text,
     open_scenes,
     rows_of,
     save_sheet,
@@ -44,20 +47,10 @@ LOCALIZE, LOCALIZE_LATER, LOCALIZE_PICTURES = 0.5, 0.1, 320_000
 # Learning rate, the share of the steps at the end over which it falls to nothing, and how long averages reach back: a
 # longer one lags behind the fall (measured: 61.7% of nouns where the last weights had 65.6%).
 RATE, DECAY, AVERAGE = 1e-3, 0.3, 0.99
+# Whose cross-attention the localization loss looks at: those of 8x8 and 16x16 cells.
+OPENED = ("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3")
 # At which times, and on how many held-out pictures, the report says what captions are worth.
 GAIN_TIMES, GAIN_PICTURES = (150, 500, 700, 850, 970), 128
-
-
-def frozen_autoencoder(device: str, path: Path | None = None) -> Autoencoder:
-    """The shipped autoencoder, or that of the file `path`, for evaluation."""
-    model = Autoencoder()
-    model.load_state_dict(models.load("autoencoder", path))
-    return model.eval().requires_grad_(False).to(device)
-
-
-def frozen_text(device: str, path: Path | None = None):
-    """The shipped text tower, or that of the file `path`, over compact tokens (see `common.tokens`)."""
-    return compact_text(path).eval().requires_grad_(False).to(device)
 
 
 def noise_levels(device: str) -> torch.Tensor:
@@ -67,60 +60,11 @@ def noise_levels(device: str) -> torch.Tensor:
     return DDIMScheduler(**models.SCHEDULE).alphas_cumprod.to(device)
 
 
-class _OpenAttention:
-    """A diffusers attention processor that computes probabilities openly and keeps their mean over heads in `kept`."""
-
-    def __init__(self, kept: list[torch.Tensor]):
-        self.kept = kept
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
-        )
-        # The scale goes to the query: on the probabilities it would be the costlier half of a pass over them.
-        probabilities = (query * attn.scale @ key.transpose(-1, -2)).softmax(-1)
-        self.kept.append(probabilities.mean(1))
-        return attn.to_out[0]((probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2))
-
-
-def open_attention(unet) -> list[torch.Tensor]:
-    """Open the cross-attentions of `unet` at 8x8 and 16x16; the returned list receives their probabilities
-    (n, tokens, 77) in each forward pass."""
-    kept: list[torch.Tensor] = []
-    for name, module in unet.named_modules():
-        if name.endswith("attn2") and name.startswith(("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3")):
-            module.set_processor(_OpenAttention(kept))
-    return kept
-
-
 def visibility(alpha: torch.Tensor) -> torch.Tensor:
     """How well a thing can be made out at alpha-bar `alpha`, 0..1: where noise hides the layout there is no place to
     point at yet. A thing covers some tens of cells of 8 channels, so it stands out far beyond its cells' own noise."""
     level = (1 - alpha) / alpha
     return 1 / (1 + level / HIDDEN_FROM**2)
-
-
-def localization_loss(
-    kept: list[torch.Tensor], describes: torch.Tensor, masks: torch.Tensor, present: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """FastComposer's balanced L1 (arXiv 2305.10431, eq. 5) for words and the things they describe.
-
-    `describes` (n, 3, 77) marks the tokens that describe each thing, `masks` (n, 3, 16, 16) where the things of these
-    tokens are, `present` (n, 3) which things exist, `weight` (n,) per picture. For each thing: mean attention to its
-    tokens outside its mask minus the mean inside, averaged over layers.
-    """
-    total = torch.zeros((), device=weight.device)
-    for probabilities in kept:
-        side = math.isqrt(probabilities.shape[1])
-        inside = F.adaptive_avg_pool2d(masks, side).flatten(2)
-        attention = torch.einsum("npt,nkt->nkp", probabilities, describes)
-        outside = 1 - inside
-        gap = (attention * outside).sum(2) / outside.sum(2).clamp(min=1e-3)
-        gap = gap - (attention * inside).sum(2) / inside.sum(2).clamp(min=1e-3)
-        total = total + (gap * present * weight[:, None]).sum() / present.sum().clamp(min=1)
-    return total / len(kept)
 
 
 class Readers(torch.nn.Module):
@@ -184,7 +128,7 @@ class _Teacher:
     def __init__(self, taught: _Taught, lessons: Lessons, text, batch: int, compiled: bool, part: tuple[int, int]):
         self.taught, self.lessons, self.text, self.batch, self.part = taught, lessons, text, batch, part
         self.alphas = noise_levels(lessons.device)
-        self.kept, self.features = open_attention(taught.unet), []
+        self.attention, self.features = OpenAttention(taught.unet, OPENED), []
         for block in taught.read_blocks:
             block.register_forward_hook(lambda _module, _inputs, output: self.features.append(output))
         self.predict = torch.compile(taught.unet) if compiled else taught.unet
@@ -211,13 +155,13 @@ class _Teacher:
         low, high = (torch.where(shaping < SHAPING_SHARE, *ends) for ends in zip(SHAPING, (0, 1000), strict=True))
         t = (low + level * (high - low)).long().to(self.alphas.device)
         noisy, target, context = self.noised(lesson, t, silent, generator)
-        self.kept.clear()
         self.features.clear()
-        error = (self.predict(noisy, t, context).sample.float() - target).square().mean()
+        with self.attention.collecting() as maps:
+            error = (self.predict(noisy, t, context).sample.float() - target).square().mean()
         progress = min(1.0, step * self.batch / LOCALIZE_PICTURES)
         localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
-        spoken = visibility(self.alphas[t]) * (~silent).float()
-        located = localization_loss(self.kept, lesson.describes, lesson.named, lesson.present, spoken)
+        counted = lesson.present * (visibility(self.alphas[t]) * ~silent)[:, None] / lesson.present.sum().clamp(min=1)
+        located = localization_loss(maps, lesson.describes, lesson.named, counted, F.adaptive_avg_pool2d)
         read = self.taught.readers.loss(self.features, lesson.cells, lesson.classes)
         return {"noise": error, "localization": localize * located, "reading": READ * read}
 
@@ -283,22 +227,6 @@ def check_unet(device: str) -> None:
     print(found)
 
 
-@torch.no_grad()
-def sample(unet, context: torch.Tensor, empty: torch.Tensor, steps: int, guidance: float, seed: int) -> torch.Tensor:
-    """DDIM latents (n, 8, 16, 16) for text states `context` (n, 77, d) against `empty` (1, 77, d)."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(**models.SCHEDULE, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(context), CHANNELS, 16, 16, generator=generator).to(context.device)
-    both = torch.cat((context, empty.expand_as(context)))
-    for t in scheduler.timesteps:
-        spoken, silent = unet(torch.cat((x, x)), t, both).sample.float().chunk(2)
-        x = scheduler.step(silent + guidance * (spoken - silent), t, x).prev_sample
-    return x
-
-
 def held_out_scenes(count: int) -> list[tuple[list[world.Mention], str]]:
     """Captions of scenes that no training picture shows: what they mention, and the text."""
     scenes = [world.random_scene(np.random.default_rng((SEED, 10_000, i)), recipe=world.NEXT) for i in range(count)]
@@ -324,16 +252,23 @@ def evaluate(
     judge.load_state_dict(models.load("judge", weights_file("judge")))
     asked = held_out_scenes(pictures)
     index = {word: i for i, word in enumerate(WORDS)}
-    spoken = np.zeros((pictures, MAX_WORDS), np.int64)
+    words = np.zeros((pictures, MAX_WORDS), np.int64)
     for row, (_, caption) in enumerate(asked):
-        spoken[row, : len(caption.split())] = [index[w] for w in caption.split()]
-    empty = text(tokens(spoken[:1] * 0, device)).last_hidden_state
+        words[row, : len(caption.split())] = [index[w] for w in caption.split()]
+    empty = text(tokens(words[:1] * 0, device)).last_hidden_state
+
+    def predict(x, t, states):
+        return unet(x, t, states[0]).sample.float()
+
     scores, sheets = [], []
     for start in range(0, pictures, 64):
         chunk = slice(start, min(pictures, start + 64))
-        context = text(tokens(spoken[chunk], device)).last_hidden_state
+        context = text(tokens(words[chunk], device)).last_hidden_state
+        shape, unconditional = (len(context), CHANNELS, 16, 16), (empty.expand_as(context), None)
         with bfloat16_where_fast(device):
-            x = sample(unet, context, empty, steps, guidance, seed=start)
+            x = sample(
+                predict, models.SCHEDULE, shape, unconditional, lambda _, c=context: (c, None), steps, guidance, start
+            )
         drawn = autoencoder.decode(x).clamp(-1, 1)
         sheets.append(drawn)
         readings = judge.read((drawn + 1) / 2)
