@@ -212,9 +212,9 @@ def test_a_unet_is_trained_in_lanes_and_judged(data, tmp_path, monkeypatch):
     monkeypatch.setattr(unet, "GAIN_PICTURES", 16)
     whole, judged = unet.Run.train, unet.evaluate
 
-    def train(run, losses, every, report, report_every, seconds):
+    def train(run, losses, log_every, report, report_every, seconds):
         """As the stage does, but with a row of the log for each step and a report at the end."""
-        whole(run, losses, 1, report, 12, seconds=seconds)
+        whole(run, losses, 1, report=report, report_every=12, seconds=seconds)
 
     monkeypatch.setattr(unet.Run, "train", train)
     monkeypatch.setattr(unet, "evaluate", lambda state, sheet, device, **_: judged(state, sheet, device, 2, 2))

@@ -214,7 +214,7 @@ def test_phrases_of_captions_by_spacy(folder, spacy_pipeline, monkeypatch):
     ]  # fmt: skip
     for image_id, text in zip(folder.ids(), texts, strict=True):
         folder.write_text(image_id, ".caption.txt", text + "\n")
-    data.main(["phrases", "--root", str(folder.root), "--model", str(spacy_pipeline), "--batch", "2"])
+    data.main(["phrases", "--root", str(folder.root), "--model", str(spacy_pipeline), "--batch-size", "2"])
     assert [folder.phrases(i) for i in folder.ids()] == [
         (
             "An old woman and an old woman sit on the grass",
@@ -355,7 +355,7 @@ def test_captions_by_blip2(folder, tmp_path_factory, monkeypatch):
     transformers = needs("transformers", "transformers")
     path = tmp_path_factory.mktemp("blip2")
     model, processor = save_tiny_blip2(path)
-    data.main(["captions", "--root", str(folder.root), "--model", str(path), "--batch", "2", "--device", "cpu"])
+    data.main(["captions", "--root", str(folder.root), "--model", str(path), "--batch-size", "2", "--device", "cpu"])
     found = [folder.caption(i) for i in folder.ids()]
     for image_id, caption in zip(folder.ids(), found, strict=True):
         pixels = processor(images=folder.image(image_id), return_tensors="pt").pixel_values
@@ -379,7 +379,7 @@ def test_segments_by_mask2former(folder, tmp_path_factory, monkeypatch):
     transformers = needs("transformers", "transformers")
     path = tmp_path_factory.mktemp("mask2former")
     model, processor = save_tiny_mask2former(path)
-    data.main(["segments", "--root", str(folder.root), "--model", str(path), "--batch", "4", "--device", "cpu"])
+    data.main(["segments", "--root", str(folder.root), "--model", str(path), "--batch-size", "4", "--device", "cpu"])
     total = 0
     for image_id in folder.ids():
         picture = folder.image(image_id)

@@ -18,11 +18,11 @@ FULL, LORA = "full", "lora"
 _ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-class Composer(nn.Module):
+class FastComposer(nn.Module):
     """A base model, its vision tower and a fuser; what is trained of them requires gradients, nothing else does.
 
     Args:
-        base: its modules become the composer's.
+        base: its modules become this one's.
         train: FULL is the published recipe, the whole UNet; LORA, our variant for small machines, trains low-rank
             factors of its attention's projections instead. The fuser is trained by both.
         rank: of the factors.
@@ -83,7 +83,7 @@ class Composer(nn.Module):
                     parameter.data = parameter.data.to(dtype)
 
     def forward(self, batch: dict[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
-        """`loss` of a batch of `collate` and its parts, `noise` and, if it has a weight, `localization`."""
+        """The losses of a batch of `collate`, `noise` and, if it has a weight, `localization` times that weight."""
         present = batch["present"]
         with torch.no_grad(), torch.autocast(draws.noise.device.type, enabled=False):
             latents = self.autoencoder.encode(batch["picture"], draws.latent)
@@ -92,14 +92,13 @@ class Composer(nn.Module):
         # A subject that stays text is none for the losses either.
         masks, masked = batch["masks"] * present[..., None, None], draws.coin < self.mask_probability
         if self.attention is None:
-            noise = masked_noise_loss(self.base.predict(noisy, draws.t, states), target, masks, masked)
-            return {"loss": noise, "noise": noise}
+            return {"noise": masked_noise_loss(self.base.predict(noisy, draws.t, states), target, masks, masked)}
         with self.attention.collecting() as maps:
             prediction = self.base.predict(noisy, draws.t, states)
         noise = masked_noise_loss(prediction, target, masks, masked)
         tokens = F.one_hot(batch["rows"], maps[0].shape[-1])
         located = localization_loss(maps, tokens, masks, mean_of_pictures(present))
-        return {"loss": noise + self.localization * located, "noise": noise, "localization": located}
+        return {"noise": noise, "localization": self.localization * located}
 
     def states(self, tokens: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> States:
         """What the UNet is told: text states (n, 77, D) with the subjects fused into their rows and, with two towers,
