@@ -16,7 +16,7 @@ from conceptloom.shapeland import models, world
 from conceptloom.training.base import open_base
 from conceptloom.training.open_attention import OpenAttention
 from conceptloom.training.sampling import sample
-from conceptloom.training.shapeland import autoencoder, clip, fuser, lessons, scenes, unet
+from conceptloom.training.shapeland import autoencoder, clip, fuser, latents, scenes, unet
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "SHARD", 48)
-        patch.setattr(lessons, "SHARD", 48)
+        patch.setattr(latents, "SHARD", 48)
         scenes.draw(folder, 1, seed=3, workers=1)
         yield scenes.Scenes(folder, 1)
 
@@ -68,44 +68,44 @@ def test_a_phrase_is_true_of_every_thing_that_has_what_it_says():
     assert clip.phrase_is_true(said, have).tolist() == truth
 
 
-def test_lessons_hold_what_is_true_of_each_thing(data):
-    latents = torch.arange(48.0)[:, None, None, None].expand(48, 8, 16, 16).half()
-    lesson = lessons.Lessons(data, latents, "cpu").take(np.arange(47, -1, -1))
+def test_batches_hold_what_is_true_of_each_thing(data):
+    numbered = torch.arange(48.0)[:, None, None, None].expand(48, 8, 16, 16).half()
+    batch = latents.LatentScenes(data, numbered, "cpu").take(np.arange(47, -1, -1))
     pairs = 0
     for at, row in enumerate(range(47, -1, -1)):
         picture = world.render(world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT))
         scene = picture.scene
         label = data.take("label", np.array([row]))[0]
-        assert lesson.latents[at].eq(row).all()
-        spoken = [scenes.WORDS[w] for w in lesson.tokens(torch.zeros(48, dtype=torch.bool))[at, 1:] if w]
+        assert batch.latents[at].eq(row).all()
+        spoken = [scenes.WORDS[w] for w in batch.tokens(torch.zeros(48, dtype=torch.bool))[at, 1:] if w]
         assert " ".join(spoken) == scene.caption
-        assert not lesson.tokens(torch.ones(48, dtype=torch.bool))[at, 1:].any()
+        assert not batch.tokens(torch.ones(48, dtype=torch.bool))[at, 1:].any()
         for i, thing in enumerate(scene.things):
             identity = thing.identity
             known = [thing.noun, identity.color, identity.second, identity.pattern]
-            assert lesson.classes[at, i].tolist() == known
+            assert batch.classes[at, i].tolist() == known
             same = [j for j, other in enumerate(scene.things) if other.noun == thing.noun]
-            for cells, who in ((lesson.cells, [i]), (lesson.named, same)):
+            for cells, who in ((batch.cells, [i]), (batch.named, same)):
                 expected = np.isin(label, [j + 1 for j in who]).reshape(16, 4, 16, 4).mean((1, 3))
                 assert np.allclose(cells[at, i], expected)
             pairs += len(same) > 1
             # The start token stands before the first word.
-            marked = {int(j) - 1 for j in lesson.describes[at, i].nonzero()}
+            marked = {int(j) - 1 for j in batch.describes[at, i].nonzero()}
             assert marked == {scene.noun_words[i], *scene.attribute_words[i]}
-        assert lesson.present[at].sum() == len(scene.things)
-        assert (lesson.classes[at, len(scene.things) :, 0] == -1).all()
+        assert batch.present[at].sum() == len(scene.things)
+        assert (batch.classes[at, len(scene.things) :, 0] == -1).all()
     assert pairs > 4
 
 
 def test_latents_move_as_their_pictures_do():
     """Means of blocks commute with turns and halving."""
-    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    pictures = latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    small = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pictures = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
     seen = set()
     for seed in range(12):
-        there, picture = (autoencoder.moved(x, torch.Generator().manual_seed(seed)) for x in (latents, pictures))
+        there, picture = (autoencoder.moved(x, torch.Generator().manual_seed(seed)) for x in (small, pictures))
         assert torch.allclose(there, torch.nn.functional.avg_pool2d(picture, 4), atol=1e-6)
-        assert not torch.equal(there, latents)
+        assert not torch.equal(there, small)
         seen.add(tuple(there.shape))
     assert seen == {(2, 3, 4, 4), (2, 3, 2, 2)}
 
@@ -202,11 +202,11 @@ def test_a_unet_is_trained_in_lanes_and_judged(data, tmp_path, monkeypatch):
     """The whole stage at the smallest size: its loss, its weights, and what its report says of them."""
     narrow = {**models.NEXT_UNET_CONFIG, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
     monkeypatch.setattr(models, "NEXT_UNET_CONFIG", narrow)
-    monkeypatch.setattr(lessons, "SHARD", 16)
+    monkeypatch.setattr(latents, "SHARD", 16)
     monkeypatch.setattr(unet, "RUNS", tmp_path)
     monkeypatch.setattr(unet, "open_scenes", lambda: data)
-    latents = torch.randn(48, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(unet, "encoded", lambda *_: latents.half())
+    encoded = torch.randn(48, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(unet, "encoded", lambda *_: encoded.half())
     kept = unet.weights_file
     monkeypatch.setattr(unet, "weights_file", lambda name: tmp_path / "unet.st" if name == "unet" else kept(name))
     monkeypatch.setattr(unet, "GAIN_PICTURES", 16)

@@ -692,9 +692,9 @@ def test_fuser_and_tower_have_a_rate_of_their_own(narrow, data_folder, tmp_path)
         ({"--base": "nowhere"}, ValueError, "--vision: expected the folder of CLIP's vision tower"),
         ({"--base": "nowhere", "--vision": "v"}, FileNotFoundError, "folder with unet/config.json, got nowh"),
         ({"--vision": "v"}, ValueError, "--vision: expected none for Shapeland"),
-        ({"--data": "nowhere"}, FileNotFoundError, "The data folder nowhere does not exist"),
+        ({"--data": "nowhere"}, FileNotFoundError, "data: expected a folder with .*, got nowhere"),
         ({"--object-types": "zebra"}, ValueError, "pictures with a subject of class zebra, got none among the 2. in"),
-        ({"--uncondition": "1.5"}, ValueError, "uncondition is 1.5"),
+        ({"--uncondition": "1.5"}, ValueError, "uncondition: expected a share from 0 to 1, got 1.5"),
         ({"--resolution": "60"}, ValueError, "--resolution: expected a multiple of 32 for this base, got 60"),
         ({"--rank": "0"}, ValueError, "--rank: expected at least 1, got 0"),
         ({"--vision-layers": "5"}, ValueError, "--vision-layers: expected 0 to 4 for this tower, got 5"),
@@ -731,7 +731,7 @@ def test_bad_data_get_their_sentence(narrow, data_folder, tmp_path):
         )
     file = tmp_path / "00000" / "00000000.json"
     for text, sentence in (
-        ('{"caption": "a ball"}', "is not of the form"),
+        ('{"caption": "a ball"}', "expected a file of the form"),
         ('{"caption": "a ball", "segments": []}', "pictures with a subject, got none among the 1 in"),
     ):
         file.write_text(text)

@@ -56,7 +56,7 @@ class Base:
         towers: its text towers, one or, with SDXL's shape, two; the second has a projection.
         vocabularies: one for each tower; both split texts alike.
         vision: a transformers `CLIPVisionModelWithProjection`, or None where none was asked for.
-        autoencoder: see `Pictures`.
+        autoencoder: see `ScaledAutoencoder`.
         scheduler: a diffusers `DDPMScheduler`, which says what the UNet predicts of which noise.
         resolution: of pictures, in pixels.
     """
@@ -65,7 +65,7 @@ class Base:
     towers: nn.ModuleList
     vocabularies: tuple[Vocabulary, ...]
     vision: nn.Module | None
-    autoencoder: Pictures
+    autoencoder: ScaledAutoencoder
     scheduler: object
     resolution: int
 
@@ -136,7 +136,7 @@ class Base:
         return sample(self.predict, schedule, shape, unconditional, conditional, steps, guidance, seed)
 
 
-class Pictures(nn.Module):
+class ScaledAutoencoder(nn.Module):
     """Pictures (n, 3, H, W) in [-1, 1] to latents (n, C, H / factor, W / factor) at the UNet's scale, and back."""
 
     def __init__(self, model: nn.Module, factor: int):
@@ -193,7 +193,7 @@ def _shapeland(resolution: int, with_vision: bool) -> Base:
         nn.ModuleList([frozen_text("cpu")]),
         (Vocabulary(_world_words, START, 0, 0),),
         vision,
-        Pictures(frozen_autoencoder("cpu"), FACTOR),
+        ScaledAutoencoder(frozen_autoencoder("cpu"), FACTOR),
         DDPMScheduler(**models.SCHEDULE),
         resolution,
     )
@@ -240,7 +240,7 @@ def _folder(folder: Path, vision: Path | None, resolution: int | None) -> Base:
         nn.ModuleList(towers),
         tuple(Vocabulary(_splitter(t), t.bos_token_id, t.eos_token_id, t.pad_token_id) for t in tokenizers),
         None if vision is None else CLIPVisionModelWithProjection.from_pretrained(vision, **full),
-        Pictures(autoencoder, factor),
+        ScaledAutoencoder(autoencoder, factor),
         DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         unet.config.sample_size * factor if resolution is None else resolution,
     )

@@ -127,5 +127,5 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is given, but at least 1 is needed")
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return number

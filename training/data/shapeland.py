@@ -26,9 +26,9 @@ from .folder import (
     PHRASES,
     SEGMENTS,
     Folder,
+    MatchedSubject,
     Phrase,
     Segment,
-    Subject,
     box_of,
     in_batches,
     work_through,
@@ -85,7 +85,7 @@ def _write_scene(folder: Folder, image_id: str, scene: world.Scene, looks: bool)
     caption, of_things, phrases = one_by_one(scene, looks)
     ids = np.where(picture.masks.sum(0) > 0.5, picture.masks.argmax(0) + 1, 0)
     subjects = [
-        Subject(Segment(i + 1, box_of(ids == i + 1), world.NOUNS[thing.noun]), phrase.end)
+        MatchedSubject(Segment(i + 1, box_of(ids == i + 1), world.NOUNS[thing.noun]), phrase.end)
         for i, (thing, phrase) in enumerate(zip(scene.things, of_things, strict=True))
         if (ids == i + 1).any()
     ]
@@ -144,7 +144,7 @@ def _on_background(crop: np.ndarray, background: tuple[float, float, float]) -> 
     size."""
     side = len(crop)
     if side > world.SIZE:
-        raise ValueError(f"A crop of {side} pixels does not fit into Shapeland's pictures of {world.SIZE}.")
+        raise ValueError(f"crops: expected at most Shapeland's {world.SIZE} pixels, got {side}")
     color = np.round(np.array(background) * 255).astype(np.uint8)
     picture, start = np.tile(color, (world.SIZE, world.SIZE, 1)), (world.SIZE - side) // 2
     thing = (crop != MEAN_COLOR).any(-1)
@@ -156,7 +156,7 @@ def _words(phrase: str) -> np.ndarray:
     words = phrase.lower().split()
     unknown = [w for w in words if w not in WORDS]
     if unknown or len(words) > MAX_WORDS:
-        raise ValueError(f"Shapeland's text tower reads up to {MAX_WORDS} words of its world, but not '{phrase}'.")
+        raise ValueError(f"phrases: expected up to {MAX_WORDS} of Shapeland's words, got {phrase!r}")
     row = np.zeros(MAX_WORDS, np.int64)
     row[: len(words)] = [WORDS.index(w) for w in words]
     return row

@@ -98,7 +98,7 @@ def word_tokens() -> torch.Tensor:
     for word in scene_files.WORDS[1:]:
         _start, *inner, _end = tokenizer(word).input_ids
         if len(inner) != 1:
-            raise ValueError(f"The word '{word}' is {len(inner)} tokens of CLIP's vocabulary, but must be one.")
+            raise ValueError(f"words: expected one token of CLIP's vocabulary for each, got {len(inner)} for {word!r}")
         ids += inner
     return torch.tensor([*ids, models.START])
 

@@ -29,7 +29,7 @@ from .common import (
     tokens,
     weights_file,
 )
-from .lessons import Lesson, Lessons, encoded
+from .latents import LatentScenes, SceneBatch, encoded
 from .scenes import MAX_WORDS, WORDS
 
 UNCONDITIONAL = 0.1
@@ -101,7 +101,7 @@ class Readers(torch.nn.Module):
         return total / len(features)
 
 
-class _Taught(torch.nn.Module):
+class _UNetWithReaders(torch.nn.Module):
     """The UNet and its readers as one module, so that one run keeps and updates both."""
 
     def __init__(self):
@@ -116,66 +116,75 @@ class _Taught(torch.nn.Module):
 
 
 def unet_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The UNet's part of a taught module's weights."""
+    """The UNet's part of the weights of `_UNetWithReaders`."""
     return {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
 
 
-class _Teacher:
-    """What a step of training looks at: noisy latents of some pictures, with their captions and all that is true.
+class _Objective:
+    """The losses of a step: of noisy latents of some pictures, with their captions and all that is true.
 
-    Of several teachers each takes its `part` (number, of how many) of a step's batch, and has a replica of its own.
+    Of several objectives each takes its `part` (number, of how many) of a step's batch, and has a replica of its own.
     """
 
-    def __init__(self, taught: _Taught, lessons: Lessons, text, batch: int, compiled: bool, part: tuple[int, int]):
-        self.taught, self.lessons, self.text, self.batch, self.part = taught, lessons, text, batch, part
-        self.alphas = noise_levels(lessons.device)
-        self.attention, self.features = OpenAttention(taught.unet, OPENED), []
-        for block in taught.read_blocks:
+    def __init__(
+        self,
+        model: _UNetWithReaders,
+        data: LatentScenes,
+        text,
+        batch_size: int,
+        compiled: bool,
+        part: tuple[int, int],
+    ):
+        self.model, self.data, self.text, self.batch_size, self.part = model, data, text, batch_size, part
+        self.alphas = noise_levels(data.device)
+        self.attention, self.features = OpenAttention(model.unet, OPENED), []
+        for block in model.read_blocks:
             block.register_forward_hook(lambda _module, _inputs, output: self.features.append(output))
-        self.predict = torch.compile(taught.unet) if compiled else taught.unet
+        self.predict = torch.compile(model.unet) if compiled else model.unet
 
     def noised(
-        self, lesson: Lesson, t: torch.Tensor, silent: torch.Tensor, generator: torch.Generator
+        self, batch: SceneBatch, t: torch.Tensor, unconditional: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The latents with noise of times t (n,), the v that is to be predicted, and the text states of captions that
-        are empty for the `silent` (n,)."""
-        x = lesson.latents
+        are empty for the `unconditional` (n,)."""
+        x = batch.latents
         noise = torch.randn(x.shape, generator=generator).to(x.device)
         a, s = (part.sqrt()[:, None, None, None] for part in (self.alphas[t], 1 - self.alphas[t]))
         with torch.no_grad():
-            context = self.text(lesson.tokens(silent)).last_hidden_state
+            context = self.text(batch.tokens(unconditional)).last_hidden_state
         return a * x + s * noise, a * noise - s * x, context
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The parts of the loss of one step."""
         first, parts = self.part
-        rows = rows_of(step, self.batch, self.lessons.trained)[first::parts]
-        lesson = self.lessons.take(rows)
-        silent, shaping, level = torch.rand(3, len(rows), generator=generator)
-        silent = (silent < UNCONDITIONAL).to(self.alphas.device)
+        rows = rows_of(step, self.batch_size, self.data.trained)[first::parts]
+        batch = self.data.take(rows)
+        unconditional, shaping, level = torch.rand(3, len(rows), generator=generator)
+        unconditional = (unconditional < UNCONDITIONAL).to(self.alphas.device)
         low, high = (torch.where(shaping < SHAPING_SHARE, *ends) for ends in zip(SHAPING, (0, 1000), strict=True))
         t = (low + level * (high - low)).long().to(self.alphas.device)
-        noisy, target, context = self.noised(lesson, t, silent, generator)
+        noisy, target, context = self.noised(batch, t, unconditional, generator)
         self.features.clear()
         with self.attention.collecting() as maps:
             error = (self.predict(noisy, t, context).sample.float() - target).square().mean()
-        progress = min(1.0, step * self.batch / LOCALIZE_PICTURES)
+        progress = min(1.0, step * self.batch_size / LOCALIZE_PICTURES)
         localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
-        counted = lesson.present * (visibility(self.alphas[t]) * ~silent)[:, None] / lesson.present.sum().clamp(min=1)
-        located = localization_loss(maps, lesson.describes, lesson.named, counted, F.adaptive_avg_pool2d)
-        read = self.taught.readers.loss(self.features, lesson.cells, lesson.classes)
+        visible = visibility(self.alphas[t]) * ~unconditional
+        weights = batch.present * visible[:, None] / batch.present.sum().clamp(min=1)
+        located = localization_loss(maps, batch.describes, batch.named, weights, F.adaptive_avg_pool2d)
+        read = self.model.readers.loss(self.features, batch.cells, batch.classes)
         return {"noise": error, "localization": localize * located, "reading": READ * read}
 
     @torch.no_grad()
     def gains(self, unet) -> dict[str, float]:
         """By which part of it captions lower the loss of held-out pictures at some times."""
-        lesson = self.lessons.take(self.lessons.trained + np.arange(GAIN_PICTURES))
+        batch = self.data.take(self.data.trained + np.arange(GAIN_PICTURES))
         found = {}
         for time in GAIN_TIMES:
             t, loss = torch.full((GAIN_PICTURES,), time, device=self.alphas.device), []
-            for mute in (False, True):
-                silent = torch.full_like(t, mute, dtype=torch.bool)
-                noisy, target, context = self.noised(lesson, t, silent, torch.Generator().manual_seed(time))
+            for empty in (False, True):
+                unconditional = torch.full_like(t, empty, dtype=torch.bool)
+                noisy, target, context = self.noised(batch, t, unconditional, torch.Generator().manual_seed(time))
                 loss.append(float((unet(noisy, t, context).sample.float() - target).square().mean()))
             found[f"gain_{time}"] = round(1 - loss[0] / loss[1], 4)
         return found
@@ -184,7 +193,7 @@ class _Teacher:
 def train_unet(
     device: str,
     steps: int,
-    batch: int,
+    batch_size: int,
     lanes: int = 1,
     compiled: bool = False,
     shipped: bool = False,
@@ -193,11 +202,11 @@ def train_unet(
     """v-prediction with localization and reading; keeps averaged weights, judges samples on the way. A run without a
     checkpoint starts from the shipped weights if so wished, else from nothing."""
     torch.manual_seed(SEED)
-    taught, text = _Taught(), frozen_text(device, weights_file("text"))
-    unet = taught.unet
+    model, text = _UNetWithReaders(), frozen_text(device, weights_file("text"))
+    unet = model.unet
     if shipped:
         unet.load_state_dict(models.load("unet"))
-    taught.to(device)
+    model.to(device)
     if torch.device(device).type != "cpu":
         # On a processor the other layout is faster (measured: 2.25 s a step for 2.55 s).
         unet.to(memory_format=torch.channels_last)
@@ -208,18 +217,20 @@ def train_unet(
         return min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
 
     outside = "unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"
-    optimizer = MuonAdamW(taught, LEARNING_RATE, 0.02, outside)
-    run = Run(RUNS / "unet", taught, optimizer, steps, SEED, schedule, AVERAGE)
+    optimizer = MuonAdamW(model, LEARNING_RATE, 0.02, outside)
+    run = Run(RUNS / "unet", model, optimizer, steps, SEED, schedule, AVERAGE)
     data = open_scenes()
     autoencoder = frozen_autoencoder(device, weights_file("autoencoder"))
-    lessons = Lessons(data, encoded(data, autoencoder, RUNS / "latents", device), device)
-    teachers = [_Teacher(replica(taught), lessons, text, batch, compiled, (part, lanes)) for part in range(lanes)]
+    scenes = LatentScenes(data, encoded(data, autoencoder, RUNS / "latents", device), device)
+    objectives = [
+        _Objective(replica(model), scenes, text, batch_size, compiled, (part, lanes)) for part in range(lanes)
+    ]
 
     def report(step):
         state, sheet = unet.state_dict(), run.folder / f"samples_{step:06d}.png"
-        return {**teachers[0].gains(_ready(state, device)), **evaluate(state, sheet, device, pictures=128, steps=25)}
+        return {**objectives[0].gains(_ready(state, device)), **evaluate(state, sheet, device, pictures=128, steps=25)}
 
-    losses = Lanes([teacher.losses for teacher in teachers])
+    losses = Lanes([objective.losses for objective in objectives])
     run.train(losses, 100, report=report, report_every=2000, seconds=seconds)
     models.save("unet", unet_state(run.best_state()), weights_file("unet"))
 
