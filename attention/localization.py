@@ -6,7 +6,7 @@ FastComposer (Xiao et al., arXiv 2305.10431), section 4.2 and equation 5, the "b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,56 +14,60 @@ import torch.nn.functional as F
 EPSILON = 1e-5
 
 
-def spill(attention: torch.Tensor, mask: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-    """Mean attention outside a mask minus the mean inside it, -1 (all inside) to 1 (all outside).
+def antialiased(masks: torch.Tensor, side: int) -> torch.Tensor:
+    """Masks (n, subjects, H, W) at the size (side, side), as published."""
+    return F.interpolate(masks, (side, side), mode="bilinear", antialias=True)
+
+
+def mean_of_pictures(present: torch.Tensor) -> torch.Tensor:
+    """The published weights (n, subjects): the mean over each picture's subjects, and of these over all pictures, where
+    one without subjects counts as 0.
 
     Args:
-        attention: (..., pixels), how much each pixel attends to a subject's word.
-        mask: (..., pixels), 0..1, where the subject is.
-        normalize: divide the attention by its largest value first.
-
-    Returns:
-        (...).
+        present: (n, subjects), 1 where there is a subject.
     """
-    if normalize:
-        attention = attention / (attention.amax(-1, keepdim=True) + EPSILON)
-    outside = 1 - mask
-    return (attention * outside).sum(-1) / (outside.sum(-1) + EPSILON) - (attention * mask).sum(-1) / (
-        mask.sum(-1) + EPSILON
-    )
+    return present / (present.sum(1, keepdim=True) + EPSILON) / len(present)
 
 
 def localization_loss(
     maps: Sequence[torch.Tensor],
     tokens: torch.Tensor,
     masks: torch.Tensor,
-    present: torch.Tensor,
-    normalize: bool = False,
+    weights: torch.Tensor,
+    resize: Callable[[torch.Tensor, int], torch.Tensor] = antialiased,
 ) -> torch.Tensor:
-    """The balanced L1 of all subjects, averaged over layers, heads and pictures.
+    """The weighted sum over subjects of the mean attention to their tokens outside their mask minus the mean inside,
+    which is from -1 (all inside) to 1 (all outside); averaged over layers. In full precision, also under autocast.
 
     Args:
-        maps: per layer the attention probabilities (n, heads, pixels, text tokens) of a square grid.
-        tokens: (n, subjects), index of each subject's word.
-        masks: (n, subjects, H, W), 0..1; scaled to each layer's grid with antialiasing.
-        present: (n, subjects), true where there is a subject; pictures without one count as 0.
-        normalize: see `spill`.
+        maps: per layer the attention probabilities (n, pixels, text tokens) of a square grid, averaged over heads.
+        tokens: (n, subjects, text tokens), 1 at the tokens of each subject.
+        masks: (n, subjects, H, W), 0..1, where each subject is.
+        weights: (n, subjects), what each subject counts; 0 where there is none. See `mean_of_pictures`.
+        resize: gives the masks at the size of a layer's grid.
 
     Raises:
         ValueError: no layer has given a map.
     """
     if not maps:
         raise ValueError("localization loss: expected attention maps, got none from any layer")
-    present = present.to(maps[0])
-    layers = []
-    for probabilities in maps:
-        side = math.isqrt(probabilities.shape[2])
-        scaled = F.interpolate(masks.to(probabilities), (side, side), mode="bilinear", antialias=True).flatten(2)
-        at = tokens[:, None, None].expand(-1, *probabilities.shape[1:3], -1)
-        attention = probabilities.gather(-1, at).movedim(-1, 1)
-        per_subject = spill(attention, scaled[:, :, None], normalize).mean(-1)
-        layers.append(((per_subject * present).sum(1) / (present.sum(1) + EPSILON)).mean())
-    return torch.stack(layers).mean()
+    tokens, masks, weights = (tensor.to(maps[0]) for tensor in (tokens, masks, weights))
+    balances: dict[int, torch.Tensor] = {}
+    total = torch.zeros((), dtype=maps[0].dtype, device=maps[0].device)
+    with torch.autocast(maps[0].device.type, enabled=False):
+        for probabilities in maps:
+            side = math.isqrt(probabilities.shape[1])
+            if side not in balances:
+                inside = resize(masks, side).flatten(2)
+                balances[side] = _mean_over(1 - inside) - _mean_over(inside)
+            attention = torch.einsum("npt,nkt->nkp", probabilities, tokens)
+            total = total + ((attention * balances[side]).sum(2) * weights).sum()
+    return total / len(maps)
+
+
+def _mean_over(mask: torch.Tensor) -> torch.Tensor:
+    """What each pixel counts in a mean over a mask (..., pixels)."""
+    return mask / (mask.sum(-1, keepdim=True) + EPSILON)
 
 
 def masked_noise_loss(

@@ -6,32 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from ..subjects.masks import bounding_box
+from .clip_pixels import square
 
 KEEP, NOISE, BLACK = "keep", "noise", "black"
 BACKGROUNDS = (KEEP, NOISE, BLACK)
 
 _NOISE_SEED = 0  # one noise for all pictures, so that a picture always has one embedding
-
-
-def square_reference(image: torch.Tensor, side: int) -> torch.Tensor:
-    """The whole picture on a black square, scaled to `side`, in 256 grey levels.
-
-    The published code pads both sides of the shorter edge by half the difference, rounded down, so that a picture with
-    an odd difference is squeezed by one pixel.
-
-    Args:
-        image: (H, W, 3), values 0..1.
-        side: of the result, in pixels.
-
-    Returns:
-        (side, side, 3).
-    """
-    height, width = image.shape[:2]
-    pad = abs(height - width) // 2
-    pads = (pad, pad, 0, 0) if height > width else (0, 0, pad, pad)
-    padded = F.pad(image.movedim(-1, 0)[None].float(), pads)
-    scaled = F.interpolate(padded, (side, side), mode="bilinear", antialias=True)
-    return (scaled * 255).round().clamp(0, 255).div(255)[0].movedim(0, -1)
 
 
 def set_background(image: torch.Tensor, mask: torch.Tensor, background: str) -> torch.Tensor:
@@ -72,4 +52,4 @@ def prepare_reference(
         image = set_background(image, mask, background)
         if crop:
             image = image[y : y + height, x : x + width]
-    return square_reference(image, side)
+    return square(image, side)

@@ -46,13 +46,12 @@ class TrainConcept(Node):
                 ),
                 io.Int.Input("steps", default=400, min=1, max=20000, tooltip="Optimizer steps."),
                 io.Float.Input(
-                    "rate",
+                    "learning_rate",
                     default=0.002,
                     min=0.00001,
                     max=0.1,
                     step=0.00001,
-                    tooltip="Learning rate, as a share of a weight's typical size per step, which suits models of any "
-                    "width.",
+                    tooltip="As a share of a weight's typical size per step, which suits models of any width.",
                 ),
                 io.Int.Input("batch_size", default=2, min=1, max=64, tooltip="Pictures per step."),
                 io.Int.Input(
@@ -145,7 +144,6 @@ class TrainConcept(Node):
         class_pictures,
         preview_every,
         keep_checkpoint,
-        batch_size,
         masks=None,
         **recipe,
     ) -> io.NodeOutput:
@@ -162,7 +160,7 @@ class TrainConcept(Node):
             pictures,
             class_word,
             placeholder,
-            Recipe(batch=batch_size, **recipe),
+            Recipe(**recipe),
             size,
             class_pictures,
             preview_every,

@@ -60,8 +60,6 @@ TEXT_CONFIG = {
     "pad_token_id": END,
 }
 VISION_CONFIG = {**_TOWER, "image_size": 64, "patch_size": 8, "num_channels": 3}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKEN_IDS = "token_ids"

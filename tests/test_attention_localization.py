@@ -2,52 +2,62 @@
 
 import pytest
 import torch
-from conceptloom.attention.localization import localization_loss, masked_noise_loss
+import torch.nn.functional as F
+from conceptloom.attention.localization import localization_loss, masked_noise_loss, mean_of_pictures
 
 
 def layer(*maps):
-    """Attention probabilities (1, 1, 4, tokens) whose columns are the given maps of a 2x2 grid."""
-    return torch.tensor(maps, dtype=torch.float64).mT[None, None]
+    """Attention probabilities (1, 4, tokens) whose columns are the given maps of a 2x2 grid."""
+    return torch.tensor(maps, dtype=torch.float64).mT[None]
+
+
+def marked(tokens, count):
+    """Subjects (n, subjects) by the index of their token, as marks among `count` tokens."""
+    return F.one_hot(torch.tensor(tokens), count)
+
+
+def published(*present):
+    """Weights of subjects (n, subjects)."""
+    return mean_of_pictures(torch.tensor(present, dtype=torch.float64))
 
 
 CORNER = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]], dtype=torch.float64)
-ONE = torch.tensor([[0]]), CORNER, torch.tensor([[True]])
+ONE = marked([[0]], 1), CORNER, published([1])
 
 
 @pytest.mark.parametrize(
-    "values, normalize, loss",
+    "values, loss",
     [
-        ([0.9, 0.1, 0.1, 0.1], False, -0.79998330),
-        ([0.9, 0.1, 0.1, 0.1], True, -0.88886048),
-        ([0.25] * 4, False, 1.6667e-6),
-        ([1.0, 0.0, 0.0, 0.0], False, -0.99997999),
+        ([0.9, 0.1, 0.1, 0.1], -0.79998330),
+        ([0.25] * 4, 1.6667e-6),
+        ([1.0, 0.0, 0.0, 0.0], -0.99997999),
     ],
 )
-def test_one_subject(values, normalize, loss):
-    assert localization_loss([layer(values)], *ONE, normalize).item() == pytest.approx(loss, abs=1e-7)
+def test_one_subject(values, loss):
+    assert localization_loss([layer(values)], *ONE).item() == pytest.approx(loss, abs=1e-7)
 
 
-def test_pictures_without_subjects_count_as_zero_and_heads_are_averaged():
-    heads = torch.cat((layer([0.9, 0.1, 0.1, 0.1]), layer([0.5, 0.1, 0.1, 0.1])), 1)
+def test_pictures_without_subjects_count_as_zero():
+    # The mean of two heads, [.9, .1, .1, .1] and [.5, .1, .1, .1].
+    heads = layer([0.7, 0.1, 0.1, 0.1])
     maps = torch.cat((heads, torch.rand_like(heads)))
-    tokens, masks = torch.zeros(2, 1, dtype=torch.long), CORNER.repeat(2, 1, 1, 1)
-    loss = localization_loss([maps], tokens, masks, torch.tensor([[True], [False]]))
+    loss = localization_loss([maps], marked([[0], [0]], 1), CORNER.repeat(2, 1, 1, 1), published([1], [0]))
     assert loss.item() == pytest.approx(-0.29999366, abs=1e-8)
 
 
 def test_two_subjects_layers_and_gradient():
     left = torch.zeros(4, 4, dtype=torch.float64)
     left[:, :2] = 1
-    masks, present = torch.stack((left, 1 - left))[None], torch.tensor([[True, True]])
+    masks, weights = torch.stack((left, 1 - left))[None], published([1, 1])
     first = layer([0.6, 0.2, 0.6, 0.2], [0.1, 0.7, 0.1, 0.7]).requires_grad_()
-    order, swapped = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])
-    loss = localization_loss([first], order, masks, present)
+    order, swapped = marked([[0, 1]], 2), marked([[1, 0]], 2)
+    loss = localization_loss([first], order, masks, weights)
     assert loss.item() == pytest.approx(-0.35713929, abs=1e-8)
     loss.backward()
     expected = torch.tensor([-0.17856964, 0.17856964, -0.17856964, 0.17856964], dtype=torch.float64)
-    torch.testing.assert_close(first.grad[0, 0, :, 0], expected, atol=1e-8, rtol=0)
-    assert localization_loss([first], swapped, masks, present).item() == pytest.approx(0.35713929, abs=1e-8)
-    halved = localization_loss([first, torch.zeros_like(first)], order, masks, present)
+    torch.testing.assert_close(first.grad[0, :, 0], expected, atol=1e-8, rtol=0)
+    assert localization_loss([first], swapped, masks, weights).item() == pytest.approx(0.35713929, abs=1e-8)
+    halved = localization_loss([first, torch.zeros_like(first)], order, masks, weights)
     assert halved.item() == pytest.approx(-0.17856964, abs=1e-8)
 
 
@@ -58,8 +68,28 @@ def test_masks_are_scaled_with_antialiasing():
     attention = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     outside = 1 - inside
     expected = attention @ outside / (outside.sum() + 1e-5) - attention @ inside / (inside.sum() + 1e-5)
-    loss = localization_loss([layer(attention.tolist())], torch.tensor([[0]]), mask, torch.tensor([[True]]))
+    loss = localization_loss([layer(attention.tolist())], marked([[0]], 1), mask, published([1]))
     assert loss.item() == pytest.approx(expected.item() / (1 + 1e-5), abs=1e-7)
+
+
+def test_tokens_of_a_subject_are_summed_and_weights_and_scaling_are_the_callers():
+    masks = torch.zeros(1, 3, 16, 16)
+    masks[0, 0, :8] = 1
+    tokens = torch.zeros(1, 3, 6)
+    tokens[0, 0, [4, 5]] = 1
+    attention = torch.zeros(1, 64, 6)
+    attention[0, :32, 4], attention[0, :32, 5] = 0.5, 0.25
+    attention[0, 32:, 4] = 0.125
+    weights = torch.tensor([[2.0, 0.0, 0.0]])
+    loss = localization_loss([attention], tokens, masks, weights, F.adaptive_avg_pool2d)
+    assert float(loss) == pytest.approx(2 * (0.125 - 0.75))
+
+
+def test_half_precision_rounds_no_attention():
+    maps, rest = torch.rand(1, 4, 1), (marked([[0]], 1), CORNER, published([1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = localization_loss([maps], *rest)
+    assert torch.equal(rounded, localization_loss([maps], *rest))
 
 
 def test_no_attention_map_is_an_error_and_not_zero():

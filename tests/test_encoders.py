@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from conceptloom.encoders.clip_pixels import MEAN_COLOR, normalize, square
 from conceptloom.encoders.fuser import Fuser, fuse_rows
 from conceptloom.encoders.lora import factor
-from conceptloom.encoders.reference import BLACK, KEEP, NOISE, prepare_reference, square_reference
+from conceptloom.encoders.reference import BLACK, KEEP, NOISE, prepare_reference
 
 
 def oracle_fuser(width):
@@ -81,14 +82,22 @@ def test_strength_and_emphasis():
 
 def test_reference_is_padded_and_scaled_with_antialiasing():
     # 300 high, 200 wide: bars of 50 left and right become 37.33 pixels of 224.
-    row = (square_reference(torch.full((300, 200, 3), 128 / 255), 224)[112, :, 0] * 255).round().int().tolist()
+    row = (square(torch.full((300, 200, 3), 128 / 255), 224)[112, :, 0] * 255).round().int().tolist()
     assert row[34:42] == [0, 0, 0, 83, 128, 128, 128, 128]
     assert row[::-1] == row
 
 
+def test_pixels_are_those_that_clip_was_trained_on():
+    white = normalize(torch.ones(2, 3, 1, 1))
+    for channel, value in enumerate((1.9303361, 2.0748837, 2.1458969)):
+        assert white[:, channel].flatten().tolist() == pytest.approx([value] * 2, abs=1e-6)
+    mean = normalize(torch.tensor(MEAN_COLOR)[:, None, None] / 255)
+    assert mean.abs().max() < 0.01
+
+
 def test_odd_padding_squeezes_by_a_pixel_as_published():
     # 5 high, 2 wide is padded to 5x4, so the picture covers half the square: one pixel of five less than 2/5 would.
-    white = square_reference(torch.ones(5, 2, 3), 400)[200, :, 0]
+    white = square(torch.ones(5, 2, 3), 400)[200, :, 0]
     assert white.mean().item() == pytest.approx(0.5, abs=0.01)
 
 
@@ -129,5 +138,5 @@ def test_reference_is_torchvision_s_to_one_grey_level():
         pad = abs(height - width) // 2
         padded = v2.pad(pixels, [pad, 0, pad, 0] if height > width else [0, pad, 0, pad])
         expected = v2.resize(padded, [224, 224], antialias=True).int()
-        ours = (square_reference(pixels.movedim(0, -1) / 255, 224) * 255).round().int().movedim(-1, 0)
+        ours = (square(pixels.movedim(0, -1) / 255, 224) * 255).round().int().movedim(-1, 0)
         assert (ours - expected).abs().max() <= 1

@@ -14,7 +14,9 @@ from conceptloom.encoders.fastcomposer import FUSER, split
 from conceptloom.encoders.fuser import Fuser
 from conceptloom.shapeland import models, world
 from conceptloom.training.base import open_base
-from conceptloom.training.shapeland import autoencoder, clip, fuser, lessons, scenes, unet
+from conceptloom.training.open_attention import OpenAttention
+from conceptloom.training.sampling import sample
+from conceptloom.training.shapeland import autoencoder, clip, fuser, latents, scenes, unet
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "SHARD", 48)
-        patch.setattr(lessons, "SHARD", 48)
+        patch.setattr(latents, "SHARD", 48)
         scenes.draw(folder, 1, seed=3, workers=1)
         yield scenes.Scenes(folder, 1)
 
@@ -66,57 +68,44 @@ def test_a_phrase_is_true_of_every_thing_that_has_what_it_says():
     assert clip.phrase_is_true(said, have).tolist() == truth
 
 
-def test_localization_loss_counts_attention_outside_minus_inside():
-    masks = torch.zeros(1, 3, 16, 16)
-    masks[0, 0, :8] = 1
-    describes = torch.zeros(1, 3, models.TOKENS)
-    describes[0, 0, [4, 5]] = 1
-    present = torch.tensor([[1.0, 0.0, 0.0]])
-    attention = torch.zeros(1, 256, models.TOKENS)
-    attention[0, :128, 4], attention[0, :128, 5] = 0.5, 0.25
-    attention[0, 128:, 4] = 0.125
-    loss = unet.localization_loss([attention], describes, masks, present, torch.tensor([2.0]))
-    assert float(loss) == pytest.approx(2 * (0.125 - 0.75))
-
-
-def test_lessons_hold_what_is_true_of_each_thing(data):
-    latents = torch.arange(48.0)[:, None, None, None].expand(48, 8, 16, 16).half()
-    lesson = lessons.Lessons(data, latents, "cpu").take(np.arange(47, -1, -1))
+def test_batches_hold_what_is_true_of_each_thing(data):
+    numbered = torch.arange(48.0)[:, None, None, None].expand(48, 8, 16, 16).half()
+    batch = latents.LatentScenes(data, numbered, "cpu").take(np.arange(47, -1, -1))
     pairs = 0
     for at, row in enumerate(range(47, -1, -1)):
         picture = world.render(world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT))
         scene = picture.scene
         label = data.take("label", np.array([row]))[0]
-        assert lesson.latents[at].eq(row).all()
-        spoken = [scenes.WORDS[w] for w in lesson.tokens(torch.zeros(48, dtype=torch.bool))[at, 1:] if w]
+        assert batch.latents[at].eq(row).all()
+        spoken = [scenes.WORDS[w] for w in batch.tokens(torch.zeros(48, dtype=torch.bool))[at, 1:] if w]
         assert " ".join(spoken) == scene.caption
-        assert not lesson.tokens(torch.ones(48, dtype=torch.bool))[at, 1:].any()
+        assert not batch.tokens(torch.ones(48, dtype=torch.bool))[at, 1:].any()
         for i, thing in enumerate(scene.things):
             identity = thing.identity
             known = [thing.noun, identity.color, identity.second, identity.pattern]
-            assert lesson.classes[at, i].tolist() == known
+            assert batch.classes[at, i].tolist() == known
             same = [j for j, other in enumerate(scene.things) if other.noun == thing.noun]
-            for cells, who in ((lesson.cells, [i]), (lesson.named, same)):
+            for cells, who in ((batch.cells, [i]), (batch.named, same)):
                 expected = np.isin(label, [j + 1 for j in who]).reshape(16, 4, 16, 4).mean((1, 3))
                 assert np.allclose(cells[at, i], expected)
             pairs += len(same) > 1
             # The start token stands before the first word.
-            marked = {int(j) - 1 for j in lesson.describes[at, i].nonzero()}
+            marked = {int(j) - 1 for j in batch.describes[at, i].nonzero()}
             assert marked == {scene.noun_words[i], *scene.attribute_words[i]}
-        assert lesson.present[at].sum() == len(scene.things)
-        assert (lesson.classes[at, len(scene.things) :, 0] == -1).all()
+        assert batch.present[at].sum() == len(scene.things)
+        assert (batch.classes[at, len(scene.things) :, 0] == -1).all()
     assert pairs > 4
 
 
 def test_latents_move_as_their_pictures_do():
     """Means of blocks commute with turns and halving."""
-    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    pictures = latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    small = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pictures = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
     seen = set()
     for seed in range(12):
-        there, picture = (autoencoder.moved(x, torch.Generator().manual_seed(seed)) for x in (latents, pictures))
+        there, picture = (autoencoder.moved(x, torch.Generator().manual_seed(seed)) for x in (small, pictures))
         assert torch.allclose(there, torch.nn.functional.avg_pool2d(picture, 4), atol=1e-6)
-        assert not torch.equal(there, latents)
+        assert not torch.equal(there, small)
         seen.add(tuple(there.shape))
     assert seen == {(2, 3, 4, 4), (2, 3, 2, 2)}
 
@@ -154,47 +143,78 @@ def test_open_attention_is_the_models_own():
     x, t, context = torch.randn(2, 8, 16, 16), torch.tensor([5, 600]), torch.randn(2, models.TOKENS, models.WIDTH)
     with torch.no_grad():
         plain = model(x, t, context).sample
-        kept = unet.open_attention(model)
+    attention = OpenAttention(model, unet.OPENED)
+    first = model.get_submodule(attention.names[0])
+    seen = []
+    first.register_forward_hook(lambda _layer, inputs, _output: seen.append(inputs[0]))
+    with torch.no_grad(), attention.collecting() as maps:
         recorded = model(x, t, context).sample
+        # One head after another.
+        query, key = (
+            layer(given).unflatten(-1, (first.heads, -1)).unbind(2)
+            for layer, given in ((first.to_q, seen[0]), (first.to_k, context))
+        )
+        width = query[0].shape[-1]
+        heads = [(q @ k.mT / width**0.5).softmax(-1) for q, k in zip(query, key, strict=True)]
     assert torch.allclose(plain, recorded, atol=1e-5)
-    assert sorted({k.shape[1] for k in kept}) == [64, 256]
-    assert len(kept) == 2 + 2 + 3 + 3
-    assert all(torch.allclose(k.sum(-1), torch.ones(k.shape[:2]), atol=1e-4) for k in kept)
+    assert sorted({m.shape[1] for m in maps}) == [64, 256]
+    assert len(maps) == 2 + 2 + 3 + 3
+    torch.testing.assert_close(maps[0], sum(heads) / first.heads)
+    assert (heads[0] - heads[1]).abs().max() > 1e-3
+    assert all(torch.allclose(m.sum(-1), torch.ones(m.shape[:2]), atol=1e-4) for m in maps)
 
 
 def test_sampler_with_a_perfect_model_gives_the_picture():
-    """v of a known latent, solved by DDIM with guidance, ends at that latent."""
+    """v of a known latent, solved by DDIM with guidance, ends at that latent; each step has its own states."""
     target = torch.randn(1, 8, 16, 16)
     alphas = unet.noise_levels("cpu")
+    told = []
 
-    class Perfect:
-        def __call__(self, x, t, context):
-            a, s = alphas[t] ** 0.5, (1 - alphas[t]) ** 0.5
-            noise = (x - a * target) / s
-            return type("Out", (), {"sample": a * noise - s * target})()
+    def perfect(x, t, states):
+        told.append(states[0][:, 0, 0].tolist())
+        a, s = alphas[t] ** 0.5, (1 - alphas[t]) ** 0.5
+        noise = (x - a * target) / s
+        return a * noise - s * target
 
-    empty = torch.zeros(1, models.TOKENS, models.WIDTH)
-    out = unet.sample(Perfect(), empty.expand(2, -1, -1), empty, steps=10, guidance=3.0, seed=0)
+    empty = torch.zeros(2, models.TOKENS, models.WIDTH), None
+    out = sample(
+        perfect, models.SCHEDULE, (2, 8, 16, 16), empty, lambda i: (empty[0] + i, None), steps=10, guidance=3.0, seed=0
+    )
     assert torch.allclose(out, target.expand(2, -1, -1, -1), atol=1e-3)
+    assert told == [[0, 0, i, i] for i in range(10)]
+
+
+def test_guidance_goes_beyond_what_the_text_says():
+    """One step from pure noise to the predicted latent: with no text's 1 and the text's 2, guidance 3 gives 4."""
+    alphas = unet.noise_levels("cpu")
+
+    def predict(x, t, states):
+        a, s = alphas[t] ** 0.5, (1 - alphas[t]) ** 0.5
+        latent = 1 + states[0][:, :1, :1, None]
+        return (a * x - latent) / s
+
+    empty, text = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    out = sample(predict, models.SCHEDULE, (1, 8, 2, 2), (empty, None), lambda _: (text, None), 1, guidance=3.0, seed=0)
+    assert torch.allclose(out, torch.full((1, 8, 2, 2), 4.0), atol=1e-4)
 
 
 def test_a_unet_is_trained_in_lanes_and_judged(data, tmp_path, monkeypatch):
     """The whole stage at the smallest size: its loss, its weights, and what its report says of them."""
     narrow = {**models.NEXT_UNET_CONFIG, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
     monkeypatch.setattr(models, "NEXT_UNET_CONFIG", narrow)
-    monkeypatch.setattr(lessons, "SHARD", 16)
+    monkeypatch.setattr(latents, "SHARD", 16)
     monkeypatch.setattr(unet, "RUNS", tmp_path)
     monkeypatch.setattr(unet, "open_scenes", lambda: data)
-    latents = torch.randn(48, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(unet, "encoded", lambda *_: latents.half())
+    encoded = torch.randn(48, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(unet, "encoded", lambda *_: encoded.half())
     kept = unet.weights_file
     monkeypatch.setattr(unet, "weights_file", lambda name: tmp_path / "unet.st" if name == "unet" else kept(name))
     monkeypatch.setattr(unet, "GAIN_PICTURES", 16)
     whole, judged = unet.Run.train, unet.evaluate
 
-    def train(run, losses, every, report, report_every, seconds):
+    def train(run, losses, log_every, report, report_every, seconds):
         """As the stage does, but with a row of the log for each step and a report at the end."""
-        whole(run, losses, 1, report, 12, seconds=seconds)
+        whole(run, losses, 1, report=report, report_every=12, seconds=seconds)
 
     monkeypatch.setattr(unet.Run, "train", train)
     monkeypatch.setattr(unet, "evaluate", lambda state, sheet, device, **_: judged(state, sheet, device, 2, 2))

@@ -49,7 +49,7 @@ def fresh_accelerator():
 
 def command(folder, *more, out="run"):
     arguments = ["--base", "shapeland", "--images", folder / "images", "--class-word", "star", "--out", folder / out]
-    arguments += ["--caption", "a {}", "--class-pictures", "2", "--batch", "1", "--log-every", "1", *more]
+    arguments += ["--caption", "a {}", "--class-pictures", "2", "--batch-size", "1", "--log-every", "1", *more]
     concepts.main([str(a) for a in arguments])
 
 
@@ -104,7 +104,7 @@ def test_masks_factors_and_half_precision_train_too(narrow, folder):
         (["--caption", "photo of a {}"], "captions: expected Shapeland's words, got 'photo'"),
         (["--class-word", "dog"], "captions: expected Shapeland's words, got 'dog'"),
         (["--caption", "a red " * 40 + "{}"], "captions: expected {} among the first 75 tokens, got it at 81"),
-        (["--rate", "-1"], "--rate: expected at least 0, got -1.0"),
+        (["--learning-rate", "-1"], "--learning-rate: expected at least 0, got -1.0"),
         (["--resolution", "60"], "--resolution: expected a multiple of 32"),
     ],
 )

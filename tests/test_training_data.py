@@ -16,7 +16,7 @@ from conceptloom.encoders.files import whole_file
 from conceptloom.shapeland import world
 from conceptloom.training import data
 from conceptloom.training.data import captions, dataset, images, match, phrases, segments
-from conceptloom.training.data.folder import Folder, Phrase, Segment, Subject
+from conceptloom.training.data.folder import Folder, MatchedSubject, Phrase, Segment
 from conceptloom.training.data.greedy import greedy_match
 from torchvision.transforms import v2
 
@@ -214,7 +214,7 @@ def test_phrases_of_captions_by_spacy(folder, spacy_pipeline, monkeypatch):
     ]  # fmt: skip
     for image_id, text in zip(folder.ids(), texts, strict=True):
         folder.write_text(image_id, ".caption.txt", text + "\n")
-    data.main(["phrases", "--root", str(folder.root), "--model", str(spacy_pipeline), "--batch", "2"])
+    data.main(["phrases", "--root", str(folder.root), "--model", str(spacy_pipeline), "--batch-size", "2"])
     assert [folder.phrases(i) for i in folder.ids()] == [
         (
             "An old woman and an old woman sit on the grass",
@@ -235,7 +235,7 @@ def test_spacy_pipeline_must_be_there_and_parse(folder, tmp_path_factory):
     spacy = needs("spacy", "spacy")
     for image_id in folder.ids():
         folder.write_text(image_id, ".caption.txt", "two women")
-    with pytest.raises(FileNotFoundError, match="'no_such_pipeline' is neither an installed spaCy pipeline"):
+    with pytest.raises(FileNotFoundError, match="--model: expected .* spaCy pipeline .*, got 'no_such_pipeline'"):
         phrases.write_phrases(folder, "no_such_pipeline")
     blank = tmp_path_factory.mktemp("blank")
     spacy.blank("en").to_disk(blank)
@@ -355,7 +355,7 @@ def test_captions_by_blip2(folder, tmp_path_factory, monkeypatch):
     transformers = needs("transformers", "transformers")
     path = tmp_path_factory.mktemp("blip2")
     model, processor = save_tiny_blip2(path)
-    data.main(["captions", "--root", str(folder.root), "--model", str(path), "--batch", "2", "--device", "cpu"])
+    data.main(["captions", "--root", str(folder.root), "--model", str(path), "--batch-size", "2", "--device", "cpu"])
     found = [folder.caption(i) for i in folder.ids()]
     for image_id, caption in zip(folder.ids(), found, strict=True):
         pixels = processor(images=folder.image(image_id), return_tensors="pt").pixel_values
@@ -379,7 +379,7 @@ def test_segments_by_mask2former(folder, tmp_path_factory, monkeypatch):
     transformers = needs("transformers", "transformers")
     path = tmp_path_factory.mktemp("mask2former")
     model, processor = save_tiny_mask2former(path)
-    data.main(["segments", "--root", str(folder.root), "--model", str(path), "--batch", "4", "--device", "cpu"])
+    data.main(["segments", "--root", str(folder.root), "--model", str(path), "--batch-size", "4", "--device", "cpu"])
     total = 0
     for image_id in folder.ids():
         picture = folder.image(image_id)
@@ -415,7 +415,7 @@ def test_segments_by_mask2former(folder, tmp_path_factory, monkeypatch):
         kept = folder.segments(image_id)
         assert {s.label for s in kept} <= {label}
         assert set(np.unique(folder.instance_map(image_id))) - {0} == {s.id for s in kept}
-    with pytest.raises(ValueError, match="knows no class unicorn; it knows dog, person, sky"):
+    with pytest.raises(ValueError, match=r"--labels: expected classes .* \(dog, person, sky\), got unicorn"):
         segments.write_segments(folder, path, ["person", "unicorn"])
 
 
@@ -484,7 +484,7 @@ def test_match_with_models_from_the_command_line(folder, tmp_path_factory):
 def test_score_is_clips_times_the_labels_and_never_of_two_negatives():
     segment, said = Segment(1, (0, 0, 8, 8), "z"), [Phrase("x", 1), Phrase("y", 2)]
     one = match.Annotated(np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), int), said, [segment])
-    assert match.match_pictures([one], fixed([[-0.9], [0.5]]), fixed([[-0.9], [0.3]])) == [[Subject(segment, 2)]]
+    assert match.match_pictures([one], fixed([[-0.9], [0.5]]), fixed([[-0.9], [0.3]])) == [[MatchedSubject(segment, 2)]]
     assert match.match_pictures([one], fixed([[-0.9], [0.5]]), fixed([[-0.9], [0.1]])) == [[]]
     assert match.match_pictures([one], fixed([[0.5], [0.5]]), fixed([[-0.9], [-0.3]])) == [[]]
 
@@ -888,7 +888,7 @@ def test_wide_crop_loses_nothing_at_the_top(monkeypatch):
 
 
 def test_subjects_are_dropped_drawn_and_ordered():
-    subjects = [Subject(Segment(i, (0, 0, 1, 1), "x"), 90 - 10 * i) for i in range(7)]
+    subjects = [MatchedSubject(Segment(i, (0, 0, 1, 1), "x"), 90 - 10 * i) for i in range(7)]
     generator = torch.Generator().manual_seed(0)
     chosen = [dataset.choose_subjects(subjects, 1.0, generator) for _ in range(700)]
     assert all(len(c) == 4 and [s.end for s in c] == sorted(s.end for s in c) for c in chosen)
@@ -991,34 +991,34 @@ def test_pictures_are_collected_upright_and_once(tmp_path):
 
 
 def test_folders_that_do_not_fit_are_named(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match="data folder .*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="data: expected a folder with .*, got .*nowhere"):
         Folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="No picture is at"):
+    with pytest.raises(ValueError, match="data: expected pictures at .*, got none in .*void"):
         (tmp_path / "void").mkdir()
         Folder(tmp_path / "void").ids()
-    with pytest.raises(FileNotFoundError, match="is to be taken|are to be taken"):
+    with pytest.raises(FileNotFoundError, match="--from: expected a folder with pictures, got .*nowhere"):
         images.collect_images(tmp_path, tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"5 of 5 pictures .* no <id>\.caption\.txt .* the stage 'captions'"):
+    with pytest.raises(FileNotFoundError, match=r"<id>\.caption\.txt .*, got none for 5 of 5 .* the stage 'captions'"):
         phrases.write_phrases(folder, "en_core_web_sm")
-    with pytest.raises(FileNotFoundError, match=r"no <id>\.phrases\.json .* the stage 'phrases'"):
+    with pytest.raises(FileNotFoundError, match=r"expected <id>\.phrases\.json .* the stage 'phrases'"):
         match.write_matches(folder, no_model, no_model)
-    with pytest.raises(FileNotFoundError, match="no folder with a saved BLIP-2 model"):
+    with pytest.raises(FileNotFoundError, match="--model: expected a folder with a saved BLIP-2 model"):
         captions.write_captions(folder, tmp_path / "void")
-    with pytest.raises(FileNotFoundError, match="no folder with a saved Mask2Former model"):
+    with pytest.raises(FileNotFoundError, match="--model: expected a folder with a saved Mask2Former model"):
         segments.write_segments(folder, tmp_path / "void")
-    with pytest.raises(FileNotFoundError, match="no folder with a saved CLIP model"):
+    with pytest.raises(FileNotFoundError, match="--clip: expected a folder with a saved CLIP model"):
         match.open_clip(tmp_path / "void")
-    with pytest.raises(FileNotFoundError, match="image_ids_train.txt does not exist"):
+    with pytest.raises(FileNotFoundError, match="data: expected a list image_ids_train.txt, got none in"):
         dataset.SubjectPictures(folder.root)
     folder.write_ids("train", folder.ids())
-    with pytest.raises(FileNotFoundError, match=r"5 of 5 pictures .* no <id>\.json"):
+    with pytest.raises(FileNotFoundError, match=r"data: expected <id>\.json .*, got none for 5 of 5"):
         dataset.SubjectPictures(folder.root)
     folder.write_ids("train", [])
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="image_ids_train.txt: expected at least one picture's id, got an empty list"):
         dataset.SubjectPictures(folder.root)
     put_picture(folder, "00000009", np.zeros((8, 8, 3), np.uint8))
     folder.path("00000009", ".jpg").rename(folder.root / "00000" / "12345678.jpg")
-    with pytest.raises(ValueError, match="name the folder '12345'"):
+    with pytest.raises(ValueError, match="expected the picture 12345678.jpg in the folder '12345', got it in '00000'"):
         folder.ids()
 
 
@@ -1040,14 +1040,26 @@ def test_missing_packages_are_named(folder, monkeypatch, package, call):
 @pytest.mark.parametrize(
     ("suffix", "content", "error"),
     [
-        (".phrases.json", {"caption": "a cat"}, "is not of the form"),
-        (".phrases.json", {"caption": "a cat", "phrases": [{"text": "a cat", "end": 4}]}, "must end at character 4"),
-        (".phrases.json", {"caption": "a cat", "phrases": [{"text": "a cat", "end": 9}]}, "must end at character 9"),
-        (".phrases.json", [1], "is not of the form"),
-        (".segments.json", [{"id": 1, "bbox": [0, 0, 5], "coco_label": "x"}], "is not of the form"),
+        (".phrases.json", {"caption": "a cat"}, "expected a file of the form"),
+        (
+            ".phrases.json",
+            {"caption": "a cat", "phrases": [{"text": "a cat", "end": 4}]},
+            "'a cat' to end at character 4",
+        ),
+        (
+            ".phrases.json",
+            {"caption": "a cat", "phrases": [{"text": "a cat", "end": 9}]},
+            "'a cat' to end at character 9",
+        ),
+        (".phrases.json", [1], "expected a file of the form"),
+        (".segments.json", [{"id": 1, "bbox": [0, 0, 5], "coco_label": "x"}], "expected a file of the form"),
         (".segments.json", [{"id": 1, "bbox": [0, 0, 65, 5], "coco_label": "x"}], "within the picture's 64x64"),
         (".segments.json", [{"id": 1, "bbox": [9, 0, 5, 5], "coco_label": "x"}], "within the picture's 64x64"),
-        (".segments.json", [{"id": 1, "bbox": [0, 0, 5, 5], "coco_label": "x"}] * 2, "must differ"),
+        (
+            ".segments.json",
+            [{"id": 1, "bbox": [0, 0, 5, 5], "coco_label": "x"}] * 2,
+            "segments with different ids",
+        ),
         (".npy", np.zeros((64, 63), int), "one whole number for each pixel"),
         (".npy", np.zeros((64, 64)), "one whole number for each pixel"),
         (".npy", np.array([{}]), "allow_pickle|Object arrays"),
@@ -1067,10 +1079,10 @@ def test_files_of_another_form_are_named(folder, suffix, content, error):
 
 def test_impossible_options_are_named(shapeland):
     for options, error in (
-        ({"uncondition": 1.5}, "uncondition is 1.5"),
-        ({"object_appear": -0.1}, "object_appear is -0.1"),
-        ({"object_types": "person"}, "is the text 'person'"),
-        ({"object_resolution": 16}, "at least 1 for pictures and 32 for objects"),
+        ({"uncondition": 1.5}, "uncondition: expected a share from 0 to 1, got 1.5"),
+        ({"object_appear": -0.1}, "object_appear: expected a share from 0 to 1, got -0.1"),
+        ({"object_types": "person"}, "object_types: expected a list of class names, got the text 'person'"),
+        ({"object_resolution": 16}, "object_resolution: expected at least 32 pixels, got 16"),
     ):
         with pytest.raises(ValueError, match=error):
             dataset.SubjectPictures(shapeland.root, **options)

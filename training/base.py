@@ -12,9 +12,9 @@ from torch import nn
 from ..encoders.files import check_folder
 from ..shapeland import models, world
 from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
-from .shapeland.common import START
+from .sampling import States, sample
+from .shapeland.common import START, frozen_autoencoder, frozen_text
 from .shapeland.scenes import WORDS
-from .shapeland.unet import frozen_autoencoder, frozen_text
 
 SHAPELAND = "shapeland"
 PARTS = {
@@ -47,10 +47,6 @@ class Vocabulary:
         return row + [self.pad] * (LENGTH - len(row))
 
 
-States = tuple[torch.Tensor, torch.Tensor | None]
-"""Text states (n, 77, D) and, with two towers, the pooled state (n, P) of the second."""
-
-
 @dataclass(frozen=True, eq=False)
 class Base:
     """All parts of a model, in fp32.
@@ -60,7 +56,7 @@ class Base:
         towers: its text towers, one or, with SDXL's shape, two; the second has a projection.
         vocabularies: one for each tower; both split texts alike.
         vision: a transformers `CLIPVisionModelWithProjection`, or None where none was asked for.
-        autoencoder: see `Pictures`.
+        autoencoder: see `ScaledAutoencoder`.
         scheduler: a diffusers `DDPMScheduler`, which says what the UNet predicts of which noise.
         resolution: of pictures, in pixels.
     """
@@ -69,7 +65,7 @@ class Base:
     towers: nn.ModuleList
     vocabularies: tuple[Vocabulary, ...]
     vision: nn.Module | None
-    autoencoder: Pictures
+    autoencoder: ScaledAutoencoder
     scheduler: object
     resolution: int
 
@@ -125,27 +121,22 @@ class Base:
             return noisy, self.scheduler.get_velocity(latents, noise, t)
         return noisy, noise
 
-    @torch.no_grad()
     def sample(
-        self, silent: States, states: Callable[[int], States], count: int, steps: int, guidance: float, seed: int
+        self,
+        unconditional: States,
+        conditional: Callable[[int], States],
+        count: int,
+        steps: int,
+        guidance: float,
+        seed: int,
     ) -> torch.Tensor:
-        """DDIM latents of `count` pictures, at each step guided by its states away from `silent`."""
-        from diffusers import DDIMScheduler
-
-        scheduler = DDIMScheduler.from_config(
-            self.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-        )
-        scheduler.set_timesteps(steps)
-        device = silent[0].device
-        x = torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        for i, t in enumerate(scheduler.timesteps):
-            both = tuple(None if a is None else torch.cat((a, b)) for a, b in zip(silent, states(i), strict=True))
-            without, with_it = self.predict(torch.cat((x, x)), t.to(device), both).chunk(2)
-            x = scheduler.step(without + guidance * (with_it - without), t, x).prev_sample
-        return x
+        """DDIM latents of `count` pictures; see `sampling.sample`."""
+        shape = (count, *self.latent_shape)
+        schedule = self.scheduler.config
+        return sample(self.predict, schedule, shape, unconditional, conditional, steps, guidance, seed)
 
 
-class Pictures(nn.Module):
+class ScaledAutoencoder(nn.Module):
     """Pictures (n, 3, H, W) in [-1, 1] to latents (n, C, H / factor, W / factor) at the UNet's scale, and back."""
 
     def __init__(self, model: nn.Module, factor: int):
@@ -202,7 +193,7 @@ def _shapeland(resolution: int, with_vision: bool) -> Base:
         nn.ModuleList([frozen_text("cpu")]),
         (Vocabulary(_world_words, START, 0, 0),),
         vision,
-        Pictures(frozen_autoencoder("cpu"), FACTOR),
+        ScaledAutoencoder(frozen_autoencoder("cpu"), FACTOR),
         DDPMScheduler(**models.SCHEDULE),
         resolution,
     )
@@ -249,7 +240,7 @@ def _folder(folder: Path, vision: Path | None, resolution: int | None) -> Base:
         nn.ModuleList(towers),
         tuple(Vocabulary(_splitter(t), t.bos_token_id, t.eos_token_id, t.pad_token_id) for t in tokenizers),
         None if vision is None else CLIPVisionModelWithProjection.from_pretrained(vision, **full),
-        Pictures(autoencoder, factor),
+        ScaledAutoencoder(autoencoder, factor),
         DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         unet.config.sample_size * factor if resolution is None else resolution,
     )

@@ -7,13 +7,17 @@ from pathlib import Path
 
 
 def add_row(path: Path, step: int, row: dict[str, float]) -> None:
-    """Appends a step's numbers to a table, which begins with their names."""
+    """Appends a step's numbers to a table, which begins with their names and keeps to these: a run may be continued
+    with options by which it has other numbers to tell."""
+    row = {"step": step, **row}
     new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        names = list(row) if new else next(csv.reader(file))
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         if new:
-            writer.writerow(["step", *row])
-        writer.writerow([step, *row.values()])
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def go_back(path: Path, step: int) -> None:

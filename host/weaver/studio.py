@@ -77,7 +77,7 @@ def train_with_progress(
     folder = checkpoints and checkpoints / _training_name(kind, pictures)
     concept = training.train(model, clip, vae, pictures, class_word, placeholder, recipe, side, prior, report, folder)
     seconds = time.monotonic() - began
-    said = f"{concept.name}: {len(losses)} steps of {recipe.batch} pictures in {seconds:.0f} s"
+    said = f"{concept.name}: {len(losses)} steps of {recipe.batch_size} pictures in {seconds:.0f} s"
     if len(losses) < recipe.steps:
         said += f", continued at step {recipe.steps - len(losses)}"
     return replace(concept, base=base), loss_picture(losses), said

@@ -12,7 +12,6 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -25,7 +24,17 @@ import torch
 
 from ...encoders.concept_texts import Name
 from ...encoders.concepts import Concept
-from ...training.concepts.learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask, prediction_weight
+from ...training.concepts.learner import (
+    BOTH,
+    ConceptWeights,
+    Example,
+    Recipe,
+    concept_losses,
+    concept_optimizer,
+    draw_batch,
+    latent_mask,
+    prediction_weight,
+)
 from ...training.concepts.pictures import Pictures, called, name_of
 from ...training.loop import Run
 from ..model import passes
@@ -140,15 +149,6 @@ def _out_of_place(layer, x, mask=None, optimized_attention=None):
     return x + layer.mlp(layer.layer_norm2(x))
 
 
-@dataclass(frozen=True, eq=False)
-class _Example:
-    """A view as the model sees it: latent (C, h, w), mask (h, w), caption."""
-
-    latent: torch.Tensor
-    mask: torch.Tensor
-    caption: str
-
-
 class _Trainer:
     def __init__(self, patcher, clip, pictures: Pictures, name: Name, recipe: Recipe, side: int, prior):
         self.model, self.device = patcher.model, patcher.load_device
@@ -163,8 +163,12 @@ class _Trainer:
         }
         starts = self._start_of_word() if recipe.new_word else {}
         self.weights = ConceptWeights(layers, starts, recipe.rank, recipe.seed).to(self.device)
-        self.prior = [] if prior is None else list(self.model.process_latent_in(prior.clone()))
-        self.examples: list[_Example] = []
+        self.examples: list[Example] = []
+        self.prior: list[Example] = []
+        if prior is not None:
+            latents = self.model.process_latent_in(prior.clone())
+            everywhere, caption = torch.ones(latents.shape[-2:]), pictures.captions[0].replace("{}", name.class_word)
+            self.prior = [Example(latent, everywhere, caption) for latent in latents]
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
 
     def _start_of_word(self) -> dict[str, torch.Tensor]:
@@ -186,22 +190,15 @@ class _Trainer:
                 chunk = views[start : start + 8]
                 latents = vae.encode(torch.stack([view.image for view, _ in chunk])).clone()
                 for latent, (view, caption) in zip(self.model.process_latent_in(latents), chunk, strict=True):
-                    self.examples.append(_Example(latent, latent_mask(view.mask, tuple(latent.shape[-2:])), caption))
+                    mask = latent_mask(view.mask, tuple(latent.shape[-2:]))
+                    self.examples.append(Example(latent, mask, caption))
         if not all(torch.isfinite(example.latent).all() for example in self.examples):
             raise ValueError("vae: expected finite latents, got NaN or infinity for a picture")
 
     def run(self, report: Report, folder: Path | None) -> None:
         """All steps."""
-        optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1.0, weight_decay=0.01)
-        run = Run(
-            folder,
-            self.weights,
-            lambda step: self.recipe.rate,
-            self.recipe.steps,
-            self.recipe.seed,
-            device=str(self.device),
-            optimizer=optimizer,
-        )
+        optimizer = concept_optimizer(self.weights, self.recipe)
+        run = Run(folder, self.weights, optimizer, self.recipe.steps, self.recipe.seed)
 
         def loss_of(_step, generator):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -210,31 +207,23 @@ class _Trainer:
             return self._losses(generator)
 
         def after(step, losses):
-            report(step, float(losses["concept"].detach()), self.concept)
+            report(step, float(losses["concept"]), self.concept)
 
         half = self.model.get_dtype_inference() != torch.float32
-        run.train(loss_of, self.recipe.steps, save_seconds=60.0, half=half, after=after)
+        run.train(loss_of, self.recipe.steps, after=after, half=half, save_seconds=60.0)
 
     def _losses(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        recipe = self.recipe
-        chosen = torch.randint(len(self.examples), (recipe.batch,), generator=generator).tolist()
-        rows = [self.examples[i] for i in chosen]
-        latents, masks = [row.latent for row in rows], [row.mask for row in rows]
-        captions = [called(row.caption, self.name) for row in rows]
-        if self.prior:
-            others = torch.randint(len(self.prior), (recipe.batch,), generator=generator).tolist()
-            latents += [self.prior[i] for i in others]
-            masks += [torch.ones_like(masks[0])] * len(others)
-            captions += [self.pictures.captions[0].replace("{}", self.name.class_word)] * len(others)
-        x0, mask = torch.stack(latents).to(self.device).float(), torch.stack(masks).to(self.device)
         sampling = self.model.model_sampling
-        steps = torch.randint(len(sampling.sigmas), (len(x0),), generator=generator)
-        sigma = sampling.sigmas[steps].to(self.device).float().clone()
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        denoised = self._denoise(x0 + sigma[:, None, None, None] * noise, sigma, self._conds(captions, x0[:1]))
+        batch = draw_batch(
+            self.examples, self.prior, self.recipe.batch_size, len(sampling.sigmas), generator, self.device
+        )
+        captions = [called(caption, self.name) for caption in batch.captions]
+        x0, sigma = batch.latents, sampling.sigmas.to(self.device)[batch.times].float()
+        conds = self._conds(captions, x0[:1])
+        denoised = self._denoise(x0 + sigma[:, None, None, None] * batch.noise, sigma, conds)
         v_prediction = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         weight = prediction_weight(sigma, v_prediction)
-        return concept_losses(denoised, x0, mask, weight, recipe)
+        return concept_losses(denoised, x0, batch.masks, weight, self.recipe)
 
     def _conds(self, captions: Sequence[str], latent: torch.Tensor) -> dict[str, torch.Tensor]:
         """The host's tensors for captions, one row each; texts without the new word are encoded once."""

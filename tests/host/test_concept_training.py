@@ -66,7 +66,7 @@ class TestConcept:
         from conceptloom.training.concepts.pictures import Pictures, called
 
         model, clip, _ = parts
-        name, recipe = Name("star", "<new1>"), Recipe(rank=rank, batch=1)
+        name, recipe = Name("star", "<new1>"), Recipe(rank=rank, batch_size=1)
         base = open_base("shapeland", with_vision=False)
         torch.manual_seed(0)
         base.unet.load_state_dict(models.build_unet().state_dict())

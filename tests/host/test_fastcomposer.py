@@ -217,9 +217,9 @@ def test_only_subject_rows_change_and_the_text_is_the_host_s(clip, fuser, vision
 
 
 def _square(image):
-    from conceptloom.encoders.reference import square_reference
+    from conceptloom.encoders.clip_pixels import square
 
-    return square_reference(image, 64)[None]
+    return square(image, 64)[None]
 
 
 def test_emphasis_moves_the_fused_state_as_the_host_moves_text(clip, fuser, vision):

@@ -70,7 +70,7 @@ def views(dtype, augmentation):
     from conceptloom.training.concepts.pictures import Pictures
 
     pictures = Pictures([picture().to(dtype)], [mask().to(dtype)], ["a {}"])
-    recipe = Recipe(steps=1, batch=1, augmentation=augmentation)
+    recipe = Recipe(steps=1, batch_size=1, augmentation=augmentation)
     return [part for view, _ in pictures.views(recipe, 32) for part in (view.image, view.mask)]
 
 

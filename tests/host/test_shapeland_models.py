@@ -119,14 +119,14 @@ def test_text_tower_is_the_same_behind_the_hosts_tokenizer(loading):
 
 
 def test_vision_tower_is_the_same(loading):
+    from conceptloom.encoders.clip_pixels import normalize
     from conceptloom.shapeland import models
 
     torch.manual_seed(0)
     ours = halved(models.build_vision())
     image = torch.randint(0, 256, (2, 64, 64, 3)) / 255
     encoded = loading.load_clip_vision(ours.state_dict()).encode_image(image)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
-    expected = ours((image.movedim(-1, 1) - mean) / std)
+    expected = ours(normalize(image.movedim(-1, 1)))
     assert torch.allclose(encoded.image_embeds, expected.image_embeds, atol=1e-5)
     assert torch.allclose(encoded.last_hidden_state, expected.last_hidden_state, atol=1e-5)
 

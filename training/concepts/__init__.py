@@ -10,7 +10,7 @@ the others, {} being where the concept is meant. --masks holds a mask under each
 counts. The model's own pictures of the class, --class-pictures of them, have --caption with the class word. --out
 receives checkpoint.pt, log.csv and, at the end, concept.safetensors, which the node Load Concept reads
 and Save Concept turns into a LoRA. The same command continues a run. To use several GPUs or machines, or to force a
-CPU: `accelerate launch [--cpu] tools/run.py training.concepts ...`; each process takes its own --batch of pictures.
+CPU: `accelerate launch [--cpu] tools/run.py training.concepts ...`; each process takes its own --batch-size pictures.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--placeholder", default="<new1>", help="its new word (default: %(default)s)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the run's own folder")
     add("--steps", type=int, default=default.steps, help="to train (default: %(default)s)")
-    add("--rate", type=float, default=default.rate, help="as a share of a weight's typical size (default: %(default)s)")
-    add("--batch", type=int, default=default.batch, help="pictures of a process in a step (default: %(default)s)")
+    share = "as a share of a weight's typical size (default: %(default)s)"
+    add("--learning-rate", type=float, default=default.learning_rate, help=share)
+    pictures = "pictures of a process in a step (default: %(default)s)"
+    add("--batch-size", type=int, default=default.batch_size, help=pictures)
     add("--rank", type=int, default=default.rank, help="of factors; 0 trains whole matrices (default: %(default)s)")
     add("--no-new-word", dest="new_word", action="store_false", help="the class word alone stands for the concept")
     add("--class-pictures", type=int, default=16, help="that the model draws of the class (default: %(default)s)")

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from ...encoders.concept_texts import Name
 from ...encoders.concepts import keys_fingerprint
-from ..base import LENGTH, Base, States, Vocabulary
+from ..base import LENGTH, Base, Vocabulary
+from ..sampling import States
 from .augment import View
-from .learner import BOTH, ConceptWeights, Recipe, concept_losses, latent_mask
+from .learner import BOTH, ConceptWeights, Example, Recipe, concept_losses, latent_mask
 
 STEPS, GUIDANCE = 25, 5.0
 
@@ -128,55 +129,29 @@ class Learner(torch.nn.Module):
         return vocabulary.around([*tokens, *held, *vocabulary.split(f"{word}{after}")]), 1 + len(tokens)
 
     @torch.no_grad()
-    def examples(self, views: Sequence[tuple[View, str]]) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
-        """Latent (C, h, w), mask (h, w) and caption of every view."""
-        found, at_once = [], self.recipe.batch
+    def examples(self, views: Sequence[tuple[View, str]]) -> list[Example]:
+        """Every view with its caption, encoded."""
+        found, at_once = [], self.recipe.batch_size
         generator = torch.Generator().manual_seed(self.recipe.seed)
         for start in range(0, len(views), at_once):
             chunk = views[start : start + at_once]
             images = torch.stack([view.image for view, _ in chunk]).movedim(-1, 1).to(self.device) * 2 - 1
             noise = torch.randn(len(chunk), *self.base.latent_shape, generator=generator).to(self.device)
             for latent, (view, caption) in zip(self.base.autoencoder.encode(images, noise), chunk, strict=True):
-                found.append((latent, latent_mask(view.mask, tuple(latent.shape[-2:])).to(self.device), caption))
+                mask = latent_mask(view.mask, tuple(latent.shape[-2:])).to(self.device)
+                found.append(Example(latent, mask, caption))
         return found
 
     @torch.no_grad()
     def draw_class(self, caption: str, count: int) -> torch.Tensor:
         """Latents (count, C, h, w) of the class in general, as the model draws them before it learns."""
-        parts, at_once = [], self.recipe.batch
+        parts, at_once = [], self.recipe.batch_size
         for start in range(0, count, at_once):
             n, seed = min(at_once, count - start), self.recipe.seed + start
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                spoken, silent = self.states([caption] * n), self.states([""] * n)
-                parts.append(self.base.sample(silent, lambda _, spoken=spoken: spoken, n, STEPS, GUIDANCE, seed))
+                states, unconditional = self.states([caption] * n), self.states([""] * n)
+                parts.append(self.base.sample(unconditional, lambda _, s=states: s, n, STEPS, GUIDANCE, seed))
         return torch.cat(parts)
-
-    def draw_batch(
-        self,
-        examples: Sequence[tuple[torch.Tensor, torch.Tensor, str]],
-        prior: tuple[torch.Tensor, str] | None,
-        generator: torch.Generator,
-        processes: int = 1,
-        rank: int = 0,
-    ) -> tuple:
-        """The arguments of `forward` for one of several processes, which all draw the lots of all.
-
-        `prior` are latents (n, C, h, w) of the class and their caption.
-        """
-        size = self.recipe.batch
-
-        def mine(count: int) -> list[int]:
-            return torch.randint(count, (processes, size), generator=generator)[rank].tolist()
-
-        latents, masks, captions = map(list, zip(*(examples[i] for i in mine(len(examples))), strict=True))
-        if prior is not None:
-            latents += [prior[0][i] for i in mine(len(prior[0]))]
-            masks += [torch.ones_like(masks[0])] * size
-            captions += [prior[1]] * size
-        shape = (processes, len(latents))
-        t = torch.randint(self.base.times, shape, generator=generator)[rank].to(self.device)
-        noise = torch.randn(*shape, *self.base.latent_shape, generator=generator)[rank].to(self.device)
-        return torch.stack(latents), torch.stack(masks), captions, noise, t
 
     def states(self, captions: Sequence[str]) -> States:
         """Text states of captions, in which {} is the concept: its new word and its class word."""

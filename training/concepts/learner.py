@@ -8,8 +8,9 @@ per step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ class Recipe:
 
     Attributes:
         steps: optimizer steps.
-        rate: of learning, as a share of a weight's root mean square per step.
-        batch: pictures per step.
+        learning_rate: as a share of a weight's root mean square per step.
+        batch_size: pictures per step.
         rank: of the factors; 0 trains whole matrices.
         new_word: whether an embedding of its own is trained.
         prior_weight: of the loss on pictures of the class in general; both are means over what counts.
@@ -37,8 +38,8 @@ class Recipe:
     """
 
     steps: int = 400
-    rate: float = 2e-3
-    batch: int = 2
+    learning_rate: float = 2e-3
+    batch_size: int = 2
     rank: int = 0
     new_word: bool = True
     prior_weight: float = 0.25
@@ -109,6 +110,11 @@ class ConceptWeights(torch.nn.Module):
         return Concept(called, self.deltas(), name.class_word, name.placeholder, tokens, source_format=source)
 
 
+def concept_optimizer(weights: ConceptWeights, recipe: Recipe) -> torch.optim.Optimizer:
+    """What trains a concept's weights."""
+    return torch.optim.AdamW(weights.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+
+
 def prediction_weight(sigma: torch.Tensor, v_prediction: bool) -> torch.Tensor:
     """What a denoiser's squared error at sigma (B,) counts as one of the network's own prediction.
 
@@ -135,14 +141,85 @@ def masked_error(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, 
 def concept_losses(
     found: torch.Tensor, wanted: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """`concept` of the batch's first `recipe.batch` pictures and, if there are more, `prior` of those, weighted; the
-    other arguments are `masked_error`'s."""
-    split = [slice(0, recipe.batch), slice(recipe.batch, None)]
+    """`concept` of the batch's first `recipe.batch_size` pictures and, if there are more, `prior` of those, weighted.
+    The other arguments are `masked_error`'s."""
+    split = [slice(0, recipe.batch_size), slice(recipe.batch_size, None)]
     own, prior = ((found[part], wanted[part], masks[part], weight[part]) for part in split)
     losses = {"concept": masked_error(*own)}
     if len(prior[0]):
         losses["prior"] = recipe.prior_weight * masked_error(*prior)
     return losses
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A training picture as the model sees it.
+
+    Attributes:
+        latent: (C, h, w).
+        mask: (h, w), 1 where the loss counts.
+        caption: {} in it is the concept.
+    """
+
+    latent: torch.Tensor
+    mask: torch.Tensor
+    caption: str
+
+
+class Batch(NamedTuple):
+    """n pictures with what is drawn for each.
+
+    Attributes:
+        latents: (n, C, h, w), fp32.
+        masks: (n, h, w).
+        captions: n.
+        noise: (n, C, h, w).
+        times: (n,), int64, the time of the noise.
+    """
+
+    latents: torch.Tensor
+    masks: torch.Tensor
+    captions: list[str]
+    noise: torch.Tensor
+    times: torch.Tensor
+
+
+def draw_batch(
+    examples: Sequence[Example],
+    prior: Sequence[Example],
+    size: int,
+    times: int,
+    generator: torch.Generator,
+    device: torch.device,
+    processes: int = 1,
+    rank: int = 0,
+) -> Batch:
+    """The batch of one of several processes, which all draw for all: `size` pictures of the concept, and if there is a
+    prior as many of the class in general.
+
+    Args:
+        examples: of the concept.
+        prior: of the class; empty for none.
+        size: pictures of each kind.
+        times: how many times of the noise there are.
+        generator: the same in every process.
+        device: of the batch.
+        processes, rank: how many there are, and the number of this one.
+    """
+    chosen: list[Example] = []
+    for some in filter(len, (examples, prior)):
+        numbers = torch.randint(len(some), (processes, size), generator=generator)[rank].tolist()
+        chosen += [some[number] for number in numbers]
+    latents = torch.stack([example.latent for example in chosen]).to(device, torch.float32)
+    drawn = torch.randint(times, (processes, len(chosen)), generator=generator)[rank]
+    noise = torch.randn((processes, *latents.shape), generator=generator)[rank]
+    return Batch(
+        latents,
+        torch.stack([example.mask for example in chosen]).to(device),
+        [example.caption for example in chosen],
+        noise.to(device),
+        drawn.to(device),
+    )
 
 
 def latent_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -55,7 +55,7 @@ class Pictures:
 
     def views(self, recipe: Recipe, side: int) -> list[tuple[View, str]]:
         """The views (side, side) that a training sees, with their captions."""
-        asked = -(-recipe.steps * recipe.batch // len(self.images))
+        asked = -(-recipe.steps * recipe.batch_size // len(self.images))
         times = 1 if recipe.augmentation == NONE else min(VIEWS, asked)
         generator = torch.Generator().manual_seed(recipe.seed)
         views = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +14,18 @@ from ...encoders import concept_files
 from ...encoders.files import whole_file
 from ..base import open_base
 from ..loop import Run
+from ..options import check_least
+from ..signals import Stopped
 from .diffusion import Learner
-from .learner import Recipe
+from .learner import Example, Recipe, concept_optimizer, draw_batch
 from .pictures import Pictures, name_of
 
 FILE = "concept.safetensors"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_LEAST = {"steps": 1, "rate": 0, "batch": 1, "rank": 0, "class_pictures": 0, "prior_weight": 0, "log_every": 1}
+_LEAST = {
+    **{"steps": 1, "learning_rate": 0, "batch_size": 1, "rank": 0},
+    **{"class_pictures": 0, "prior_weight": 0, "log_every": 1},
+}
 
 
 def train(options, recipe: Recipe) -> None:
@@ -32,10 +36,7 @@ def train(options, recipe: Recipe) -> None:
     """
     from accelerate import Accelerator
 
-    for option, least in _LEAST.items():
-        if getattr(options, option) < least:
-            given = getattr(options, option)
-            raise ValueError(f"--{option.replace('_', '-')}: expected at least {least}, got {given}")
+    check_least(options, _LEAST)
     name = name_of(options.class_word, options.placeholder, recipe)
     pictures = read_pictures(options.images, options.masks, options.caption)
     base = open_base(options.base, resolution=options.resolution, with_vision=False)
@@ -51,19 +52,9 @@ def train(options, recipe: Recipe) -> None:
         base.unet.train()
     kind = {option: getattr(options, option) for option in _OF_A_RUN}
     kind |= {"pictures": _digest(pictures), "processes": accelerator.num_processes}
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=1.0, weight_decay=0.01)
-    run = Run(
-        options.out,
-        learner,
-        lambda step: recipe.rate,
-        recipe.steps,
-        recipe.seed,
-        device=str(accelerator.device),
-        optimizer=optimizer,
-        accelerator=accelerator,
-        kind=kind,
-    )
-    prior = None
+    optimizer = concept_optimizer(learner.weights, recipe)
+    run = Run(options.out, learner, optimizer, recipe.steps, recipe.seed, accelerator=accelerator, kind=kind)
+    prior = []
     if options.class_pictures:
         # The first process draws them, the others and a continued run read what it drew.
         digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12]
@@ -73,13 +64,21 @@ def train(options, recipe: Recipe) -> None:
                 drawn = learner.draw_class(class_caption, options.class_pictures)
                 with whole_file(file) as part:
                     save_file({"latents": drawn.cpu().contiguous()}, part)
-        prior = load_file(file, str(accelerator.device))["latents"], class_caption
-    draw = partial(learner.draw_batch, learner.examples(views), prior)
-    run.train(
-        lambda _step, generator: run.module(*draw(generator, accelerator.num_processes, accelerator.process_index)),
-        options.log_every,
-        save_seconds=60 * options.save_minutes,
-    )
+        latents = load_file(file, str(accelerator.device))["latents"]
+        everywhere = torch.ones(latents.shape[-2:], device=latents.device)
+        prior = [Example(latent, everywhere, class_caption) for latent in latents]
+    examples = learner.examples(views)
+
+    def losses(_step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        processes = accelerator.num_processes, accelerator.process_index
+        times, device = base.times, accelerator.device
+        return run.module(*draw_batch(examples, prior, recipe.batch_size, times, generator, device, *processes))
+
+    try:
+        run.train(losses, options.log_every, save_seconds=60 * options.save_minutes)
+    except Stopped as stopped:
+        accelerator.print(stopped)
+        return
     if accelerator.is_main_process:
         concept = replace(learner.weights.concept(name, "training.concepts"), base=learner.fingerprint)
         concept_files.save(concept, options.out / FILE)
@@ -87,8 +86,8 @@ def train(options, recipe: Recipe) -> None:
 
 
 _OF_A_RUN = (
-    *("base", "class_word", "placeholder", "caption", "new_word", "steps", "rate", "batch", "rank", "seed"),
-    *("class_pictures", "prior_weight", "augmentation", "resolution", "precision"),
+    *("base", "class_word", "placeholder", "caption", "new_word", "steps", "learning_rate", "batch_size", "rank"),
+    *("seed", "class_pictures", "prior_weight", "augmentation", "resolution", "precision"),
 )
 """The options in which a checkpoint must agree."""
 

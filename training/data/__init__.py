@@ -52,16 +52,16 @@ def main(argv: list[str]) -> None:
         if options.stage == "captions":
             from .captions import write_captions
 
-            write_captions(folder, options.model, options.device or _device(), options.batch, options.again)
+            write_captions(folder, options.model, options.device or _device(), options.batch_size, options.again)
         elif options.stage == "phrases":
             from .phrases import write_phrases
 
-            write_phrases(folder, options.model, options.batch, options.again)
+            write_phrases(folder, options.model, options.batch_size, options.again)
         elif options.stage == "segments":
             from .segments import write_segments
 
             device = options.device or _device()
-            write_segments(folder, options.model, options.labels, device, options.batch, options.again)
+            write_segments(folder, options.model, options.labels, device, options.batch_size, options.again)
         else:
             from .match import open_clip, open_sentences, write_matches
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
                 lambda: open_sentences(options.sentences, device),
                 options.threshold,
                 options.held_out,
-                options.batch,
+                options.batch_size,
                 options.again,
             )
 
@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         one = stages.add_parser(name, help=purpose, description=purpose)
         one.add_argument("--root", type=Path, required=True, help="the folder of the data")
         if batch is not None:
-            one.add_argument("--batch", type=_positive, default=batch, help="pictures at a time (default: %(default)s)")
+            one.add_argument(
+                "--batch-size", type=_positive, default=batch, help="pictures at a time (default: %(default)s)"
+            )
             one.add_argument("--again", action="store_true", help="make files anew that are there already")
             if on_device:
                 one.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
@@ -125,5 +127,5 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is given, but at least 1 is needed")
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return number

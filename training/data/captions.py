@@ -18,7 +18,7 @@ def write_captions(folder: Folder, model: Path, device: str = "cpu", batch: int 
     Raises FileNotFoundError with one sentence if there is no such model.
     """
     ids = folder.left_to_do((), (CAPTION,), again)
-    model = model_folder(model, "BLIP-2 model")
+    model = model_folder(model, "BLIP-2 model", "--model")
     if not ids:
         return
     from transformers import Blip2ForConditionalGeneration, Blip2Processor

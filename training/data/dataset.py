@@ -14,7 +14,8 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .folder import IMAGE, MAP, MATCHED, Folder, Segment, Subject
+from ...encoders.clip_pixels import square
+from .folder import IMAGE, MAP, MATCHED, Folder, MatchedSubject, Segment
 
 MAX_SUBJECTS = 4
 SMALLEST_OBJECT = 32  # elastic bending smooths over 41 pixels, which must fit with their mirror image
@@ -54,22 +55,23 @@ class SubjectPictures(torch.utils.data.Dataset):
     ):
         for name, value in (("uncondition", uncondition), ("object_appear", object_appear)):
             if not 0 <= value <= 1:
-                raise ValueError(f"The probability {name} is {value}, but must be between 0 and 1.")
-        if resolution < 1 or object_resolution < SMALLEST_OBJECT:
-            raise ValueError(
-                f"The resolutions are {resolution} and {object_resolution} pixels, but must be at least 1 for pictures "
-                f"and {SMALLEST_OBJECT} for objects."
-            )
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
+        for name, value, least in (
+            ("resolution", resolution, 1),
+            ("object_resolution", object_resolution, SMALLEST_OBJECT),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least} pixels, got {value}")
         if isinstance(object_types, str):
-            raise ValueError(f"object_types is the text '{object_types}', but must be a list of class names.")
+            raise ValueError(f"object_types: expected a list of class names, got the text '{object_types}'")
         self.folder = Folder(root)
         self.ids = self.folder.read_ids(names)
         for suffix in (IMAGE, MATCHED, MAP):
             without = [i for i in self.ids if not self.folder.path(i, suffix).exists()]
             if without:
                 raise FileNotFoundError(
-                    f"{len(without)} of {len(self.ids)} pictures that {self.folder.root} lists have no <id>{suffix} "
-                    f"(the first is {without[0]})."
+                    f"data: expected <id>{suffix} for each picture that {self.folder.root} lists, got none for "
+                    f"{len(without)} of {len(self.ids)} (the first is {without[0]})"
                 )
         self.resolution, self.object_resolution = resolution, object_resolution
         self.object_types = None if object_types is None else frozenset(object_types)
@@ -145,7 +147,7 @@ def item_generator(seed: int, epoch: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def choose_subjects(subjects: list[Subject], appear: float, generator: torch.Generator) -> list[Subject]:
+def choose_subjects(subjects: list[MatchedSubject], appear: float, generator: torch.Generator) -> list[MatchedSubject]:
     """Each subject with probability `appear`, of these at most four drawn at random, in the order of the caption."""
     kept = [s for s in subjects if _chance(appear, generator)]
     if len(kept) > MAX_SUBJECTS:
@@ -220,11 +222,8 @@ def target_view(
 
 
 def _square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Black bars of equal width on both sides, as at inference: an odd difference leaves a square that is one pixel
-    off, which the resizing levels out."""
-    height, width = image.shape[-2:]
-    x, y = max(0, height - width) // 2, max(0, width - height) // 2
-    return F.resize(F.pad(image, [x, y], fill=0), [size, size], InterpolationMode.BILINEAR, antialias=True)
+    """A picture (3, h, w), uint8, before black bars as at inference: (3, size, size)."""
+    return F.to_dtype(square(image.movedim(0, -1) / 255, size).movedim(-1, 0), torch.uint8, scale=True)
 
 
 def _jitter_colors(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Subject:
+class MatchedSubject:
     """A segment that a caption names: `end` is the offset in characters behind the phrase that names it."""
 
     segment: Segment
@@ -65,9 +65,7 @@ class Folder:
     def __init__(self, root: Path):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise FileNotFoundError(
-                f"The data folder {self.root} does not exist, but must hold <id[:5]>/<id>.jpg files."
-            )
+            raise FileNotFoundError(f"data: expected a folder with <id[:5]>/<id>.jpg files, got {self.root}")
 
     def path(self, image_id: str, suffix: str) -> Path:
         """Where the file of this kind stands for an image."""
@@ -80,12 +78,15 @@ class Folder:
         """
         found = sorted(self.root.glob(f"*/*{IMAGE}"), key=lambda path: path.stem)
         if not found:
-            raise ValueError(f"No picture is at {self.root}/<id[:5]>/<id>.jpg: put some there with the stage 'images'.")
+            raise ValueError(
+                f"data: expected pictures at <id[:5]>/<id>.jpg, got none in {self.root}; put some there with the stage "
+                "'images'"
+            )
         for path in found:
             if path.parent.name != path.stem[:5]:
                 raise ValueError(
-                    f"The picture {path} lies in the folder '{path.parent.name}', but its id's first five characters "
-                    f"name the folder '{path.stem[:5]}'."
+                    f"data: expected the picture {path.name} in the folder '{path.stem[:5]}', got it in "
+                    f"'{path.parent.name}'"
                 )
         return [path.stem for path in found]
 
@@ -100,8 +101,9 @@ class Folder:
             without = [i for i in ids if not self.path(i, suffix).exists()]
             if without:
                 raise FileNotFoundError(
-                    f"{len(without)} of {len(ids)} pictures in {self.root} have no <id>{suffix} (the first is "
-                    f"{without[0]}): run the stage '{_STAGES[suffix]}' first or put such files there yourself."
+                    f"data: expected <id>{suffix} for each picture in {self.root}, got none for {len(without)} of "
+                    f"{len(ids)} (the first is {without[0]}); run the stage '{_STAGES[suffix]}' first or put such "
+                    "files there yourself"
                 )
         return ids
 
@@ -134,8 +136,8 @@ class Folder:
         for phrase in phrases:
             if not phrase.text or not caption[: max(0, phrase.end)].endswith(phrase.text) or phrase.end > len(caption):
                 raise ValueError(
-                    f"The phrase '{phrase.text}' of {path} must end at character {phrase.end} of '{caption}', but "
-                    f"there stands '{caption[: max(0, phrase.end)][-len(phrase.text) :]}'."
+                    f"{path}: expected '{phrase.text}' to end at character {phrase.end} of '{caption}', got "
+                    f"'{caption[: max(0, phrase.end)][-len(phrase.text) :]}' there"
                 )
         return caption, phrases
 
@@ -150,7 +152,7 @@ class Folder:
         self._check(path, image_id, segments)
         return segments
 
-    def matched(self, image_id: str) -> tuple[str, list[Subject]]:
+    def matched(self, image_id: str) -> tuple[str, list[MatchedSubject]]:
         """The caption and the subjects of the published `<id>.json`.
 
         Raises ValueError if the file is not of its form.
@@ -160,11 +162,12 @@ class Folder:
         with _form(path, f'{{"caption": text, "segments": [{segment}]}}'):
             content = json.loads(path.read_text(encoding="utf-8"))
             caption = str(content["caption"])
-            subjects = [Subject(_segment(s), int(s["end"])) for s in content["segments"]]
+            subjects = [MatchedSubject(_segment(s), int(s["end"])) for s in content["segments"]]
         for subject in subjects:
             if not 0 < subject.end <= len(caption):
                 raise ValueError(
-                    f"A phrase of {path} ends at {subject.end}, but its caption has {len(caption)} characters."
+                    f"{path}: expected phrases that end within the caption's {len(caption)} characters, got one that "
+                    f"ends at {subject.end}"
                 )
         self._check(path, image_id, [s.segment for s in subjects])
         return caption, subjects
@@ -179,8 +182,8 @@ class Folder:
         width, height = self.size(image_id)
         if ids.shape != (height, width) or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
-                f"The instance map {path} has shape {ids.shape} and type {ids.dtype}, but must hold one whole number "
-                f"for each pixel of the picture, {(height, width)}."
+                f"{path}: expected one whole number for each pixel of the picture, {(height, width)}, got shape "
+                f"{ids.shape} and type {ids.dtype}"
             )
         return ids
 
@@ -190,11 +193,11 @@ class Folder:
             x1, y1, x2, y2 = segment.bbox
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 raise ValueError(
-                    f"Segment {segment.id} of {path} has the box {list(segment.bbox)}, but a box is [x1, y1, x2, y2] "
-                    f"within the picture's {width}x{height} pixels."
+                    f"{path}: expected boxes [x1, y1, x2, y2] within the picture's {width}x{height} pixels, got "
+                    f"{list(segment.bbox)} for segment {segment.id}"
                 )
         if len({s.id for s in segments}) < len(segments):
-            raise ValueError(f"The ids of the segments in {path} must differ, but are {[s.id for s in segments]}.")
+            raise ValueError(f"{path}: expected segments with different ids, got {[s.id for s in segments]}")
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +215,7 @@ class Folder:
         with whole_file(self.path(image_id, MAP)) as part, part.open("wb") as file:
             np.save(file, ids.astype(np.min_scalar_type(int(ids.max()))), allow_pickle=False)
 
-    def write_matched(self, image_id: str, caption: str, subjects: Iterable[Subject]) -> None:
+    def write_matched(self, image_id: str, caption: str, subjects: Iterable[MatchedSubject]) -> None:
         """Write the published `<id>.json`, subjects in the order in which the caption names them."""
         ordered = sorted(subjects, key=lambda s: s.end)
         records = [{**s.segment.record(), "end": s.end} for s in ordered]
@@ -231,11 +234,12 @@ class Folder:
         path = self.root / ID_LISTS[name]
         if not path.exists():
             raise FileNotFoundError(
-                f"The list {path} does not exist: run the stage 'match' first or write it, an id a line."
+                f"data: expected a list {path.name}, got none in {self.root}; run the stage 'match' first or write it, "
+                "an id a line"
             )
         ids = path.read_text(encoding="utf-8").split()
         if not ids:
-            raise ValueError(f"The list {path} is empty, but must name at least one picture.")
+            raise ValueError(f"{path}: expected at least one picture's id, got an empty list")
         return ids
 
 
@@ -261,17 +265,17 @@ def work_through(title: str, batches: Iterable[list[str]], count: int, work: Cal
             bar.update(len(batch))
 
 
-def model_folder(path: Path, what: str) -> Path:
-    """`path` if it is a folder that holds a saved model.
+def model_folder(path: Path, what: str, option: str) -> Path:
+    """`path`, given by an option, if it is a folder that holds a saved model.
 
-    Raises FileNotFoundError with one sentence that names it otherwise, and ValueError if its weights are not whole.
+    Raises FileNotFoundError with one sentence that names both otherwise, and ValueError if its weights are not whole.
     """
     if not (Path(path) / "config.json").exists():
         raise FileNotFoundError(
-            f"'{path}' is no folder with a saved {what} (a config.json and weights): download the model yourself and "
-            f"give its folder, for nothing is downloaded here."
+            f"{option}: expected a folder with a saved {what} (a config.json and weights), got {path}; nothing is "
+            "downloaded here, so download the model yourself"
         )
-    check_folder(path, what)
+    check_folder(path, option)
     return Path(path)
 
 
@@ -285,4 +289,4 @@ def _form(path: Path, form: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The file {path} is not of the form {form}: {error!r}.") from error
+        raise ValueError(f"{path}: expected a file of the form {form}, got {error!r}") from error

@@ -15,7 +15,7 @@ def greedy_match(scores: np.ndarray, threshold: float) -> list[tuple[int, int]]:
     """
     left = np.array(scores, dtype=np.float64)
     if left.ndim != 2 or not np.isfinite(left).all():
-        raise ValueError(f"Scores must be a table of finite numbers, but their shape is {left.shape}: {left.tolist()}.")
+        raise ValueError(f"scores: expected a table of finite numbers, got shape {left.shape}: {left.tolist()}")
     pairs = []
     for _ in range(min(left.shape)):
         row, column = (int(v) for v in np.unravel_index(left.argmax(), left.shape))

@@ -26,10 +26,10 @@ def collect_images(root: Path, source: Path) -> None:
     """
     source = Path(source).resolve()
     if not source.is_dir():
-        raise FileNotFoundError(f"The folder {source} does not exist, but pictures are to be taken from it.")
+        raise FileNotFoundError(f"--from: expected a folder with pictures, got {source}")
     found = sorted(p for p in source.rglob("*") if p.suffix.lower() in _ENDINGS)
     if not found:
-        raise ValueError(f"The folder {source} holds no picture ({', '.join(_ENDINGS)}).")
+        raise ValueError(f"--from: expected a folder with pictures ({', '.join(_ENDINGS)}), got {source} without any")
     Path(root).mkdir(parents=True, exist_ok=True)
     folder, ledger = Folder(root), Path(root) / SOURCES
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.exists() else []

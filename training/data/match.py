@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...shapeland.models import CLIP_MEAN
+from ...encoders.clip_pixels import MEAN_COLOR
 from .folder import (
     MAP,
     MATCHED,
@@ -24,9 +24,9 @@ from .folder import (
     SEGMENTS,
     SKIPPED,
     Folder,
+    MatchedSubject,
     Phrase,
     Segment,
-    Subject,
     in_batches,
     model_folder,
     work_through,
@@ -63,8 +63,7 @@ def segment_crop(pixels: np.ndarray, ids: np.ndarray, segment: Segment) -> np.nd
     x1, y1, x2, y2 = segment.bbox
     side = max(x2 - x1, y2 - y1)
     square = np.empty((side, side, 3), np.uint8)
-    # CLIP subtracts this colour, so that a pixel of it is zero to the tower.
-    square[:] = np.round(np.array(CLIP_MEAN) * 255)
+    square[:] = MEAN_COLOR
     top, left = (side - (y2 - y1)) // 2, (side - (x2 - x1)) // 2
     inside = ids[y1:y2, x1:x2] == segment.id
     square[top : top + y2 - y1, left : left + x2 - x1][inside] = pixels[y1:y2, x1:x2][inside]
@@ -76,14 +75,17 @@ def match_pictures(
     clip_similarity: ClipSimilarity,
     label_similarity: LabelSimilarity,
     threshold: float = THRESHOLD,
-) -> list[list[Subject]]:
+) -> list[list[MatchedSubject]]:
     """The subjects of each picture: phrase p and segment s are paired greedily by
     clip(p, crop of s) * max(0, similarity(p, label of s)), down to `threshold`."""
     phrases = [[p.text for p in picture.phrases] for picture in pictures]
     seen = clip_similarity(phrases, [picture.crops() for picture in pictures])
     named = label_similarity(phrases, [[s.label for s in picture.segments] for picture in pictures])
     return [
-        [Subject(picture.segments[s], picture.phrases[p].end) for p, s in greedy_match(a * b.clip(min=0), threshold)]
+        [
+            MatchedSubject(picture.segments[s], picture.phrases[p].end)
+            for p, s in greedy_match(a * b.clip(min=0), threshold)
+        ]
         for picture, a, b in zip(pictures, seen, named, strict=True)
     ]
 
@@ -117,7 +119,7 @@ def write_matches(
             pictures.append(Annotated(pixels, folder.instance_map(image_id), phrases, folder.segments(image_id)))
         # Similarities are asked only of pictures that have both sides.
         full = [i for i, p in enumerate(pictures) if p.phrases and p.segments]
-        found: list[list[Subject]] = [[] for _ in pictures]
+        found: list[list[MatchedSubject]] = [[] for _ in pictures]
         if full:
             matched = match_pictures([pictures[i] for i in full], clip_of, label_of, threshold)
             for i, subjects in zip(full, matched, strict=True):
@@ -135,7 +137,7 @@ def write_matches(
     write_lists(folder, held_out)
 
 
-def _unfit(picture: Annotated, subjects: list[Subject]) -> str | None:
+def _unfit(picture: Annotated, subjects: list[MatchedSubject]) -> str | None:
     if not subjects:
         return f"None of {len(picture.phrases)} phrases is matched with one of {len(picture.segments)} segments."
     ends = [s.end for s in subjects]
@@ -179,7 +181,7 @@ def open_clip(model: Path, device: str = "cpu") -> ClipSimilarity:
 
     Raises FileNotFoundError with one sentence if there is no such model.
     """
-    model = model_folder(model, "CLIP model")
+    model = model_folder(model, "CLIP model", "--clip")
     from transformers import CLIPModel, CLIPProcessor
 
     processor = CLIPProcessor.from_pretrained(model, local_files_only=True)
@@ -209,12 +211,12 @@ def open_sentences(model: Path, device: str = "cpu") -> LabelSimilarity:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError(
-            "The stage 'match' needs sentence-transformers: install it with `pip install sentence-transformers`."
+            "match: expected the package sentence-transformers, got none; `pip install sentence-transformers`"
         ) from error
     if not (Path(model) / "modules.json").exists():
         raise FileNotFoundError(
-            f"'{model}' is no folder with a sentence-transformers model (a modules.json and its parts): download the "
-            f"model yourself and give its folder, for nothing is downloaded here."
+            f"--sentences: expected a folder with a sentence-transformers model (a modules.json and its parts), got "
+            f"{model}; nothing is downloaded here, so download the model yourself"
         )
     encoder = SentenceTransformer(str(model), device=device, local_files_only=True)
 

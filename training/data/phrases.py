@@ -101,20 +101,20 @@ def _load(model: str) -> Language:
     try:
         import spacy
     except ImportError as error:
-        raise ImportError("The stage 'phrases' needs spaCy: install it with `pip install spacy`.") from error
+        raise ImportError("phrases: expected the package spaCy, got none; `pip install spacy`") from error
     try:
         pipeline = spacy.load(model)
     except OSError as error:
         raise FileNotFoundError(
-            f"'{model}' is neither an installed spaCy pipeline nor a folder with one: install it with `python -m spacy "
-            f"download {model}` or give its folder."
+            f"--model: expected an installed spaCy pipeline or a folder with one, got {model!r}; `python -m spacy "
+            f"download {model}`"
         ) from error
     # Noun chunks come from the parse, plurals from tags, singulars from lemmas.
     probe = pipeline("two women")
     missing = [name for name in ("DEP", "POS", "TAG", "LEMMA") if not probe.has_annotation(name)]
     if missing:
         raise ValueError(
-            f"The spaCy pipeline '{model}' sets no {', '.join(missing)}, but noun phrases need a parser, a tagger and "
-            f"a lemmatizer (en_core_web_sm has all)."
+            f"--model: expected a spaCy pipeline with parser, tagger and lemmatizer (such as en_core_web_sm), got "
+            f"{model!r}, which sets no {', '.join(missing)}"
         )
     return pipeline

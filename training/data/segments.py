@@ -41,14 +41,15 @@ def write_segments(
     Raises FileNotFoundError or ValueError with one sentence if there is no such model or it knows no such class.
     """
     ids = folder.left_to_do((), (SEGMENTS,), again)
-    model = model_folder(model, "Mask2Former model")
+    model = model_folder(model, "Mask2Former model", "--model")
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
     names = Mask2FormerConfig.from_pretrained(model, local_files_only=True).id2label
     unknown = sorted(set(labels or ()) - set(names.values()))
     if unknown:
         raise ValueError(
-            f"The model {model} knows no class {', '.join(unknown)}; it knows {', '.join(sorted(set(names.values())))}."
+            f"--labels: expected classes that the model knows ({', '.join(sorted(set(names.values())))}), got "
+            f"{', '.join(unknown)}"
         )
     if not ids:
         return

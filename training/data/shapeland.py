@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...encoders.clip_pixels import MEAN_COLOR, normalize
 from ...encoders.files import whole_file
 from ...shapeland import models, world
+from ..shapeland.common import frozen_text, tokens
 from ..shapeland.common import pixels as to_pixels
-from ..shapeland.common import tokens
 from ..shapeland.scenes import MAX_WORDS, WORDS
 from .folder import (
     CAPTION,
@@ -25,17 +26,14 @@ from .folder import (
     PHRASES,
     SEGMENTS,
     Folder,
+    MatchedSubject,
     Phrase,
     Segment,
-    Subject,
     box_of,
     in_batches,
     work_through,
 )
 from .match import ClipSimilarity, tables, write_lists
-
-# What stands around the thing in a crop.
-_NO_THING = np.round(np.array(models.CLIP_MEAN) * 255).astype(np.uint8)
 
 
 def one_by_one(scene: world.Scene, looks: bool = True) -> tuple[str, list[Phrase], list[Phrase]]:
@@ -87,7 +85,7 @@ def _write_scene(folder: Folder, image_id: str, scene: world.Scene, looks: bool)
     caption, of_things, phrases = one_by_one(scene, looks)
     ids = np.where(picture.masks.sum(0) > 0.5, picture.masks.argmax(0) + 1, 0)
     subjects = [
-        Subject(Segment(i + 1, box_of(ids == i + 1), world.NOUNS[thing.noun]), phrase.end)
+        MatchedSubject(Segment(i + 1, box_of(ids == i + 1), world.NOUNS[thing.noun]), phrase.end)
         for i, (thing, phrase) in enumerate(zip(scene.things, of_things, strict=True))
         if (ids == i + 1).any()
     ]
@@ -115,20 +113,17 @@ def open_towers(device: str = "cpu") -> ClipSimilarity:
     Raises FileNotFoundError with one sentence if the towers' weights are absent, ValueError if a phrase or a crop is
     not of the world.
     """
-    from ..shapeland.unet import frozen_text
-
     text = frozen_text(device)
     vision = models.build_vision()
     vision.load_state_dict(models.load("vision"))
     vision = vision.eval().requires_grad_(False).to(device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
 
     @torch.inference_mode()
     def similarity(phrases: list[list[str]], crops: list[list[np.ndarray]]) -> list[np.ndarray]:
         seen = 0
         for background in world.BACKGROUND_RGB.values():
             pictures = np.stack([_on_background(c, background) for some in crops for c in some])
-            embedded = vision(((to_pixels(pictures, device) + 1) / 2 - mean) / std).image_embeds
+            embedded = vision(normalize((to_pixels(pictures, device) + 1) / 2)).image_embeds
             seen = seen + torch.nn.functional.normalize(embedded, dim=-1)
         said = text(tokens(np.stack([_words(p) for some in phrases for p in some]), device)).text_embeds
         return tables(said, seen, [(len(p), len(c)) for p, c in zip(phrases, crops, strict=True)])
@@ -149,10 +144,10 @@ def _on_background(crop: np.ndarray, background: tuple[float, float, float]) -> 
     size."""
     side = len(crop)
     if side > world.SIZE:
-        raise ValueError(f"A crop of {side} pixels does not fit into Shapeland's pictures of {world.SIZE}.")
+        raise ValueError(f"crops: expected at most Shapeland's {world.SIZE} pixels, got {side}")
     color = np.round(np.array(background) * 255).astype(np.uint8)
     picture, start = np.tile(color, (world.SIZE, world.SIZE, 1)), (world.SIZE - side) // 2
-    thing = (crop != _NO_THING).any(-1)
+    thing = (crop != MEAN_COLOR).any(-1)
     picture[start : start + side, start : start + side][thing] = crop[thing]
     return picture
 
@@ -161,7 +156,7 @@ def _words(phrase: str) -> np.ndarray:
     words = phrase.lower().split()
     unknown = [w for w in words if w not in WORDS]
     if unknown or len(words) > MAX_WORDS:
-        raise ValueError(f"Shapeland's text tower reads up to {MAX_WORDS} words of its world, but not '{phrase}'.")
+        raise ValueError(f"phrases: expected up to {MAX_WORDS} of Shapeland's words, got {phrase!r}")
     row = np.zeros(MAX_WORDS, np.int64)
     row[: len(words)] = [WORDS.index(w) for w in words]
     return row

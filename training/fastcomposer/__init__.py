@@ -33,12 +33,13 @@ Faults of the published program that this one does not repeat:
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
-# What each way of training takes where the command does not say: rate, averaging, trained vision layers.
-_DEFAULTS = {"full": (1e-5, 0.0, 2), "lora": (3e-4, 0.999, 0)}
-_HALF = {"fp16": "float16", "bf16": "bfloat16"}
+# What each way of training takes where the command does not say.
+_DEFAULTS = {
+    "full": {"learning_rate": 1e-5, "average": 0.0, "vision_layers": 2},
+    "lora": {"learning_rate": 3e-4, "average": 0.999, "vision_layers": 0},
+}
 
 
 def main(argv: list[str]) -> None:
@@ -47,67 +48,15 @@ def main(argv: list[str]) -> None:
     Raises ValueError or FileNotFoundError with one sentence that names the option at fault.
     """
     options = _parser().parse_args(argv)
-    rate, average, layers = _DEFAULTS[options.train]
-    options.rate = rate if options.rate is None else options.rate
-    options.average = average if options.average is None else options.average
-    options.vision_layers = layers if options.vision_layers is None else options.vision_layers
+    for name, value in _DEFAULTS[options.train].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     file = options.export or options.out / "fastcomposer.safetensors"
     if file.suffix != ".safetensors":
         raise ValueError(f"--export: expected a name that ends in .safetensors, got {file.name}")
-    if options.accumulate < 1:
-        raise ValueError(f"--accumulate: expected at least 1, got {options.accumulate}")
-    import torch
-    from accelerate import Accelerator
+    from .script import train
 
-    from ..base import open_base
-    from ..data.dataset import SubjectPictures
-    from .batches import check_subjects
-    from .export import export, start_from
-    from .model import Composer
-    from .run import Run, Settings
-    from .sheet import open_sheet
-
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    base = open_base(options.base, options.vision, options.resolution)
-    data = SubjectPictures(
-        options.data,
-        resolution=base.resolution,
-        object_resolution=base.vision.config.image_size,
-        object_types=options.object_types,
-        uncondition=options.uncondition,
-        object_appear=options.object_appear,
-        augment=not options.no_augmentation,
-        seed=options.seed,
-    )
-    check_subjects(data)
-    composer = Composer(
-        base,
-        options.train,
-        options.rank,
-        options.vision_layers,
-        options.localization,
-        options.mask_loss_probability,
-        options.seed,
-    )
-    if options.fuser:
-        start_from(composer.fuser, options.fuser)
-    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
-    if accelerator.mixed_precision in _HALF:
-        composer.keep_frozen_in(getattr(torch, _HALF[accelerator.mixed_precision]))
-    if options.checkpointing:
-        composer.unet.enable_gradient_checkpointing()
-    kind = {"base": options.base, "train": options.train, "vision layers": options.vision_layers, "pictures": len(data)}
-    if options.train == "lora":
-        kind["rank"] = options.rank
-    sheet = open_sheet(options.data, composer, options.object_types) if options.sheet_every else None
-    run = Run(options.out, accelerator, composer, data, settings, kind, sheet)
-    if not run.train():
-        accelerator.print(f"stopped after step {run.step} of {options.steps}; the same command continues")
-    elif accelerator.is_main_process:
-        export(run.weights, file, torch.float32 if options.export_precision == "fp32" else torch.float16)
-        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    train(options, file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,13 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--vision-layers", type=int, help="the vision tower's last layers to train (default: full 2, lora 0)")
     add("--fuser", type=Path, metavar="FILE", help="a file with the fuser to start from (default: a random one)")
     add("--steps", type=int, default=150_000, help="train to this step (default: %(default)s)")
-    add("--batch", type=int, default=16, help="pictures of a process at a time (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="pictures of a process at a time (default: %(default)s)")
     add("--accumulate", type=int, default=1, help="batches of a process in a step (default: %(default)s)")
-    add("--precision", choices=("no", *_HALF), default="no", help="mixed precision (default: %(default)s)")
+    add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
     add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
-    add("--rate", type=float, help="of learning (default: full 1e-5, lora 3e-4)")
-    add("--fuser-rate", type=float, help="of fuser and vision tower, which may have learnt before (default: --rate)")
-    add("--warmup", type=int, default=0, help="steps in which the rate rises (default: %(default)s)")
+    add("--learning-rate", type=float, help="constant after --warmup (default: full 1e-5, lora 3e-4)")
+    add("--fuser-learning-rate", type=float, help="of fuser and vision tower (default: --learning-rate)")
+    add("--warmup", type=int, default=0, help="steps in which learning rates rise (default: %(default)s)")
     add("--average", type=float, help="of the weights, per step; 0 for none (default: full 0, lora 0.999)")
     add("--localization", type=float, default=1e-3, help="weight of its loss; 0 for none (default: %(default)s)")
     add("--mask-loss-probability", type=float, default=0.5, help="of minding the subjects alone (default: %(default)s)")

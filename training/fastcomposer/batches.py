@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..base import LENGTH, Vocabulary
+from ..base import LENGTH, Base, Vocabulary
 from ..data.dataset import EpochBatches, SubjectPictures
+from ..signals import ignore_stop_requests
 
 
 class Draws(NamedTuple):
@@ -100,6 +102,37 @@ class Shares(torch.utils.data.Sampler):
     def offset(self, i: int) -> int:
         """Where batch `i` of this process begins among the pictures of a step."""
         return (i * self.processes + self.process) * self.batch
+
+    def numbers(self) -> Iterator[int]:
+        """The running number in the run of the first picture of each batch."""
+        for step in range(self.steps.start, self.steps.steps):
+            for i in range(self.accumulate):
+                yield step * self.steps.batch + self.offset(i)
+
+
+def read_batches(
+    data: SubjectPictures, base: Base, shares: Shares, workers: int, device: torch.device
+) -> Iterator[tuple[dict[str, torch.Tensor], Draws]]:
+    """Each batch of `collate` and its draws, on a device; what is drawn depends on the pictures' seed.
+
+    Args:
+        data: pictures.
+        base: whose vocabularies read the captions, and whose latents and times are drawn for.
+        shares: which pictures.
+        workers: processes that read pictures; 0 reads them between steps.
+        device: of the result.
+    """
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=shares,
+        collate_fn=partial(collate, vocabularies=base.vocabularies),
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_stop_requests,
+    )
+    for first, batch in zip(shares.numbers(), loader, strict=True):
+        draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
+        yield {name: tensor.to(device) for name, tensor in batch.items()}, Draws(*(d.to(device) for d in draws))
 
 
 def check_subjects(data: SubjectPictures) -> None:

@@ -18,8 +18,8 @@ _FACTORS = {".lora_A.default.weight": "lora_down", ".lora_B.default.weight": "lo
 
 
 def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) -> None:
-    """Writes trained weights, by the names of `Composer.trainables`, as safetensors: all under the published names but
-    the LoRA's factors, which stand as lora_unet_<diffusers' name with underscores>.lora_up.weight and the like."""
+    """Writes trained weights, by the names of `FastComposer.trainables`, as safetensors: all under the published names
+    but the LoRA's factors, which stand as lora_unet_<diffusers' name with underscores>.lora_up.weight and the like."""
     state = {}
     for name, tensor in trained.items():
         part, _, rest = name.partition(".")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ...attention.localization import localization_loss, masked_noise_loss
+from ...attention.localization import localization_loss, masked_noise_loss, mean_of_pictures
+from ...encoders.clip_pixels import normalize
 from ...encoders.fuser import Fuser, fuse_rows
-from ...shapeland.models import CLIP_MEAN, CLIP_STD
-from ..base import Base, States
+from ..base import Base
+from ..open_attention import OpenAttention, middle_blocks
+from ..sampling import States
 from .batches import Draws
-from .localize import MiddleAttention
 
 FULL, LORA = "full", "lora"
 _ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-class Composer(nn.Module):
+class FastComposer(nn.Module):
     """A base model, its vision tower and a fuser; what is trained of them requires gradients, nothing else does.
 
     Args:
-        base: its modules become the composer's.
+        base: its modules become this one's.
         train: FULL is the published recipe, the whole UNet; LORA, our variant for small machines, trains low-rank
             factors of its attention's projections instead. The fuser is trained by both.
         rank: of the factors.
@@ -66,7 +68,7 @@ class Composer(nn.Module):
             from peft import LoraConfig
 
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_ATTENTION_LAYERS))
-        self.attention = MiddleAttention(self.unet) if localization else None
+        self.attention = OpenAttention(self.unet, middle_blocks(self.unet)) if localization else None
 
     @property
     def trainables(self) -> dict[str, nn.Parameter]:
@@ -81,7 +83,7 @@ class Composer(nn.Module):
                     parameter.data = parameter.data.to(dtype)
 
     def forward(self, batch: dict[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
-        """`loss` of a batch of `collate` and its parts, `noise` and, if it has a weight, `localization`."""
+        """The losses of a batch of `collate`, `noise` and, if it has a weight, `localization` times that weight."""
         present = batch["present"]
         with torch.no_grad(), torch.autocast(draws.noise.device.type, enabled=False):
             latents = self.autoencoder.encode(batch["picture"], draws.latent)
@@ -90,13 +92,13 @@ class Composer(nn.Module):
         # A subject that stays text is none for the losses either.
         masks, masked = batch["masks"] * present[..., None, None], draws.coin < self.mask_probability
         if self.attention is None:
-            noise = masked_noise_loss(self.base.predict(noisy, draws.t, states), target, masks, masked)
-            return {"loss": noise, "noise": noise}
+            return {"noise": masked_noise_loss(self.base.predict(noisy, draws.t, states), target, masks, masked)}
         with self.attention.collecting() as maps:
             prediction = self.base.predict(noisy, draws.t, states)
         noise = masked_noise_loss(prediction, target, masks, masked)
-        located = localization_loss(maps, batch["rows"], masks, present)
-        return {"loss": noise + self.localization * located, "noise": noise, "localization": located}
+        tokens = F.one_hot(batch["rows"], maps[0].shape[-1])
+        located = localization_loss(maps, tokens, masks, mean_of_pictures(present))
+        return {"noise": noise, "localization": self.localization * located}
 
     def states(self, tokens: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> States:
         """What the UNet is told: text states (n, 77, D) with the subjects fused into their rows and, with two towers,
@@ -116,10 +118,7 @@ class Composer(nn.Module):
             picture = subject = torch.zeros(1, dtype=torch.long, device=tokens.device)
         row = rows[picture, subject]
         own = text[picture, row]
-        fused = fuse_rows(self.fuser, own, self._embed(objects[picture, subject]))
+        seen = self.vision(normalize(objects[picture, subject])).image_embeds
+        fused = fuse_rows(self.fuser, own, seen)
         fused = torch.where(present[picture, subject][:, None], fused, own)
         return text.index_put((picture, row), fused), pooled
-
-    def _embed(self, objects: torch.Tensor) -> torch.Tensor:
-        mean, std = (torch.tensor(v, device=objects.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-        return self.vision((objects - mean) / std).image_embeds

@@ -23,7 +23,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="train to this step instead of the stage's own last one")
-    parser.add_argument("--batch", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more"
+    )
     parser.add_argument("--lanes", type=int, help="threads that share a step of the unet; default: a CPU's cores, or 1")
     parser.add_argument("--compile", action="store_true", help="compile the unet: minutes at the start")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="interrupt the unet's run after so many")
@@ -63,8 +65,8 @@ def main(argv: list[str]) -> None:
         train_unet(
             options.device,
             options.steps or 60000,
-            options.batch,
-            options.lanes or (min(os.cpu_count(), max(1, options.batch // 8)) if options.device == "cpu" else 1),
+            options.batch_size,
+            options.lanes or (min(os.cpu_count(), max(1, options.batch_size // 8)) if options.device == "cpu" else 1),
             options.compile,
             options.from_shipped,
             60 * options.minutes,

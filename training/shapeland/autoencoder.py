@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from ...shapeland import models
 from ...shapeland.autoencoder import Autoencoder
-from ..loop import Run, warmup_cosine
+from ..loop import Run
+from ..optimizers import adamw, warmup_cosine
 from .common import RUNS, SEED, open_scenes, pixels, psnr, rows_of, save_sheet, weights_file
 from .scenes import SHARD
 
@@ -48,12 +49,12 @@ def train_autoencoder(device: str, steps: int, shipped: bool = False) -> None:
         elsewhere = sum(_errors(model.decode(there[0]), there[1]))
         return {"absolute": absolute, "squared": squared, "moved": EQUIVARIANCE * elsewhere}
 
-    trained, held_out = _train(model, "autoencoder", loss_of, steps, device)
+    held_out = _train(model, "autoencoder", loss_of, steps, device)
     with torch.no_grad():
-        latents = trained.encode(held_out)
-        trained.mean.copy_(latents.mean((0, 2, 3)))
-        trained.std.copy_(latents.std((0, 2, 3)))
-    models.save("autoencoder", trained.state_dict(), weights_file("autoencoder"))
+        latents = model.encode(held_out)
+        model.mean.copy_(latents.mean((0, 2, 3)))
+        model.std.copy_(latents.std((0, 2, 3)))
+    models.save("autoencoder", model.state_dict(), weights_file("autoencoder"))
 
 
 def train_decoder(device: str, steps: int) -> None:
@@ -71,8 +72,8 @@ def train_decoder(device: str, steps: int) -> None:
         absolute, squared = _errors(model.decode(latents), x)
         return {"absolute": absolute, "squared": squared}
 
-    trained, _ = _train(model, "decoder", loss_of, steps, device)
-    models.save("autoencoder", trained.state_dict(), weights_file("autoencoder"))
+    _train(model, "decoder", loss_of, steps, device)
+    models.save("autoencoder", model.state_dict(), weights_file("autoencoder"))
 
 
 def _errors(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,26 +81,22 @@ def _errors(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return difference.abs().mean(), 4 * difference.square().mean()
 
 
-def _train(model: Autoencoder, name: str, loss_of, steps: int, device: str) -> tuple[Autoencoder, torch.Tensor]:
-    """The averaged model after a run in the folder `name`, and pictures that it has not seen."""
+def _train(model: Autoencoder, name: str, loss_of, steps: int, device: str) -> torch.Tensor:
+    """Trains the model by a run in the folder `name`, leaves it with averaged weights, and returns pictures that it has
+    not seen."""
     data = open_scenes(4)
-    run = Run(RUNS / name, model, warmup_cosine(2e-3, 100, steps), steps, SEED, average=0.995, device=device)
+    model.to(device)
+    run = Run(RUNS / name, model, adamw(model, 2e-3), steps, SEED, warmup_cosine(100, steps), average=0.995)
     held_out = pixels(data.take("image", np.arange(3 * SHARD, 3 * SHARD + 512)), device)
 
-    def averaged():
-        best = Autoencoder().to(device)
-        best.load_state_dict(run.best_state())
-        return best
-
-    @torch.no_grad()
     def report(_step):
-        best = averaged()
-        y = best.decode(best.encode(held_out)).clamp(-1, 1)
+        y = model.decode(model.encode(held_out)).clamp(-1, 1)
         save_sheet(torch.stack([held_out[:32], y[:32]], 1).flatten(0, 1), run.folder / "samples.png")
         return {"psnr": round(psnr(y, held_out), 3)}
 
     def step_loss(step, generator):
         return loss_of(pixels(data.take("image", rows_of(step, 16, 3 * SHARD)), device), generator)
 
-    run.train(step_loss, 50, report, 250)
-    return averaged(), held_out
+    run.train(step_loss, 50, report=report, report_every=250)
+    model.load_state_dict(run.best_state())
+    return held_out

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...encoders.clip_pixels import normalize
 from ...shapeland import models, world
-from ..loop import Run, warmup_cosine
+from ..loop import Run
+from ..optimizers import adamw, warmup_cosine
 from .common import (
     RUNS,
     SEED,
@@ -135,11 +137,10 @@ def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.T
     cells = data.take("label", rows).reshape(-1, 8, 8, 8, 8)
     regions = np.stack([(cells == i + 1).mean((2, 4)).reshape(-1, 64) for i in range(3)], 1)
     covered = regions.sum(-1, keepdims=True)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
     return {
         # Attention is causal: the padding behind the longest caption changes nothing before it.
         "tokens": tokens(words, device)[:, : MAX_WORDS + 2],
-        "pixels": ((pixels(data.take("image", rows), device) + 1) / 2 - mean) / std,
+        "pixels": normalize((pixels(data.take("image", rows), device) + 1) / 2),
         "noun_at": torch.from_numpy(data.take("noun_word", rows).astype(np.int64) + 1).to(device),
         "last_at": torch.from_numpy(last_words(describes) + 1).to(device),
         "present": torch.from_numpy((noun >= 0) & (covered[..., 0] > 0.01)).to(device),
@@ -158,19 +159,17 @@ def train_clip(device: str, steps: int, shipped: bool = False) -> None:
     if shipped:
         model.text = compact_text()
         model.vision.load_state_dict(models.load("vision"))
-    run = Run(RUNS / "clip", model, warmup_cosine(1e-3, 200, steps), steps, SEED, average=0.998, device=device)
+    model.to(device)
+    run = Run(RUNS / "clip", model, adamw(model, 1e-3), steps, SEED, warmup_cosine(200, steps), average=0.998)
     held_out = clip_batch(data, np.arange(3 * SHARD, 3 * SHARD + 256), device)
 
     def loss_of(step, _generator):
         return model(clip_batch(data, rows_of(step, 64, 3 * SHARD), device))
 
     def report(_step):
-        averaged = Clip().to(device)
-        averaged.load_state_dict(run.best_state())
-        with torch.no_grad():
-            return {f"held_out_{k}": round(float(v), 4) for k, v in averaged(held_out).items()}
+        return {f"held_out_{k}": round(float(v), 4) for k, v in model(held_out).items()}
 
-    run.train(loss_of, 50, report, 250)
+    run.train(loss_of, 50, report=report, report_every=250)
     state = run.best_state()
     part = {
         side: {k[len(side) + 1 :]: v for k, v in state.items() if k.startswith(side + ".")}

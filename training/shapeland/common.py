@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ...shapeland import models
+from ...shapeland.autoencoder import Autoencoder
 from . import scenes as scene_files
 
 RUNS = Path("runs/shapeland")
@@ -97,7 +98,7 @@ def word_tokens() -> torch.Tensor:
     for word in scene_files.WORDS[1:]:
         _start, *inner, _end = tokenizer(word).input_ids
         if len(inner) != 1:
-            raise ValueError(f"The word '{word}' is {len(inner)} tokens of CLIP's vocabulary, but must be one.")
+            raise ValueError(f"words: expected one token of CLIP's vocabulary for each, got {len(inner)} for {word!r}")
         ids += inner
     return torch.tensor([*ids, models.START])
 
@@ -119,3 +120,15 @@ def compact_text(path: Path | None = None) -> torch.nn.Module:
 def build_compact_text():
     """The text tower over the world's words alone."""
     return models.build_text(START + 1, START, end=0)
+
+
+def frozen_autoencoder(device: str, path: Path | None = None) -> Autoencoder:
+    """The shipped autoencoder, or that of the file `path`, for evaluation."""
+    model = Autoencoder()
+    model.load_state_dict(models.load("autoencoder", path))
+    return model.eval().requires_grad_(False).to(device)
+
+
+def frozen_text(device: str, path: Path | None = None) -> torch.nn.Module:
+    """The shipped text tower, or that of the file `path`, over compact tokens (see `tokens`)."""
+    return compact_text(path).eval().requires_grad_(False).to(device)

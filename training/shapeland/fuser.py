@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ...encoders.clip_pixels import normalize
 from ...encoders.fastcomposer import FUSER
 from ...encoders.files import whole_file
 from ...encoders.fuser import Fuser
@@ -18,7 +19,8 @@ from ...shapeland import models, world
 from ..base import Base, open_base
 from ..data.dataset import plain_object, subject_crop
 from ..data.folder import Segment, box_of
-from ..loop import Run, warmup_cosine
+from ..loop import Run
+from ..optimizers import adamw, warmup_cosine
 from .common import RUNS, SEED, open_scenes, rows_of
 from .scenes import SHARD, Scenes
 
@@ -65,15 +67,14 @@ def train_fuser(device: str, steps: int) -> None:
     for part in (base.towers, base.vision):
         part.requires_grad_(False).to(device)
     torch.manual_seed(SEED)
-    fuser = Fuser(models.WIDTH, base.vision.config.projection_dim)
-    run = Run(RUNS / "fuser", fuser, warmup_cosine(2e-3, 50, steps), steps, SEED, average=0.98, device=device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
+    fuser = Fuser(models.WIDTH, base.vision.config.projection_dim).to(device)
+    run = Run(RUNS / "fuser", fuser, adamw(fuser, 2e-3), steps, SEED, warmup_cosine(50, steps), average=0.98)
 
     @torch.no_grad()
     def seen(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = {name: tensor.to(device) for name, tensor in said_and_bare(data, rows, base).items()}
         target, own = (base.read(batch[name])[0][batch["picture"], batch[f"{name}_row"]] for name in ("said", "bare"))
-        return own, base.vision((batch["object"] - mean) / std).image_embeds, target
+        return own, base.vision(normalize(batch["object"])).image_embeds, target
 
     def loss_of(step: int, _generator: torch.Generator) -> dict[str, torch.Tensor]:
         own, embeds, target = seen(rows_of(step, BATCH, data.count - SHARD))
@@ -81,15 +82,14 @@ def train_fuser(device: str, steps: int) -> None:
 
     held_out = seen(np.arange(data.count - SHARD, data.count - SHARD + HELD_OUT))
 
-    def report(_step: int) -> dict[str, float]:
+    @torch.no_grad()
+    def found() -> float:
         own, embeds, target = held_out
-        averaged = Fuser.from_state(run.best_state()).to(device)
-        with torch.no_grad():
-            left = (averaged(own, embeds) - target).square().sum() / (own - target).square().sum()
-        return {"found": round(1 - float(left), 4)}
+        return 1 - float((fuser(own, embeds) - target).square().sum() / (own - target).square().sum())
 
-    run.train(loss_of, 50, report, 250, half=False)
+    run.train(loss_of, 50, report=lambda _step: {"found": round(found(), 4)}, report_every=250, half=False)
+    fuser.load_state_dict(run.best_state())
     file = RUNS / "fuser" / "fuser.safetensors"
     with whole_file(file) as part:
-        save_file({FUSER + name: tensor.cpu().contiguous() for name, tensor in run.best_state().items()}, part)
-    print(f"{file}: {report(steps)['found']:.1%} of what words add to a noun's state")
+        save_file({FUSER + name: tensor.cpu().contiguous() for name, tensor in fuser.state_dict().items()}, part)
+    print(f"{file}: {found():.1%} of what words add to a noun's state")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from ...shapeland import models, world
 from ...shapeland.judge import Judge, crop_thing
-from ..loop import Run, warmup_cosine
+from ..loop import Run
+from ..optimizers import adamw, warmup_cosine
 from .common import RUNS, SEED, open_scenes, rows_of, weights_file
 from .scenes import SHARD, Scenes
 
@@ -76,7 +77,8 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
     judge = Judge()
     if shipped:
         judge.load_state_dict(models.load("judge"))
-    run = Run(RUNS / "judge", judge, warmup_cosine(2e-3, 100, steps), steps, SEED, average=0.998, device=device)
+    judge.to(device)
+    run = Run(RUNS / "judge", judge, adamw(judge, 2e-3), steps, SEED, warmup_cosine(100, steps), average=0.998)
     crops = pair_crops(draw_pairs(PAIRS, SEED))
     grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy"))
 
@@ -114,11 +116,9 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
         }
 
     def report(_step):
-        averaged = Judge().to(device)
-        averaged.load_state_dict(run.best_state())
-        return measure(averaged, data, np.arange(3 * SHARD, 3 * SHARD + 1024), device)
+        return measure(judge, data, np.arange(3 * SHARD, 3 * SHARD + 1024), device)
 
-    run.train(loss_of, 50, report, 400)
+    run.train(loss_of, 50, report=report, report_every=400)
     judge.load_state_dict(run.best_state())
     models.save("judge", judge.state_dict(), weights_file("judge"))
     result = measure(judge, data, np.arange(3 * SHARD, 4 * SHARD), device)

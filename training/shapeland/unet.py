@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...attention.localization import localization_loss
 from ...shapeland import models, world
-from ...shapeland.autoencoder import CHANNELS, Autoencoder
+from ...shapeland.autoencoder import CHANNELS
 from ...shapeland.judge import Judge
 from ...shapeland.score import score_picture, summarise
-from ..loop import Lanes, MuonAdamW, Run, bfloat16_where_fast, replica
+from ..loop import Lanes, Run, bfloat16_where_fast, replica
+from ..open_attention import OpenAttention
+from ..optimizers import MuonAdamW
+from ..sampling import sample
 from .common import (
     RUNS,
     SEED,
-    compact_text,
+    frozen_autoencoder,
+    frozen_text,
     open_scenes,
     rows_of,
     save_sheet,
     tokens,
     weights_file,
 )
-from .lessons import Lesson, Lessons, encoded
+from .latents import LatentScenes, SceneBatch, encoded
 from .scenes import MAX_WORDS, WORDS
 
 UNCONDITIONAL = 0.1
@@ -43,21 +47,11 @@ READ = 0.02
 LOCALIZE, LOCALIZE_LATER, LOCALIZE_PICTURES = 0.5, 0.1, 320_000
 # Learning rate, the share of the steps at the end over which it falls to nothing, and how long averages reach back: a
 # longer one lags behind the fall (measured: 61.7% of nouns where the last weights had 65.6%).
-RATE, DECAY, AVERAGE = 1e-3, 0.3, 0.99
+LEARNING_RATE, DECAY, AVERAGE = 1e-3, 0.3, 0.99
+# Whose cross-attention the localization loss looks at: those of 8x8 and 16x16 cells.
+OPENED = ("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3")
 # At which times, and on how many held-out pictures, the report says what captions are worth.
 GAIN_TIMES, GAIN_PICTURES = (150, 500, 700, 850, 970), 128
-
-
-def frozen_autoencoder(device: str, path: Path | None = None) -> Autoencoder:
-    """The shipped autoencoder, or that of the file `path`, for evaluation."""
-    model = Autoencoder()
-    model.load_state_dict(models.load("autoencoder", path))
-    return model.eval().requires_grad_(False).to(device)
-
-
-def frozen_text(device: str, path: Path | None = None):
-    """The shipped text tower, or that of the file `path`, over compact tokens (see `common.tokens`)."""
-    return compact_text(path).eval().requires_grad_(False).to(device)
 
 
 def noise_levels(device: str) -> torch.Tensor:
@@ -67,60 +61,11 @@ def noise_levels(device: str) -> torch.Tensor:
     return DDIMScheduler(**models.SCHEDULE).alphas_cumprod.to(device)
 
 
-class _OpenAttention:
-    """A diffusers attention processor that computes probabilities openly and keeps their mean over heads in `kept`."""
-
-    def __init__(self, kept: list[torch.Tensor]):
-        self.kept = kept
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
-        )
-        # The scale goes to the query: on the probabilities it would be the costlier half of a pass over them.
-        probabilities = (query * attn.scale @ key.transpose(-1, -2)).softmax(-1)
-        self.kept.append(probabilities.mean(1))
-        return attn.to_out[0]((probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2))
-
-
-def open_attention(unet) -> list[torch.Tensor]:
-    """Open the cross-attentions of `unet` at 8x8 and 16x16; the returned list receives their probabilities
-    (n, tokens, 77) in each forward pass."""
-    kept: list[torch.Tensor] = []
-    for name, module in unet.named_modules():
-        if name.endswith("attn2") and name.startswith(("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3")):
-            module.set_processor(_OpenAttention(kept))
-    return kept
-
-
 def visibility(alpha: torch.Tensor) -> torch.Tensor:
     """How well a thing can be made out at alpha-bar `alpha`, 0..1: where noise hides the layout there is no place to
     point at yet. A thing covers some tens of cells of 8 channels, so it stands out far beyond its cells' own noise."""
     level = (1 - alpha) / alpha
     return 1 / (1 + level / HIDDEN_FROM**2)
-
-
-def localization_loss(
-    kept: list[torch.Tensor], describes: torch.Tensor, masks: torch.Tensor, present: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """FastComposer's balanced L1 (arXiv 2305.10431, eq. 5) for words and the things they describe.
-
-    `describes` (n, 3, 77) marks the tokens that describe each thing, `masks` (n, 3, 16, 16) where the things of these
-    tokens are, `present` (n, 3) which things exist, `weight` (n,) per picture. For each thing: mean attention to its
-    tokens outside its mask minus the mean inside, averaged over layers.
-    """
-    total = torch.zeros((), device=weight.device)
-    for probabilities in kept:
-        side = math.isqrt(probabilities.shape[1])
-        inside = F.adaptive_avg_pool2d(masks, side).flatten(2)
-        attention = torch.einsum("npt,nkt->nkp", probabilities, describes)
-        outside = 1 - inside
-        gap = (attention * outside).sum(2) / outside.sum(2).clamp(min=1e-3)
-        gap = gap - (attention * inside).sum(2) / inside.sum(2).clamp(min=1e-3)
-        total = total + (gap * present * weight[:, None]).sum() / present.sum().clamp(min=1)
-    return total / len(kept)
 
 
 class Readers(torch.nn.Module):
@@ -156,7 +101,7 @@ class Readers(torch.nn.Module):
         return total / len(features)
 
 
-class _Taught(torch.nn.Module):
+class _UNetWithReaders(torch.nn.Module):
     """The UNet and its readers as one module, so that one run keeps and updates both."""
 
     def __init__(self):
@@ -171,66 +116,75 @@ class _Taught(torch.nn.Module):
 
 
 def unet_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The UNet's part of a taught module's weights."""
+    """The UNet's part of the weights of `_UNetWithReaders`."""
     return {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
 
 
-class _Teacher:
-    """What a step of training looks at: noisy latents of some pictures, with their captions and all that is true.
+class _Objective:
+    """The losses of a step: of noisy latents of some pictures, with their captions and all that is true.
 
-    Of several teachers each takes its `part` (number, of how many) of a step's batch, and has a replica of its own.
+    Of several objectives each takes its `part` (number, of how many) of a step's batch, and has a replica of its own.
     """
 
-    def __init__(self, taught: _Taught, lessons: Lessons, text, batch: int, compiled: bool, part: tuple[int, int]):
-        self.taught, self.lessons, self.text, self.batch, self.part = taught, lessons, text, batch, part
-        self.alphas = noise_levels(lessons.device)
-        self.kept, self.features = open_attention(taught.unet), []
-        for block in taught.read_blocks:
+    def __init__(
+        self,
+        model: _UNetWithReaders,
+        data: LatentScenes,
+        text,
+        batch_size: int,
+        compiled: bool,
+        part: tuple[int, int],
+    ):
+        self.model, self.data, self.text, self.batch_size, self.part = model, data, text, batch_size, part
+        self.alphas = noise_levels(data.device)
+        self.attention, self.features = OpenAttention(model.unet, OPENED), []
+        for block in model.read_blocks:
             block.register_forward_hook(lambda _module, _inputs, output: self.features.append(output))
-        self.predict = torch.compile(taught.unet) if compiled else taught.unet
+        self.predict = torch.compile(model.unet) if compiled else model.unet
 
     def noised(
-        self, lesson: Lesson, t: torch.Tensor, silent: torch.Tensor, generator: torch.Generator
+        self, batch: SceneBatch, t: torch.Tensor, unconditional: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The latents with noise of times t (n,), the v that is to be predicted, and the text states of captions that
-        are empty for the `silent` (n,)."""
-        x = lesson.latents
+        are empty for the `unconditional` (n,)."""
+        x = batch.latents
         noise = torch.randn(x.shape, generator=generator).to(x.device)
         a, s = (part.sqrt()[:, None, None, None] for part in (self.alphas[t], 1 - self.alphas[t]))
         with torch.no_grad():
-            context = self.text(lesson.tokens(silent)).last_hidden_state
+            context = self.text(batch.tokens(unconditional)).last_hidden_state
         return a * x + s * noise, a * noise - s * x, context
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The parts of the loss of one step."""
         first, parts = self.part
-        rows = rows_of(step, self.batch, self.lessons.trained)[first::parts]
-        lesson = self.lessons.take(rows)
-        silent, shaping, level = torch.rand(3, len(rows), generator=generator)
-        silent = (silent < UNCONDITIONAL).to(self.alphas.device)
+        rows = rows_of(step, self.batch_size, self.data.trained)[first::parts]
+        batch = self.data.take(rows)
+        unconditional, shaping, level = torch.rand(3, len(rows), generator=generator)
+        unconditional = (unconditional < UNCONDITIONAL).to(self.alphas.device)
         low, high = (torch.where(shaping < SHAPING_SHARE, *ends) for ends in zip(SHAPING, (0, 1000), strict=True))
         t = (low + level * (high - low)).long().to(self.alphas.device)
-        noisy, target, context = self.noised(lesson, t, silent, generator)
-        self.kept.clear()
+        noisy, target, context = self.noised(batch, t, unconditional, generator)
         self.features.clear()
-        error = (self.predict(noisy, t, context).sample.float() - target).square().mean()
-        progress = min(1.0, step * self.batch / LOCALIZE_PICTURES)
+        with self.attention.collecting() as maps:
+            error = (self.predict(noisy, t, context).sample.float() - target).square().mean()
+        progress = min(1.0, step * self.batch_size / LOCALIZE_PICTURES)
         localize = LOCALIZE + (LOCALIZE_LATER - LOCALIZE) * progress
-        spoken = visibility(self.alphas[t]) * (~silent).float()
-        located = localization_loss(self.kept, lesson.describes, lesson.named, lesson.present, spoken)
-        read = self.taught.readers.loss(self.features, lesson.cells, lesson.classes)
+        visible = visibility(self.alphas[t]) * ~unconditional
+        weights = batch.present * visible[:, None] / batch.present.sum().clamp(min=1)
+        located = localization_loss(maps, batch.describes, batch.named, weights, F.adaptive_avg_pool2d)
+        read = self.model.readers.loss(self.features, batch.cells, batch.classes)
         return {"noise": error, "localization": localize * located, "reading": READ * read}
 
     @torch.no_grad()
     def gains(self, unet) -> dict[str, float]:
         """By which part of it captions lower the loss of held-out pictures at some times."""
-        lesson = self.lessons.take(self.lessons.trained + np.arange(GAIN_PICTURES))
+        batch = self.data.take(self.data.trained + np.arange(GAIN_PICTURES))
         found = {}
         for time in GAIN_TIMES:
             t, loss = torch.full((GAIN_PICTURES,), time, device=self.alphas.device), []
-            for mute in (False, True):
-                silent = torch.full_like(t, mute, dtype=torch.bool)
-                noisy, target, context = self.noised(lesson, t, silent, torch.Generator().manual_seed(time))
+            for empty in (False, True):
+                unconditional = torch.full_like(t, empty, dtype=torch.bool)
+                noisy, target, context = self.noised(batch, t, unconditional, torch.Generator().manual_seed(time))
                 loss.append(float((unet(noisy, t, context).sample.float() - target).square().mean()))
             found[f"gain_{time}"] = round(1 - loss[0] / loss[1], 4)
         return found
@@ -239,7 +193,7 @@ class _Teacher:
 def train_unet(
     device: str,
     steps: int,
-    batch: int,
+    batch_size: int,
     lanes: int = 1,
     compiled: bool = False,
     shipped: bool = False,
@@ -248,31 +202,36 @@ def train_unet(
     """v-prediction with localization and reading; keeps averaged weights, judges samples on the way. A run without a
     checkpoint starts from the shipped weights if so wished, else from nothing."""
     torch.manual_seed(SEED)
-    taught, text = _Taught(), frozen_text(device, weights_file("text"))
-    unet = taught.unet
+    model, text = _UNetWithReaders(), frozen_text(device, weights_file("text"))
+    unet = model.unet
     if shipped:
         unet.load_state_dict(models.load("unet"))
-    decay = max(1, int(DECAY * steps))
-
-    def rate(step):
-        # Constant, then linear to nothing: a run can be continued from any step before its fall by taking more steps.
-        return RATE * min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
-
-    optimizer = MuonAdamW(taught, 0.02, ("unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"))
-    run = Run(RUNS / "unet", taught, rate, steps, SEED, average=AVERAGE, device=device, optimizer=optimizer)
+    model.to(device)
     if torch.device(device).type != "cpu":
         # On a processor the other layout is faster (measured: 2.25 s a step for 2.55 s).
         unet.to(memory_format=torch.channels_last)
+    decay = max(1, int(DECAY * steps))
+
+    def schedule(step):
+        # Constant, then linear to nothing: a run can be continued from any step before its fall by taking more steps.
+        return min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
+
+    outside = "unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"
+    optimizer = MuonAdamW(model, LEARNING_RATE, 0.02, outside)
+    run = Run(RUNS / "unet", model, optimizer, steps, SEED, schedule, AVERAGE)
     data = open_scenes()
     autoencoder = frozen_autoencoder(device, weights_file("autoencoder"))
-    lessons = Lessons(data, encoded(data, autoencoder, RUNS / "latents", device), device)
-    teachers = [_Teacher(replica(taught), lessons, text, batch, compiled, (part, lanes)) for part in range(lanes)]
+    scenes = LatentScenes(data, encoded(data, autoencoder, RUNS / "latents", device), device)
+    objectives = [
+        _Objective(replica(model), scenes, text, batch_size, compiled, (part, lanes)) for part in range(lanes)
+    ]
 
     def report(step):
-        state, sheet = unet_state(run.best_state()), run.folder / f"samples_{step:06d}.png"
-        return {**teachers[0].gains(_ready(state, device)), **evaluate(state, sheet, device, pictures=128, steps=25)}
+        state, sheet = unet.state_dict(), run.folder / f"samples_{step:06d}.png"
+        return {**objectives[0].gains(_ready(state, device)), **evaluate(state, sheet, device, pictures=128, steps=25)}
 
-    run.train(Lanes([teacher.losses for teacher in teachers]), 100, report, 2000, seconds=seconds)
+    losses = Lanes([objective.losses for objective in objectives])
+    run.train(losses, 100, report=report, report_every=2000, seconds=seconds)
     models.save("unet", unet_state(run.best_state()), weights_file("unet"))
 
 
@@ -281,22 +240,6 @@ def check_unet(device: str) -> None:
     found = evaluate(models.load("unet", weights_file("unet")), RUNS / "check.png", device, pictures=512, steps=50)
     (RUNS / "check.json").write_text(json.dumps(found))
     print(found)
-
-
-@torch.no_grad()
-def sample(unet, context: torch.Tensor, empty: torch.Tensor, steps: int, guidance: float, seed: int) -> torch.Tensor:
-    """DDIM latents (n, 8, 16, 16) for text states `context` (n, 77, d) against `empty` (1, 77, d)."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(**models.SCHEDULE, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(context), CHANNELS, 16, 16, generator=generator).to(context.device)
-    both = torch.cat((context, empty.expand_as(context)))
-    for t in scheduler.timesteps:
-        spoken, silent = unet(torch.cat((x, x)), t, both).sample.float().chunk(2)
-        x = scheduler.step(silent + guidance * (spoken - silent), t, x).prev_sample
-    return x
 
 
 def held_out_scenes(count: int) -> list[tuple[list[world.Mention], str]]:
@@ -324,16 +267,23 @@ def evaluate(
     judge.load_state_dict(models.load("judge", weights_file("judge")))
     asked = held_out_scenes(pictures)
     index = {word: i for i, word in enumerate(WORDS)}
-    spoken = np.zeros((pictures, MAX_WORDS), np.int64)
+    words = np.zeros((pictures, MAX_WORDS), np.int64)
     for row, (_, caption) in enumerate(asked):
-        spoken[row, : len(caption.split())] = [index[w] for w in caption.split()]
-    empty = text(tokens(spoken[:1] * 0, device)).last_hidden_state
+        words[row, : len(caption.split())] = [index[w] for w in caption.split()]
+    empty = text(tokens(words[:1] * 0, device)).last_hidden_state
+
+    def predict(x, t, states):
+        return unet(x, t, states[0]).sample.float()
+
     scores, sheets = [], []
     for start in range(0, pictures, 64):
         chunk = slice(start, min(pictures, start + 64))
-        context = text(tokens(spoken[chunk], device)).last_hidden_state
+        context = text(tokens(words[chunk], device)).last_hidden_state
+        shape, unconditional = (len(context), CHANNELS, 16, 16), (empty.expand_as(context), None)
         with bfloat16_where_fast(device):
-            x = sample(unet, context, empty, steps, guidance, seed=start)
+            x = sample(
+                predict, models.SCHEDULE, shape, unconditional, lambda _, c=context: (c, None), steps, guidance, start
+            )
         drawn = autoencoder.decode(x).clamp(-1, 1)
         sheets.append(drawn)
         readings = judge.read((drawn + 1) / 2)

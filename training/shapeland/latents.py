@@ -1,4 +1,4 @@
-"""All that the UNet learns from, on the device that trains: latents, captions and the truth about each thing."""
+"""What the UNet is trained on, on the device that trains: latents, captions and the truth about each thing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PIXELS = FACTOR**2
 
 
 @dataclass(frozen=True)
-class Lesson:
+class SceneBatch:
     """A batch of n pictures.
 
     Attributes:
@@ -39,9 +39,9 @@ class Lesson:
     named: torch.Tensor
     present: torch.Tensor
 
-    def tokens(self, silent: torch.Tensor) -> torch.Tensor:
-        """Compact tokens (n, 77) of the captions, empty for the `silent` (n,)."""
-        return tokens(torch.where(silent[:, None], 0, self.words), self.words.device)
+    def tokens(self, unconditional: torch.Tensor) -> torch.Tensor:
+        """Compact tokens (n, 77) of the captions, empty for the `unconditional` (n,)."""
+        return tokens(torch.where(unconditional[:, None], 0, self.words), self.words.device)
 
 
 def covered(label: np.ndarray) -> torch.Tensor:
@@ -67,10 +67,10 @@ def encoded(data: Scenes, autoencoder: Autoencoder, folder: Path, device: str) -
     return torch.cat(parts)
 
 
-class Lessons:
+class LatentScenes:
     """The pictures of all shards, held in memory in compact form.
 
-    `trained` is how many of them are learnt from; the last shard is held out.
+    `trained` is how many of them are trained on; the last shard is held out.
     """
 
     def __init__(self, data: Scenes, latents: torch.Tensor, device: str):
@@ -80,7 +80,7 @@ class Lessons:
         self._latents = latents.to(device)
         self.device, self.trained = device, len(latents) - SHARD
 
-    def take(self, rows: np.ndarray) -> Lesson:
+    def take(self, rows: np.ndarray) -> SceneBatch:
         """The pictures `rows` (n,)."""
         rows = torch.from_numpy(rows).to(self._latents.device)
         words, noun, color, noun_word, describes = (field[rows] for field in self._fields.values())
@@ -90,7 +90,7 @@ class Lessons:
         marks = torch.zeros(len(rows), 3, models.TOKENS, device=rows.device)
         # The start token stands before the first word.
         marks[:, :, 1 : 1 + describes.shape[2]] = describes.float()
-        return Lesson(
+        return SceneBatch(
             self._latents[rows].float(),
             words.long(),
             cells,

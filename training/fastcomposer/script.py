@@ -1,0 +1,139 @@
+"""Training FastComposer on diffusers' models, by one process or many."""
+
+from __future__ import annotations
+
+import multiprocessing
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..base import open_base
+from ..data.dataset import EpochBatches, SubjectPictures
+from ..loop import Run
+from ..optimizers import warmup
+from ..options import check_least
+from ..signals import Stopped
+from .batches import Shares, check_subjects, read_batches
+from .export import export, start_from
+from .model import LORA, FastComposer
+from .sheet import open_sheet
+
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_LEAST = {
+    **{"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1, "sheet_every": 0},
+    **{"learning_rate": 0, "fuser_learning_rate": 0},
+}
+
+
+def train(options: Namespace, file: Path) -> None:
+    """Runs the training of `options` (see the package) and writes its result to `file`.
+
+    Raises:
+        ValueError, FileNotFoundError: an option cannot be used; says which and why.
+    """
+    from accelerate import Accelerator
+
+    _check(options)
+    base = open_base(options.base, options.vision, options.resolution)
+    data = SubjectPictures(
+        options.data,
+        resolution=base.resolution,
+        object_resolution=base.vision.config.image_size,
+        object_types=options.object_types,
+        uncondition=options.uncondition,
+        object_appear=options.object_appear,
+        augment=not options.no_augmentation,
+        seed=options.seed,
+    )
+    check_subjects(data)
+    model = FastComposer(
+        base,
+        options.train,
+        options.rank,
+        options.vision_layers,
+        options.localization,
+        options.mask_loss_probability,
+        options.seed,
+    )
+    if options.fuser:
+        start_from(model.fuser, options.fuser)
+    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
+    if accelerator.mixed_precision in _HALF:
+        model.keep_frozen_in(_HALF[accelerator.mixed_precision])
+    if options.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
+    kind = {"base": options.base, "train": options.train, "vision layers": options.vision_layers, "pictures": len(data)}
+    if options.train == LORA:
+        kind["rank"] = options.rank
+    kind |= {"seed": options.seed, "pictures a step": pictures_a_step}
+    run = Run(
+        options.out,
+        model,
+        _optimizer(model, options),
+        options.steps,
+        options.seed,
+        warmup(options.warmup),
+        options.average,
+        accelerator,
+        kind,
+    )
+
+    def loader(step: int):
+        steps = EpochBatches(len(data), pictures_a_step, options.steps, step, options.seed)
+        processes = accelerator.num_processes, accelerator.process_index
+        shares = Shares(steps, options.batch_size, options.accumulate, *processes)
+        return read_batches(data, base, shares, options.workers, accelerator.device)
+
+    try:
+        run.train(
+            lambda batch, _generator: run.module(*batch),
+            options.log_every,
+            loader,
+            _report(options, model, accelerator) if options.sheet_every else None,
+            options.sheet_every,
+            save_seconds=60 * options.save_minutes,
+        )
+    except Stopped as stopped:
+        accelerator.print(stopped)
+        return
+    if accelerator.is_main_process:
+        state = run.best_state()
+        dtype = _HALF.get(options.export_precision, torch.float32)
+        export({name: state[name] for name in model.trainables}, file, dtype)
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def _check(options: Namespace) -> None:
+    check_least(options, _LEAST)
+    if not 0 <= options.average < 1:
+        raise ValueError(f"--average: expected a share from 0 up to but not 1, got {options.average}")
+    if options.workers and "fork" not in multiprocessing.get_all_start_methods():
+        # A spawned process could not import this pack, which has no importable name of its own.
+        raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {options.workers}")
+
+
+def _optimizer(model: FastComposer, options: Namespace) -> torch.optim.Optimizer:
+    """The paper's AdamW; the fuser and the vision tower, which may have learnt before, have a rate of their own."""
+    unet, rest = (
+        [p for name, p in model.trainables.items() if name.startswith("unet.") == inside] for inside in (True, False)
+    )
+    fuser_learning_rate = options.learning_rate if options.fuser_learning_rate is None else options.fuser_learning_rate
+    groups = [{"params": unet, "lr": options.learning_rate}, {"params": rest, "lr": fuser_learning_rate}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+
+
+def _report(options: Namespace, model: FastComposer, accelerator) -> Callable[[int], dict[str, float]]:
+    """What draws a sheet of samples, and has no numbers to tell."""
+    sheet = open_sheet(options.data, model, options.object_types)
+
+    def report(step: int) -> dict[str, float]:
+        with accelerator.autocast():
+            sheet(options.out / f"samples_{step:07d}.png")
+        return {}
+
+    return report

@@ -1,0 +1,72 @@
+"""Cross-attention of a diffusers UNet whose probabilities a loss can look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+def middle_blocks(unet: torch.nn.Module) -> tuple[str, ...]:
+    """A UNet's middle five blocks with cross-attention, in the order of a forward pass: the middle block and the two
+    nearest to it on both sides.
+
+    FastComposer (arXiv 2305.10431, section 4.2) looks at these. They are down_blocks.1, down_blocks.2, mid_block,
+    up_blocks.1 and up_blocks.2 of Stable Diffusion 1.5, and all of SDXL's.
+    """
+    down, up = (
+        [f"{side}.{i}" for i, block in enumerate(getattr(unet, side)) if hasattr(block, "attentions")]
+        for side in ("down_blocks", "up_blocks")
+    )
+    return (*down[-2:], "mid_block", *up[:2])
+
+
+class OpenAttention:
+    """The cross-attention in some blocks of a UNet, opened so that a forward pass gives its probabilities.
+
+    All other attention keeps its fused kernel, which forms no probabilities.
+
+    Args:
+        unet: a diffusers `UNet2DConditionModel`; the blocks' processors are replaced.
+        blocks: names such as "up_blocks.2", in the order in which a forward pass meets them.
+
+    Attributes:
+        names: of the modules, in that order.
+    """
+
+    def __init__(self, unet: torch.nn.Module, blocks: Sequence[str]):
+        found = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
+        self.names = [name for block in blocks for name in found if name.startswith(f"{block}.")]
+        self._maps: list[torch.Tensor] | None = None
+        for name in self.names:
+            unet.get_submodule(name).set_processor(self._attend)
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[torch.Tensor]]:
+        """A list that receives the probabilities (n, pixels, tokens) of each module, in fp32 and averaged over heads,
+        from forward passes within.
+
+        What gradient checkpointing computes again in the backward pass comes after it, and is not collected twice.
+        """
+        self._maps = []
+        try:
+            yield self._maps
+        finally:
+            self._maps = None
+
+    def _attend(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        """A diffusers attention processor."""
+        query, key, value = (
+            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, x in (
+                (attn.to_q, hidden_states),
+                (attn.to_k, encoder_hidden_states),
+                (attn.to_v, encoder_hidden_states),
+            )
+        )
+        # The scale goes to the query: on the products it would be the costlier half of a pass over them.
+        probabilities = (query * attn.scale @ key.transpose(-1, -2)).float().softmax(-1)
+        if self._maps is not None:
+            self._maps.append(probabilities.mean(1))
+        return attn.to_out[0]((probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2))

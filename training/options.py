@@ -1,0 +1,14 @@
+"""Checks that the command lines of trainings share."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+
+def check_least(options: Namespace, least: Mapping[str, float]) -> None:
+    """Raises ValueError for the first option that is given and less than its smallest value, or NaN."""
+    for option, smallest in least.items():
+        given = getattr(options, option)
+        if given is not None and not given >= smallest:
+            raise ValueError(f"--{option.replace('_', '-')}: expected at least {smallest}, got {given}")
