@@ -104,6 +104,7 @@ class TestConcept:
         from conceptloom.host.weaver import training as concept_training
         from conceptloom.host.weaver.fusion import FusionSettings, PromptedConcept, apply
         from conceptloom.host.weaver.prompts import encode_text
+        from conceptloom.subjects.partition import Partition
         from conceptloom.training.concepts.learner import Recipe
         from conceptloom.training.concepts.pictures import Pictures
 
@@ -122,7 +123,7 @@ class TestConcept:
             concept = trainer.concept()
         with torch.inference_mode():
             prompted = PromptedConcept(concept, encode_text(clip, "a <new1> star", concept))
-            everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+            everywhere = Partition(torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]))
             drawing, _ = apply(model, prompted.conditioning, [prompted], everywhere, FusionSettings(suppression=0.0))
 
             import comfy.samplers
