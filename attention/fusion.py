@@ -60,7 +60,7 @@ def group_concepts(masks: torch.Tensor, keys_values: Sequence[tuple[torch.Tensor
     found = []
     for group in alike.values():
         concepts, tokens, shares, keys, values = zip(*group, strict=True)
-        padded, share = pad_sequence(tokens, batch_first=True), pad_sequence(shares, batch_first=True)
+        padded, share = (pad_sequence(list(rows), batch_first=True) for rows in (tokens, shares))
         found.append(ConceptGroup(concepts, padded, share[..., None], torch.cat(keys), torch.cat(values)))
     return found
 

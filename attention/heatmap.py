@@ -62,6 +62,6 @@ def share_pictures(
     if not same_aspect((height, width), (h, w), max(ASPECT_TOLERANCE, 1 / min(h, w))):
         raise ValueError(f"image: expected the picture of the latent, in the shape {w}x{h}, got {width}x{height}")
     n_subjects = shares.shape[1] - 1
-    maps = resize(shares[:, 1:].flatten(0, 1), tuple(pictures.shape[1:3]))
+    maps = resize(shares[:, 1:].flatten(0, 1), (height, width))
     repeated = pictures[..., :3].repeat_interleave(n_subjects, dim=0)
     return overlay(repeated, stretch(maps) if stretched else maps, opacity), maps

@@ -49,7 +49,6 @@ _FACTORED = ("pissa", "olora", "corda")
 """PEFT's starts that take something out of the base model's weights first."""
 
 _NUMBERED = re.compile(rf"({DIFFUSION}|{TEXT}):(\d+):(up|down)")
-_BLOCK = re.compile(r"(down_blocks|up_blocks|mid_block)\.")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("k_proj", "v_proj", "q_proj", "out_proj")
 
@@ -141,7 +140,7 @@ def numbered_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Seque
     """
     found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name, tensor in state.items():
-        place, number, end = _NUMBERED.fullmatch(name).groups()
+        place, number, end = name.split(":")
         found.setdefault(place, {}).setdefault(int(number), {})[end] = tensor
     named = {}
     for place, pairs in found.items():
@@ -164,7 +163,7 @@ def numbered_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Seque
 def _unet_order(pairs: Mapping[int, Mapping[str, torch.Tensor]], layers: Mapping[str, Sequence[int]]) -> list[str]:
     blocks = list(dict.fromkeys(name.rpartition(".attn1.")[0] for name in layers if ".attn1.to_q." in name))
     order = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
-    blocks.sort(key=lambda block: (order[_BLOCK.match(block)[1]], [int(n) for n in re.findall(r"\d+", block)]))
+    blocks.sort(key=lambda block: (order[block.partition(".")[0]], [int(n) for n in re.findall(r"\d+", block)]))
     attention = [[f"{attn}.{part}" for part in _ATTENTION] for attn in ("attn1", "attn2")]
     given = [(pairs[n]["up"].shape[0], pairs[n]["down"].flatten(1).shape[1]) for n in range(len(pairs))]
     for between in (["ff.net.0.proj"], []):

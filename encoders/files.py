@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,7 +242,7 @@ def checked_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Generator[Path]:
     """A path to write to, whose file takes the name `path` only when all is written: an interruption leaves what was
     there before. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

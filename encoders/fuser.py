@@ -86,14 +86,15 @@ def fuse_rows(
         embeddings: (n, E), of the subjects.
         strength: 1 fuses as published, 0 keeps the text; between them a straight line.
         emphasis: (n,), weights of the nouns in the prompt; None means 1.
-        neutral: (n, D), states of an empty prompt at the nouns' places; wanted with emphasis.
+        neutral: (n, D), states of an empty prompt at the nouns' places, from which emphasis moves away; without them
+            it has no effect.
 
     Returns:
         (n, D) in the dtype of `text`.
     """
     fused = fuser(text.float(), embeddings.float())
     rows = torch.lerp(text.float(), fused, strength)
-    if emphasis is not None:
+    if emphasis is not None and neutral is not None:
         weighted = neutral.float() + (rows - neutral.float()) * emphasis[:, None].float()
         rows = torch.where(emphasis[:, None] == 1, rows, weighted)
     return rows.to(text.dtype)

@@ -33,7 +33,7 @@ def whole_word(word: str) -> str:
 def find_word(text: str, word: str, same_case: bool = False) -> list[tuple[int, int]]:
     """Where a word begins and ends in a text, in characters, whatever its case unless in the `same_case` alone; names
     of embeddings are left out."""
-    flags = re.NOFLAG if same_case else re.IGNORECASE
+    flags = 0 if same_case else re.IGNORECASE
     return [match.span() for match in re.finditer(whole_word(word), hide_names(text)[0], flags)]
 
 

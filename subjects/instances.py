@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 BEST, ALL = "best", "all"
+Which = int | Literal["best", "all"]
 ERROR, EMPTY, WHOLE = "error", "empty mask", "whole frame"
 ABSENT = (ERROR, EMPTY, WHOLE)
 SAME = 0.8
@@ -32,7 +34,7 @@ class Wanted:
     """A noun and which of its instances is meant: BEST, ALL, or a number counted from the left, from 1."""
 
     noun: str
-    which: int | str = BEST
+    which: Which = BEST
 
     def __str__(self) -> str:
         return self.noun if self.which == BEST else f"{self.noun}#{self.which}"
@@ -65,7 +67,7 @@ def read_nouns(text: str) -> list[Wanted]:
         noun, mark, which = (part.strip() for part in entry.partition("#"))
         if not noun or (mark and which != ALL and not re.fullmatch(r"[1-9]\d*", which)):
             raise ValueError(f"nouns: expected a noun, or one with #1, #2 ... or #{ALL}, got {entry!r}")
-        wanted.append(Wanted(noun, BEST if not mark else which if which == ALL else int(which)))
+        wanted.append(Wanted(noun, BEST if not mark else ALL if which == ALL else int(which)))
     if not wanted:
         raise ValueError('nouns: expected a list such as "dog, cat", got an empty text')
     return wanted
@@ -120,7 +122,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
     return int((a & b).count_nonzero()) / max(1, int((a | b).count_nonzero()))
 
 
-def _pick(things: list[Candidate], which: int | str) -> list[Candidate]:
+def _pick(things: list[Candidate], which: Which) -> list[Candidate]:
     """Those of the things, best first, that are meant; none if there are too few."""
     if which == ALL:
         return things

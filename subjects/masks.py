@@ -7,6 +7,7 @@ of mask, picture and token grid: all of them show the same scene, so positions c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,12 @@ def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
     return mask.float()
 
 
-def same_aspect(a: tuple[int, int], b: tuple[int, int], tolerance: float = ASPECT_TOLERANCE) -> bool:
+def same_aspect(a: Sequence[int], b: Sequence[int], tolerance: float = ASPECT_TOLERANCE) -> bool:
     """Whether two sizes (height, width) can show the same scene without stretching it."""
     return abs(math.log(a[0] / a[1]) - math.log(b[0] / b[1])) <= tolerance
 
 
-def check_aspect(mask: torch.Tensor, size: tuple[int, int], name: str = "mask", latent: bool = False) -> None:
+def check_aspect(mask: torch.Tensor, size: Sequence[int], name: str = "mask", latent: bool = False) -> None:
     """Raises ValueError when a mask (H', W') cannot belong to a picture of `size` (H, W) because their shapes differ.
 
     A mask that is zero everywhere passes: the host hands out small square ones for pictures without alpha.
@@ -62,7 +63,7 @@ def check_aspect(mask: torch.Tensor, size: tuple[int, int], name: str = "mask", 
         )
 
 
-def binarize(mask: torch.Tensor | None, threshold: float, size: tuple[int, int] = (1, 1)) -> torch.Tensor:
+def binarize(mask: torch.Tensor | None, threshold: float, size: Sequence[int] = (1, 1)) -> torch.Tensor:
     """Makes a mask (H, W) boolean: true where it is at least `threshold`. No mask means true all over `size`.
 
     A threshold of 0 still leaves out what is exactly zero.

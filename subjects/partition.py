@@ -232,11 +232,11 @@ def _stack(masks: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([_resize(binarize(mask, THRESHOLD), tuple(largest.shape)) for mask in single])
 
 
-def _resize(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _resize(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """A boolean mask (H', W') at another size (H, W)."""
-    if tuple(mask.shape) == size:
+    if tuple(mask.shape) == tuple(size):
         return mask
-    return F.interpolate(mask[None, None].to(torch.uint8), size, mode="nearest")[0, 0].bool()
+    return F.interpolate(mask[None, None].to(torch.uint8), tuple(size), mode="nearest")[0, 0].bool()
 
 
 def _to_look_at(planes: torch.Tensor) -> torch.Tensor:
@@ -247,8 +247,8 @@ def _to_look_at(planes: torch.Tensor) -> torch.Tensor:
 
 def _front_to_back(masks: torch.Tensor, overlap: str, scores: Sequence[float] | None) -> list[int]:
     """The numbers of the masks, the one in front of all others first; of equal ones the later."""
-    measure = range(len(masks))
-    if overlap == SURER_IN_FRONT:
+    measure: Sequence[float] = range(len(masks))
+    if overlap == SURER_IN_FRONT and scores is not None:
         measure = scores
     elif overlap == SMALLER_IN_FRONT:
         measure = [-int(mask.count_nonzero()) for mask in masks]

@@ -1,6 +1,7 @@
-"""Where things live: which folder may import what, and that the code is as ruff writes it."""
+"""Where things live: which folder may import what, that the code is as ruff writes it, and that its types fit."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,16 @@ def test_imports_point_downward(folder):
 def test_every_folder_says_what_lives_there():
     for folder in {path.parent for path in FILES}:
         assert ast.get_docstring(FILES[folder / "__init__.py"]), folder
+
+
+def test_types(tmp_path):
+    """Of the floor that knows torch alone, as the oldest Python that we promise sees them."""
+    ty = shutil.which("ty", path=Path(sys.executable).parent)
+    (tmp_path / "conceptloom").symlink_to(ROOT, target_is_directory=True)
+    folders = [f"conceptloom/{folder}" for folder in ("attention", "subjects", "samplers", "encoders")]
+    options = ("--python", sys.prefix, "--python-version", "3.10", "--output-format", "concise")
+    made = subprocess.run([ty, "check", *folders, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
 
 
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
