@@ -86,13 +86,15 @@ def serve(port: int) -> int:
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Runs pytest; skipped tests are named with their reason. The whole suite runs in two processes, for its models
+    """Runs pytest; skipped tests are named with their reason, and what takes longest. The whole suite runs in two processes, for its models
     are so small that a second thread helps them little."""
     python, host = prepare([*SERVER_MODULES, "pytest", "xdist"])
     environ = {**os.environ, "COMFYUI_PATH": str(host.path)}
     if not arguments:
         arguments = ["-n", "2", "--dist", "loadscope", "--no-loadscope-reorder"]
-    return subprocess.run([python, "-m", "pytest", "-rs", *arguments], cwd=ROOT, env=environ).returncode
+    return subprocess.run(
+        [python, "-m", "pytest", "-rs", "--durations=30", *arguments], cwd=ROOT, env=environ
+    ).returncode
 
 
 def evaluate(command: str, arguments: list[str]) -> int:

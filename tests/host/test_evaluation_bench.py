@@ -51,7 +51,8 @@ def test_memory_is_measured_in_a_process_of_its_own(host):
 
     peaks = bench.peak_memory(bench.HOST, Session(0, dict), "tiny", torch.device("cpu"))
     assert list(peaks) == ["plain"]
-    assert 0 < peaks["plain"] < 2000
+    # What a sampling takes above the model, whose 13 million weights alone are 50 MiB; measured 32 to 40.
+    assert 10 < peaks["plain"] < 80
 
 
 def test_over_budget_is_marked(host):
@@ -84,7 +85,7 @@ def test_architectures_are_the_true_ones(host, arch):
     chosen = [site.index for site in choose_self_attention(sites, LAST_TWO_STAGES)]
     assert chosen == {"tiny": [*range(10, 16)], "sd15": [*range(10, 16)], "sdxl": [*range(34, 70)]}[arch]
     millions = sum(p.numel() for p in unet.parameters()) / 1e6
-    assert round(millions) == {"tiny": round(millions), "sd15": 860, "sdxl": 2567}[arch]
+    assert round(millions) == {"tiny": 13, "sd15": 860, "sdxl": 2567}[arch]
 
 
 class TestCalls:
