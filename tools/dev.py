@@ -86,8 +86,8 @@ def serve(port: int) -> int:
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Runs pytest; skipped tests are named with their reason, and what takes longest. The whole suite runs in two processes, for its models
-    are so small that a second thread helps them little."""
+    """Runs pytest, which names skipped tests with their reason and what takes longest. The whole suite runs in two
+    processes, for its models are so small that a second thread helps them little."""
     python, host = prepare([*SERVER_MODULES, "pytest", "xdist"])
     environ = {**os.environ, "COMFYUI_PATH": str(host.path)}
     if not arguments:
