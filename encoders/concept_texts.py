@@ -27,14 +27,6 @@ class Name:
     placeholder: str
 
 
-def check_placeholder(placeholder: str) -> None:
-    """Raises ValueError where a prompt could not hold a placeholder as one word."""
-    if not placeholder or re.search(r"[\s()\\:]", placeholder):
-        raise ValueError(
-            f"placeholder: expected a word without spaces, colons, parentheses or backslashes, got {placeholder!r}"
-        )
-
-
 def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str = KEEP_OTHERS) -> str:
     """The base text with a concept's placeholder before its class word.
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .concept_texts import check_placeholder
 from .lora import factor
+from .words import check_word
 
 PARTS = {"k": "keys", "v": "values", "q": "queries", "out": "outputs"}
 """Parts of a cross-attention that a concept may change, and what they make."""
@@ -145,7 +145,7 @@ class Concept:
         if placeholder and not self.tokens:
             raise ValueError(f"placeholder: expected none for a concept without a token, got {placeholder!r}")
         if self.tokens:
-            check_placeholder(placeholder)
+            check_word(placeholder, "placeholder")
         object.__setattr__(self, "placeholder", placeholder)
         object.__setattr__(self, "class_word", self.class_word.strip())
         for name in ("deltas", "tokens", "text_patches", "others"):

@@ -20,6 +20,12 @@ _HIDDEN = "\ue000"
 """A character of no word and no blank, from Unicode's private use area."""
 
 
+def check_word(word: str, name: str) -> None:
+    """Raises ValueError where a prompt could not hold a made word as one: `name` is the input that says it."""
+    if not word or re.search(r"[\s()\\:]", word):
+        raise ValueError(f"{name}: expected a word without spaces, colons, parentheses or backslashes, got {word!r}")
+
+
 def whole_word(word: str) -> str:
     """A pattern for a word that is not part of a longer one: "cat" is not in "catalog". Where a script has no blanks
     between words, the word is wherever its characters are."""

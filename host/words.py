@@ -1,7 +1,7 @@
-"""Where subjects stand in a prompt: by marks in the text or by their nouns, down to rows of a conditioning.
+"""Where subjects stand in a prompt: by markers in the text or by their nouns, down to rows of a conditioning.
 
-A mark is never seen by the text encoder. To learn which token stands before it, the prompt is tokenized a second time
-with a word in the mark's place that is one token and occurs nowhere else; both token rows must agree but for it.
+A marker is never seen by the text encoder. To learn which token stands before it, the prompt is tokenized a second time
+with a word in the marker's place that is one token and occurs nowhere else; both token rows must agree but for it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from ..encoders.words import find_word, hide_names, set_apart, whole_word
+from ..encoders.words import check_word, find_word, hide_names, set_apart, whole_word
 
-MARK = "@subject"
+MARKER = "@subject"
 
 # Any that the tokenizer keeps as one token will do; several, for a prompt may use some of them.
 _STAND_INS = ("zebra", "violin", "tornado", "pretzel", "glacier", "walnut", "lobster", "piano")
 # CLIP's text encoders by the names that the host gives their tokens: SD 1.x has l, SD 2.x h, SDXL l and g.
 _ENCODERS = {"l", "h", "g"}
 # Marks of the published programs. One that is left in a prompt is a slip, not a word.
-_KNOWN_MARKS = (MARK, "<|image|>")
+_KNOWN_MARKERS = (MARKER, "<|image|>")
 
 
 @dataclass(frozen=True)
@@ -43,49 +43,46 @@ class Place:
     word: str
 
 
-def find_subjects(prompt: str, nouns: Sequence[str], mark: str = MARK) -> tuple[str, list[int]]:
-    """The prompt without marks, and for each subject the place in it, in characters, where its word ends.
+def find_subjects(prompt: str, nouns: Sequence[str], marker: str = MARKER) -> tuple[str, list[int]]:
+    """The prompt without markers, and for each subject the place in it, in characters, where its word ends.
 
-    With marks the first subject takes the first mark. Without marks each subject takes its noun, the second subject of
-    a noun its second occurrence; nouns count as whole words, whatever their case, and never inside the name of an
+    With markers the first subject takes the first marker. Without markers each subject takes its noun, the second
+    subject of a noun its second occurrence; nouns count as whole words, whatever their case, and never inside the name of an
     embedding. Where a script has no blanks between words, blanks are put around the word, for without them the text
     encoder would have no token that is the word's alone.
 
     Raises:
-        ValueError: the number of marks is not that of the subjects, or a noun is absent.
+        ValueError: the number of markers is not that of the subjects, or a noun is absent.
     """
-    mark = mark.strip()
-    if not mark or re.search(r"[\s()\\:]", mark):
-        raise ValueError(
-            f"placeholder: expected a word without spaces, colons, parentheses or backslashes, got {mark!r}"
-        )
+    marker = marker.strip()
+    check_word(marker, "marker")
     # The end of an embedding's name may be the word, but no sign that follows it is a part of the name.
-    searched = hide_names(prompt)[0] if mark[0].isalnum() else prompt
-    marks = [found.span() for found in re.finditer(whole_word(mark), searched)]
-    if marks:
-        if len(marks) != len(nouns):
-            raise ValueError(f"prompt: expected one {mark} per subject, got {len(marks)} for {len(nouns)} subjects")
-        return _without_marks(prompt, marks)
-    slip = next((known for known in _KNOWN_MARKS if known in prompt.lower()), None)
+    searched = hide_names(prompt)[0] if marker[0].isalnum() else prompt
+    markers = [found.span() for found in re.finditer(whole_word(marker), searched)]
+    if markers:
+        if len(markers) != len(nouns):
+            raise ValueError(f"prompt: expected one {marker} per subject, got {len(markers)} for {len(nouns)} subjects")
+        return _without_markers(prompt, markers)
+    slip = next((known for known in _KNOWN_MARKERS if known in prompt.lower()), None)
     if slip:
-        raise ValueError(f"prompt: expected {mark} after each subject's word, got a {slip}")
+        raise ValueError(f"prompt: expected {marker} after each subject's word, got a {slip}")
     spans, used = [], {}
     for number, noun in enumerate(nouns, 1):
         found = find_word(prompt, noun)
         nth = used[noun.lower()] = used.get(noun.lower(), -1) + 1
         if nth >= len(found):
             raise ValueError(
-                f"prompt: expected {mark} after each subject's word, or the noun of each subject, got {noun!r} of "
+                f"prompt: expected {marker} after each subject's word, or the noun of each subject, got {noun!r} of "
                 f"subject {number} {len(found)} times for {nth + 1} subjects of this noun"
             )
         spans.append(found[nth])
     return _with_words_apart(prompt, spans)
 
 
-def _without_marks(prompt: str, marks: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
-    """The prompt without what stands at `marks`, and where each of these stood."""
+def _without_markers(prompt: str, markers: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+    """The prompt without what stands at `markers`, and where each of these stood."""
     text, ends, done = "", [], 0
-    for start, end in marks:
+    for start, end in markers:
         text += prompt[done:start]
         ends.append(len(text))
         done = end
@@ -108,7 +105,7 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
 
     Args:
         clip: the host's CLIP with the tokenizers of SD 1.x, SD 2.x or SDXL.
-        prompt: without marks, with emphasis and embeddings as the host reads them.
+        prompt: without markers, with emphasis and embeddings as the host reads them.
         ends: places in characters, as `find_subjects` gives them.
 
     Raises:
@@ -134,17 +131,17 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
         else:
             before.append(token)
     if len(reached) != len(set(ends)) or not _same(before, [token for token, *_ in plain]):
-        raise ValueError("prompt: expected a placeholder right after a whole word, got one inside a word")
+        raise ValueError("prompt: expected the marker right after a whole word, got one inside a word")
     count_at = dict(zip(sorted(set(ends)), reached, strict=True))
     places, taken = [], {}
     for number, end in enumerate(ends, 1):
         position = count_at[end] - 1
         if position < 0:
-            raise ValueError(f"prompt: expected a word before the placeholder of subject {number}, got the beginning")
+            raise ValueError(f"prompt: expected a word before the marker of subject {number}, got the beginning")
         _, weight, chunk, index, row = plain[position]
         text = _text_of(tokenizer, [one for one, *_ in plain[: position + 1]])
         if not any(c.isalnum() for c in text):
-            raise ValueError(f"prompt: expected a word before the placeholder of subject {number}, got {text!r}")
+            raise ValueError(f"prompt: expected a word before the marker of subject {number}, got {text!r}")
         if position in taken:
             raise ValueError(
                 f"prompt: expected a word of its own for each subject, got {text!r} for {taken[position]} and {number}"

@@ -10,7 +10,7 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..encoders.reference import BACKGROUNDS, KEEP
 from ..host.fastcomposer import conditioning, delay, files
-from ..host.words import MARK
+from ..host.words import MARKER
 from ..samplers.switching import COUNTINGS, NEAREST
 from .types import (
     FuserSocket,
@@ -176,7 +176,7 @@ class FuseSubjects(Node):
             category=CATEGORY,
             description="Encodes a prompt twice: as plain text, and with each subject fused into the word that names "
             "it (FastComposer, equation 3).",
-            search_aliases=["FastComposer", "prompt", "text encode", "placeholder", "fuser", "multi subject"],
+            search_aliases=["FastComposer", "prompt", "text encode", "placeholder", "marker", "fuser", "multi subject"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder; its last layer, as in training."),
                 FuserSocket.Input("fuser", tooltip="From Load FastComposer."),
@@ -185,8 +185,8 @@ class FuseSubjects(Node):
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    default=f"a man {MARK} and a woman {MARK} in a garden",
-                    tooltip="Put the placeholder after each subject's word. Without any, each subject takes the word "
+                    default=f"a man {MARKER} and a woman {MARKER} in a garden",
+                    tooltip="Put the marker after each subject's word. Without any, each subject takes the word "
                     "that is its noun, the second subject of a noun its second occurrence.",
                 ),
                 io.Float.Input(
@@ -198,8 +198,8 @@ class FuseSubjects(Node):
                     tooltip="1 fuses as published, 0 leaves the text, more exaggerates.",
                 ),
                 io.String.Input(
-                    "placeholder",
-                    default=MARK,
+                    "marker",
+                    default=MARKER,
                     advanced=True,
                     tooltip="The word that marks subjects. It is taken out before the text is encoded; img of the "
                     "published demo works too, as a whole word.",
@@ -213,10 +213,8 @@ class FuseSubjects(Node):
         )
 
     @classmethod
-    def execute(cls, clip, fuser, subjects, prompt, strength, placeholder) -> io.NodeOutput:
-        fused = conditioning.fuse(
-            clip, fuser, prompt, gather_subjects(subjects, "Subject Encoder"), placeholder, strength
-        )
+    def execute(cls, clip, fuser, subjects, prompt, strength, marker) -> io.NodeOutput:
+        fused = conditioning.fuse(clip, fuser, prompt, gather_subjects(subjects, "Subject Encoder"), marker, strength)
         return io.NodeOutput(*fused)
 
 

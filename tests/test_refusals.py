@@ -303,8 +303,8 @@ ROWS = [
     *(
         Row("FuseSubjects", {"prompt": prompt, "subjects.subject0": [f"{who} embedded", 0]}, f"prompt: {sentence}")
         for who, prompt, sentence in (
-            ("one", "@subject walks", "expected a word before the placeholder of subject 1, got the beginning"),
-            ("one", "a star, @subject walks", "expected a word before the placeholder of subject 1, got ','"),
+            ("one", "@subject walks", "expected a word before the marker of subject 1, got the beginning"),
+            ("one", "a star, @subject walks", "expected a word before the marker of subject 1, got ','"),
             ("two", "a star @subject @subject walks", "expected a word of its own for each subject, got 'star' for 1"),
             ("star and heart", "a star @subject walks", "expected one @subject per subject, got 1 for 2 subjects"),
             ("one", "a star @subject and a star @subject", "expected one @subject per subject, got 2 for 1 subjects"),
@@ -314,7 +314,7 @@ ROWS = [
         )
     ),
     *(
-        Row("FuseSubjects", {"placeholder": mark}, "placeholder: expected a word without spaces, colons, parentheses")
+        Row("FuseSubjects", {"marker": mark}, "marker: expected a word without spaces, colons, parentheses")
         for mark in ("", "two words", "a:b", "(x)")
     ),
     Row(

@@ -15,7 +15,7 @@ from ...encoders.fuser import fuse_rows
 from ...encoders.reference import KEEP, prepare_reference
 from ...subjects.subject import Subject
 from ..advice import advise
-from ..words import MARK, Place, find_subjects, locate, row_count, trained_layer, without_emphasis
+from ..words import MARKER, Place, find_subjects, locate, row_count, trained_layer, without_emphasis
 from .files import LoadedFuser, same_tower, tower_fingerprint
 
 ENCODING = "fastcomposer"
@@ -69,7 +69,7 @@ def encode_subjects(
 
 
 def fuse(
-    clip, fuser: LoadedFuser, prompt: str, subjects: Sequence[Subject], mark: str = MARK, strength: float = 1.0
+    clip, fuser: LoadedFuser, prompt: str, subjects: Sequence[Subject], marker: str = MARKER, strength: float = 1.0
 ) -> tuple[list, list, str]:
     """The prompt's conditioning without and with the subjects, and a report of the token each one landed on.
 
@@ -80,7 +80,7 @@ def fuse(
             for a token, or a place cannot be found.
     """
     embeddings = _embeddings_of(subjects, fuser)
-    plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], mark)
+    plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], marker)
     tokens, places = locate(clip, plain, ends)
     if clip.layer_idx not in (None, trained_layer(tokens)):
         raise ValueError(

@@ -24,7 +24,7 @@ from ...subjects.subject import Subject
 from ..advice import advise, executing_node
 from ..model.families import family_of, network_of
 from ..model.patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
-from ..model.sites import SELF, AttentionCall, Handler, Site, choose_self_attention
+from ..model.sites import SELF, AttentionCall, Handler, Site, choose_self_attention, sees_whole
 from ..workflow_texts import executing_prompt
 from .bank import Bank
 from .job import SAMPLER_SEED, SHARE_POSITIVE, ActiveSubject, MrsaSettings, Reference, ReferenceJob
@@ -392,7 +392,7 @@ class ReferenceRun:
         layout = device.layouts[site]
         grid = call.grid
         bias = device.bias(layout, k.shape[1], grid[0] * grid[1], q.dtype)
-        whole = q[:, call.picture].shape[1] == grid[0] * grid[1]
+        whole = sees_whole(call.q[:, call.picture], len(evaluation.x), grid)
         in_place = whole and evaluation.x.shape[-2:] == self.sampling.noise.shape[-2:]
         groups = device.groups(layout, call, in_place)
         if device.has_target_masks:

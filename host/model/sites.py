@@ -149,6 +149,14 @@ class CrossAttentionFamily(Family, Protocol):
         """The module whose input (B, C, h, w) has the token grid of a layer within it; None for a layer outside."""
 
 
+def sees_whole(x: torch.Tensor, rows: int, grid: tuple[int, int] | None) -> bool:
+    """Whether the input or output of a layer, tokens (B, L, C) or a picture (B, C, h, w), holds all `rows` of the batch
+    and all places of the token grid: other nodes (HyperTile, token merging) give a layer parts of them."""
+    if grid is None or len(x) != rows:
+        return False
+    return tuple(x.shape[2:]) == grid if x.ndim == 4 else x.shape[1] == grid[0] * grid[1]
+
+
 def host_attention(q, k, v, bias: torch.Tensor | None = None, *, heads: int, options: dict) -> torch.Tensor:
     """The host's attention kernel.
 

@@ -26,7 +26,7 @@ from ..model import passes
 from ..model.families import family_of, network_of
 from ..model.layers import LayerHandler, LayerHooks, layer_hooks
 from ..model.patching import POSITIVE, ROLE_TAG, Evaluation, Sampling, attach
-from ..model.sites import CROSS, AttentionCall, Handler, Site
+from ..model.sites import CROSS, AttentionCall, Handler, Site, sees_whole
 from ..model.window import Window
 from .concepts import keys_and_values
 from .layers import Change, MaskedLayer, OwnQueries, Rows, changes_of
@@ -341,8 +341,8 @@ class FusionRun:
     def _group(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> list[ConceptGroup]:
         """The concepts at a layer, once per size."""
         grid = call.grid
-        whole = tuple(evaluation.x.shape[-2:]) == self.size and len(call.q) == len(evaluation.x)
-        if not whole or call.q.shape[1] != grid[0] * grid[1]:
+        in_place = tuple(evaluation.x.shape[-2:]) == self.size
+        if not in_place or not sees_whole(call.q, len(evaluation.x), grid):
             raise ValueError(
                 f"{NAME}: model: expected one whose cross-attention sees the whole picture, got parts of shape "
                 f"{tuple(call.q.shape)} from another node"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ...encoders.concepts import Concept
 from ..model.families import network_of
-from ..model.sites import CROSS, Site
+from ..model.sites import CROSS, Site, sees_whole
 from .weights import DIFFUSION_MODEL, Weights, difference
 
 Sized = Callable[[tuple[int, int]], torch.Tensor]
@@ -132,7 +132,7 @@ class MaskedLayer:
         """The layer's output (B, L, C) or (B, C, h, w) with the changes added."""
         as_picture = isinstance(self.layer, torch.nn.Conv2d)
         grid = tuple(out.shape[-2:]) if as_picture else grid
-        check_whole(out, grid, self.rows, as_picture)
+        check_whole(out, grid, self.rows)
         masks = self.masks(grid).to(out)
         for part in self.parts:
             given, missing = x[part.rows], self.missing(part)
@@ -170,12 +170,9 @@ class OwnQueries:
         return self._kept.pop(part.rows.start, {})
 
 
-def check_whole(out: torch.Tensor, grid: tuple[int, int] | None, rows: int, as_picture: bool = False) -> None:
-    """Raises ValueError where a layer does not see the batch of whole pictures, because another node (HyperTile, token
-    merging) gives it parts of them."""
-    cells = tuple(out.shape[-2:]) if as_picture else (out.shape[1],)
-    wanted = grid if as_picture else grid and (grid[0] * grid[1],)
-    if len(out) != rows or cells != wanted:
+def check_whole(out: torch.Tensor, grid: tuple[int, int] | None, rows: int) -> None:
+    """Raises ValueError where a layer does not see the batch of whole pictures."""
+    if not sees_whole(out, rows, grid):
         raise ValueError(
             "Multi-Concept Fusion (Concept Weaver): model: expected one whose layers see the whole picture, got "
             f"parts of shape {tuple(out.shape)} from another node; with elsewhere set to left out any do"

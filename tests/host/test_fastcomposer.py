@@ -1,4 +1,4 @@
-"""FastComposer in the host: placeholders, fusing, the exact switch, and files of the published layout."""
+"""FastComposer in the host: markers, fusing, the exact switch, and files of the published layout."""
 
 import random
 
@@ -50,7 +50,7 @@ def places_of(clip, prompt, nouns, mark="@subject"):
     return locate(clip, *find_subjects(prompt, nouns, mark))
 
 
-# ---- placeholders -------------------------------------------------------------------------------------------------
+# ---- markers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mark", ["@subject", "<|image|>", "img"])
@@ -73,7 +73,7 @@ def test_emphasis_and_long_prompts(clip):
     assert flat[place.row] == clip.tokenize("skateboarder")["l"][0][2][0] and place.word == "boarder"
 
 
-def test_words_that_contain_a_placeholder_stay_whole(clip):
+def test_words_that_contain_a_marker_stay_whole(clip):
     tokens, (place,) = places_of(clip, "a man img on imgur", ["man"], "img")
     assert tokens == clip.tokenize("a man  on imgur") and place.word == "man"
 
@@ -130,7 +130,7 @@ def test_embeddings_count_with_all_their_vectors(host, tmp_path):
 @pytest.mark.parametrize(
     "prompt, nouns, sentence",
     [
-        ("@subject walks", ["man"], "before the placeholder of subject 1"),
+        ("@subject walks", ["man"], "before the marker of subject 1"),
         ("a man, @subject walks", ["man"], "got ','"),
         ("a man @subject @subject walks", ["man", "man"], "a word of its own"),
         ("a man @subject walks", ["man", "woman"], "expected one @subject per subject, got 1 for 2 subjects"),
@@ -187,8 +187,8 @@ def test_nouns_of_scripts_without_blanks_get_a_token_of_their_own(clip, prompt, 
 
 
 @pytest.mark.parametrize("mark", ["", "two words", "a:b", "(x)"])
-def test_bad_placeholders_get_their_sentence(clip, mark):
-    with pytest.raises(ValueError, match="placeholder: expected a word without"):
+def test_bad_markers_get_their_sentence(clip, mark):
+    with pytest.raises(ValueError, match="marker: expected a word without"):
         places_of(clip, "a man", ["man"], mark)
 
 

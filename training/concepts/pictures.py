@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...encoders.concept_texts import Name, check_placeholder
+from ...encoders.concept_texts import Name
+from ...encoders.words import check_word
 from ...subjects.masks import as_mask, check_aspect
 from .augment import NONE, View, augment
 from .learner import Recipe
@@ -76,7 +77,7 @@ def name_of(class_word: str, placeholder: str, recipe: Recipe) -> Name:
         raise ValueError("class_word: expected what kind of thing the concept is (such as dog), got an empty text")
     name = Name(class_word.strip(), placeholder.strip() if recipe.new_word else "")
     if recipe.new_word:
-        check_placeholder(name.placeholder)
+        check_word(name.placeholder, "placeholder")
     return name
 
 
