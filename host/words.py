@@ -47,9 +47,9 @@ def find_subjects(prompt: str, nouns: Sequence[str], marker: str = MARKER) -> tu
     """The prompt without markers, and for each subject the place in it, in characters, where its word ends.
 
     With markers the first subject takes the first marker. Without markers each subject takes its noun, the second
-    subject of a noun its second occurrence; nouns count as whole words, whatever their case, and never inside the name of an
-    embedding. Where a script has no blanks between words, blanks are put around the word, for without them the text
-    encoder would have no token that is the word's alone.
+    subject of a noun its second occurrence; nouns count as whole words, whatever their case, and never inside the name
+    of an embedding. Where a script has no blanks between words, blanks are put around the word, for without them the
+    text encoder would have no token that is the word's alone.
 
     Raises:
         ValueError: the number of markers is not that of the subjects, or a noun is absent.
