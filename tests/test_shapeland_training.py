@@ -164,6 +164,20 @@ def test_open_attention_is_the_models_own():
     assert all(torch.allclose(m.sum(-1), torch.ones(m.shape[:2]), atol=1e-4) for m in maps)
 
 
+def test_open_attention_compiles_without_a_break():
+    from diffusers.models.attention_processor import Attention
+
+    blocks = torch.nn.ModuleDict({"attn2": Attention(query_dim=8, cross_attention_dim=4, heads=2, dim_head=4)})
+    model = torch.nn.ModuleDict({"block": blocks})
+    attention = OpenAttention(model, ["block"])
+    compiled = torch.compile(blocks["attn2"], backend="eager", fullgraph=True)
+    x, context = torch.randn(1, 4, 8), torch.randn(1, 3, 4)
+    for _ in range(2):
+        with attention.collecting() as maps:
+            compiled(x, encoder_hidden_states=context)
+        assert [m.shape for m in maps] == [(1, 4, 3)]
+
+
 def test_sampler_with_a_perfect_model_gives_the_picture():
     """v of a known latent, solved by DDIM with guidance, ends at that latent; each step has its own states."""
     target = torch.randn(1, 8, 16, 16)

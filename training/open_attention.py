@@ -38,9 +38,9 @@ class OpenAttention:
     def __init__(self, unet: torch.nn.Module, blocks: Sequence[str]):
         found = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
         self.names = [name for block in blocks for name in found if name.startswith(f"{block}.")]
-        self._maps: list[torch.Tensor] | None = None
+        self._processor = _Processor()
         for name in self.names:
-            unet.get_submodule(name).set_processor(self._attend)
+            unet.get_submodule(name).set_processor(self._processor)
 
     @contextmanager
     def collecting(self) -> Iterator[list[torch.Tensor]]:
@@ -49,14 +49,20 @@ class OpenAttention:
 
         What gradient checkpointing computes again in the backward pass comes after it, and is not collected twice.
         """
-        self._maps = []
+        self._processor.maps = []
         try:
-            yield self._maps
+            yield self._processor.maps
         finally:
-            self._maps = None
+            self._processor.maps = None
 
-    def _attend(self, attn, hidden_states, encoder_hidden_states=None, **_):
-        """A diffusers attention processor."""
+
+class _Processor:
+    """A diffusers attention processor. It is a class, for the compiler breaks the graph where a method is one."""
+
+    def __init__(self):
+        self.maps: list[torch.Tensor] | None = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
         query, key, value = (
             layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer, x in (
@@ -67,6 +73,6 @@ class OpenAttention:
         )
         # The scale goes to the query: on the products it would be the costlier half of a pass over them.
         probabilities = (query * attn.scale @ key.transpose(-1, -2)).float().softmax(-1)
-        if self._maps is not None:
-            self._maps.append(probabilities.mean(1))
+        if self.maps is not None:
+            self.maps.append(probabilities.mean(1))
         return attn.to_out[0]((probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2))
