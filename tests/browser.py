@@ -131,14 +131,14 @@ class Frontend:
         self.page.on("console", console)
         self.page.on("response", response)
 
-    def visit(self, pack: str, template: str, screenshot: Path) -> Visit:
-        """Opens a template of a pack by its card, presses Run, waits for the pictures, and notes all trouble since the
-        last visit; failed requests count for files of the pack."""
+    def visit(self, pack: str, template: str, screenshot: Path, run: bool = True) -> Visit:
+        """Opens a template of a pack by its card and, to `run` it, presses Run and waits for the pictures; notes all
+        trouble since the last visit. Failed requests count for files of the pack."""
         visit = Visit()
         open_template(self.page, pack, template, visit.problems)
         visit.problems += seen_trouble(self.page)
         visit.api = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
-        visit.pictures = press_run(self.page, visit.problems)
+        visit.pictures = press_run(self.page, visit.problems) if run else 0
         self.page.screenshot(path=screenshot)
         visit.problems += self._heard
         visit.problems += [f"HTTP {status}: {url}" for status, url in self._refused if f"/{pack}/" in url]
