@@ -53,6 +53,12 @@ window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()),
 window.cancelAnimationFrame = clearTimeout
 """
 
+SET_WIDGETS = """values => {
+    for (const node of app.graph.nodes)
+        for (const [name, value] of Object.entries(values[node.type] ?? {}))
+            node.widgets.find(widget => widget.name === name).value = value
+}"""
+
 TROUBLE = "[data-testid=error-overlay], [data-testid^=error-group-], [data-testid=missing-node-card]"
 
 
@@ -131,13 +137,17 @@ class Frontend:
         self.page.on("console", console)
         self.page.on("response", response)
 
-    def visit(self, pack: str, template: str, screenshot: Path, run: bool = True) -> Visit:
+    def visit(self, pack: str, template: str, screenshot: Path, run: bool = True, widgets: dict | None = None) -> Visit:
         """Opens a template of a pack by its card and, to `run` it, presses Run and waits for the pictures; notes all
-        trouble since the last visit. Failed requests count for files of the pack."""
+        trouble since the last visit. Failed requests count for files of the pack.
+
+        `widgets` are values by name for nodes by their type, set before the run.
+        """
         visit = Visit()
         open_template(self.page, pack, template, visit.problems)
         visit.problems += seen_trouble(self.page)
         visit.api = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
+        self.page.evaluate(SET_WIDGETS, widgets or {})
         visit.pictures = press_run(self.page, visit.problems) if run else 0
         self.page.screenshot(path=screenshot)
         visit.problems += self._heard

@@ -9,6 +9,7 @@ from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
 from test_workflow_tools import weave
+from test_workflows import SHORT_TRAINING
 from workflow_format import BYPASSED, MUTED, to_api
 
 TEMPLATES = sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if "shapeland" in file.stem.lower())
@@ -41,7 +42,7 @@ def test_template(frontends, template, renderer, tmp_path):
     if absent_weights():
         pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
     runs = renderer == "nodes2" or template == RICHEST
-    seen = frontends[renderer].visit(PACK, template, tmp_path / "seen.png", runs)
+    seen = frontends[renderer].visit(PACK, template, tmp_path / "seen.png", runs, SHORT_TRAINING)
     assert seen.problems == []
     assert bool(seen.pictures) == runs
     assert seen.api == json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))

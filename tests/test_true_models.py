@@ -75,6 +75,7 @@ def with_drawn_masks(api):
     masks = next(node for node in api.values() if node["class_type"] == "ConceptLoomConceptMasks")["inputs"]
     (given,) = [name for name, value in masks.items() if name.startswith("masks.") and value[0] in gone]
     masks[given] = ["scene", 1]
+    del masks["detections"]
     scene = {"description": "a mug and a star on a gray background", "seed": 1, "identity_seed": 0, "size": SIDE}
     kept = {number: node for number, node in api.items() if number not in gone | sam}
     return {**kept, "scene": {"class_type": "ConceptLoomDrawScene", "inputs": scene}}

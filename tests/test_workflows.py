@@ -22,6 +22,10 @@ UI_FILES = sorted(FOLDER.glob("*.json"))
 API_FILES = sorted((FOLDER / "api").glob("*.json"))
 
 
+SHORT_TRAINING = {"ConceptLoomTrainConcept": {"steps": 6, "class_pictures": 2, "preview_every": 2}}
+"""The whole one takes minutes; `dev.py demo` runs it."""
+
+
 def each(files: list[Path], folder: str):
     """One test per file; while there are none, one skipped test that says so."""
     cases = [pytest.param(file, id=file.stem) for file in files]
@@ -69,6 +73,8 @@ def test_api_workflow_runs(file, server, object_info):
     absent = absent_models(api, object_info)
     if absent:
         pytest.skip(f"the server has no {', '.join(absent)}")
+    for node in api.values():
+        node["inputs"] |= SHORT_TRAINING.get(node["class_type"], {})
     run = server.run(api)
     assert run.named("progress_text") == [], "a template gives no warning"
     assert run.pictures
@@ -100,7 +106,7 @@ def judged(data: bytes) -> list[str]:
     from conceptloom.shapeland.world import NOUNS
 
     with Image.open(io.BytesIO(data)) as image:
-        pixels = torch.from_numpy(np.asarray(image.convert("RGB"))).movedim(-1, 0)[None] / 255
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None] / 255
     with torch.no_grad():
         return [NOUNS[reading.noun] for reading in judge().read(pixels)[0]]
 
@@ -263,7 +269,7 @@ def test_training_in_the_graph_shows_its_progress(server):
     before = files()
     api = read(FOLDER / "api" / "train_concept_shapeland.json")
     number, node = next((n, node) for n, node in api.items() if node["class_type"] == "ConceptLoomTrainConcept")
-    node["inputs"] |= {"steps": 6, "class_pictures": 2, "preview_every": 2, "seed": 5}
+    node["inputs"] |= {**SHORT_TRAINING[node["class_type"]], "seed": 5}
     run = server.run(api)
     told = [data for data in run.named("progress") if data["node"] == number]
     # The model's own drawing of the class and of previews counts in the same node, with bars of its own lengths.
