@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import subprocess
@@ -204,6 +205,8 @@ def main(argv: list[str]) -> int:
     args.cpu = args.cpu or options.device == "cpu"
     from .rigs import CFG, PLANS, SAMPLER, SCHEDULER, Rig
 
+    # Advice is for people who draw; what is measured here is only its cost.
+    logging.getLogger("conceptloom").setLevel(logging.ERROR)
     plan = PLANS[options.arch, options.device]
     with torch.inference_mode():
         rig = Rig.build(plan)
