@@ -72,8 +72,7 @@ def fuse_rows(
     text: torch.Tensor,
     embeddings: torch.Tensor,
     strength: float = 1.0,
-    emphasis: torch.Tensor | None = None,
-    neutral: torch.Tensor | None = None,
+    emphasis: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The text states that take the place of the subjects' own.
 
@@ -85,16 +84,15 @@ def fuse_rows(
         text: (n, D), states of the subjects' nouns without emphasis.
         embeddings: (n, E), of the subjects.
         strength: 1 fuses as published, 0 keeps the text; between them a straight line.
-        emphasis: (n,), weights of the nouns in the prompt; None means 1.
-        neutral: (n, D), states of an empty prompt at the nouns' places, from which emphasis moves away; without them
-            it has no effect.
+        emphasis: weights (n,) of the nouns in the prompt, and the states (n, D) of an empty prompt at their places;
+            None means 1.
 
     Returns:
         (n, D) in the dtype of `text`.
     """
     fused = fuser(text.float(), embeddings.float())
     rows = torch.lerp(text.float(), fused, strength)
-    if emphasis is not None and neutral is not None:
-        weighted = neutral.float() + (rows - neutral.float()) * emphasis[:, None].float()
-        rows = torch.where(emphasis[:, None] == 1, rows, weighted)
+    if emphasis is not None:
+        weights, neutral = emphasis[0][:, None].float(), emphasis[1].float()
+        rows = torch.where(weights == 1, rows, neutral + (rows - neutral) * weights)
     return rows.to(text.dtype)

@@ -103,9 +103,6 @@ def assemble(
             )
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap: expected one of {', '.join(OVERLAPS)}, got {overlap!r}")
-    if overlap == SURER_IN_FRONT and (scores is None or len(scores) != len(stack)):
-        given = "none" if scores is None else len(scores)
-        raise ValueError(f"detections: expected one per mask for {overlap!r}, got {given} for {len(stack)} masks")
     side = min(stack.shape[1:])
     return soften(divide(stack, round(dilation * side), overlap, scores), round(feather * side))
 
@@ -117,7 +114,13 @@ def divide(
 
     Args:
         overlap, scores: as in `assemble`; equals in area or score count as LATER_IN_FRONT.
+
+    Raises:
+        ValueError: the scores that `overlap` needs are absent or too few.
     """
+    if overlap == SURER_IN_FRONT and (scores is None or len(scores) != len(masks)):
+        given = "none" if scores is None else len(scores)
+        raise ValueError(f"detections: expected one per mask for {overlap!r}, got {given} for {len(masks)} masks")
     reach = dilate(masks, radius)
     reached, contested, taken = torch.zeros((3, *masks.shape[1:]), dtype=torch.bool, device=masks.device)
     for grown in reach:
@@ -125,7 +128,7 @@ def divide(
         reached |= grown
     free = reached & ~contested
     partition = torch.empty((len(masks) + 1, *masks.shape[1:]), device=masks.device)
-    for i in _front_to_back(masks, overlap, scores):
+    for i in _front_to_back(masks, overlap, scores or ()):
         claimed = (masks[i] | (reach[i] & free)) & ~taken
         partition[i] = claimed
         taken |= claimed
@@ -245,10 +248,10 @@ def _to_look_at(planes: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(planes[None].float(), cell, ceil_mode=True)[0] if cell > 1 else planes
 
 
-def _front_to_back(masks: torch.Tensor, overlap: str, scores: Sequence[float] | None) -> list[int]:
+def _front_to_back(masks: torch.Tensor, overlap: str, scores: Sequence[float]) -> list[int]:
     """The numbers of the masks, the one in front of all others first; of equal ones the later."""
     measure: Sequence[float] = range(len(masks))
-    if overlap == SURER_IN_FRONT and scores is not None:
+    if overlap == SURER_IN_FRONT:
         measure = scores
     elif overlap == SMALLER_IN_FRONT:
         measure = [-int(mask.count_nonzero()) for mask in masks]

@@ -75,9 +75,9 @@ def test_strength_and_emphasis():
     assert torch.equal(fuse_rows(fuser, text, image, 0.0), text)
     torch.testing.assert_close(fuse_rows(fuser, text, image), fused)
     torch.testing.assert_close(fuse_rows(fuser, text, image, 0.25), text + 0.25 * (fused - text))
-    loud = fuse_rows(fuser, text, image, 1.0, torch.tensor([1.3]), neutral)
+    loud = fuse_rows(fuser, text, image, 1.0, (torch.tensor([1.3]), neutral))
     torch.testing.assert_close(loud, neutral + 1.3 * (fused - neutral))
-    assert torch.equal(fuse_rows(fuser, text, image, 1.0, torch.tensor([1.0]), neutral), fused)
+    assert torch.equal(fuse_rows(fuser, text, image, 1.0, (torch.tensor([1.0]), neutral)), fused)
 
 
 def test_reference_is_padded_and_scaled_with_antialiasing():

@@ -149,8 +149,7 @@ def _fused_rows(
             entry[0][0, rows].to(device),
             vectors.to(device),
             strength,
-            None if empty is None else emphasis.to(device),
-            None if empty is None else empty[0][0, indices].to(device),
+            None if empty is None else (emphasis.to(device), empty[0][0, indices].to(device)),
         )
         for entry, empty in zip(unweighted, neutral, strict=True)
     ]

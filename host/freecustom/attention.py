@@ -303,8 +303,6 @@ class ReferenceRun:
 
     def __init__(self, system: FreeCustom, sampling: Sampling, latents: list[torch.Tensor]):
         settings = system.settings
-        self.settings = settings
-        self.sampling = sampling
         self.levels = settings.window.levels(sampling.guider.model_patcher.get_model_object("model_sampling"))
         self.job = ReferenceJob(
             references=system.references,
@@ -337,7 +335,7 @@ class ReferenceRun:
 
     def _parts(self, evaluation: Evaluation) -> list[Part]:
         """Which rows see which references."""
-        fidelity = self.settings.style_fidelity
+        fidelity = self.job.settings.style_fidelity
         chunks: dict[str | None, list[int]] = {}
         for i, role in enumerate(evaluation.roles):
             if role != NEGATIVE:
@@ -393,7 +391,7 @@ class ReferenceRun:
         grid = call.grid
         bias = device.bias(layout, k.shape[1], grid[0] * grid[1], q.dtype)
         whole = sees_whole(call.q[:, call.picture], len(evaluation.x), grid)
-        in_place = whole and evaluation.x.shape[-2:] == self.sampling.noise.shape[-2:]
+        in_place = whole and evaluation.x.shape[-2:] == self.job.sampling.noise.shape[-2:]
         groups = device.groups(layout, call, in_place)
         if device.has_target_masks:
             places = self._places(site, [part], evaluation)
@@ -418,7 +416,7 @@ class ReferenceRun:
     def finish(self, samples: torch.Tensor) -> None:
         """Hands over the attention shares, and says what was missed and what the bank holds."""
         for reason in self.missed.reasons():
-            advise(NAME, reason, self.sampling.node)
+            advise(NAME, reason, self.job.sampling.node)
         if self.share is not None:
             self.share.finish(samples)
         bank = self.job.bank
