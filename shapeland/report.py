@@ -24,7 +24,7 @@ def describe(readings: list[list[Reading]], reference: list[Reading] | None) -> 
     Raises ValueError if the reference shows nothing.
     """
     if reference is not None and not reference:
-        raise ValueError("Read Picture: the reference shows no thing of Shapeland, but must show at least one.")
+        raise ValueError("reference: expected a picture with a thing of Shapeland, got one in which none is seen")
     lines = []
     for i, things in enumerate(readings):
         for thing in things:

@@ -77,6 +77,7 @@ PARTS: dict[str, tuple[str, dict]] = {
     "words": text("a star and a heart on a navy background"),
     "picture": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 1, "color": 255}),
     "pictures": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 3, "color": 255}),
+    "blank picture": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 1, "color": 0xFFFFFF}),
     "not finite": tensor("1, 64, 64, 3", "nan"),
     "two masks": tensor("2, 64, 64"),
     "two wrong masks": tensor("2, 64, 96"),
@@ -191,12 +192,13 @@ GOOD: dict[str, dict] = {
         "steps": 1,
     },
     "DrawScene": {},
+    "ReadPicture": {"image": ["picture", 0]},
     "KSampler": sampled()[1],
 }
 """Inputs with which each node runs, but for the defaults."""
 
-NOTHING_TO_REFUSE = {"LoadShapeland", "ReadPicture"}
-"""Take any picture, or nothing at all."""
+NOTHING_TO_REFUSE = {"LoadShapeland"}
+"""Takes nothing."""
 
 
 class Row(NamedTuple):
@@ -211,6 +213,11 @@ MRSA = "Multi-Reference Self-Attention (FreeCustom)"
 FUSION = "Multi-Concept Fusion (Concept Weaver)"
 
 ROWS = [
+    Row(
+        "ReadPicture",
+        {"reference": ["blank picture", 0]},
+        "reference: expected a picture with a thing of Shapeland, got",
+    ),
     Row("ReferenceSubject", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
     Row("ReferenceSubject", {"image": ["not finite", 0]}, "image: expected finite values"),
     Row("ReferenceSubject", {"noun": " "}, "noun: expected a word for the subject (such as dog), got an empty text"),
