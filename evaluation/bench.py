@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import os
 import pkgutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .quiet import without_warnings
 from .tables import markdown, write_json, write_section
 
 if TYPE_CHECKING:
@@ -205,10 +205,8 @@ def main(argv: list[str]) -> int:
     args.cpu = args.cpu or options.device == "cpu"
     from .rigs import CFG, PLANS, SAMPLER, SCHEDULER, Rig
 
-    # Advice is for people who draw; what is measured here is only its cost.
-    logging.getLogger("conceptloom").setLevel(logging.ERROR)
     plan = PLANS[options.arch, options.device]
-    with torch.inference_mode():
+    with torch.inference_mode(), without_warnings():
         rig = Rig.build(plan)
         budgets = {
             (name, variant, session.subjects): budget

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import pkgutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from . import reports
+from .quiet import without_warnings
 from .tables import report_table, write_json, write_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,18 +42,6 @@ def parser() -> argparse.ArgumentParser:
     add("--pictures", type=int, default=64, help="per variant and number of subjects (default: %(default)s)")
     add("--docs", action="store_true", help="write docs/report.md")
     return result
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Keeps our log silent: ablations do on purpose what it warns of, in every picture."""
-    log = logging.getLogger("conceptloom")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def save_pictures(name: str, result: reports.Report, docs: bool) -> str:

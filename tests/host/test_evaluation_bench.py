@@ -1,6 +1,7 @@
 """The benchmark on the tiny architecture: its rows, and what it counts."""
 
 import json
+import logging
 import mmap
 import time
 from dataclasses import replace
@@ -28,6 +29,7 @@ def quick(host, monkeypatch, tmp_path):
 def test_rows_and_document(quick, tmp_path, capsys):
     file = tmp_path / "rows.json"
     assert quick.main(["freecustom", "--device", "cpu", "--json", str(file), "--docs"]) == 0
+    assert logging.getLogger("conceptloom").level == logging.NOTSET, "the log stays silent afterwards"
     rows = json.loads(file.read_text())
     assert all(set(row) == ROW for row in rows)
     assert [(r["system"], r["variant"], r["subjects"]) for r in rows] == [
