@@ -7,6 +7,7 @@ finds out while a sampler runs is shown on the node that patched the model, wher
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
@@ -45,7 +46,21 @@ def advise(name: str, sentence: str, node: str | None = None) -> None:
     if sentence not in sentences:
         log.warning("%s: %s", name, sentence)
         sentences.append(sentence)
-        _show("\n".join(f"{one[0].upper()}{one[1:]}." for one in sentences), node)
+        _show(_written(sentences), node)
+
+
+def inform(name: str, sentence: str, node: str | None = None) -> None:
+    """Logs what is good to know and shows it on a node, after the run's advice there.
+
+    Args:
+        name, sentence, node: as for `advise`.
+    """
+    log.info("%s: %s", name, sentence)
+    context = get_executing_context()
+    if context is not None:
+        node = _present(node, context.node_id)
+        run, sentences = _shown.get(_key(node), (None, []))
+        _show(_written([*(sentences if run == context.prompt_id else []), sentence]), node)
 
 
 def withdraw_earlier(node: str | None = None) -> None:
@@ -70,6 +85,10 @@ def _forget_earlier(node: str, run: str) -> bool:
 
 def _key(node: str) -> tuple[str, str]:
     return node, get_progress_state().dynprompt.get_node(node)["class_type"]
+
+
+def _written(sentences: Sequence[str]) -> str:
+    return "\n".join(f"{one[0].upper()}{one[1:]}." for one in sentences)
 
 
 def _show(text: str, node: str) -> None:

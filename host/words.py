@@ -17,6 +17,9 @@ from ..encoders.words import check_word, find_word, hide_names, set_apart, whole
 
 MARKER = "@subject"
 
+SUBJECT_ROWS = "conceptloom_subject_rows"
+"""Entry of a conditioning: the rows of its text states that carry a subject, as numbers."""
+
 # Any that the tokenizer keeps as one token will do; several, for a prompt may use some of them.
 _STAND_INS = ("zebra", "violin", "tornado", "pretzel", "glacier", "walnut", "lobster", "piano")
 # CLIP's text encoders by the names that the host gives their tokens: SD 1.x has l, SD 2.x h, SDXL l and g.

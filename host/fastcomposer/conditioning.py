@@ -15,7 +15,7 @@ from ...encoders.fuser import fuse_rows
 from ...encoders.reference import KEEP, prepare_reference
 from ...subjects.subject import Subject
 from ..advice import advise
-from ..words import MARKER, Place, find_subjects, locate, row_count, trained_layer, without_emphasis
+from ..words import MARKER, SUBJECT_ROWS, Place, find_subjects, locate, row_count, trained_layer, without_emphasis
 from .files import LoadedFuser, same_tower, tower_fingerprint
 
 ENCODING = "fastcomposer"
@@ -121,7 +121,9 @@ def fuse(
         for entry, new in zip(fused, rows, strict=True):
             # A copy: the host caches the text alone, which must not change.
             entry[0] = entry[0].clone()
-            entry[0][:, [places[i].row for i in active]] = new.to(entry[0])
+            carriers = [places[i].row for i in active]
+            entry[0][:, carriers] = new.to(entry[0])
+            entry[1][SUBJECT_ROWS] = tuple(carriers)
     return text_only, fused, "\n".join(report)
 
 

@@ -23,7 +23,7 @@ from ...subjects.masks import binarize, check_aspect, same_aspect
 from ...subjects.subject import Subject
 from ..advice import advise, executing_node
 from ..model.families import family_of, network_of
-from ..model.patching import NEGATIVE, POSITIVE, Evaluation, Sampling, attach, attached
+from ..model.patching import NEGATIVE, POSITIVE, TEXT, Evaluation, Sampling, attach, attached
 from ..model.sites import SELF, AttentionCall, Handler, Site, choose_self_attention, sees_whole
 from ..workflow_texts import executing_prompt
 from .bank import Bank
@@ -338,10 +338,10 @@ class ReferenceRun:
         fidelity = self.job.settings.style_fidelity
         chunks: dict[str | None, list[int]] = {}
         for i, role in enumerate(evaluation.roles):
-            if role != NEGATIVE:
-                kind = POSITIVE
-            elif fidelity >= 1:
+            if role == TEXT or (role == NEGATIVE and fidelity >= 1):
                 kind = None
+            elif role != NEGATIVE:
+                kind = POSITIVE
             else:
                 kind = NEGATIVE
             chunks.setdefault(kind, []).append(i)

@@ -34,6 +34,10 @@ log = logging.getLogger("conceptloom")
 RUNS = "conceptloom_runs"
 ROLE_TAG = "conceptloom_role"
 POSITIVE, NEGATIVE = "positive", "negative"
+TEXT = "text"
+"""The prompt without subjects, where a guider has it as a side of its own."""
+SIDES = "conceptloom_sides"
+"""Attribute of a guider of ours: the roles of its sides, by the host's index."""
 _COMPILE_KEY = "torch.compile"
 """Of the wrapper that the host's compile node and most others set."""
 
@@ -51,7 +55,7 @@ class Evaluation:
         sigma: (rows,), equal values.
         noise_level: the same as a number.
         step: index of the sampling step it belongs to.
-        roles: per conditioning in the batch POSITIVE, NEGATIVE, or another name it was tagged with.
+        roles: per conditioning in the batch POSITIVE, NEGATIVE, TEXT, or another name it was tagged with.
         options: the host's transformer options.
     """
 
@@ -135,7 +139,7 @@ class _Scope:
     run: Run
     sigmas: tuple[float, ...]
     roles: Mapping[Any, str]
-    second_is_negative: bool
+    sides: tuple[str, ...]
 
     @classmethod
     def open(cls, run: Run, sampling: Sampling) -> _Scope:
@@ -145,7 +149,8 @@ class _Scope:
             for side, entries in conds.items()
             for cond in entries or ()
         }
-        return cls(run, sampling.sigmas, roles, set(conds) == {POSITIVE, NEGATIVE})
+        known = (POSITIVE, NEGATIVE) if set(conds) == {POSITIVE, NEGATIVE} else ()
+        return cls(run, sampling.sigmas, roles, getattr(sampling.guider, SIDES, known))
 
     def read(self, model, x, sigma, options) -> Evaluation:
         noise_level = float(sigma[0])
@@ -158,10 +163,11 @@ class _Scope:
         indices, uuids = options.get("cond_or_uncond"), options.get("uuids")
         if not indices or not uuids:
             return (POSITIVE,)
-        return tuple(
-            NEGATIVE if self.second_is_negative and index == 1 else self.roles.get(uuid, POSITIVE)
-            for index, uuid in zip(indices, uuids, strict=True)
-        )
+        return tuple(self._role_of(index, uuid) for index, uuid in zip(indices, uuids, strict=True))
+
+    def _role_of(self, index: int, uuid) -> str:
+        side = self.sides[index] if index < len(self.sides) else POSITIVE
+        return self.roles.get(uuid, POSITIVE) if side == POSITIVE else side
 
 
 def attach(model, key: str, system: System, node: str | None = None):

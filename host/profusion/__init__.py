@@ -1,0 +1,1 @@
+"""ProFusion: guidance by several conditionings, and the sampler that fuses them."""
