@@ -1,1 +1,1 @@
-"""The only wall to ComfyUI below the nodes."""
+"""Connects the pack to ComfyUI, its host. No package below this one imports ComfyUI."""

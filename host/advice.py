@@ -1,7 +1,7 @@
-"""Advice that a person must see: one call logs it and shows it on the node that it is about.
+"""Advice to the user: one call logs it and shows it on the node that it is about.
 
-The host can show a text on any node while a workflow runs, and the frontend keeps it there afterwards. What a model
-finds out while a sampler runs is shown on the node that patched the model, where it can be mended.
+ComfyUI can show a text on any node while a workflow runs, and the frontend keeps the text afterwards. Advice that comes
+up during sampling is shown on the node that patched the model, because the user can change the cause there.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from comfy_execution.utils import get_executing_context
 log = logging.getLogger("conceptloom")
 
 NO_ADVICE = "No warnings."
-"""Replaces advice that no longer holds: the frontend ignores an empty text."""
+"""Replaces advice that no longer applies, because the frontend ignores an empty text."""
 
 _shown: dict[tuple[str, str], tuple[str, list[str]]] = {}
-"""By a node's id and class what is shown on it: the run that said it, and its sentences. Another workflow's node of the
-same id is mostly of another class."""
+"""What each node shows, by the node's id and class: the run that gave the advice, and its sentences. A node with the
+same id in another workflow usually has another class."""
 
 
 def executing_node() -> str | None:
-    """Id of the node that the host executes now; None outside of a workflow."""
+    """Id of the node that ComfyUI is executing; None outside of a workflow."""
     context = get_executing_context()
     return None if context is None else context.node_id
 
 
 def advise(name: str, sentence: str, node: str | None = None) -> None:
-    """Logs a warning and shows it on a node, once per run of a workflow, after what was said before.
+    """Logs a warning and shows it on a node, once per run of a workflow, below earlier advice of the same run.
 
     Args:
-        name: of the node, as the menu shows it, for the log.
-        sentence: begins with a small letter and ends without a full stop.
-        node: id of the node to show it on; None means the one that is executed.
+        name: the node's name in the menu, for the log.
+        sentence: starts with a lowercase letter, and has no period at the end.
+        node: id of the node to show it on; None means the executing node.
     """
     context = get_executing_context()
     if context is None:
@@ -64,7 +64,7 @@ def inform(name: str, sentence: str, node: str | None = None) -> None:
 
 
 def withdraw_earlier(node: str | None = None) -> None:
-    """Takes advice of earlier runs off a node; None means the one that is executed."""
+    """Removes the advice of earlier runs from a node; None means the executing node."""
     context = get_executing_context()
     if context is not None:
         node = _present(node, context.node_id)
@@ -73,12 +73,12 @@ def withdraw_earlier(node: str | None = None) -> None:
 
 
 def _present(node: str | None, executing: str) -> str:
-    """The node, or the executed one if the workflow has no such node, as where a MODEL was kept from another."""
+    """`node` if the workflow has it, else `executing`. A cached MODEL may come from a workflow with other nodes."""
     return node if node is not None and get_progress_state().dynprompt.has_node(node) else executing
 
 
 def _forget_earlier(node: str, run: str) -> bool:
-    """Whether there was advice of another run, which is now forgotten."""
+    """Forgets advice of another run on a node, and returns whether there was any."""
     key = _key(node)
     return key in _shown and _shown[key][0] != run and _shown.pop(key) is not None
 

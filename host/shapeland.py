@@ -1,4 +1,8 @@
-"""Shapeland's models as ComfyUI's own MODEL, CLIP, VAE and CLIP_VISION objects."""
+"""Shapeland's models as ComfyUI's MODEL, CLIP, VAE and CLIP_VISION objects.
+
+Without a given `state`, the loaders read the shipped file. They raise FileNotFoundError if it is missing, and
+ValueError if it is incomplete.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,18 @@ from ..shapeland import models
 from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
 from ..shapeland.judge import Judge, Reading
 
-LATENT_MEMORY = 2000  # a generous guess: numbers per pixel that live at once while the autoencoder runs
+LATENT_MEMORY = 2000  # generous estimate of the numbers per pixel in memory at once while the autoencoder runs
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents of unit variance: eight channels at a quarter of the picture's size."""
+    """Latents of unit variance, with eight channels at a quarter of the picture's height and width."""
 
     latent_channels = CHANNELS
     spacial_downscale_ratio = FACTOR
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
-    """Stable Diffusion 1.5's blocks at 64 channels, v-prediction, as the host describes a UNet."""
+    """Stable Diffusion 1.5's blocks with 64 channels and v prediction, in ComfyUI's description of a UNet."""
 
     unet_config = {
         "image_size": 16,
@@ -55,21 +59,22 @@ class ModelConfig(comfy.supported_models_base.BASE):
         super().__init__(type(self).unet_config)
 
     def inpaint_model(self):
-        """The host takes more than four channels for a mask's; ours are latents."""
+        """ComfyUI assumes inpainting if there are more than four input channels; these are all the latent's."""
         return False
 
     def model_type(self, *_):
-        """Shapeland's UNet predicts v."""
+        """Shapeland's UNet uses v prediction."""
         return comfy.model_base.ModelType.V_PREDICTION
 
 
 def load_model(
     state: dict[str, torch.Tensor] | None = None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """The UNet as MODEL, from `state` with diffusers' names, or from the shipped file; `disable_dynamic` keeps it out
-    of the host's dynamic memory.
+    """Loads the UNet as a MODEL.
 
-    Raises FileNotFoundError with one sentence if the file is absent.
+    Args:
+        state: weights with diffusers' names; None loads the shipped file.
+        disable_dynamic: loads the model without ComfyUI's dynamic memory.
     """
     factory = (load_model, (state,))
     state = models.load("unet") if state is None else state
@@ -81,7 +86,7 @@ def load_model(
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.load_model_weights({names[k]: v for k, v in state.items()}, "", assign=patcher.is_dynamic())
-    # For what dynamic memory cannot do (hooks, compiling, several cards) the host makes a second copy.
+    # ComfyUI loads a second copy for what dynamic memory does not support (hooks, compiling, several GPUs).
     patcher.cached_patcher_init = factory
     return patcher
 
@@ -114,7 +119,7 @@ def load_clip(
     embedding_directory: str | list[str] | None = None,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
-    """The text tower as CLIP behind the host's own tokenizer; `disable_dynamic` as in `load_model`."""
+    """Loads the text tower as a CLIP with ComfyUI's own tokenizer. For `disable_dynamic` see `load_model`."""
     factory = (_load_clip_patcher, (state, embedding_directory))
     state = models.load("text") if state is None else state
     target = comfy.supported_models_base.ClipTarget(_Tokenizer, _Text)
@@ -134,10 +139,10 @@ def _load_clip_patcher(state, embedding_directory, disable_dynamic=False) -> com
 
 
 class _VAE(comfy.sd.VAE):
-    """The host's VAE object around our autoencoder."""
+    """ComfyUI's VAE object with Shapeland's autoencoder."""
 
     def __init__(self, state: dict[str, torch.Tensor]):
-        # The host chooses a module by the names in a file; the smallest it knows stands in until ours takes its place.
+        # ComfyUI chooses a module by the names in the file; the smallest one is created, and then replaced.
         super().__init__(sd={"pixel_space_vae": torch.zeros(1)})
         self.first_stage_model = Autoencoder().eval()
         self.vae_dtype = torch.float32
@@ -159,12 +164,12 @@ class _VAE(comfy.sd.VAE):
 
 
 def load_vae(state: dict[str, torch.Tensor] | None = None) -> comfy.sd.VAE:
-    """The autoencoder as VAE."""
+    """Loads the autoencoder as a VAE."""
     return _VAE(models.load("autoencoder") if state is None else state)
 
 
 def load_clip_vision(state: dict[str, torch.Tensor] | None = None) -> ClipVisionModel:
-    """The vision tower as CLIP_VISION."""
+    """Loads the vision tower as a CLIP_VISION."""
     state = models.load("vision") if state is None else state
     vision = ClipVisionModel({**models.VISION_CONFIG, "model_type": "clip_vision_model"})
     vision.load_sd(state)
@@ -172,7 +177,7 @@ def load_clip_vision(state: dict[str, torch.Tensor] | None = None) -> ClipVision
 
 
 def load_judge() -> comfy.model_patcher.ModelPatcher:
-    """The judge in a model patcher, so that the host places and frees it; the module is `patcher.model`."""
+    """Loads the judge in a model patcher, so that ComfyUI manages its memory; the module is `patcher.model`."""
     judge = Judge().eval().requires_grad_(False)
     judge.load_state_dict(models.load("judge"))
     return comfy.model_patcher.CoreModelPatcher(
@@ -183,11 +188,11 @@ def load_judge() -> comfy.model_patcher.ModelPatcher:
 
 
 def read_pictures(images: torch.Tensor) -> list[list[Reading]]:
-    """What the shipped judge sees in `images` (n, H, W, 3) in [0, 1]."""
+    """The shipped judge's readings of `images` (n, H, W, 3) in [0, 1]: one list per image."""
     return read_with(load_judge(), images)
 
 
 def read_with(judge: comfy.model_patcher.ModelPatcher, images: torch.Tensor) -> list[list[Reading]]:
-    """What a loaded judge sees in `images` (n, H, W, 3) in [0, 1]."""
+    """A loaded judge's readings of `images` (n, H, W, 3) in [0, 1]: one list per image."""
     comfy.model_management.load_model_gpu(judge)
     return judge.model.read(images[..., :3].movedim(-1, 1).to(judge.load_device).float())

@@ -1,7 +1,8 @@
-"""Where subjects stand in a prompt: by markers in the text or by their nouns, down to rows of a conditioning.
+"""Finds subjects in a prompt, by markers in the text or by their nouns, and the rows of the conditioning for them.
 
-A marker is never seen by the text encoder. To learn which token stands before it, the prompt is tokenized a second time
-with a word in the marker's place that is one token and occurs nowhere else; both token rows must agree but for it.
+The text encoder never sees a marker. To find the token before a marker, the prompt is tokenized a second time, with the
+marker replaced by a word that is a single token and does not occur elsewhere. Except for this token, both token
+sequences must be equal.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from ..encoders.words import check_word, find_word, hide_names, set_apart, whole
 MARKER = "@subject"
 
 SUBJECT_ROWS = "conceptloom_subject_rows"
-"""Entry of a conditioning: the rows of its text states that carry a subject, as numbers."""
+"""Key in a conditioning's options: the indices of the text rows that carry a subject."""
 
-# Any that the tokenizer keeps as one token will do; several, for a prompt may use some of them.
+# Any word that the tokenizer keeps as one token will do. There are several, because a prompt may contain some.
 _STAND_INS = ("zebra", "violin", "tornado", "pretzel", "glacier", "walnut", "lobster", "piano")
-# CLIP's text encoders by the names that the host gives their tokens: SD 1.x has l, SD 2.x h, SDXL l and g.
+# ComfyUI's names for CLIP's text encoders: SD 1.x has l, SD 2.x has h, SDXL has l and g.
 _ENCODERS = {"l", "h", "g"}
-# Marks of the published programs. One that is left in a prompt is a slip, not a word.
+# Markers of the published programs. One that is left in a prompt is a mistake, not a word.
 _KNOWN_MARKERS = (MARKER, "<|image|>")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one subject's word stands.
+    """Position of a subject's word in the encoded prompt.
 
     Attributes:
-        chunk, index: chunk of 77 tokens, and place in it.
-        row: of the conditioning, counted over all chunks.
-        weight: emphasis of its token in the prompt.
+        chunk, index: the chunk of 77 tokens, and the position in it.
+        row: row of the conditioning, counted over all chunks.
+        weight: emphasis of the token in the prompt.
         word: the token as text.
     """
 
@@ -47,19 +48,23 @@ class Place:
 
 
 def find_subjects(prompt: str, nouns: Sequence[str], marker: str = MARKER) -> tuple[str, list[int]]:
-    """The prompt without markers, and for each subject the place in it, in characters, where its word ends.
+    """Finds the words of the subjects in a prompt.
 
-    With markers the first subject takes the first marker. Without markers each subject takes its noun, the second
-    subject of a noun its second occurrence; nouns count as whole words, whatever their case, and never inside the name
-    of an embedding. Where a script has no blanks between words, blanks are put around the word, for without them the
-    text encoder would have no token that is the word's alone.
+    With markers, the first subject takes the first marker, and so on. Without markers, each subject takes its noun, and
+    the second subject with the same noun takes its second occurrence. Nouns are matched as whole words, ignoring case,
+    and never inside the name of an embedding. In scripts without spaces between words, spaces are inserted around the
+    word, because otherwise no token of the text encoder would belong to the word alone.
+
+    Returns:
+        The prompt without markers, and for each subject the position in it, in characters, where its word ends.
 
     Raises:
-        ValueError: the number of markers is not that of the subjects, or a noun is absent.
+        ValueError: the marker cannot be used, the number of markers differs from the number of subjects, or a noun is
+            missing.
     """
     marker = marker.strip()
     check_word(marker, "marker")
-    # The end of an embedding's name may be the word, but no sign that follows it is a part of the name.
+    # A marker that is a word can be part of an embedding's name; one that starts with a sign such as @ cannot.
     searched = hide_names(prompt)[0] if marker[0].isalnum() else prompt
     markers = [found.span() for found in re.finditer(whole_word(marker), searched)]
     if markers:
@@ -83,7 +88,7 @@ def find_subjects(prompt: str, nouns: Sequence[str], marker: str = MARKER) -> tu
 
 
 def _without_markers(prompt: str, markers: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
-    """The prompt without what stands at `markers`, and where each of these stood."""
+    """The prompt without the text at `markers`, and for each of these the position where it was."""
     text, ends, done = "", [], 0
     for start, end in markers:
         text += prompt[done:start]
@@ -94,7 +99,7 @@ def _without_markers(prompt: str, markers: Sequence[tuple[int, int]]) -> tuple[s
 
 
 def _with_words_apart(prompt: str, spans: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
-    """The prompt with blanks around the words at `spans` where letters touch them, and where each of these ends."""
+    """The prompt with spaces around the words at `spans` where letters touch them, and the end of each word."""
     ends = [end for _, end in spans]
     for at in sorted({place for span in spans for place in span}, reverse=True):
         apart = set_apart(prompt, at)
@@ -104,16 +109,19 @@ def _with_words_apart(prompt: str, spans: Sequence[tuple[int, int]]) -> tuple[st
 
 
 def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], list[Place]]:
-    """The host's tokens of a plain prompt, and the token that ends at each of `ends`.
+    """Tokenizes a plain prompt, and finds the token that ends at each of `ends`.
 
     Args:
-        clip: the host's CLIP with the tokenizers of SD 1.x, SD 2.x or SDXL.
-        prompt: without markers, with emphasis and embeddings as the host reads them.
-        ends: places in characters, as `find_subjects` gives them.
+        clip: CLIP with the tokenizers of SD 1.x, SD 2.x or SDXL.
+        prompt: without markers, with emphasis and embeddings in ComfyUI's syntax.
+        ends: positions in characters, from `find_subjects`.
+
+    Returns:
+        ComfyUI's tokens, and a `Place` for each of `ends`.
 
     Raises:
-        ValueError: the CLIP is of another kind, a place has no word before it, two share one, or an embedding in the
-            prompt does not fit the text encoder.
+        ValueError: the CLIP is of another kind, there is no word before a position, two positions share a word, or an
+            embedding in the prompt does not fit the text encoder.
     """
     tokens = clip.tokenize(prompt, return_word_ids=True)
     if not set(tokens) <= _ENCODERS:
@@ -156,17 +164,17 @@ def locate(clip, prompt: str, ends: Sequence[int]) -> tuple[dict[str, list], lis
 
 
 def row_count(tokens: Mapping[str, Sequence[Sequence]]) -> int:
-    """How many rows of text states the host makes of its tokens, where one token is one row."""
+    """Number of rows of text states that ComfyUI makes from its tokens if every token is one row."""
     return min(sum(map(len, chunks)) for chunks in tokens.values())
 
 
 def trained_layer(tokens: dict[str, list]) -> int:
-    """The layer whose states the model was trained on: SD 1.x takes the last, the others the one before."""
+    """The text encoder's layer that the model was trained on: the last (-1) for SD 1.x, else the one before (-2)."""
     return -1 if set(tokens) == {"l"} else -2
 
 
 def without_emphasis(tokens: dict[str, list], places: Sequence[Place]) -> dict[str, list]:
-    """A copy of the host's tokens in which the tokens at `places` have weight 1."""
+    """A copy of ComfyUI's tokens in which the tokens at `places` have weight 1."""
     here = {(place.chunk, place.index) for place in places}
     return {
         name: [[(t, 1.0 if (c, i) in here else w) for i, (t, w) in enumerate(chunk)] for c, chunk in enumerate(chunks)]
@@ -175,7 +183,7 @@ def without_emphasis(tokens: dict[str, list], places: Sequence[Place]) -> dict[s
 
 
 def _text_of(tokenizer, tokens: Sequence[Any]) -> str:
-    """The last of some tokens as text, with as many before it as make whole characters, of which it may be a part."""
+    """The last token as text, with as many tokens before it as are needed to get whole characters."""
     if torch.is_tensor(tokens[-1]):
         return "embedding"
     for first in range(len(tokens) - 1, -1, -1):
@@ -188,7 +196,7 @@ def _text_of(tokenizer, tokens: Sequence[Any]) -> str:
 
 
 def _words(chunks: list[list[tuple]]) -> list[tuple[Any, float, int, int, int]]:
-    """(token, weight, chunk, index, row) of all tokens that come from text; the host gives all others word id 0."""
+    """(token, weight, chunk, index, row) of all tokens that come from text. ComfyUI gives the others word id 0."""
     found, row = [], 0
     for c, chunk in enumerate(chunks):
         found += [(token, weight, c, i, row + i) for i, (token, weight, word) in enumerate(chunk) if word]
@@ -197,7 +205,14 @@ def _words(chunks: list[list[tuple]]) -> list[tuple[Any, float, int, int, int]]:
 
 
 def stand_in(tokenizer, prompt: str) -> tuple[int, str]:
-    """A word that the prompt does not contain and the tokenizer keeps as one token."""
+    """Finds a word that is not in the prompt and that the tokenizer keeps as one token.
+
+    Returns:
+        The token id and the word.
+
+    Raises:
+        ValueError: the prompt contains all candidates.
+    """
     for word in _STAND_INS:
         own = _words(tokenizer.tokenize_with_weights(word, return_word_ids=True))
         if len(own) == 1 and word not in prompt.lower():
@@ -213,7 +228,8 @@ def _same(a: list, b: list) -> bool:
 
 
 def _check_embeddings(clip, tokens: dict[str, list]) -> None:
-    """The host drops embeddings of a wrong width while it encodes, which would shift all rows behind them."""
+    """Raises ValueError for embeddings of the wrong width. ComfyUI drops them while encoding, which would shift all
+    following rows."""
     for name, chunks in tokens.items():
         width = getattr(clip.tokenizer, f"clip_{name}").embedding_size
         for token in (token for chunk in chunks for token, *_ in chunk if torch.is_tensor(token)):

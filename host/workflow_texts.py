@@ -1,7 +1,7 @@
-"""What a sampler's prompt says, read from the workflow that is being run.
+"""Reads the text of a sampler's prompt from the workflow that is being run.
 
-A conditioning holds numbers alone. The workflow still has the words, if a text encoder has them in its own widget;
-words that other nodes compute are unknown here.
+A conditioning contains tensors, but no text. The workflow contains the text if it is in a text encoder's own widget.
+Text that other nodes compute is not known here.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Callable, Mapping
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
-# By text encoder the inputs whose text it encodes as it stands. Of others it is not known what they make of theirs.
+# The inputs that each text encoder encodes unchanged. How other encoders use their text is not known.
 _ENCODERS = {
     "CLIPTextEncode": ("text",),
     "CLIPTextEncodeSDXL": ("text_g", "text_l"),
     "ConceptLoomFuseSubjects": ("prompt",),
     "ConceptLoomConceptPrompts": ("prompt",),
 }
-# A tuple, for the type of an output may be a list, which no set can be asked for.
+# A tuple and not a set, because the type of an output may be a list, which is not hashable.
 _CARRIERS = ("CONDITIONING", "GUIDER", "CONCEPTLOOM_CONCEPT_PROMPTS")
 
 
 def executing_prompt() -> str | None:
-    """The positive prompt of the sampler that the host executes now; None where it cannot be read."""
+    """The positive prompt of the sampler that ComfyUI is executing; None if it cannot be read."""
     context = get_executing_context()
     if context is None:
         return None
-    from nodes import NODE_CLASS_MAPPINGS  # the host's; only there while it runs
+    from nodes import NODE_CLASS_MAPPINGS  # ComfyUI's module, which exists only while ComfyUI runs
 
     workflow = get_progress_state().dynprompt
     return positive_prompt(
@@ -36,15 +36,15 @@ def executing_prompt() -> str | None:
 
 
 def positive_prompt(node_of: Callable[[str], Mapping], sampler: str, type_of: Callable[[str, int], str]) -> str | None:
-    """All texts that a sampler's positive conditioning is made of, one per line.
+    """All texts that a sampler's positive conditioning is made from, one per line.
 
     Args:
-        node_of: gives a node of a workflow in API format by its id.
+        node_of: returns a node of a workflow in API format by its id.
         sampler: id of the sampler.
-        type_of: gives the type of an output by the node's class and the output's number.
+        type_of: returns the type of an output by the node's class and the index of the output.
 
     Returns:
-        None if there is no text, or one that is not written in the workflow.
+        None if there is no text, or if a text is not written in the workflow.
     """
     texts: list[str] = []
     waiting, seen = [sampler], set()

@@ -1,4 +1,4 @@
-"""The face of the pack: every node the host sees is listed here, in the order of its menu."""
+"""Entry point of the pack. Its nodes are listed here in the order of the menu."""
 
 from comfy_api.latest import ComfyExtension
 
@@ -13,12 +13,12 @@ NODES: list[type[Node]] = [
 
 
 class ConceptLoomExtension(ComfyExtension):
-    """What the host asks for when it loads the pack."""
+    """Lists the pack's nodes for ComfyUI."""
 
     async def get_node_list(self) -> list[type[Node]]:
         return list(NODES)
 
 
 async def comfy_entrypoint() -> ConceptLoomExtension:
-    """Found by name by the host's loader."""
+    """Called by ComfyUI, whose loader finds it by name."""
     return ConceptLoomExtension()

@@ -1,4 +1,4 @@
-"""Nodes of the concept bank: load concepts, put them together, write them."""
+"""Nodes of the concept bank: load concepts, combine them, and save them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ register_folder(FOLDER, *own_places(FOLDER))
 
 
 def gather_concepts(found: io.Autogrow.Type) -> list[Concept]:
-    """All concepts in the order of their sockets.
+    """Returns all concepts in the order of their inputs.
 
     Raises:
         ValueError: there is none.
@@ -30,15 +30,15 @@ def gather_concepts(found: io.Autogrow.Type) -> list[Concept]:
 
 
 def as_concepts(value: Concept | list[Concept]) -> list[Concept]:
-    """The concepts of a wire, which carries one or a bank."""
+    """The concepts of an input, which is a single concept or a bank."""
     return [value] if isinstance(value, Concept) else list(value)
 
 
 def one_concept(value: Concept | list[Concept], name: str = "concept") -> Concept:
-    """The concept of a wire that carries one; `name` is what the error calls it.
+    """The concept of an input that must contain only one; `name` is the input's, for the error message.
 
     Raises:
-        ValueError: it carries several.
+        ValueError: it contains several.
     """
     concepts = as_concepts(value)
     if len(concepts) != 1:
@@ -47,8 +47,8 @@ def one_concept(value: Concept | list[Concept], name: str = "concept") -> Concep
 
 
 def _files(*folders: str) -> list[str]:
-    """The files of the concept folder by their names, those of others with their folder's name before. A name in the
-    concept folder that begins like that of another folder has this one's before, so that each entry is one file."""
+    """File names, with "folder/" in front for folders other than the concept folder. Files in the concept folder have
+    it in front too if their path begins with one of the folder names, so that entries are unique."""
     own = [
         f"{FOLDER}/{name}" if re.split(r"[\\/]", name)[0] in (FOLDER, *folders) else name
         for name in folder_paths.get_filename_list(FOLDER)
@@ -57,7 +57,7 @@ def _files(*folders: str) -> list[str]:
 
 
 def _path(entry: str, *folders: str) -> str:
-    """Where the file of an entry of `_files` is."""
+    """The path for an entry of `_files`."""
     folder = next((folder for folder in (FOLDER, *folders) if entry.startswith(f"{folder}/")), None)
     if folder is None:
         return folder_paths.get_full_path_or_raise(FOLDER, entry)

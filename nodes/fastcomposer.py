@@ -1,4 +1,4 @@
-"""Nodes of FastComposer: load and convert its weights, encode subjects, fuse them into a prompt, delay them."""
+"""Nodes of FastComposer: load and convert its weights, encode subjects, fuse them into a prompt, and delay them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class LoadFastComposer(Node):
 
 
 def _absent(output: str, file: str) -> ExecutionBlocker:
-    """Stands for an output that nobody gave: only who uses it is stopped, with this sentence."""
+    """Takes the place of a missing output. It stops only the nodes that use the output, with this message."""
     return ExecutionBlocker(f"Load FastComposer: {output}: expected one in {file} or from an input, got neither.")
 
 

@@ -1,4 +1,4 @@
-"""Nodes of FreeCustom: Multi-Reference Self-Attention, and what shows where it looked."""
+"""Nodes of FreeCustom: Multi-Reference Self-Attention, and attention shares to inspect it."""
 
 from __future__ import annotations
 

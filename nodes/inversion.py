@@ -1,4 +1,4 @@
-"""The nodes of DDIM inversion, which Concept Weaver's template goes through."""
+"""Nodes for DDIM inversion, which Concept Weaver applies to its template picture."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class DDIMInversion(Node):
 
 
 _OTHER = 0x52656E6577
-"""Keeps the host's noise of a seed apart from that out of which the same seed may have made the template."""
+"""XORed with the seed, because the template may have been sampled from the noise of the same seed."""
 
 
 class RenewNoise(Node):

@@ -1,8 +1,8 @@
-"""Nodes that say where each concept goes: Load Segmenter, Text to Masks and Concept Masks.
+"""Nodes that determine where each concept goes: Load Segmenter, Text to Masks and Concept Masks.
 
-What finds things is loaded by a node of its own, as all models are: it stays loaded while nouns and pictures change,
-and Text to Masks is the same small node whatever is plugged in. The partition has a socket of its own, since plain
-masks, which may overlap, would fit an input for masks and break the promise that all weights add up to 1.
+A segmenter has its own loader node, like all models: it stays loaded while nouns and pictures change, and Text to Masks
+is the same for every segmenter. The partition has its own socket type. Plain masks would fit a mask input too, but they
+can overlap, while the weights of a partition add up to 1.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class ConceptMasks(Node):
 
 
 def _gather(masks: io.Autogrow.Type) -> list[torch.Tensor]:
-    """All masks (H, W) in the order of their sockets; ValueError where there are none."""
+    """All masks, (H, W) each, in the order of their inputs; raises ValueError if there are none."""
     batches = in_order(masks, "masks", "Text to Masks or a mask of each concept")
     return [mask for batch in batches for mask in batch.reshape(-1, *batch.shape[-2:])]
 

@@ -1,4 +1,4 @@
-"""Nodes of the drawn world: load its model, draw a scene by description, read a picture with the judge."""
+"""Nodes of Shapeland: load its models, draw a scene from a description, and read a picture with the judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CATEGORY = "ConceptLoom/Shapeland"
 
 
 class LoadShapeland(Node):
-    """The four parts of Shapeland's model."""
+    """Loads Shapeland's MODEL, CLIP, VAE and CLIP_VISION."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -45,7 +45,7 @@ class LoadShapeland(Node):
 
 
 class DrawScene(Node):
-    """A picture of the world, by description."""
+    """Draws a picture of Shapeland from a description."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -117,7 +117,7 @@ class DrawScene(Node):
 
 
 class ReadPicture(Node):
-    """What the judge sees."""
+    """Finds and describes the objects in a picture with the judge."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""Nodes that make subjects: Reference Subject and Concept Collage."""
+"""Nodes that create subjects: Reference Subject and Concept Collage."""
 
 from __future__ import annotations
 

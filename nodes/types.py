@@ -1,4 +1,4 @@
-"""Socket types of the pack, and how nodes read what comes through them."""
+"""The pack's socket types, and functions that read inputs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ TrajectorySocket = io.Custom("CONCEPTLOOM_TRAJECTORY")
 
 
 class Node(io.ComfyNode):
-    """Base of all nodes: puts the node's name before a ValueError of `execute`, and takes old advice off the node.
+    """Base class of all nodes. It puts the node's name before the message of a ValueError in `execute`, and removes old
+    advice from the node.
 
-    The host runs `execute` on a copy of the class that nobody may change, so the name comes from a schema of its own.
+    ComfyUI runs `execute` on a locked copy of the class, so the name comes from a new schema.
     """
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         execute = vars(cls)["execute"].__func__
-        if not hasattr(execute, "__wrapped__"):  # the host's copies of a node come by here too
+        if not hasattr(execute, "__wrapped__"):  # ComfyUI's copies of a node are subclasses too
             cls.execute = classmethod(_with_name(execute))
 
 
@@ -53,24 +54,24 @@ def _with_name(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOu
 
 
 ADVISES_LATER = {"not_idempotent": True}
-"""For the schema of a node whose MODEL gives advice while it is sampled: the host then never takes the cached MODEL of
-another node with the same inputs, and the advice is shown on the right one."""
+"""For the schema of a node whose MODEL gives advice during sampling. ComfyUI then does not use the cached MODEL of
+another node with the same inputs, so that the advice is shown on the right node."""
 
 
 def growing(id: str, one: io.Input, tooltip: str, maximum: int = 16) -> io.Autogrow.Input:
-    """An input that grows with every wire, and to which `in_order` needs at least one.
+    """An input that grows with every connection. `in_order` requires at least one.
 
-    None is required of the host, which would ask for "subjects.subject0", a name that the node does not show, though
-    another be connected.
+    `min` is 0, because otherwise ComfyUI would ask for "subjects.subject0", a name that the node does not show, even
+    if another one is connected.
     """
     return io.Autogrow.Input(id, io.Autogrow.TemplatePrefix(one, prefix=one.id, min=0, max=maximum), tooltip=tooltip)
 
 
 def in_order(sockets: io.Autogrow.Type, name: str, source: str) -> list:
-    """What is on the sockets of a growing input, from the first to the last; empty ones are left out.
+    """Returns the values of a growing input from the first to the last, without empty ones.
 
     Raises:
-        ValueError: all are empty; `name` is the input's, `source` what to connect to it.
+        ValueError: all are empty. The message contains `name`, the input's, and `source`, what to connect to it.
     """
     names = sorted(sockets, key=lambda socket: int(re.search(r"\d+$", socket)[0]))
     found = [sockets[socket] for socket in names if sockets[socket] is not None]
@@ -80,25 +81,25 @@ def in_order(sockets: io.Autogrow.Type, name: str, source: str) -> list:
 
 
 def subject_inputs(tooltip: str) -> io.Autogrow.Input:
-    """Any number of SUBJECT inputs; a wire may carry several subjects."""
+    """Any number of SUBJECT inputs, each with one or more subjects."""
     one = SubjectSocket.Input("subject", tooltip="A subject from Reference Subject, or several from Concept Collage.")
     return growing("subjects", one, tooltip)
 
 
 def gather_subjects(subjects: io.Autogrow.Type, source: str = "Reference Subject") -> list[Subject]:
-    """All subjects in the order of their sockets.
+    """Returns all subjects in the order of their inputs.
 
     Raises:
-        ValueError: there is none; `source` is what to connect.
+        ValueError: there is none. The message contains `source`, what to connect.
     """
     found = in_order(subjects, "subjects", source)
     return [subject for value in found for subject in ((value,) if isinstance(value, Subject) else value)]
 
 
 def register_folder(name: str, *places: Path | str) -> None:
-    """Makes a folder of models known to the host, with its usual endings, at these places.
+    """Registers a model folder with ComfyUI, with its usual file extensions.
 
-    A user's extra_model_paths.yaml or another pack may have named the folder already; theirs comes first.
+    If a user's extra_model_paths.yaml or another pack has already registered the folder, their paths come first.
     """
     known, endings = folder_paths.folder_names_and_paths.get(name, ([], set()))
     folder_paths.folder_names_and_paths[name] = (
@@ -108,13 +109,13 @@ def register_folder(name: str, *places: Path | str) -> None:
 
 
 def own_places(name: str) -> tuple[Path, ...]:
-    """Where models of a kind of ours lie: the host's models and output, and what the pack brings for Shapeland."""
+    """Paths of one of the pack's model folders: in ComfyUI's models and output, and the files shipped for Shapeland."""
     shipped = Path(__file__).resolve().parents[1] / "shapeland" / "weights"
     return tuple(Path(root) / name for root in (folder_paths.models_dir, folder_paths.get_output_directory(), shipped))
 
 
 def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
-    """The picture (H, W, C) of an IMAGE (1, H, W, C).
+    """Returns the picture (H, W, C) of an IMAGE (1, H, W, C).
 
     Raises:
         ValueError: it is a batch of several.
@@ -126,9 +127,9 @@ def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
 
 
 def preview(node: type[io.ComfyNode], picture: torch.Tensor) -> ui.PreviewImage:
-    """A picture (H, W, 3) shown on its node; small ones enlarged without blur, for the classic renderer shows pixels
-    at their own size."""
+    """Shows a picture (H, W, 3) on its node. Small pictures are enlarged without interpolation, because the classic
+    renderer shows pixels at their own size."""
     times = max(1, PREVIEW_SIDE // max(picture.shape[:2]))
-    # The host makes bytes of it by numpy, which knows no bfloat16.
+    # ComfyUI converts it with numpy, which does not support bfloat16.
     enlarged = picture.float().repeat_interleave(times, 0).repeat_interleave(times, 1)
     return ui.PreviewImage(enlarged[None], cls=node)

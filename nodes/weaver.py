@@ -1,4 +1,4 @@
-"""Nodes of Concept Weaver that draw: Concept Prompts, Plug-and-Play Injection, Multi-Concept Fusion."""
+"""Nodes for sampling with Concept Weaver: Concept Prompts, Plug-and-Play Injection, Multi-Concept Fusion."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""FastComposer (arXiv 2305.10431) on the host."""
+"""FastComposer (arXiv 2305.10431) in ComfyUI."""

@@ -1,4 +1,4 @@
-"""FastComposer in the host: subjects encoded, and fused into the words of a prompt.
+"""FastComposer in ComfyUI: encodes subjects, and fuses them into the words of a prompt.
 
 Xiao et al., "FastComposer: Tuning-Free Multi-Subject Image Generation with Localized Attention" (arXiv 2305.10431).
 """
@@ -29,11 +29,11 @@ FOREIGN_TOWER = (
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What the subject encoder made of a subject.
+    """The embedding of a subject.
 
     Attributes:
-        vector: (E,), of its picture or the mean of several.
-        tower: fingerprint of the vision tower.
+        vector: (E,), the image embedding of its picture, or the mean over several pictures.
+        tower: fingerprint of the vision tower that encoded it, see `files.tower_fingerprint`.
     """
 
     vector: torch.Tensor
@@ -43,17 +43,18 @@ class Embedding:
 def encode_subjects(
     clip_vision, subjects: Sequence[Subject], background: str = KEEP, crop: bool = False, pictures: str = SEPARATE
 ) -> tuple[Subject, ...]:
-    """The subjects with their embeddings.
+    """Returns the subjects with their embeddings.
 
     Args:
-        clip_vision: the host's CLIP vision tower.
+        clip_vision: ComfyUI's CLIP vision tower.
         subjects: each with one picture.
-        background, crop: see `encoders.reference.prepare_reference`; for subjects that have a mask.
-        pictures: SEPARATE, or AVERAGED if all are photos of one subject: then one comes back, the first, with the mean
-            of the embeddings.
+        background, crop: see `encoders.reference.prepare_reference`; for subjects with a mask.
+        pictures: SEPARATE, or AVERAGED if all pictures show the same subject. Then only the first subject is returned,
+            with the mean of the embeddings.
 
     Raises:
-        ValueError: there is no subject, or the tower has no projection as CLIP's has.
+        ValueError: there is no subject, the tower is not a CLIP vision tower with a projection, or a mask that is
+            needed is empty.
     """
     if not subjects:
         raise ValueError("subjects: expected at least one subject, got none")
@@ -71,13 +72,16 @@ def encode_subjects(
 def fuse(
     clip, fuser: LoadedFuser, prompt: str, subjects: Sequence[Subject], marker: str = MARKER, strength: float = 1.0
 ) -> tuple[list, list, str]:
-    """The prompt's conditioning without and with the subjects, and a report of the token each one landed on.
+    """Encodes a prompt without and with the subjects.
 
-    Both differ in the subjects' rows alone. A subject of weight 0 stays text.
+    The two conditionings differ only in the subjects' rows. A subject with weight 0 remains text.
+
+    Returns:
+        The conditioning of the text alone, the conditioning with the subjects, and a report of each subject's token.
 
     Raises:
-        ValueError: a subject has no embedding, widths do not fit, the CLIP skips layers or gives more rows than one
-            for a token, or a place cannot be found.
+        ValueError: a subject has no embedding, widths do not match, the CLIP skips layers or returns more than one row
+            per token, or a subject's word is not found.
     """
     embeddings = _embeddings_of(subjects, fuser)
     plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], marker)
@@ -119,7 +123,7 @@ def fuse(
         vectors = torch.stack([embeddings[i].vector for i in active])
         rows = _fused_rows(clip, fuser, tokens, [places[i] for i in active], text_only, vectors, strength)
         for entry, new in zip(fused, rows, strict=True):
-            # A copy: the host caches the text alone, which must not change.
+            # A copy, because ComfyUI caches the states of the text alone.
             entry[0] = entry[0].clone()
             carriers = [places[i].row for i in active]
             entry[0][:, carriers] = new.to(entry[0])
@@ -136,7 +140,7 @@ def _fused_rows(
     vectors: torch.Tensor,
     strength: float,
 ) -> list[torch.Tensor]:
-    """For each entry of a conditioning (a CLIP with scheduled hooks gives several) the new rows (n, D) at `places`."""
+    """The new rows (n, D) at `places`, for each entry of a conditioning (scheduled hooks on a CLIP give several)."""
     emphasis = torch.tensor([place.weight for place in places])
     unweighted, neutral = text, [None] * len(text)
     if (emphasis != 1).any():
@@ -158,7 +162,7 @@ def _fused_rows(
 
 
 def _embeddings_of(subjects: Sequence[Subject], fuser: LoadedFuser) -> list[Embedding]:
-    """The embeddings of all subjects, which fit the fuser."""
+    """The embeddings of all subjects, after checking that they fit the fuser."""
     if not subjects:
         raise ValueError("subjects: expected at least one subject, got none")
     found: list[Embedding] = []

@@ -1,9 +1,9 @@
-"""Conditionings that switch at an exact step, on any sampler, scheduler and guider that follows a schedule.
+"""Conditionings that switch at an exact step, with any sampler, scheduler and guider that follows a schedule.
 
-The host limits a conditioning to a part of sampling by percent of the noise schedule, which hits a step only on some
-schedules. So the parts carry a plan, and a MODEL that is `prepared` gives them, once the schedule is known, the noise
-levels between which they hold. (A hook on the conditioning would do without the MODEL, but with its dynamic memory the
-host then loads a second copy of the model.)
+ComfyUI limits a conditioning to a part of sampling by percent of the noise schedule, which matches a step only on some
+schedules. Therefore the parts of a conditioning contain a `Delay`, and a MODEL from `prepared` replaces it by noise
+levels as soon as the schedule is known. (A hook on the conditioning would not need the MODEL, but with dynamic memory
+ComfyUI would then load a second copy of the model.)
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _PERCENTS = ("start_percent", "end_percent", "clip_start_percent", "clip_end_per
 
 @dataclass(frozen=True, eq=False)
 class Delay:
-    """When the second part of a conditioning takes over.
+    """When a conditioning switches to its second part.
 
     Attributes:
-        alpha: share of the sampled steps that belong to the second part; ignored where `step` is given.
-        step: first step of the second part, counted from 0; None takes `alpha`.
-        start_at_step: the first step that this sampler runs, where several share one schedule; `step` counts from the
-            schedule's beginning.
-        counting: how `alpha` becomes a step, see `samplers.switching`.
+        alpha: share of the sampled steps that use the second part; ignored if `step` is given.
+        step: first step of the second part, counted from 0; None uses `alpha`.
+        start_at_step: the first step that this sampler runs, if several samplers share one schedule; `step` is counted
+            from the beginning of the schedule.
+        counting: how `alpha` is converted to a step, see `samplers.switching`.
     """
 
     alpha: float
@@ -38,16 +38,16 @@ class Delay:
 
     @property
     def always_second(self) -> bool | None:
-        """Whether the second part holds in all steps (true) or in none (false), however many there are; else None."""
+        """True if the second part is used in all steps, False if in none, for any number of steps; else None."""
         if self.step is not None:
             return True if self.step <= self.start_at_step else None
         if self.alpha == 0:
             return False
-        # The published countings leave the text a step even then.
+        # With the published countings the first step uses the text even then.
         return True if self.alpha == 1 and self.counting == NEAREST else None
 
     def first_step(self, steps: int) -> int:
-        """The first step of the second part among `steps` that are sampled."""
+        """Index of the first step of the second part, out of `steps` sampled steps."""
         if self.step is None:
             return first_subject_step(self.alpha, steps, self.counting)
         return max(0, self.step - self.start_at_step)
@@ -55,14 +55,14 @@ class Delay:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What an entry carries: its delay, and whether it is the second part."""
+    """What each entry of a delayed conditioning contains: the delay, and whether it belongs to the second part."""
 
     delay: Delay
     late: bool
 
 
 class _NeedsPreparedModel:
-    """Stands for a noise level until the schedule is known; whoever compares it has a MODEL that was not prepared."""
+    """Placeholder for an unknown noise level. A comparison raises ValueError, because the MODEL was not `prepared`."""
 
     def _refuse(self, _):
         raise ValueError(
@@ -74,13 +74,14 @@ class _NeedsPreparedModel:
 
 
 def delayed(early: list, late: list, delay: Delay) -> list:
-    """One conditioning that is `early` up to the switch and `late` from it on; neither is changed.
+    """Combines two conditionings into one that is `early` before the switch and `late` from the switch on.
 
-    Where no schedule has a switch, it is the one that holds, alone, for any MODEL. Else `late` stands first, for nodes
-    that read the first tensor alone (attention couples) had better see the subjects too early than never.
+    The inputs are not changed. If one part is used in all steps of any schedule, it is returned alone, and works with
+    any MODEL. Otherwise `late` comes first, because some nodes (attention couples) read only the first tensor, and for
+    them seeing the subjects too early is better than never.
 
     Raises:
-        ValueError: one of them has been delayed already.
+        ValueError: one of the conditionings is already delayed.
     """
     entries = []
     for name, conditioning, is_late in (("subject", late, True), ("text_only", early, False)):
@@ -95,7 +96,7 @@ def delayed(early: list, late: list, delay: Delay) -> list:
 
 
 def prepared(model):
-    """The MODEL, in a clone that tells delayed conditionings the schedule and is otherwise the same."""
+    """Returns a clone of the MODEL that passes the schedule to delayed conditionings and is otherwise the same."""
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, TAG)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, TAG, _outer_sample)
@@ -107,14 +108,14 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     levels, schedule = sigmas.tolist(), guider.model_patcher.get_model_object("model_sampling")
     for role, entries in guider.conds.items():
         resolved = [_resolve(entry, levels, schedule) for entry in entries]
-        # A part that never comes would still lend its range to the negative where both have areas.
+        # If both sides have areas, even a part that is never used would pass its range on to the negative.
         active = [entry for entry in resolved if entry.get("timestep_start", math.inf) >= entry.get("timestep_end", 0)]
         guider.conds[role] = active or resolved
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
 def _resolve(entry: dict, sigmas: list[float], schedule) -> dict:
-    """The entry with the noise levels between which it holds."""
+    """The entry with the noise levels between which it is used."""
     part = entry.get(TAG)
     if part is None:
         return entry
@@ -132,7 +133,7 @@ def _resolve(entry: dict, sigmas: list[float], schedule) -> dict:
 
 
 def _within_percents(entry: dict, schedule, start: float, end: float) -> tuple[float, float]:
-    """A range that other nodes have set stays in force: the host would put it in place of ours."""
+    """Limits a range to the one that other nodes have set, which ComfyUI would use in place of ours."""
     for key in _PERCENTS:
         if key in entry:
             level = schedule.percent_to_sigma(entry[key])

@@ -1,4 +1,4 @@
-"""FastComposer's weights as the host's MODEL, CLIP, CLIP_VISION and VAE, and smaller files made of them."""
+"""FastComposer's weights as ComfyUI's MODEL, CLIP, CLIP_VISION and VAE, and their conversion to smaller files."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _ROUNDING = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class LoadedFuser:
-    """A fuser in its patcher, so that the host places and frees it.
+    """A fuser in a model patcher, so that ComfyUI manages its memory.
 
     Attributes:
-        patcher: holds the `Fuser`.
-        tower: fingerprint of the vision tower it was trained with; None if the file says nothing of it.
+        patcher: contains the `Fuser`.
+        tower: fingerprint of the vision tower that it was trained with; None if the file does not contain the tower.
     """
 
     patcher: Any
@@ -48,13 +48,13 @@ class LoadedFuser:
 
     @property
     def module(self) -> Fuser:
-        """The fuser itself."""
+        """The fuser module."""
         return self.patcher.model
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a file and the user's own models give together; None where neither has it."""
+    """The models from a file, or else the user's own; None for a model that is in neither."""
 
     model: Any
     clip: Any
@@ -64,17 +64,18 @@ class Parts:
 
 
 def load(path: str, model=None, clip=None, clip_vision=None, embedding_directory: Sequence[str] | None = None) -> Parts:
-    """Everything a file holds, and the given models for what it does not; a LoRA and single vision layers in the file
-    are put into copies of the given models. The MODEL is ready for delayed conditionings.
+    """Loads all models in a file, and passes the given models through for those that the file lacks.
+
+    A LoRA and single vision layers in the file are applied to copies of the given models. The MODEL works with delayed
+    conditionings.
 
     Raises:
-        ValueError: the file is no FastComposer's, or holds something that wants a model which is not given or is of
-            another kind.
+        ValueError: the file is not a FastComposer file, or it needs a given model that is missing or of another kind.
     """
     parts = split(load_state(path))
     if parts[UNET]:
         model = _unet(parts[UNET])
-        # The host makes a second, fully loaded model by this for what its dynamic memory cannot do.
+        # ComfyUI loads a second copy with this for what dynamic memory does not support.
         model.cached_patcher_init = (load_unet, (path,))
     if parts[LORA]:
         model = _with_lora(model, parts[LORA])
@@ -91,12 +92,12 @@ def load(path: str, model=None, clip=None, clip_vision=None, embedding_directory
 
 
 def load_unet(path: str, disable_dynamic: bool = False):
-    """The MODEL of a file that holds a UNet."""
+    """Loads the UNet of a file as a MODEL."""
     return _unet(split(load_state(path))[UNET], disable_dynamic)
 
 
 def load_text_patcher(path: str, embedding_directory: Sequence[str] | None, disable_dynamic: bool = False):
-    """The patcher of the CLIP of a file that holds a text encoder."""
+    """Loads the text encoder of a file, and returns the patcher of its CLIP."""
     state = split(load_state(path))[TEXT]
     return _text(state, embedding_directory, disable_dynamic).patcher
 
@@ -155,10 +156,14 @@ def _vision(state: dict[str, torch.Tensor], base):
 
 
 def wrap_fuser(state: State, tower: torch.Tensor | None) -> LoadedFuser:
-    """A fuser from its weights, with the fingerprint of its vision tower if that is known.
+    """Builds a fuser from its weights.
+
+    Args:
+        state: the weights.
+        tower: fingerprint of its vision tower, or None if that is not known.
 
     Raises:
-        ValueError: they are not a fuser's.
+        ValueError: the weights are not a fuser's.
     """
     try:
         module = Fuser.from_state(state)
@@ -173,7 +178,8 @@ def wrap_fuser(state: State, tower: torch.Tensor | None) -> LoadedFuser:
 
 
 def tower_fingerprint(clip_vision) -> torch.Tensor:
-    """A row of a vision tower's last layer, which FastComposer has trained and a stock tower has not."""
+    """A row (C,) of the vision tower's last layer, float, on the CPU. FastComposer has trained this layer, so that it
+    differs from other towers' layers."""
     state = clip_vision.get_sd()
     last = max(
         (key for key in state if key.endswith("mlp.fc2.weight") and ".layers." in key),
@@ -183,20 +189,29 @@ def tower_fingerprint(clip_vision) -> torch.Tensor:
 
 
 def same_tower(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two fingerprints are one tower's, kept in whatever half precision."""
+    """Whether two fingerprints belong to the same tower, up to rounding to half precision."""
     return a.shape == b.shape and bool((a - b).norm() <= _ROUNDING * b.norm())
 
 
 def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model=None) -> str:
-    """Writes a FastComposer checkpoint as safetensors and returns a report of the files.
+    """Converts a FastComposer checkpoint to safetensors, and returns a report of the files.
 
-    `folder`/fastcomposer/`name`.safetensors gets the fuser and the vision layers that were trained (the last two), and
-    with AS_LORA the UNet's difference to `model`: low-rank factors of its matrices, everything else in full. With
-    AS_FILE the UNet becomes `folder`/diffusion_models/`name`.safetensors, for the host's Load Diffusion Model.
+    `folder`/fastcomposer/`name`.safetensors contains the fuser and the vision layers that were trained (the last two).
+    With AS_LORA it also contains the UNet's difference to `model`: low-rank factors of its matrices, and everything
+    else in full. With AS_FILE the UNet is written to `folder`/diffusion_models/`name`.safetensors, for ComfyUI's Load
+    Diffusion Model.
+
+    Args:
+        path: the checkpoint.
+        folder: where the files go.
+        name: name of the files, without extension.
+        unet: one of UNET_FORMS.
+        rank: rank of the low-rank factors.
+        model: MODEL to which the UNet's difference is computed; needed for AS_LORA.
 
     Raises:
-        ValueError: the checkpoint lacks the fuser or the UNet, a file of the name exists or cannot be written, or
-            `model` is needed and is absent, patched or of other layers.
+        ValueError: the checkpoint lacks the fuser or the UNet, a file of this name exists or cannot be written, or
+            `model` is needed and is missing, patched or has other layers.
     """
     name = checked_name(name)
     parts = split(load_state(path))
@@ -229,7 +244,7 @@ def convert(path: str, folder: Path, name: str, unet: str, rank: int = 64, model
 
 
 def _difference(state: dict[str, torch.Tensor], model, rank: int) -> dict[str, torch.Tensor]:
-    """A UNet's difference to a MODEL as a LoRA with the names that every LoRA loader reads."""
+    """The difference of a UNet to a MODEL, as a LoRA with names that every LoRA loader reads."""
     names = family_of(network_of(model.model, CROSS)).diffusers_names(model.model)
     unload_compiled(model)
     own = model.model_state_dict(DIFFUSION_MODEL)

@@ -1,1 +1,1 @@
-"""FreeCustom (arXiv 2405.13870) on the host."""
+"""FreeCustom (arXiv 2405.13870) in ComfyUI."""

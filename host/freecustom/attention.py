@@ -1,9 +1,10 @@
-"""FreeCustom (arXiv 2405.13870) on the host: reference passes, their keys and values, and who may keep them.
+"""FreeCustom (arXiv 2405.13870) in ComfyUI: self-attention to the keys and values of reference passes.
 
-Every evaluation of the picture inside the active range is preceded by one *reference pass*: the references, noised to
-the same level with their own noise, go through the model once and leave their keys and values at the chosen layers.
-They never see the picture, so this equals the published batch of picture and references, and what they leave depends
-only on the references, the noise level and the model. A *bank* therefore keeps it for further pictures.
+In the active range, every evaluation of the picture is preceded by one *reference pass*: the references, with noise of
+their own at the same noise level, go through the model once, and their keys and values at the chosen layers are
+recorded. The references do not attend to the picture, so the result equals the published batch of picture and
+references, and the keys and values depend only on the references, the noise level and the model. Therefore a *bank*
+keeps them for further pictures.
 """
 
 from __future__ import annotations
@@ -52,20 +53,20 @@ _NOT_FOR_REFERENCES = (
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A subject with the host's conditioning of its reference prompt."""
+    """A subject with the conditioning of its reference prompt."""
 
     subject: Subject
     conditioning: list
 
 
 def apply(model, vae, clip, subjects: Sequence[Subject], settings: MrsaSettings):
-    """A clone of the MODEL whose pictures attend to the subjects' references.
+    """Returns a clone of the MODEL that attends to the subjects' references.
 
-    On a MODEL that has been through this before, the subjects are added to those already there and these settings
-    hold for all. Without any subject the clone is untouched.
+    If the MODEL already has FreeCustom, the subjects are added to the existing ones, and these settings apply to all.
+    Without subjects, the clone is unchanged.
 
     Raises:
-        ValueError: model, VAE, CLIP or a setting cannot be used; says which and why.
+        ValueError: the model, the VAE, the CLIP or a setting cannot be used.
     """
     network = network_of(model.model, SELF)
     sites = choose_self_attention(family_of(network).sites(network), settings.blocks)
@@ -92,12 +93,12 @@ def apply(model, vae, clip, subjects: Sequence[Subject], settings: MrsaSettings)
 
 
 def record_shares(model, steps: str, blocks: str) -> tuple[object, ShareRecord]:
-    """A clone of a MODEL with FreeCustom that records attention shares, and the record it will fill.
+    """Returns a clone of a MODEL with FreeCustom that records attention shares, and the record that sampling will fill.
 
-    Without FreeCustom, or where none of its subjects is drawn on, it is the MODEL itself and a record of nothing.
+    Without FreeCustom, or without a subject of weight above 0, these are the MODEL itself and an empty record.
 
     Raises:
-        ValueError: `steps` or `blocks` cannot be read, or FreeCustom is active at none of the blocks.
+        ValueError: `steps` or `blocks` cannot be parsed, or FreeCustom is active in none of the blocks.
     """
     system = attached(model, KEY)
     if system is None or not system.references:
@@ -108,10 +109,10 @@ def record_shares(model, steps: str, blocks: str) -> tuple[object, ShareRecord]:
 
 
 class FreeCustom:
-    """The system attached to a MODEL. It owns the references' latents and the bank; both go when the MODEL goes.
+    """The system attached to a MODEL. It owns the references' latents and the bank; both are freed with the MODEL.
 
     Raises:
-        ValueError: a mask of a subject that is switched on has nothing at the threshold.
+        ValueError: a mask of a subject with weight above 0 is empty at the threshold.
     """
 
     name = NAME
@@ -140,7 +141,7 @@ class FreeCustom:
         self._latents: OrderedDict[tuple[int, int], list[torch.Tensor]] = OrderedDict()
 
     def _mask_of(self, subject: Subject) -> torch.Tensor:
-        """Where a subject is in its reference, (H, W), boolean."""
+        """Where the subject is in its reference, (H, W), boolean."""
         threshold = self.settings.mask_threshold
         for name, mask in (("mask", subject.mask), ("target mask", subject.target_mask)):
             if mask is not None and not binarize(mask, threshold).any():
@@ -151,10 +152,14 @@ class FreeCustom:
         return binarize(subject.mask, threshold, tuple(subject.image.shape[:2]))
 
     def begin(self, sampling: Sampling) -> ReferenceRun | None:
-        """Opens a run; encodes the references for this picture's size unless that is done.
+        """Opens a run. Encodes the references for the size of this picture, unless that is already done.
+
+        Returns:
+            None if no subject has a weight above 0.
 
         Raises:
-            ValueError: a target mask has another shape than the picture, or the model is compiled.
+            ValueError: a target mask has another aspect ratio than the picture, or the VAE returns latents that are
+                not finite.
         """
         if not self.references:
             return None
@@ -167,7 +172,7 @@ class FreeCustom:
         return ReferenceRun(self, sampling, self._encode(size, patcher.model))
 
     def _advise(self, sampling: Sampling) -> None:
-        """Says what is allowed but rarely meant."""
+        """Gives advice about settings that are allowed, but rarely intended."""
         if self.crowding > CROWDED:
             advise(
                 NAME,
@@ -179,7 +184,7 @@ class FreeCustom:
         if prompt is None:
             return
         nouns = dict.fromkeys(one.subject.noun for one in self.active)
-        # Parts of words count too, for "dogs" has the dog in it.
+        # Parts of words count too, so that "dogs" names the dog.
         lacking = " and ".join(f'"{noun}"' for noun in nouns if noun.casefold() not in prompt.casefold())
         if lacking:
             advise(
@@ -187,7 +192,7 @@ class FreeCustom:
             )
 
     def _encode(self, size: tuple[int, int], model) -> list[torch.Tensor]:
-        """Latents of the references, (1, C, h, w) each, about as large as a picture of this latent size."""
+        """Latents of the references, (1, C, h, w) each, for a picture with the latent size `size`."""
         if size not in self._latents:
             factor = self.vae.spacial_compression_encode()
             by_size: dict[tuple[int, int], list[int]] = {}
@@ -211,7 +216,7 @@ class FreeCustom:
 
 
 def _rows(subjects: Sequence[ActiveSubject]) -> tuple[Reference, ...]:
-    """Subjects of the same picture and prompt share one row of the reference pass."""
+    """Groups subjects with the same picture and prompt into one row of the reference pass."""
     rows: dict[tuple, list[ActiveSubject]] = {}
     for one in subjects:
         image = one.subject.image
@@ -220,9 +225,9 @@ def _rows(subjects: Sequence[ActiveSubject]) -> tuple[Reference, ...]:
 
 
 def reference_size(image: Sequence[int], target: tuple[int, int]) -> tuple[int, int]:
-    """Latent size (h, w) of a reference (H, W): the target's area, the picture's own proportions.
+    """Latent size (h, w) for a reference picture (H, W): the area of `target`, the aspect ratio of the picture.
 
-    Equal proportions give exactly the target's size, so that references batch.
+    Equal aspect ratios give exactly `target`, so that the references can be batched.
     """
     if same_aspect(tuple(image), tuple(target)):
         return tuple(target)
@@ -231,7 +236,7 @@ def reference_size(image: Sequence[int], target: tuple[int, int]) -> tuple[int, 
 
 
 def fit(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes a picture (H, W, 3) to (h, w, 3) without aliasing."""
+    """Resizes a picture (H, W, 3) to (h, w, 3) with antialiasing."""
     planes = image.movedim(-1, 0)[None].float()
     if tuple(planes.shape[-2:]) != size:
         planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -239,8 +244,10 @@ def fit(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class Missed:
-    """What could not be done for a conditioning at some layers in one step of sampling, and in no other evaluation of
-    that step: guidance that evaluates the picture a second time with layers replaced (PAG) takes nothing away from it.
+    """Collects where things were done and where they failed, by site, sampling step and conditioning.
+
+    A failure counts only if the same thing was not done in another evaluation of the step: guidance such as PAG
+    evaluates the picture a second time, with layers replaced on purpose.
     """
 
     def __init__(self):
@@ -248,15 +255,15 @@ class Missed:
         self._failed: dict[str, dict[str, set[tuple]]] = {}
 
     def done(self, what: str, places: Iterable[tuple]) -> None:
-        """It was done at these places, (site, step, conditioning) each."""
+        """Notes that `what` was done at these places, (site, step, conditioning) each."""
         self._done.setdefault(what, set()).update(places)
 
     def failed(self, what: str, why: str, places: Iterable[tuple]) -> None:
-        """It was not, in one evaluation."""
+        """Notes that `what` failed at these places in one evaluation, and why."""
         self._failed.setdefault(what, {}).setdefault(why, set()).update(places)
 
     def reasons(self) -> list[str]:
-        """Why something was never done at a place."""
+        """The reasons of all failures at places where the same thing was never done."""
         return [
             why
             for what, reasons in self._failed.items()
@@ -276,11 +283,11 @@ class Part:
     """Rows of the picture's batch that are treated alike.
 
     Attributes:
-        rows: a slice if the rows lie together, else their numbers.
-        conditionings: the numbers of the conditionings they belong to.
-        role: whose references they see; None for plain attention.
+        rows: a slice if the rows are contiguous, else their indices.
+        conditionings: the indices of their conditionings.
+        role: the role whose references they attend to; None for plain attention.
         style_fidelity: share of plain attention in the result.
-        recorded: conditionings whose shares count; 0 for the negative.
+        recorded: number of conditionings whose attention shares are recorded; 0 for the negative.
     """
 
     rows: slice | torch.Tensor
@@ -291,7 +298,7 @@ class Part:
 
 
 def _negative_prompt(sampling: Sampling, settings: MrsaSettings) -> dict | None:
-    """The guider's negative conditioning, if references of the unconditional branch need it."""
+    """The guider's negative conditioning if the unconditional branch's references use it, else None."""
     entries = sampling.guider.conds.get(NEGATIVE)
     if settings.style_fidelity >= 1 or settings.negative_references == SHARE_POSITIVE or not entries:
         return None
@@ -320,7 +327,7 @@ class ReferenceRun:
         self.missed = Missed()
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
-        """See `patching.Run`; runs the reference passes this evaluation needs."""
+        """See `patching.Run`. Runs the reference passes that this evaluation needs."""
         if evaluation.noise_level not in self.levels:
             return {}
         parts = self._parts(evaluation)
@@ -334,7 +341,7 @@ class ReferenceRun:
         return {site: partial(self._attend, site, device, parts, seen, evaluation) for site in device.layouts}
 
     def _parts(self, evaluation: Evaluation) -> list[Part]:
-        """Which rows see which references."""
+        """Splits the rows by the references that they attend to."""
         fidelity = self.job.settings.style_fidelity
         chunks: dict[str | None, list[int]] = {}
         for i, role in enumerate(evaluation.roles):
@@ -360,7 +367,7 @@ class ReferenceRun:
         return parts
 
     def _attend(self, site, device, parts, seen, evaluation, call: AttentionCall) -> torch.Tensor:
-        """Attention of the picture at one site."""
+        """The picture's attention at one site, with references where they apply."""
         places = self._places(site, parts, evaluation)
         if call.previous is not None:
             self.missed.failed(SEEN, _REPLACED, places)
@@ -407,14 +414,14 @@ class ReferenceRun:
         return mixed
 
     def _places(self, site: Site, parts: Sequence[Part], evaluation: Evaluation) -> list[tuple]:
-        """(site, step, conditioning) of all parts that see references."""
+        """(site, step, conditioning) for all parts that attend to references."""
         uuids = evaluation.options.get("uuids") or [None]
         return [
             (site, evaluation.step, uuids[i]) for part in parts if part.role is not None for i in part.conditionings
         ]
 
     def finish(self, samples: torch.Tensor) -> None:
-        """Hands over the attention shares, and says what was missed and what the bank holds."""
+        """Completes the record of attention shares, advises on what was missed, and logs the size of the bank."""
         for reason in self.missed.reasons():
             advise(NAME, reason, self.job.sampling.node)
         if self.share is not None:
@@ -429,6 +436,6 @@ class ReferenceRun:
         )
 
     def close(self) -> None:
-        """Lets go of all tensors."""
+        """Releases all tensors."""
         self.devices.clear()
         self.share = self.job = None

@@ -16,9 +16,9 @@ RAM, VRAM = "RAM", "VRAM"
 
 @dataclass(eq=False)
 class BankGroup:
-    """What one configuration has left in the bank: per (noise level, step, role) and site one (2, M, C) tensor.
+    """The bank's tensors for one configuration: keys and values (2, M, C) per (noise level, step, role) and site.
 
-    The layouts are small and stay on the device, so that a run finds them in place.
+    The layouts are small and stay on the device, where the next run uses them.
     """
 
     kept_alive: tuple
@@ -28,11 +28,15 @@ class BankGroup:
 
 
 class Bank:
-    """Keys and values of references across runs, within a limit.
+    """Keys and values of references, kept across runs up to a limit.
 
-    A group belongs to one configuration of references, schedule, noise, model and layers. When room is needed, groups
-    that were used longest ago go; a group never displaces its own entries, since a schedule is read from its
-    start again each time and would otherwise displace exactly what it needs next.
+    A group belongs to one configuration of references, schedule, noise, model and layers. When room is needed, the
+    least recently used groups are dropped. A group never drops its own entries: each run goes through the schedule from
+    its start, so the dropped entries would be the ones that are needed next.
+
+    Args:
+        limit: maximum size in bytes.
+        device: RAM or VRAM.
     """
 
     def __init__(self, limit: int, device: str):
@@ -42,22 +46,22 @@ class Bank:
 
     @property
     def size(self) -> int:
-        """Bytes held."""
+        """Number of bytes in the bank."""
         return sum(group.size for group in self.groups.values())
 
     def open(self, key: tuple, kept_alive: tuple) -> BankGroup:
-        """The group of a configuration, new or known, now the most recently used.
+        """Returns the group of a configuration, new or existing, and marks it as the most recently used.
 
         Args:
-            key: says what the entries depend on; objects appear in it by id.
-            kept_alive: those objects, so that no other object can get their id.
+            key: everything that the entries depend on; objects are given by id.
+            kept_alive: these objects, so that their ids are not reused.
         """
         group = self.groups.setdefault(key, BankGroup(kept_alive))
         self.groups.move_to_end(key)
         return group
 
     def put(self, group: BankGroup, entry: tuple, tensors: Mapping[Site, torch.Tensor]) -> None:
-        """Keeps the tensors of one reference pass if there is room."""
+        """Keeps the tensors of one reference pass if there is room for them."""
         needed = sum(t.nbytes for t in tensors.values())
         if needed + group.size > self.limit or entry in group.entries:
             return

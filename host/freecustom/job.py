@@ -1,4 +1,4 @@
-"""What FreeCustom's nodes decide, and what a run hands to its reference passes."""
+"""The settings of FreeCustom's nodes, and the inputs of the reference passes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ SAMPLER_SEED = -1
 
 @dataclass(frozen=True)
 class MrsaSettings:
-    """How subjects are drawn on. The defaults are those of the published code.
+    """How references are used. The defaults are those of the published code.
 
     Attributes:
         formula: one of `mrsa.FORMULAS`.
-        style_fidelity: 1 keeps the unconditional branch plain, 0 gives it the references too.
+        style_fidelity: 1 keeps attention of the unconditional branch plain, 0 gives it the references too.
         blocks: preset or layer numbers, see `sites.choose_self_attention`.
-        window: in which references are seen.
-        reference_seed: of the references' noise; SAMPLER_SEED follows the sampler.
-        reference_noise: PER_STEP draws new noise each step as published, FIXED keeps one.
+        window: the part of the schedule in which references are used.
+        reference_seed: seed of the references' noise; SAMPLER_SEED uses the sampler's seed.
+        reference_noise: PER_STEP draws new noise in each step, as published; FIXED uses the same noise in all steps.
         balance: 0..1, see `mrsa.balance_biases`.
-        mask_threshold: mask value from which a pixel belongs to the subject.
-        negative_references: what prompt the unconditional branch's references have, for style_fidelity < 1.
-        bank_mib: most that the bank may hold; 0 keeps nothing.
+        mask_threshold: lowest mask value of a pixel that belongs to the subject.
+        negative_references: which references the unconditional branch attends to if style_fidelity < 1:
+            NEGATIVE_PROMPT those of a second pass with the negative prompt, SHARE_POSITIVE those of the positive.
+        bank_mib: limit of the bank; 0 keeps nothing.
         bank_device: RAM or VRAM.
     """
 
@@ -51,14 +52,14 @@ class MrsaSettings:
 
 @dataclass(frozen=True, eq=False)
 class ActiveSubject:
-    """A subject that is drawn on.
+    """A subject with weight above 0.
 
     Attributes:
-        number: its place among all subjects of the MODEL, those of weight 0 too.
-        subject: as Reference Subject gives it.
-        conditioning: the host's, of the reference's prompt.
-        mask: (H, W), boolean, of the reference.
-        lift: what `mrsa.balance_biases` adds to its weight.
+        number: its index among all subjects of the MODEL, including those with weight 0.
+        subject: from Reference Subject or Concept Collage.
+        conditioning: conditioning of the reference's prompt.
+        mask: (H, W), boolean, where the subject is in the reference.
+        lift: log-odds from `mrsa.balance_biases`, added to its weight.
     """
 
     number: int
@@ -70,41 +71,41 @@ class ActiveSubject:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """One picture with one prompt: a row of the reference pass. It shows one subject or several."""
+    """A picture with a prompt, which is one row of the reference pass. It shows one or more subjects."""
 
     subjects: tuple[ActiveSubject, ...]
 
     @property
     def image(self) -> torch.Tensor:
-        """(H, W, 3), 0..1."""
+        """The picture, (H, W, 3), 0..1."""
         return self.subjects[0].subject.image
 
     @property
     def conditioning(self) -> list:
-        """The host's, of its prompt."""
+        """The conditioning of the prompt."""
         return self.subjects[0].conditioning
 
     @property
     def name(self) -> int:
-        """Of its noise: the number of its first subject, so that switching another subject off changes no noise."""
+        """Identifies its noise: the number of its first subject, so that switching others off keeps the noise."""
         return self.subjects[0].number
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceJob:
-    """What the reference passes of one sampling are made of.
+    """The inputs of the reference passes of one sampling.
 
     Attributes:
         references: the rows.
-        latents: of each row, (1, C, h, w).
-        subject_count: how many subjects the MODEL has, those of weight 0 too.
-        sites: self-attention sites whose keys and values are kept.
-        settings: see there.
-        noise_seed: of the references' noise.
-        negative: the guider's negative conditioning in the host's inner form, where the unconditional branch's
-            references are to see it.
-        bank: keeps what the passes leave.
-        sampling: the run's.
+        latents: latent of each row, (1, C, h, w).
+        subject_count: number of subjects on the MODEL, including those with weight 0.
+        sites: self-attention sites whose keys and values are recorded.
+        settings: the node's settings.
+        noise_seed: seed of the references' noise.
+        negative: the guider's negative conditioning in ComfyUI's internal form, if the unconditional branch's
+            references use it.
+        bank: keeps the keys and values.
+        sampling: the sampling that the passes belong to.
     """
 
     references: Sequence[Reference]

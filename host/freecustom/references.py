@@ -1,4 +1,4 @@
-"""Reference passes of FreeCustom: references go through the model ahead of the picture and leave keys and values."""
+"""FreeCustom's reference passes: references go through the model before the picture, and give keys and values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch:
     Attributes:
         members: indices into the job's references.
         latents: (R, C, h, w).
-        conds: what the model call takes for each role.
+        conds: inputs of the model call for each role.
     """
 
     members: tuple[int, ...]
@@ -40,9 +40,9 @@ class ReferencePasses:
     """A job's tensors on one device.
 
     Attributes:
-        layouts: what the keys and values of each site are, once there are any.
-        has_target_masks: whether some subject may not appear everywhere.
-        count: how many passes the model has made here.
+        layouts: layout of the keys and values of each site, once there are any.
+        has_target_masks: whether a subject is limited to a part of the picture.
+        count: number of passes that were run here.
     """
 
     def __init__(self, job: ReferenceJob, evaluation: Evaluation):
@@ -53,7 +53,7 @@ class ReferencePasses:
         self.layouts: dict[Site, mrsa.KeyLayout] = {}
         self._subjects = [subject for reference in job.references for subject in reference.subjects]
         self.has_target_masks = any(one.subject.target_mask is not None for one in self._subjects)
-        # The reference pass must meet no layers that treat its batch as frames, whoever injected them.
+        # Raises if another node has injected video layers, which would treat the pass's batch as frames.
         network = network_of(self.model)
         family_of(network).sites(network)
         self._batches = self._make_batches(evaluation)
@@ -65,7 +65,7 @@ class ReferencePasses:
         self._group = self._open_bank(evaluation)
 
     def _make_batches(self, evaluation: Evaluation) -> list[Batch]:
-        """Encodes the references' conditionings and puts those of equal shapes together, as many as fit."""
+        """Encodes the references' conditionings, and batches those of equal shapes as far as memory allows."""
         job, model = self.job, self.model
         entries = []
         for i, (reference, latent) in enumerate(zip(job.references, job.latents, strict=True)):
@@ -101,14 +101,14 @@ class ReferencePasses:
         return batches
 
     def _encode(self, conditioning: list | None, latent: torch.Tensor) -> passes.Conds:
-        """What the host makes of one conditioning; None takes the guider's negative."""
+        """Encodes one conditioning as inputs of a model call; None is the guider's negative."""
         if conditioning is None:
             return passes.encode(self.model, self.job.negative, latent, NEGATIVE, self.job.noise_seed)
         entry = comfy.sampler_helpers.convert_cond(conditioning)[0]
         return passes.encode(self.model, entry, latent, POSITIVE, self.job.noise_seed)
 
     def _open_bank(self, evaluation: Evaluation) -> BankGroup | None:
-        """The bank's group of this run, or None where nothing may be kept."""
+        """The bank's group for this run, or None if nothing can be kept."""
         job, bank = self.job, self.job.bank
         patcher = job.sampling.guider.model_patcher
         if bank.limit == 0 or self.device != patcher.load_device:
@@ -135,7 +135,7 @@ class ReferencePasses:
         return group
 
     def references(self, role: str, evaluation: Evaluation) -> dict[Site, torch.Tensor]:
-        """Per site the references' keys and values, (2, M, C): from this evaluation's pass, the bank, or a new pass."""
+        """The references' keys and values per site, (2, M, C): from this evaluation's pass, the bank or a new pass."""
         hooks = self.model.current_patcher.current_hooks
         entry = (evaluation.noise_level, evaluation.step, role, hooks)
         if entry in self._current:
@@ -177,7 +177,7 @@ class ReferencePasses:
         return {site: tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1) for site, tensors in collected.items()}
 
     def _forward(self, batch: Batch, role: str, evaluation: Evaluation, handlers: dict[Site, Handler]) -> None:
-        """One truncated forward of the model on noised references."""
+        """Runs the model on noised references, up to the last site."""
         model = self.model
         rows = len(batch.members)
         sigma = evaluation.sigma[:1].repeat(rows)
@@ -189,7 +189,7 @@ class ReferencePasses:
         passes.forward(evaluation, x, batch.conds[role], handlers)
 
     def _plan(self, batch: int, grid: tuple[int, int]) -> mrsa.KeyPlan:
-        """Which tokens to take from a batch at a grid; the same for all steps."""
+        """Which tokens to take from a batch for a token grid; the same in all steps."""
         key = (batch, grid)
         if key not in self._plans:
             members = self._batches[batch].members
@@ -207,16 +207,16 @@ class ReferencePasses:
         return self._plans[key]
 
     def bias(self, layout: mrsa.KeyLayout, n_own: int, own_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """`mrsa.bias_row`, once per layout and size."""
+        """`mrsa.bias_row`, computed once per layout and size."""
         key = (id(layout), n_own, own_tokens, dtype)
         if key not in self._biases:
             self._biases[key] = mrsa.bias_row(layout, n_own, own_tokens, dtype)
         return self._biases[key]
 
     def groups(self, layout: mrsa.KeyLayout, call: AttentionCall, in_place: bool) -> list[mrsa.QueryGroup] | None:
-        """`mrsa.query_groups`, once per layout and size; None where all queries see all subjects.
+        """`mrsa.query_groups`, computed once per layout and size; None if all queries attend to all subjects.
 
-        Target masks count where `in_place` says that the call sees the whole picture.
+        Target masks are used if `in_place`, which means that the call has the tokens of the whole picture.
         """
         n_queries, n_own, grid, picture = call.q.shape[1], call.k.shape[1], call.grid, call.picture
         masked = in_place and self.has_target_masks
@@ -235,7 +235,7 @@ class ReferencePasses:
 
 
 def reference_noise(seed: int, step: int, name: int, shape: Sequence[int]) -> torch.Tensor:
-    """Noise (1, *shape) of the reference `name` at one step, apart from the sampler's random numbers."""
+    """Noise (1, *shape) for the reference `name` in one step, independent of the sampler's random numbers."""
     digest = hashlib.blake2b(f"{seed} {step} {name}".encode(), digest_size=7).digest()
     return torch.randn((1, *shape), generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))
 

@@ -1,8 +1,8 @@
-"""Attention shares: recorded while a picture is sampled, found again by the latent that this gave.
+"""Attention shares: recorded while a picture is sampled, and found by the latent that sampling returned.
 
-A record belongs to the node that made it. Every sampling that passes through its MODEL leaves its maps there under the
-fingerprint of the finished latent. So a view finds the maps of its own picture no matter which of several samplers ran
-last, or whether the host took the latent from its cache.
+A record belongs to the node that made it. Every sampling with its MODEL stores its maps in the record under the
+fingerprint of the resulting latent. So a view finds the maps of its own picture, no matter which of several samplers
+ran last, or whether ComfyUI took the latent from its cache.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class ShareRecord:
     Attributes:
         nouns: names of the subjects, in the order of the maps.
         steps: sampling steps to record; None means all.
-        sites: the layers to record; none where there is nothing to record.
-        pictures: per fingerprint of a latent its maps (B, 1 + N, h, w), on the CPU, the picture's own share first; None
-            where its sampling saw no references.
+        sites: the layers to record; empty if there is nothing to record.
+        pictures: maps (B, 1 + N, h, w) by the fingerprint of the latent, on the CPU, the picture's own share first;
+            None if no references were used in the sampling.
     """
 
     nouns: tuple[str, ...]
@@ -41,10 +41,10 @@ class ShareRecord:
 
     @classmethod
     def of(cls, steps: str, blocks: str, sites: Sequence[Site], nouns: Sequence[str]) -> ShareRecord:
-        """A record of "all" or of numbered steps and self-attention layers.
+        """Creates a record for "all" or numbered steps and self-attention layers.
 
         Raises:
-            ValueError: a list cannot be read, or references are seen at none of the layers.
+            ValueError: a list cannot be parsed, or references are used in none of the layers.
         """
         chosen = frozenset(sites)
         if blocks.strip() != ALL:
@@ -56,10 +56,10 @@ class ShareRecord:
         return cls(tuple(nouns), None if steps.strip() == ALL else parse_numbers(steps, "steps"), chosen)
 
     def find(self, samples: torch.Tensor) -> torch.Tensor | None:
-        """The maps (B, 1 + N, h, w) of a finished latent, None if there was nothing to record in its sampling.
+        """Returns the maps (B, 1 + N, h, w) of a sampled latent; None if there was nothing to record.
 
         Raises:
-            ValueError: no sampling gave this latent.
+            ValueError: the latent is not from a recorded sampling.
         """
         if not self.sites:
             return None
@@ -72,14 +72,14 @@ class ShareRecord:
         return self.pictures[name]
 
     def keep(self, samples: torch.Tensor, maps: torch.Tensor | None) -> None:
-        """Keeps the maps of a picture; the oldest go when there are too many."""
+        """Stores the maps of a latent; the oldest are dropped when there are too many."""
         self.pictures[latent_fingerprint(samples)] = maps
         while len(self.pictures) > PICTURES_KEPT:
             self.pictures.popitem(last=False)
 
 
 class ShareRun:
-    """Sums of one sampling, per token grid."""
+    """The sums of one sampling, per token grid."""
 
     def __init__(self, record: ShareRecord, noise: torch.Tensor):
         self.record = record
@@ -92,13 +92,13 @@ class ShareRun:
         return site in self.record.sites and (self.record.steps is None or step in self.record.steps)
 
     def add(self, shares: torch.Tensor, conditionings: int, grid: tuple[int, int]) -> None:
-        """Adds the shares (conditionings * B, h * w, 1 + N) of one call, averaged over conditionings."""
+        """Adds the shares (conditionings * B, h * w, 1 + N) of one call, averaged over the conditionings."""
         maps = shares.unflatten(0, (conditionings, -1)).mean(0).unflatten(1, grid).movedim(-1, 1)
         self.totals[grid] = self.totals[grid] + maps if grid in self.totals else maps
         self.counts[grid] = self.counts.get(grid, 0) + 1
 
     def finish(self, samples: torch.Tensor) -> None:
-        """Leaves the mean over all recorded calls in the record, None if there were none."""
+        """Stores the mean over all recorded calls in the record, or None if there were none."""
         if not self.totals:
             self.record.keep(samples, None)
             return
@@ -109,6 +109,6 @@ class ShareRun:
 
 
 def latent_fingerprint(samples: torch.Tensor) -> str:
-    """Names a latent by its content, the same before and after the host has moved it between nodes."""
+    """Hash of a latent's content, which stays the same when ComfyUI moves it between nodes."""
     moved = samples.detach().to("cpu", comfy.model_management.intermediate_dtype()).contiguous()
     return hashlib.sha256(moved.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,1 +1,1 @@
-"""How anything gets into a model: sites, patches, forward passes of our own."""
+"""Access to a diffusion model: sites, patches, layer hooks and extra forward passes."""

@@ -1,4 +1,4 @@
-"""Files of weights for the host's models."""
+"""Loads weights files for ComfyUI's models."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from ...encoders.files import SAFETENSORS, check, read_state, state_of
 
 
 def load_state(path: Path | str, name: str = "file") -> dict[str, torch.Tensor]:
-    """The tensors of a file by name. Safetensors are read by the host, whose memory management can take such weights
-    from the disk when they are needed; they are checked before, since the host's errors are not for users.
+    """Loads the tensors of a weights file by name.
+
+    Safetensors are read by ComfyUI, whose memory management can load such weights from disk when they are needed. They
+    are checked first, because ComfyUI's errors are not written for users.
 
     Args:
-        path: of the file.
-        name: the input that errors name.
+        path: the file.
+        name: name of the node input, for error messages.
 
     Raises:
-        ValueError: it is no file of weights, not whole, or holds other things than tensors by name.
+        ValueError: the file is not a weights file, is incomplete, or does not map names to tensors.
     """
     path = Path(path)
-    # The host knows files by their endings.
+    # ComfyUI recognizes formats by the file extension.
     if check(path, name) == SAFETENSORS and path.suffix.lower() in (".safetensors", ".sft"):
         return state_of(comfy.utils.load_torch_file(str(path), safe_load=True), path, name)
     return read_state(path, name)

@@ -1,4 +1,4 @@
-"""Single layers: handled while a model runs, by their names in it."""
+"""Forward hooks on single layers of a diffusion model, which are given by their module names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ import torch
 from .families import family_of
 
 LayerHandler = Callable[[torch.Tensor, torch.Tensor, tuple[int, int] | None], torch.Tensor]
-"""(input, output, grid) of a layer -> the output it shall have; grid (h, w) is that of the transformer around it."""
+"""(input, output, grid) -> new output of a layer; `grid` is the token grid (h, w) of the enclosing transformer, or None
+for a layer outside of transformers."""
 
 LayerHooks = Sequence[Callable[[], torch.utils.hooks.RemovableHandle]]
-"""What `layer_hooks` has made ready; each call puts one hook into its layer."""
+"""Prepared by `layer_hooks`; each call registers one hook and returns its handle."""
 
 _UNHANDLED = ContextVar("conceptloom_unhandled_layers", default=False)
 
 
 def layer_hooks(network: torch.nn.Module, handlers: Mapping[str, LayerHandler]) -> LayerHooks:
-    """What handles layers of a `network_of` a model with cross-attention, by their names in it; for all evaluations."""
+    """Prepares hooks that run `handlers` on layers of a diffusion model. They can be used for all evaluations.
+
+    Args:
+        network: from `network_of`; its family must have cross-attention.
+        handlers: by the layer's name in `network`.
+    """
     grids: dict[str | None, tuple[int, int]] = {}
 
     def note(name: str) -> Callable:
@@ -50,7 +56,7 @@ def layer_hooks(network: torch.nn.Module, handlers: Mapping[str, LayerHandler]) 
 
 @contextmanager
 def handled_layers(hooks: LayerHooks) -> Iterator[None]:
-    """The hooks are in their layers while this is open."""
+    """Registers the hooks for the duration of the context."""
     handles = []
     try:
         for register in hooks:
@@ -63,7 +69,8 @@ def handled_layers(hooks: LayerHooks) -> Iterator[None]:
 
 @contextmanager
 def unhandled_layers() -> Iterator[None]:
-    """No layer is handled while this is open: for passes that are not the sampled picture's."""
+    """Turns all layer handlers off for the duration of the context, for passes other than those of the sampled
+    picture."""
     token = _UNHANDLED.set(True)
     try:
         yield

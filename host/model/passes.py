@@ -1,8 +1,8 @@
-"""Forward passes of a system's own: pictures that go through the model beside the one that is sampled.
+"""Extra forward passes: pictures other than the sampled one go through the model.
 
-They give features (keys, values, residual branches) at the noise level of the evaluation that is to come, and see
-nothing of the picture. Patches of other nodes that change features alike for all rows apply to them too; those that
-count on the rows of the sampled picture do not.
+A pass computes features (keys, values, residual branches) at the noise level of the evaluation that follows it, and
+does not depend on the sampled picture. Patches of other nodes apply to it if they change features alike for all rows;
+patches that depend on the rows of the sampled picture do not.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ KERNEL_OVERRIDE = "optimized_attention_override"
 _OPTIONS = ("sample_sigmas", KERNEL_OVERRIDE)
 
 
-class StopForward(Exception):  # noqa: N818 (no error: it ends a forward pass early)
-    """Raised by a handler when the rest of the model need not be computed."""
+class StopForward(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
+    """Raised by a handler to skip the rest of the forward pass."""
 
 
 def feature_patches(evaluation: Evaluation) -> dict[str, list]:
-    """Patches of other nodes that change features alike for every row, and so belong into a pass of our own."""
+    """Patches of other nodes that change features alike for every row, and therefore also apply to extra passes."""
     patches = evaluation.options.get("patches", {})
     return {name: patches[name] for name in _FEATURE_PATCHES if name in patches}
 
 
 Conds = dict[str, torch.Tensor | int | float]
-"""What a model call takes beside the picture, by name: tensors of one row for each picture, and numbers."""
+"""Inputs of a model call other than the latent, by name: tensors with one row per picture, and numbers."""
 
 
 def encode(model, entry: Mapping, latent: torch.Tensor, side: str, seed: int, rows: int = 1) -> Conds:
-    """What the host makes of one conditioning for a model call.
+    """Encodes one conditioning as inputs of a model call.
 
     Args:
-        model: the host's BaseModel.
-        entry: one of the host's conditionings in its inner form (see `comfy.sampler_helpers.convert_cond`).
-        latent: (1, C, h, w), on the device that computes.
+        model: ComfyUI's BaseModel.
+        entry: one conditioning in the form that `comfy.sampler_helpers.convert_cond` returns.
+        latent: (1, C, h, w), on the device of the computation.
         side: POSITIVE or NEGATIVE.
-        seed: of the noise that some models add to conditions.
-        rows: pictures of the call.
+        seed: seed of the noise that some models add to conditionings.
+        rows: number of pictures in the call.
     """
     encoded = comfy.samplers.encode_model_conds(
         model.extra_conds,
@@ -67,7 +67,7 @@ def encode(model, entry: Mapping, latent: torch.Tensor, side: str, seed: int, ro
 def forward(evaluation: Evaluation, x: torch.Tensor, conds: Conds, handlers: Mapping[Site, Handler]) -> None:
     """Runs the model on `x` (n, C, h, w) at the noise level of `evaluation` until a handler raises StopForward.
 
-    It goes past all wrappers of other packs. `conds` are what `encode` gives, for n rows.
+    The wrappers of other nodes are bypassed. `conds` are the inputs from `encode`, for n rows.
     """
     model = evaluation.model
     sigma = evaluation.sigma[:1].repeat(len(x))
@@ -85,7 +85,7 @@ def forward(evaluation: Evaluation, x: torch.Tensor, conds: Conds, handlers: Map
 
 
 def evaluate(model, x: torch.Tensor, sigma: torch.Tensor, conds: Conds, options: dict) -> torch.Tensor:
-    """Denoised latents (n, C, h, w) of `x` at noise levels `sigma` (n,), past all wrappers."""
+    """Denoised latents (n, C, h, w) for `x` at the noise levels `sigma` (n,). All wrappers are bypassed."""
     conds = dict(conds)
     with unhandled_layers():
         return model._apply_model(

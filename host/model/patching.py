@@ -1,11 +1,11 @@
-"""The one way into a model: its sites are patched only while it runs, chained, freed.
+"""The only way in which systems patch a model: at its sites, during model calls, along with patches of other nodes.
 
-A *system* (FreeCustom and its siblings) is attached to a MODEL and registers two wrappers and nothing else:
+A *system* (such as FreeCustom) is attached to a MODEL. It adds an attachment and two wrappers, nothing else:
 
 - OUTER_SAMPLE opens a *run*, the state of one sampling, and closes it when sampling ends, fails or is interrupted.
-- APPLY_MODEL asks the run which *sites* (see `sites`) it wants to handle in this model evaluation, and installs its
-  handlers in a copy of the options of this one call. Whatever other nodes have put at a site is seen there, no
-  matter who came first, and handed to the handler. A run that wants nothing leaves the call untouched.
+- APPLY_MODEL asks the run which *sites* (see `sites`) to handle in this model evaluation, and installs the handlers in
+  a copy of the transformer options of this one call. A handler also receives the patch of another node at its site,
+  regardless of which was applied first. A run without handlers leaves the call unchanged.
 
 While a run is open, compiled modules run uncompiled (`_uncompiled`), whichever node compiled them and in which order.
 """
@@ -39,10 +39,10 @@ TEXT = "text"
 SIDES = "conceptloom_sides"
 """Attribute of a guider of ours: the roles of its sides, by the host's index."""
 _COMPILE_KEY = "torch.compile"
-"""Of the wrapper that the host's compile node and most others set."""
+"""Key of the wrapper that ComfyUI's compile node and most other compile nodes add."""
 
 _NEGATIVES = (NEGATIVE, "empty_negative_prompt")
-"""Sides that guidance moves away from; the second is Perp-Neg's."""
+"""Conditionings that guidance moves away from; the second is Perp-Neg's."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Evaluation:
     """One evaluation of the model within a run.
 
     Attributes:
-        model: the host's BaseModel, on the device that computes.
-        x: (rows, C, h, w), all conditionings of this call one after the other.
+        model: ComfyUI's BaseModel, on the device of the computation.
+        x: (rows, C, h, w), the rows of all conditionings in this call, one conditioning after the other.
         sigma: (rows,), equal values.
-        noise_level: the same as a number.
-        step: index of the sampling step it belongs to.
-        roles: per conditioning in the batch POSITIVE, NEGATIVE, TEXT, or another name it was tagged with.
-        options: the host's transformer options.
+        noise_level: the value of `sigma` as a number.
+        step: index of the sampling step.
+        roles: for each conditioning in the batch POSITIVE, NEGATIVE, TEXT, or another name that it is tagged with.
+        options: ComfyUI's transformer options.
     """
 
     model: Any
@@ -69,13 +69,13 @@ class Evaluation:
 
     @property
     def rows_per_role(self) -> int:
-        """Pictures per conditioning."""
+        """Number of pictures per conditioning."""
         return len(self.x) // len(self.roles)
 
     @property
     def hooks(self) -> tuple[Any, tuple[float, ...]]:
-        """What tells the weights of this evaluation from those of others of the run: the hooks of its conditionings,
-        and the strengths to which a schedule has set those that change weights. Other hooks only wrap."""
+        """Identifies the weights of this evaluation among those of the run: the hooks of its conditionings, and the
+        scheduled strengths of the hooks that change weights. Hooks of other types do not change weights."""
         group = self.model.current_patcher.current_hooks
         changing = [] if group is None else group.get_type(comfy.hooks.EnumHookType.Weight)
         return group, tuple(hook.strength_model for hook in changing)
@@ -85,42 +85,42 @@ class Run(Protocol):
     """State of one sampling."""
 
     def handlers(self, evaluation: Evaluation) -> Mapping[Site, Handler]:
-        """Which sites to handle in this evaluation, and how; empty leaves the evaluation untouched."""
+        """Returns the handlers of this evaluation by site; without any, the evaluation is left unchanged."""
 
     def finish(self, samples: torch.Tensor) -> None:
-        """Sampling has succeeded and gave this latent."""
+        """Called with the resulting latent when sampling has succeeded."""
 
     def close(self) -> None:
-        """Sampling has ended in any way: let go of everything."""
+        """Called when sampling has ended, whether or not it succeeded. Releases everything."""
 
 
 @runtime_checkable
 class LayerRun(Run, Protocol):
-    """A run that handles single layers too."""
+    """A run that also handles single layers."""
 
     def layers(self, evaluation: Evaluation) -> LayerHooks:
-        """What handles layers of the diffusion model in this evaluation; empty where there is nothing to handle."""
+        """Returns the layer hooks of this evaluation; empty if there are none."""
 
 
 class System(Protocol):
-    """What is attached to a MODEL; `name` is its node's."""
+    """What is attached to a MODEL. `name` is the display name of its node."""
 
     name: str
 
     def begin(self, sampling: Sampling) -> Run | None:
-        """Opens the run of one sampling, before the model is loaded; None leaves the sampling untouched."""
+        """Opens the run of one sampling, before the model is loaded; None leaves the sampling unchanged."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is known when a sampling begins.
+    """What is known when sampling begins.
 
     Attributes:
-        guider: the host's guider; its model_patcher and conds are final.
-        noise: (B, C, h, w), what is added to the picture's latent; zeros where that is noise already.
-        sampler: the host's SAMPLER.
-        sigmas: the schedule, as numbers.
-        seed: the sampler's.
+        guider: ComfyUI's guider, with its final model_patcher and conds.
+        noise: (B, C, h, w), added to the input latent; zeros if that latent already contains the noise.
+        sampler: ComfyUI's SAMPLER.
+        sigmas: the noise schedule.
+        seed: the sampler's seed.
         node: id of the node that attached the system, for `advice.advise`.
     """
 
@@ -134,7 +134,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class _Scope:
-    """A run, and what it takes to read the host's calls for it."""
+    """A run, with what is needed to interpret ComfyUI's model calls for it."""
 
     run: Run
     sigmas: tuple[float, ...]
@@ -158,8 +158,9 @@ class _Scope:
         return Evaluation(model, x, sigma, noise_level, max(0, step), self._roles_of(options), options)
 
     def _roles_of(self, options) -> tuple[str, ...]:
-        """Both marks are needed: the host gives the negative's share of an area the positive's uuid, but the
-        index 1; and guidance that evaluates the negative alone gives it the index 0, but its own uuid."""
+        """Returns the role of each conditioning in the batch. Both marks are needed: ComfyUI gives the negative's share
+        of an area the positive's uuid, but index 1, and guidance that evaluates the negative alone gives it index 0,
+        but its own uuid."""
         indices, uuids = options.get("cond_or_uncond"), options.get("uuids")
         if not indices or not uuids:
             return (POSITIVE,)
@@ -171,9 +172,10 @@ class _Scope:
 
 
 def attach(model, key: str, system: System, node: str | None = None):
-    """A clone of the MODEL with the system attached, in the place of one of the same key.
+    """Returns a clone of the MODEL with the system attached. A system with the same key is replaced.
 
-    What it advises while a picture is sampled is shown on `node`; None means the node that is executed now.
+    Advice that the system gives during sampling is shown on the node with the id `node`; None means the node that is
+    currently executed.
     """
     model = model.clone()
     detach_key(model, key)
@@ -184,7 +186,7 @@ def attach(model, key: str, system: System, node: str | None = None):
 
 
 def detach_key(model, key: str) -> None:
-    """Takes the system of this key off a MODEL that the caller owns."""
+    """Removes the system with this key from a MODEL, in place."""
     for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
         model.remove_wrappers_with_key(wrapper, key)
     if model.get_attachment(key) is not None:
@@ -192,13 +194,12 @@ def detach_key(model, key: str) -> None:
 
 
 def attached(model, key: str) -> System | None:
-    """The system of this key on a MODEL."""
+    """Returns the system with this key on a MODEL, or None."""
     return model.get_attachment(key)
 
 
 def unload_compiled(model) -> None:
-    """Unloads a MODEL's model where an earlier sampling has left compiled modules in it: weights have other names in
-    those."""
+    """Unloads a MODEL in which an earlier sampling has left compiled modules, because these have other weight names."""
     if any("._orig_mod." in name for name, _ in model.model.named_parameters()):
         comfy.model_management.unload_model_and_clones(model)
 
@@ -230,13 +231,13 @@ def _outer_sample(key: str, system: System, node: str | None) -> Callable:
 
 @contextmanager
 def _uncompiled(name: str, options: Mapping) -> Iterator[None]:
-    """Compiled modules run as they are written while this is open.
+    """Runs compiled modules uncompiled for the duration of the context.
 
-    Compiled code has no hooks, and the compile nodes drop its guards on the options that carry our handlers: it would
-    go on as it was first run, and draw the picture without them.
+    Hooks do not run in compiled code, and compile nodes drop its guards on the options that contain our handlers. It
+    would run as it was first compiled, without the handlers.
 
     Raises:
-        ValueError: a node has compiled the model, and this PyTorch cannot do without.
+        ValueError: a node has compiled the model, and this version of PyTorch cannot run it uncompiled.
     """
     compiled = _COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     if not hasattr(torch.compiler, "set_stance"):

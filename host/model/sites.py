@@ -1,7 +1,7 @@
-"""Sites: where a model can be handled, whatever its family.
+"""Sites: the places in a model that can be handled, independent of the model family.
 
-A site is a self- or cross-attention layer, or the residual branch of a decoder block. Systems speak of sites alone;
-what a family's blocks are called, and how a handler gets into them, only its file under `families` knows.
+A site is a self- or cross-attention layer, or the residual branch of a decoder block. Systems use sites only. How a
+family names its blocks, and how a handler is installed in them, is defined only in the family's file in `families`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _KERNELS_THAT_TAKE_A_BIAS = ("attention_basic", "attention_split", "attention_su
 
 @dataclass(frozen=True)
 class Site:
-    """One place of a model that can be handled.
+    """A place in a model that can be handled.
 
     Attributes:
-        kind: SELF, a layer in which the picture attends to itself (and, where attention is joint, to the text beside
-            it), CROSS, one in which it attends to the text alone, or RESIDUAL, the residual branch of a decoder block.
-        key: what its family calls it, and concepts after it; nothing else takes it apart.
-        index: its place among the sites of its kind in order of execution; layer number of the papers.
-        block: number of its block, as the papers count the blocks of a decoder.
-        in_decoder: whether it is in the model's decoder.
-        stage: for decoder sites, the place of its resolution stage among those with attention, counted from the
-            end (-1 is the last); None elsewhere, and in a stage without attention.
+        kind: SELF, a layer in which the picture attends to itself (and to the text, if attention is joint), CROSS, a
+            layer in which it attends to the text only, or RESIDUAL, the residual branch of a decoder block.
+        key: the family's name for the site, which concepts use too; only the family parses it.
+        index: position among the sites of its kind in order of execution; the layer number of the papers.
+        block: number of its block in the encoder, the middle or the decoder; for the decoder, the number of the papers.
+        in_decoder: whether the site is in the decoder.
+        stage: for decoder sites, position of the resolution stage among those with attention, counted from the end
+            (-1 is the last); None elsewhere, and in a stage without attention.
     """
 
     kind: str
@@ -49,15 +49,15 @@ class Site:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of one attention site. Whoever handles it returns (B, Lq, C).
+    """One call of an attention site. A handler returns the output, (B, Lq, C).
 
     Attributes:
-        q, k, v: projected, (B, Lq, C) and (B, Lk, C).
-        heads: number of heads that C is divided into.
+        q, k, v: projected queries, keys and values, (B, Lq, C), (B, Lk, C) and (B, Lk, C).
+        heads: number of attention heads.
         grid: height and width of the picture's token grid.
-        picture: where the picture's tokens are in q, and at a SELF site in k and v; others are text or padding.
-        attend: (q, k, v, bias=None) -> (B, Lq, C), the host's attention with these heads; see `host_attention`.
-        previous: (q, k, v) -> (B, Lq, C), what another node has put in place of this attention, or None.
+        picture: slice of the picture's tokens in q, and at a SELF site also in k and v; the rest is text or padding.
+        attend: (q, k, v, bias=None) -> (B, Lq, C), ComfyUI's attention with these heads; see `host_attention`.
+        previous: (q, k, v) -> (B, Lq, C), the attention with which another node replaces this one, or None.
     """
 
     q: torch.Tensor
@@ -70,98 +70,98 @@ class AttentionCall:
     previous: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None
 
     def unpatched(self) -> torch.Tensor:
-        """What the site gives without us: the other node's replacement if there is one, else plain attention."""
+        """The site's output without our handler: the other node's replacement if there is one, else plain attention."""
         return (self.previous or self.attend)(self.q, self.k, self.v)
 
 
 class ResidualCall(Protocol):
-    """One call of one residual block, whose output is skip(x) + branch(x, embedding).
+    """One call of a residual block, whose output is skip(x) + branch(x, embedding).
 
     Attributes:
-        x: (B, C, h, w).
+        x: the block's input, (B, C, h, w).
     """
 
     x: torch.Tensor
 
     def unpatched(self) -> torch.Tensor:
-        """What the block gives without us, (B, C', h, w): by another node's patch if there is one."""
+        """The block's output without our handler, (B, C', h, w), by another node's patch if there is one."""
 
     def with_its_branch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the block gives without us, and the branch within it."""
+        """The block's output without our handler, and the residual branch in it, both (B, C', h, w)."""
 
     def with_branch(self, branch: torch.Tensor) -> torch.Tensor:
-        """What the block gives with another branch, which spares it computing its own."""
+        """The block's output with `branch` (B, C', h, w) in place of its own, which is not computed."""
 
 
 Handler = Callable[[AttentionCall], torch.Tensor] | Callable[[ResidualCall], torch.Tensor]
 
 
 class Family(Protocol):
-    """What is true of one kind of model only.
+    """What is specific to one model family.
 
     Attributes:
-        names: what errors call its models.
-        kinds: of the sites that it has.
+        names: the names of its models, for error messages.
+        kinds: the kinds of sites that its models have.
     """
 
     names: str
     kinds: frozenset[str]
 
     def owns(self, module: torch.nn.Module) -> bool:
-        """Whether a module is a diffusion model of this family."""
+        """Whether `module` is a diffusion model of this family."""
 
     def sites(self, network: torch.nn.Module) -> tuple[Site, ...]:
         """All sites in order of execution.
 
         Raises:
-            ValueError: the model has layers that treat its batch as frames of a video.
+            ValueError: the model has video layers, which treat its batch as frames.
         """
 
     def install(self, network: torch.nn.Module, options: dict, handlers: Mapping[Site, Handler]) -> dict:
-        """A copy of the host's transformer options with the handlers in place, chained with what is there."""
+        """Returns a copy of ComfyUI's transformer options with the handlers. Each receives the patch at its site."""
 
 
 class CrossAttentionFamily(Family, Protocol):
-    """A family whose models read text by cross-attention, which concepts change layer by layer.
+    """A family whose models attend to text by cross-attention. Concepts change its weights, layer by layer.
 
-    Names of layers are those in the diffusion model.
+    Layers are given by their module names in the diffusion model.
     """
 
     def text_width(self, model) -> int:
-        """Of the text states that a BaseModel reads."""
+        """Width of the text states (the text encoder's output) that a BaseModel uses."""
 
     def architecture(self, text_width: int) -> str:
-        """What errors call its models of a text width."""
+        """Name of the models with this text width, for error messages."""
 
     def has_site(self, key: str) -> bool:
-        """Whether a concept's layer is called as this family calls its sites."""
+        """Whether `key` has the form of this family's site keys."""
 
     def layer(self, key: str, part: str) -> str:
-        """The linear layer that makes a part (of `encoders.concepts.PARTS`) of the cross-attention of a site."""
+        """Name of the linear layer that computes a part (of `encoders.concepts.PARTS`) of a site's cross-attention."""
 
     def diffusers_names(self, model) -> Mapping[str, str]:
-        """The weights of a BaseModel's diffusion model by the names that diffusers has for them."""
+        """Maps diffusers' weight names to the names of the weights in a BaseModel's diffusion model."""
 
     def sees_places(self, network: torch.nn.Module, layer: str) -> bool:
-        """Whether there is such a linear or convolution layer, and its input has places of the picture."""
+        """Whether `layer` is a linear or convolution layer of the model whose input has spatial positions."""
 
     def around(self, network: torch.nn.Module, layer: str) -> str | None:
-        """The module whose input (B, C, h, w) has the token grid of a layer within it; None for a layer outside."""
+        """Name of the module that contains `layer` and has an input (B, C, h, w) with its token grid, or None."""
 
 
 def sees_whole(x: torch.Tensor, rows: int, grid: tuple[int, int] | None) -> bool:
-    """Whether the input or output of a layer, tokens (B, L, C) or a picture (B, C, h, w), holds all `rows` of the batch
-    and all places of the token grid: other nodes (HyperTile, token merging) give a layer parts of them."""
+    """Whether the input or output of a layer, tokens (B, L, C) or a feature map (B, C, h, w), holds all `rows` of the
+    batch and all positions of the token grid: other nodes (HyperTile, token merging) pass only parts to a layer."""
     if grid is None or len(x) != rows:
         return False
     return tuple(x.shape[2:]) == grid if x.ndim == 4 else x.shape[1] == grid[0] * grid[1]
 
 
 def host_attention(q, k, v, bias: torch.Tensor | None = None, *, heads: int, options: dict) -> torch.Tensor:
-    """The host's attention kernel.
+    """Computes attention by ComfyUI's kernel: (B, Lq, C) from q (B, Lq, C), k and v (B, Lk, C).
 
-    A bias goes to a kernel known to add it: flash and sage attention, and overrides by other packs, refuse a mask or
-    drop it without a word.
+    A `bias` is added to the logits. It is passed only to kernels that are known to add it: flash and sage attention,
+    and overrides by other packs, reject a mask or ignore it silently.
     """
     precision = options.get("attn_precision")
     if bias is None:
@@ -173,10 +173,10 @@ def host_attention(q, k, v, bias: torch.Tensor | None = None, *, heads: int, opt
 
 
 def choose_self_attention(sites: Sequence[Site], blocks: str) -> tuple[Site, ...]:
-    """Self-attention sites by the name of a preset, or by layer numbers such as "10-15" or "3, 7-9".
+    """Selects self-attention sites by the name of a preset, or by layer numbers such as "10-15" or "3, 7-9".
 
     Raises:
-        ValueError: the text is neither, or names layers that the model does not have.
+        ValueError: `blocks` is neither, or contains layers that the model does not have.
     """
     own = [site for site in sites if site.kind == SELF]
     by_preset = {
@@ -200,10 +200,10 @@ def choose_self_attention(sites: Sequence[Site], blocks: str) -> tuple[Site, ...
 
 
 def parse_numbers(text: str, name: str) -> frozenset[int]:
-    """Reads "10-15" or "3, 7-9".
+    """Parses numbers and ranges such as "10-15" or "3, 7-9".
 
     Raises:
-        ValueError: it is not such a list; `name` says of which input.
+        ValueError: `text` is not such a list; the message names the input `name`.
     """
     numbers: set[int] = set()
     for part in text.split(","):

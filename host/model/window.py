@@ -1,4 +1,4 @@
-"""The part of the sampling schedule in which a system acts."""
+"""The part of the sampling schedule in which a system is active."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Window:
-    """From one part of the schedule to another, 0 its beginning and 1 its end, both included.
+    """A part of the schedule from `start_percent` to `end_percent`, both included: 0 is its beginning, 1 its end.
 
     Raises:
-        ValueError: it ends before it starts.
+        ValueError: the part ends before it starts.
     """
 
     start_percent: float = 0.0
@@ -24,17 +24,17 @@ class Window:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it leaves nothing of the schedule out."""
+        """Whether the window covers the whole schedule."""
         return self.start_percent <= 0 and self.end_percent >= 1
 
     def levels(self, model_sampling) -> NoiseLevels:
-        """Its noise levels in the host's model_sampling of a model."""
+        """The window in noise levels, converted by ComfyUI's model_sampling."""
         return NoiseLevels(*map(model_sampling.percent_to_sigma, (self.start_percent, self.end_percent)))
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Noise levels (sigmas) from the `highest` down to the `lowest`, both included."""
+    """Noise levels (sigmas) from `highest` down to `lowest`, both included."""
 
     highest: float
     lowest: float

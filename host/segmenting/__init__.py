@@ -1,1 +1,1 @@
-"""What finds things in a picture by their nouns."""
+"""Finds objects in a picture by nouns, and returns their masks."""

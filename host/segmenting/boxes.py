@@ -1,6 +1,6 @@
-"""Boxes by text and masks by boxes: Grounding DINO, and Segment Anything from transformers or its own package.
+"""Boxes from text and masks from boxes: Grounding DINO, and Segment Anything from transformers or its own package.
 
-All models come from files that lie on the disk already: nothing is downloaded, and no code from a file is run.
+All models are loaded from local files: nothing is downloaded, and no code in a file is run.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from ...encoders.files import check, check_folder, read_state
 from .segmenters import Cutter
 
 SAM_KINDS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
-"""Names that the package segment-anything gives its models, by the width of the image encoder."""
+"""The names of the models in the segment-anything package, by the width of the image encoder."""
 
 _PATCH_WEIGHT = "image_encoder.patch_embed.proj.weight"
 
 
 class GroundingDino:
-    """A detector: Grounding DINO, as transformers saves it."""
+    """A detector: Grounding DINO, as saved by transformers."""
 
     def __init__(self, weights: Path, threshold: float):
-        """`weights` has config.json, tokenizer and preprocessor beside it; boxes have a score above `threshold`.
+        """Loads the model from the folder of `weights`, which also has the config, tokenizer and preprocessor.
+
+        Boxes with a score above `threshold` are returned.
 
         Raises:
-            ValueError: the folder of the weights holds something else.
+            ValueError: the folder does not contain such a model.
         """
         from transformers import AutoModelForZeroShotObjectDetection
 
@@ -39,12 +41,12 @@ class GroundingDino:
         self.patcher, self.threshold = _patcher(self.model), threshold
 
     def detect(self, image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Boxes and scores for each noun, asked for one by one, so that no phrase has to be matched to a noun."""
+        """Boxes (n, 4) and scores (n,) for each noun. Each noun is a separate prompt, so that its boxes are known."""
         comfy.model_management.load_model_gpu(self.patcher)
         found = {}
         for noun in dict.fromkeys(nouns):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            # The model knows phrases in small letters that end with a period.
+            # The model expects lowercase phrases that end with a period.
             inputs = self.processor(images=_bytes(image), text=f"{noun.lower()}.", return_tensors="pt")
             inputs = inputs.to(self.patcher.load_device)
             with torch.no_grad():
@@ -57,13 +59,13 @@ class GroundingDino:
 
 
 class TransformersSam:
-    """A cutter: SAM or SAM 2, as transformers saves them."""
+    """A cutter: SAM or SAM 2, as saved by transformers."""
 
     def __init__(self, weights: Path):
-        """`weights` has config.json and preprocessor beside it.
+        """Loads the model from the folder of `weights`, which also has the config and preprocessor.
 
         Raises:
-            ValueError: the folder of the weights holds something else.
+            ValueError: the folder does not contain such a model.
         """
         from transformers import AutoModelForMaskGeneration
 
@@ -82,13 +84,13 @@ class TransformersSam:
 
 
 class SegmentAnything:
-    """A cutter: SAM as its own package has it."""
+    """A cutter: SAM in its own package."""
 
     def __init__(self, path: Path):
-        """`path` is a checkpoint such as sam_vit_b_01ec64.pth.
+        """Loads a checkpoint such as sam_vit_b_01ec64.pth.
 
         Raises:
-            ValueError: the package is not installed, or the file is no checkpoint of it.
+            ValueError: the package is not installed, or the file is not a checkpoint of it.
         """
         try:
             from segment_anything import SamPredictor, sam_model_registry
@@ -120,12 +122,12 @@ class SegmentAnything:
 
 
 def load_cutter(path: Path) -> Cutter:
-    """The cutter of a file of weights: one of transformers if config.json lies beside it, else of segment-anything."""
+    """Loads a cutter: with transformers if the folder of the weights has a config.json, else with segment-anything."""
     return TransformersSam(path) if (path.parent / "config.json").exists() else SegmentAnything(path)
 
 
 def _from_folder(auto_class, weights: Path, wanted: str):
-    """Processor and model of a folder that transformers wrote, in which `weights` lie."""
+    """Loads the processor and the model from the folder of `weights`, as saved by transformers."""
     from transformers import AutoProcessor
 
     folder, (name, _, what) = weights.parent, wanted.partition(": ")
@@ -140,8 +142,8 @@ def _from_folder(auto_class, weights: Path, wanted: str):
 
 
 def _patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """A patcher for the model, so that the host places and frees it. It holds a list, because the host sets `device` on
-    what it holds, which these models compute."""
+    """A patcher for the model, so that ComfyUI manages its memory. It contains a ModuleList, because ComfyUI sets the
+    attribute `device` of the patched module, which is read-only in these models."""
     return comfy.model_patcher.CoreModelPatcher(
         torch.nn.ModuleList([model.eval().requires_grad_(False)]),
         load_device=comfy.model_management.get_torch_device(),
@@ -150,5 +152,5 @@ def _patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
 
 
 def _bytes(image: torch.Tensor):
-    """(H, W, 3) in [0, 1] as an array of bytes, which all preprocessors read alike."""
+    """(H, W, 3) in [0, 1] as an array of bytes, which all preprocessors handle alike."""
     return (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()

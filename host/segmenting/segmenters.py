@@ -1,8 +1,8 @@
-"""Text to masks: what finds the things that nouns name in a picture, behind one method.
+"""Text to masks: segmenters find objects in a picture by nouns, all with the same method.
 
-A segmenter has `segment(image, nouns)`, image (H, W, 3) in [0, 1]: for each noun the candidates that may be it. SAM3
-and Shapeland's judge do so in one; `Boxes` puts together something that finds boxes and something that cuts out what is
-in them (`box_segmenting`).
+A segmenter has `segment(image, nouns)`, with image (H, W, 3) in [0, 1], which returns candidates for each noun. SAM3
+and Shapeland's judge do this in one model. `Boxes` combines a detector, which finds boxes, with a cutter, which finds
+the object in a box (see `boxes`).
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ from ..shapeland import load_judge, read_with
 
 
 class Segmenter(Protocol):
-    """Finds things by their nouns."""
+    """Finds objects by nouns."""
 
     def segment(self, image: torch.Tensor, nouns: Sequence[str]) -> list[list[Candidate]]:
-        """For each noun what in the picture (H, W, 3) may be it, in any order."""
+        """Returns for each noun the candidates in the picture (H, W, 3), in any order."""
 
 
 class Detector(Protocol):
     """Finds boxes by nouns."""
 
     def detect(self, image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each noun boxes (n, 4) in pixels, as left, top, right, bottom, and scores (n,)."""
+        """Returns for each noun boxes (n, 4), as left, top, right and bottom in pixels, and scores (n,)."""
 
 
 class Cutter(Protocol):
-    """Finds the thing in a box."""
+    """Finds the object in a box."""
 
     def cut(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Masks (n, H, W), boolean, of the main thing in each of n >= 1 boxes (n, 4)."""
+        """Returns masks (n, H, W), boolean, of the main object in each of n >= 1 boxes (n, 4)."""
 
 
 def text_to_masks(
     segmenter: Segmenter, image: torch.Tensor, nouns: str, absent: str
 ) -> tuple[torch.Tensor, Detections, torch.Tensor]:
-    """One mask per entry of a list of nouns.
+    """Finds one mask per entry of a list of nouns.
 
     Args:
+        segmenter: finds the candidates.
         image: (H, W, 3), values 0..1.
-        nouns: as `instances.read_nouns` reads them.
+        nouns: list of nouns in the syntax of `instances.read_nouns`.
         absent: one of `instances.ABSENT`.
 
     Returns:
-        Masks (N, H, W) of zeros and ones, their detections, and a picture (H, W, 3) to look at.
+        Masks (N, H, W) of zeros and ones, their detections, and a preview (H, W, 3).
 
     Raises:
-        ValueError: of `instances.read_nouns`, of `instances.choose`, or of the segmenter.
+        ValueError: raised by `instances.read_nouns`, `instances.choose` or the segmenter.
     """
     wanted = read_nouns(nouns)
     found = segmenter.segment(image, [want.noun for want in wanted])
@@ -67,13 +68,13 @@ def text_to_masks(
 
 
 class Boxes:
-    """A segmenter of a detector and a cutter; a candidate's score is its box's."""
+    """A segmenter made of a detector and a cutter. A candidate has the score of its box."""
 
     def __init__(self, detector: Detector, cutter: Cutter):
         self.detector, self.cutter = detector, cutter
 
     def segment(self, image: torch.Tensor, nouns: Sequence[str]) -> list[list[Candidate]]:
-        """Candidates for each noun; the cutter sees all boxes of the picture at once."""
+        """Returns the candidates for each noun; the cutter gets all boxes of the picture at once."""
         detected = self.detector.detect(image, nouns)
         boxes = torch.cat([boxes.cpu().float() for boxes, _ in detected])
         masks = self.cutter.cut(image, boxes) if len(boxes) else torch.zeros(0, *image.shape[:2], dtype=torch.bool)
@@ -85,16 +86,16 @@ class Boxes:
 
 
 class GivenBoxes:
-    """A detector for boxes that the user drew: the first for the first noun, and so on."""
+    """A detector for boxes drawn by the user: the first box is for the first noun, and so on."""
 
     def __init__(self, boxes):
-        """`boxes` as the host has them, one or several: x, y, width and height in pixels."""
+        """`boxes`: one or more in ComfyUI's format, with x, y, width and height in pixels."""
         self.boxes = [
             [box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]] for box in flat_boxes(boxes)
         ]
 
     def detect(self, _image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """One box of score 1 per noun.
+        """Returns one box with score 1 per noun.
 
         Raises:
             ValueError: there are more or fewer boxes than nouns.
@@ -105,16 +106,16 @@ class GivenBoxes:
 
 
 class ShapelandJudge:
-    """A segmenter for pictures of Shapeland, whose judge names every thing it sees."""
+    """A segmenter for pictures of Shapeland, whose judge recognizes every object in them."""
 
     def __init__(self):
         self.judge = load_judge()
 
     def segment(self, image: torch.Tensor, nouns: Sequence[str]) -> list[list[Candidate]]:
-        """The things that the judge calls by each noun's last word.
+        """Returns the objects that the judge calls by each noun's last word.
 
         Raises:
-            ValueError: a noun is none of Shapeland's.
+            ValueError: a noun is not one of Shapeland's.
         """
         words = [noun.lower().split()[-1] for noun in nouns]
         for noun, word in zip(nouns, words, strict=True):
@@ -125,24 +126,24 @@ class ShapelandJudge:
 
 
 class Sam3:
-    """The host's SAM3 as segmenter, one question per noun, since what it finds for a list is not told apart.
+    """ComfyUI's SAM3 as a segmenter. Nouns are queried one by one, because a list's results are not separated.
 
-    Masks are the detector's own, at a quarter of its picture. The host's node refines them, which is lost on masks that
-    are averaged to the tokens of a diffusion model.
+    The masks are the detector's own, at a quarter of its input size. ComfyUI's node refines them, but such details are
+    lost when masks are averaged over the tokens of a diffusion model.
     """
 
     def __init__(self, model, clip, threshold: float):
-        """`model` and `clip` as Load Checkpoint gives them; candidates have a score above `threshold`.
+        """`model` and `clip` are from Load Checkpoint. Candidates with a score above `threshold` are used.
 
         Raises:
-            ValueError: the model is no SAM3.
+            ValueError: the model is not SAM3.
         """
         if not isinstance(model.model, comfy.model_base.SAM3):
             raise ValueError(f"model: expected SAM3 from Load Checkpoint, got {type(model.model).__name__}")
         self.model, self.clip, self.threshold = model, clip, threshold
 
     def segment(self, image: torch.Tensor, nouns: Sequence[str]) -> list[list[Candidate]]:
-        """Candidates for each noun, whose score says that the noun is in the picture and that this is it.
+        """Returns the candidates for each noun. The score is the presence of the noun times the candidate's own.
 
         Raises:
             ValueError: the text encoder is not SAM3's.

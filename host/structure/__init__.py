@@ -1,1 +1,1 @@
-"""A picture's structure, taken from one and kept in another: inversion and Plug-and-Play."""
+"""Keeps the structure of one picture in another: DDIM inversion and Plug-and-Play injection."""

@@ -1,8 +1,8 @@
-"""DDIM inversion on a host MODEL, by the host's own sampling run upwards.
+"""DDIM inversion with a MODEL, as a ComfyUI sampling with rising noise levels.
 
-The sampler function below walks the flipped schedule, so that loading, conditionings, previews and interruption are the
-host's. Latents of a trajectory are in the model's own latent space, where the host samples (`process_latent_in`); the
-LATENTs that go in and out are in the VAE's, as everywhere in the host.
+The sampler function below follows the flipped schedule, so that ComfyUI does the loading, conditionings, previews and
+interruption. The latents of a trajectory are in the model's own latent space, in which ComfyUI samples
+(`process_latent_in`). LATENT inputs and outputs are in the VAE's, as everywhere in ComfyUI.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from ..advice import advise
 from ..model.patching import POSITIVE
 
 MAX_ERROR = 0.15
-"""Relative error of the reconstruction from which on it no longer shows the same picture."""
+"""Relative error of the reconstruction above which it no longer shows the same picture."""
 
 Callback = Callable[[int, torch.Tensor, torch.Tensor, int], None]
-"""The host's: index of a step, denoised latents, latents, and number of steps."""
+"""ComfyUI's callback: (step index, denoised latents, latents, number of steps)."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourceTrajectory:
-    """An inverted picture: what systems need that take features of it while another picture is sampled.
+    """An inverted picture, for systems that use its features while another picture is sampled.
 
     Attributes:
         trajectory: its latents from the picture to the noise, in the model's latent space.
-        conditioning: the host's conditioning that described the picture during inversion.
-        error: relative error of the reconstruction; of a batch the largest.
+        conditioning: the conditioning of the inversion, which describes the picture.
+        error: relative error of the reconstruction; for a batch, the largest.
     """
 
     trajectory: Trajectory
@@ -49,14 +49,14 @@ class SourceTrajectory:
 
 
 class Inverted(NamedTuple):
-    """What an inversion gives.
+    """The result of an inversion.
 
     Attributes:
-        noise: LATENT to start from, with no noise added.
-        source: for systems that take features of the picture.
-        sigmas: (N + 1,), the falling schedule to sample along.
-        reconstruction: LATENT that the Euler sampler makes of the noise along the schedule.
-        error: relative error of it; of a batch the largest.
+        noise: LATENT to sample from; no noise must be added to it.
+        source: for systems that use features of the picture.
+        sigmas: (N + 1,), the falling schedule to sample with.
+        reconstruction: LATENT that the Euler sampler makes from the noise with this schedule.
+        error: its relative error; for a batch, the largest.
     """
 
     noise: dict
@@ -76,19 +76,19 @@ def invert(
     refinements: int = 1,
     callback: Callback | None = None,
 ) -> Inverted:
-    """Inverts a LATENT of one or several pictures, and samples the noise again to see how exact that was.
+    """Inverts a LATENT with one or more pictures, and samples from the noise again to measure the error.
 
     Args:
-        model: the host's MODEL, of noise or v prediction.
-        latent: a picture that is encoded or sampled.
-        conditioning: of the prompt that describes it; no negative one takes part, which is cfg 1.
-        steps: of the schedule.
-        scheduler: the host's name of it.
-        mode, refinements: see `samplers.inversion`.
-        callback: told after each step of both ways.
+        model: MODEL with noise or v prediction.
+        latent: encoded or sampled pictures.
+        conditioning: prompt that describes the pictures; there is no negative prompt, as with cfg 1.
+        steps: number of steps in the schedule.
+        scheduler: ComfyUI's name of the scheduler.
+        mode, refinements: see `samplers.inversion.invert`.
+        callback: called after each step of the inversion and of the reconstruction.
 
     Raises:
-        ValueError: an input cannot be used; says which and why before anything is computed.
+        ValueError: an input cannot be used; raised before anything is computed.
     """
     sampling = model.get_model_object("model_sampling")
     _check_model(model, sampling)
@@ -123,16 +123,16 @@ def invert(
 
 
 def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float) -> dict:
-    """The noise of an inversion as a LATENT, with fresh noise where concepts are.
+    """Mixes fresh noise into the noise of an inversion where concepts are; returns a LATENT.
 
     Args:
-        latent: the noise; of a batch each picture gets its own.
-        partition: (N + 1, H, W), the background last; there the noise stays.
-        seed: of the fresh noise, which is the host's.
-        strength: the part of the variance that is replaced where a concept has the whole place, 0..1.
+        latent: the noise; in a batch, each picture gets different fresh noise.
+        partition: (N + 1, H, W), the background last, which keeps its noise.
+        seed: seed of the fresh noise, which ComfyUI generates.
+        strength: share of the variance that is replaced where the concepts' weights add up to 1, 0..1.
 
     Raises:
-        ValueError: the latent is none of pictures, or the partition has another shape.
+        ValueError: the latent does not contain pictures, or the partition has another aspect ratio.
     """
     samples = latent["samples"]
     if samples.is_nested or samples.ndim != 4:
@@ -145,7 +145,7 @@ def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float) -> 
 
 
 def _walk(model, conditioning: list, samples: torch.Tensor, sigmas: torch.Tensor, walk: Callable, callback):
-    """Runs `walk(denoiser, x, sigmas, report)`, which returns latents, as a sampler of the host on `samples`."""
+    """Runs `walk(denoiser, x, sigmas, report)`, which returns latents, as a ComfyUI sampler on `samples`."""
 
     def sampler_function(model, x, sigmas, extra_args, callback, disable):
         with comfy.utils.model_trange(len(sigmas) - 1, disable=disable) as bar:
@@ -157,7 +157,7 @@ def _walk(model, conditioning: list, samples: torch.Tensor, sigmas: torch.Tensor
             return walk(partial(model, **extra_args), x, sigmas, report)
 
     guider = comfy.samplers.CFGGuider(model)
-    # The host's guiders evaluate what is there: without a negative, one row per picture.
+    # ComfyUI's guiders skip absent conditionings: without a negative, there is one row per picture.
     guider.inner_set_conds({POSITIVE: conditioning})
     result = guider.sample(
         torch.zeros_like(samples, device="cpu"),
@@ -179,7 +179,7 @@ def _part_of(callback: Callback | None, first: int, total: int) -> Callback | No
 
 
 def _like(latent: dict, samples: torch.Tensor) -> dict:
-    """A LATENT with other samples; an empty latent's note of its size is dropped, as the host's samplers do."""
+    """The LATENT with other samples. An empty latent's size hint is dropped, as ComfyUI's samplers do."""
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     return {**kept, "samples": samples}
 
@@ -201,7 +201,7 @@ def _check_model(model, sampling) -> None:
 
 
 def _pictures_of(latent: dict, channels: int) -> torch.Tensor:
-    """The samples (B, C, h, w) of a LATENT that can be inverted."""
+    """The samples (B, C, h, w) of a LATENT, after checking that they can be inverted."""
     samples = latent["samples"]
     if samples.is_nested or samples.ndim != 4:
         raise ValueError("latent: expected pictures, got a video or several kinds of latents in one")

@@ -1,11 +1,11 @@
-"""Plug-and-Play injection (Tumanyan et al., arXiv 2211.12572): a picture's structure, kept while its content changes.
+"""Plug-and-Play injection (Tumanyan et al., arXiv 2211.12572): keeps a picture's structure while its content changes.
 
-Beside every evaluation of the picture that is sampled, the source picture goes through the model at the same noise
-level, taken from its inversion. What it leaves is put into all rows of the evaluation: the residual branch of one
-decoder block, and queries and keys of self-attention in some. Both stop after a share of the steps.
+For every evaluation of the sampled picture, the source picture goes through the model at the same noise level, with a
+latent from its inversion. Its features replace those in all rows of the evaluation: the residual branch of one decoder
+block, and the queries and keys of some self-attention layers. Both injections stop after a share of the steps.
 
-A source pass of its own equals the published program's additional row of the batch, and does not disturb whatever
-counts the rows (ControlNet, IPAdapter).
+The published program adds the source picture to the batch as a row. A separate pass for the source gives the same
+result, and does not disturb nodes that depend on the number of rows (ControlNet, IPAdapter).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ NAME = "Plug-and-Play Injection"
 PAPER, PUBLISHED = "three blocks (paper)", "all from the second on (published code)"
 PRESETS = (PAPER, PUBLISHED)
 
-# Of the samplers that could draw noise those that do not.
+# Samplers that have the parameters for fresh noise, but do not add any.
 _QUIET = ("sample_res_multistep", "sample_res_multistep_cfg_pp")
 
-_OFF = 1e-3  # the part of a noise level by which it may differ from the inversion's
+_OFF = 1e-3  # largest relative difference between a noise level and the inversion's
 
 
 @dataclass(frozen=True)
 class InjectionSettings:
-    """What is injected, and for how long.
+    """What is injected, and in which steps.
 
     Attributes:
-        residual_until: part of the steps, from the first on, that receive the residual branch (tau_f), 0..1.
-        attention_until: part of the steps that receive queries and keys (tau_A), 0..1.
-        blocks: one of PRESETS, or decoder blocks by number such as "4, 7-9", whose self-attention receives.
+        residual_until: share of the steps, from the first one, in which the residual branch is injected (tau_f), 0..1.
+        attention_until: share of the steps in which queries and keys are injected (tau_A), 0..1.
+        blocks: one of PRESETS, or numbers such as "4, 7-9" of the decoder blocks whose self-attention is injected.
     """
 
     residual_until: float = 0.8
@@ -54,14 +54,16 @@ class InjectionSettings:
 
 
 def choose_injected(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Site, ...]]:
-    """The residual branch and the self-attention sites that receive.
+    """Selects the residual branch and the self-attention sites into which features are injected.
 
-    The branch is the second block's of the coarsest decoder stage with attention: block 4 of SD 1.x and 2.x, 1 of SDXL.
-    PAPER takes the second block of that stage and of the next and the first of the third (4, 7, 9; SDXL: 1, 4),
-    PUBLISHED all from the second block on (4-11; SDXL: 1-5). A stage of one block, as smaller models have, gives that.
+    The branch is in the second block of the coarsest decoder stage with attention: block 4 of SD 1.x and 2.x, 1 of
+    SDXL. PAPER selects the second block of this stage, the second block of the next and the first block of the third
+    (4, 7, 9; SDXL: 1, 4). PUBLISHED selects all blocks from the second on (4-11; SDXL: 1-5). In a stage with only one
+    block, as in smaller models, that block is used.
 
     Raises:
-        ValueError: `blocks` is neither a preset nor a list of decoder blocks with attention, or there is no such block.
+        ValueError: `blocks` is neither a preset nor a list of decoder blocks with attention, or the model lacks the
+            blocks that are needed.
     """
     own = [site for site in sites if site.kind == SELF and site.in_decoder]
     stages: dict[int, list[int]] = {}
@@ -92,8 +94,8 @@ def choose_injected(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Sit
 
 
 def adds_noise(sampler) -> bool:
-    """Whether a SAMPLER of the host draws fresh noise while it samples, as ancestral and SDE samplers do. Of other
-    kinds than the host's nothing is known, and the answer is no."""
+    """Whether a SAMPLER of ComfyUI adds fresh noise during sampling, as ancestral and SDE samplers do. False for
+    samplers of other kinds, about which nothing is known."""
     function = getattr(sampler, "sampler_function", None)
     if function is None or getattr(function, "__name__", "") in _QUIET:
         return False
@@ -106,12 +108,12 @@ def adds_noise(sampler) -> bool:
 
 
 def apply(model, source: SourceTrajectory, settings: InjectionSettings):
-    """A clone of the MODEL that keeps the structure of the source picture.
+    """Returns a clone of the MODEL that keeps the structure of the source picture.
 
-    Sampling is to start from the inversion's noise, along its sigmas, with a sampler that adds no noise.
+    Sampling must start from the inversion's noise and use its sigmas, with a sampler that adds no noise.
 
     Raises:
-        ValueError: the model or a setting cannot be used; says which and why.
+        ValueError: the model or a setting cannot be used.
     """
     network = network_of(model.model, SELF, CROSS, RESIDUAL)
     sites = family_of(network).sites(network)
@@ -122,7 +124,7 @@ def apply(model, source: SourceTrajectory, settings: InjectionSettings):
 
 @dataclass(frozen=True, eq=False)
 class PlugAndPlay:
-    """The system attached to a MODEL; `sites` are those that receive, in order of execution."""
+    """The system attached to a MODEL. `sites` are those into which features are injected, in order of execution."""
 
     name = NAME
 
@@ -131,10 +133,10 @@ class PlugAndPlay:
     sites: tuple[Site, ...]
 
     def begin(self, sampling: Sampling) -> InjectionRun | None:
-        """Opens a run.
+        """Opens a run, or returns None if there is no step with an injection.
 
         Raises:
-            ValueError: the inversion was another model's, or of another size or batch.
+            ValueError: the inversion was made with another model, or has another size or batch size.
         """
         steps = len(sampling.sigmas) - 1
         until = int(self.settings.residual_until * steps), int(self.settings.attention_until * steps)
@@ -180,7 +182,7 @@ class PlugAndPlay:
 
 
 class InjectionRun:
-    """One sampling into which a source's features are injected."""
+    """One sampling into which the source's features are injected."""
 
     def __init__(self, system: PlugAndPlay, sampling: Sampling, residual_until: int, attention_until: int):
         self.system = system
@@ -190,12 +192,12 @@ class InjectionRun:
         self._records: dict[tuple, dict[Site, tuple[torch.Tensor, ...]]] = {}
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
-        """See `patching.Run`; runs the source pass this evaluation needs."""
+        """See `patching.Run`. Runs the source pass that this evaluation needs."""
         until = {RESIDUAL: self.residual_until, SELF: self.attention_until}
         wanted = [site for site in self.system.sites if evaluation.step < until[site.kind]]
         if not wanted:
             return {}
-        # The host may evaluate conditionings of one noise level in several calls: one source pass serves them.
+        # ComfyUI may evaluate the conditionings of one noise level in several calls, which share one source pass.
         key = (evaluation.x.device, evaluation.noise_level)
         if key not in self._records:
             self._records = {k: kept for k, kept in self._records.items() if k[1] == evaluation.noise_level}
@@ -231,9 +233,9 @@ class InjectionRun:
         return records
 
     def _encode(self, evaluation: Evaluation, x: torch.Tensor) -> passes.Conds:
-        """What the host makes of the source's prompt, once per device."""
+        """The source's prompt as inputs of a model call, once per device."""
         if x.device not in self._conds:
-            # The source pass must meet no layers that treat its batch as frames, whoever injected them.
+            # Raises if another node has injected video layers, which would treat the pass's batch as frames.
             network = network_of(evaluation.model)
             family_of(network).sites(network)
             entry = comfy.sampler_helpers.convert_cond(self.system.source.conditioning)[0]
@@ -254,21 +256,21 @@ class InjectionRun:
         return call.attend(q, k, call.v)
 
     def finish(self, samples: torch.Tensor) -> None:
-        """Nothing is handed over."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Lets go of all tensors."""
+        """Releases all tensors."""
         self._conds.clear()
         self._records.clear()
 
 
 def _for_all_rows(source: torch.Tensor, evaluation: Evaluation) -> torch.Tensor:
-    """A source's record (1 or pictures, ...) for every row of the evaluation, in the order of its conditionings."""
+    """Repeats the source's features (1 or pictures, ...) for each conditioning, to one per row of the evaluation."""
     return source.repeat(len(evaluation.x) // len(source), *(1,) * (source.ndim - 1))
 
 
 def _check(own: torch.Tensor, source: torch.Tensor, first: int, evaluation: Evaluation) -> None:
-    """Raises ValueError when another node has cut the picture into parts; `first` is the first dimension of places."""
+    """Raises ValueError if another node has cut the picture into parts. `first` is the first spatial dimension."""
     if len(own) != len(evaluation.x) or own.shape[first : first + 2] != source.shape[first : first + 2]:
         raise ValueError(
             f"{NAME}: model: expected one whose layers see the whole picture and nothing else, got {tuple(own.shape)} "

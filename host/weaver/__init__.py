@@ -1,1 +1,1 @@
-"""Concept Weaver (arXiv 2404.03913) on the host: concepts, their training, and their fusion."""
+"""Concept Weaver (arXiv 2404.03913) in ComfyUI: concepts, their training, and their fusion."""

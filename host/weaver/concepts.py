@@ -1,8 +1,8 @@
-"""Concepts of a bank on the host: read against a MODEL, put into its keys and values, written again.
+"""Concepts in ComfyUI: loads them for a MODEL, adds them to its keys and values, and saves them.
 
 A concept is what a fine-tuned model changes in the MODEL's own cross-attention (Concept Weaver, arXiv 2404.03913, and
-Custom Diffusion, arXiv 2212.04488). The model is never changed: its layers are asked for keys and values, and the
-concept's share is added, so LoRAs on the model, quantised weights and the host's memory management stay in force.
+Custom Diffusion, arXiv 2212.04488). The model is never changed: its layers compute keys and values, to which the
+concept's part is added. So LoRAs on the model, quantized weights and ComfyUI's memory management remain effective.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def load_concept(
     strength: float = 1.0,
     name: str = "",
 ) -> Concept:
-    """A concept from a file of any known format, as differences to a MODEL's own weights.
+    """Loads a concept from a file of any known format, as differences to a MODEL's own weights.
 
     Args:
-        model: the host's MODEL that the concept is to be used on; its LoRAs do not matter.
-        source: path or loaded content of the concept's file.
-        tokens: the same of a file with its token, where that is kept apart.
-        class_word: what kind of thing it is; empty keeps what the file says.
-        placeholder: which of the file's tokens it is; the name that a single token shall have; empty keeps its own.
+        model: the MODEL that the concept is used with; LoRAs on it make no difference.
+        source: path or loaded contents of the concept's file.
+        tokens: path or loaded contents of a separate file with its token, if there is one.
+        class_word: class of the concept, such as "dog"; empty keeps the file's.
+        placeholder: chooses one of several tokens in the file, or renames a single one; empty keeps its name.
         strength: factor of the differences.
-        name: what reports call it; empty means the file's name.
+        name: name for reports; empty means the file's name.
 
     Raises:
-        ValueError: the file is none of a concept, is for another model, is not whole, holds tensors that cannot be used
-            or numbers that are not finite, or the placeholder is not there.
+        ValueError: the file is not a concept's, is for another model, is incomplete, contains tensors that cannot be
+            used or numbers that are not finite, or does not contain the placeholder.
     """
     from_path = isinstance(source, (str, Path))
     name = name or (Path(source).stem if from_path else "concept")
@@ -87,10 +87,10 @@ def load_concept(
 
 
 def join(concepts: Sequence[Concept]) -> list[Concept]:
-    """A bank: concepts that can be drawn together.
+    """Makes a bank of concepts that can be used together.
 
     Raises:
-        ValueError: they are made for different models, or two share a placeholder.
+        ValueError: the concepts are for different models, or two share a placeholder.
     """
     widths = {concept.text_width: concept for concept in concepts if concept.text_width is not None}
     if len(widths) > 1:
@@ -110,7 +110,7 @@ def join(concepts: Sequence[Concept]) -> list[Concept]:
 
 
 def describe(concept: Concept) -> str:
-    """What was found in a concept's file, and what of it is not the business of cross-attention."""
+    """Describes the contents of a concept's file, inside and outside cross-attention."""
     parts = [part for parts in concept.deltas.values() for part in parts]
     counts = ", ".join(f"{parts.count(part)} {name}" for part, name in PARTS.items() if part in parts)
     lines = [f"{concept.name}: {concept.source_format}", f"cross-attention: {len(concept.deltas)} layers ({counts})"]
@@ -126,17 +126,18 @@ def describe(concept: Concept) -> str:
 
 
 def keys_and_values(concept: Concept, model, site: Site, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A concept's keys and values at a cross-attention site, for text states: K = to_k(p) + strength p delta_k^T, and V
-    likewise.
+    """Computes a concept's keys and values at a cross-attention site.
+
+    For text states p the keys are to_k(p) + strength p delta_k^T, and the values likewise.
 
     Args:
-        concept: of this model's architecture.
-        model: the host's BaseModel, loaded.
+        concept: for this model's architecture.
+        model: ComfyUI's BaseModel, loaded.
         site: of kind CROSS.
-        context: (B, L, text width) states of the concept's prompt, on the device and in the dtype of the model.
+        context: (B, L, text width), states of the concept's prompt, on the device and in the dtype of the model.
 
     Returns:
-        Keys and values, (B, L, C).
+        Keys and values, (B, L, C) each.
     """
     deltas = concept.deltas.get(site.key, {})
     outputs = []
@@ -149,14 +150,14 @@ def keys_and_values(concept: Concept, model, site: Site, context: torch.Tensor) 
 
 
 def layer_module(model, key: str, part: str) -> torch.nn.Module:
-    """The linear layer of a BaseModel's cross-attention that a part of a concept is a difference to."""
+    """The linear layer of a BaseModel's cross-attention that a part of a concept changes."""
     network = network_of(model)
     return network.get_submodule(family_of(network).layer(key, part))
 
 
 def check_tokens(concept: Concept, clip) -> None:
-    """Raises ValueError where a concept's tokens do not fit a CLIP's text encoders; the host would drop them without a
-    word."""
+    """Raises ValueError if a concept's tokens do not fit a CLIP's text encoders, because ComfyUI would drop them
+    silently."""
     if not concept.tokens:
         return
     names = list(clip.tokenize(""))
@@ -168,8 +169,8 @@ def check_tokens(concept: Concept, clip) -> None:
 
 
 def with_text(concept: Concept, clip):
-    """A clone of a CLIP with what the concept changes in text encoders, for the concept's own prompt alone; the CLIP
-    itself if that is nothing.
+    """Returns a clone of a CLIP with the concept's changes to text encoders, for the concept's own prompt only. Without
+    changes it is the CLIP itself.
 
     Raises:
         ValueError: the CLIP is of another architecture.
@@ -194,7 +195,7 @@ def with_text(concept: Concept, clip):
 
 
 def _spoken(concept: Concept, adapters: Mapping[Layer, Adapter], own: Mapping[str, list]) -> dict[str, Adapter]:
-    """A LoRA's changes of text encoders by the host's names."""
+    """A LoRA's changes to text encoders, by ComfyUI's weight names."""
     encoders = sorted({key.partition(".")[0] for key in own if key.startswith("clip_")} - {"clip_g"})
     second = ["clip_g"] if any(key.startswith("clip_g.") for key in own) else []
     places = dict(zip((TEXT, TEXT_2), [*encoders, *second], strict=False))
@@ -223,28 +224,28 @@ def _other_clip(concept: Concept, lacking: str) -> ValueError:
 
 
 def _scalable(change: Any, own: Mapping[str, list], key: str) -> Any:
-    """A patch of the host for a text encoder; None if it changes nothing."""
+    """A change to a text encoder as a ComfyUI patch; None if it changes nothing."""
     if is_whole(change) and key.endswith("token_embedding.weight"):
-        # Rows behind the vocabulary are the placeholders', which come as tokens.
+        # Rows after the vocabulary belong to placeholders, whose embeddings are given as tokens.
         change = ("set", (change[1][0][: len(own[key][0][0])],))
     return host_patch(change, own, key)
 
 
 def save(concept: Concept, folder: Path, filename: str, format: str = AS_CONCEPT, rank: int = 0) -> str:
-    """Writes a concept and returns a report of the files.
+    """Saves a concept, and returns a report of the files.
 
-    AS_CONCEPT makes `folder`/concepts/`filename`.safetensors. AS_LORA makes `folder`/loras/`filename`.safetensors, a
-    plain LoRA for the host's own nodes, and `folder`/embeddings/`filename`.safetensors with the token if there is one.
+    AS_CONCEPT writes `folder`/concepts/`filename`.safetensors. AS_LORA writes `folder`/loras/`filename`.safetensors, a
+    plain LoRA for ComfyUI's own nodes, and if there is a token `folder`/embeddings/`filename`.safetensors.
 
     Args:
-        concept: what to write; its strength, its text encoder and its patches elsewhere are not written.
+        concept: its strength, and its changes to text encoders and outside cross-attention, are not saved.
         folder: see above.
-        filename: without folders and ending; where a file of the name exists, a number is put after it.
+        filename: without folders and extension; if a file of this name exists, a number is appended.
         format: one of FORMATS.
-        rank: of the factors that the differences are compressed to; 0 leaves them as they are.
+        rank: rank to which the differences are compressed; 0 keeps them as they are.
 
     Raises:
-        ValueError: the filename, the rank or, as a LoRA, a layer cannot be used, or the folder cannot be written.
+        ValueError: the filename, the rank or, for a LoRA, a layer cannot be used, or the folder cannot be written.
     """
     filename = checked_name(filename)
     if format not in FORMATS:
@@ -278,7 +279,7 @@ def save(concept: Concept, folder: Path, filename: str, format: str = AS_CONCEPT
 
 
 def _contents(source: str | Path | Mapping[str, Any] | list, name: str) -> tuple[Any, dict[str, str]]:
-    """What a file holds, and what it says about itself."""
+    """The contents of a file, and its metadata."""
     if not isinstance(source, (str, Path)):
         return source, {}
     content, about = read(source, name)
@@ -290,7 +291,7 @@ def _contents(source: str | Path | Mapping[str, Any] | list, name: str) -> tuple
 
 
 def _choose(found: Tokens, placeholder: str) -> tuple[str, Mapping[str, torch.Tensor]]:
-    """The placeholder and its tokens."""
+    """The chosen placeholder and its tokens."""
     if len(found) > 1 and placeholder not in found:
         raise ValueError(f"placeholder: expected one of the file's tokens {', '.join(found)}, got {placeholder!r}")
     if len(found) > 1:

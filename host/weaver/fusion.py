@@ -1,8 +1,8 @@
-"""Multi-concept fusion (Concept Weaver, arXiv 2404.03913) on the host: every concept in its own part of one picture.
+"""Multi-concept fusion (Concept Weaver, arXiv 2404.03913) in ComfyUI: every concept in its own part of one picture.
 
-One latent is denoised, by one row per conditioning whatever the number of concepts. At every cross-attention layer the
-positive rows' attention is mixed from the base's and the concepts' outputs (`attention.fusion`). Keys and values
-of a concept depend on its prompt and weights alone, so they are computed once per run; its weights are not needed
+One latent is denoised, with one row per conditioning for any number of concepts. At every cross-attention layer, the
+positive rows' output is mixed from the outputs of the base and the concepts (`attention.fusion`). A concept's keys and
+values depend only on its prompt and weights, so they are computed once per run, and its weights are not needed
 afterwards.
 """
 
@@ -43,8 +43,8 @@ MODES = (FEATURES, SCORES)
 
 _CONCEPT = "conceptloom concept "
 
-# What cuts a conditioning to a part of the picture, where a partition could not be placed. Hooks cut nothing: they
-# wrap, or change weights as a LoRA on the model does.
+# These limit a conditioning to a part of the picture, to which the partition cannot be matched. Hooks do not: they
+# only wrap calls, or change weights as a LoRA on the model does.
 _NOT_IN_POSITIVE = ("area", "mask", "gligen")
 
 
@@ -53,13 +53,13 @@ class FusionSettings:
     """How concepts are fused.
 
     Attributes:
-        mode: FEATURES mixes in cross-attention, as Concept Weaver does. SCORES is what it is compared with: every
-            concept denoises the whole picture on its own, and what they give is mixed by their masks.
-        suppression: lambda of the paper, how far to move away from the concept-free base.
-        norm_cap: see `attention.fusion.fuse`; 0 sets no bound.
-        layers: ALL_LAYERS, as the paper says, or DECODER.
-        window: in which concepts are seen.
-        elsewhere: what becomes of a concept's changes outside keys and values: IN_PLACE or LEFT_OUT.
+        mode: FEATURES mixes the outputs of cross-attention, as in Concept Weaver. SCORES is the baseline: every concept
+            denoises the whole picture separately, and the results are mixed by the masks.
+        suppression: lambda of the paper, how far to move away from the base without concepts.
+        norm_cap: see `attention.fusion.fuse`; 0 sets no limit.
+        layers: ALL_LAYERS, as in the paper, or DECODER.
+        window: the part of the schedule in which concepts are used.
+        elsewhere: what to do with changes outside keys and values: IN_PLACE or LEFT_OUT.
     """
 
     mode: str = FEATURES
@@ -72,7 +72,7 @@ class FusionSettings:
 
 @dataclass(frozen=True, eq=False)
 class PromptedConcept:
-    """A concept with the host's conditioning of its own prompt."""
+    """A concept with the conditioning of its own prompt."""
 
     concept: Concept
     conditioning: list
@@ -86,20 +86,21 @@ def apply(
     settings: FusionSettings,
     background: PromptedConcept | None = None,
 ) -> tuple[Any, list]:
-    """A clone of the MODEL that draws each concept in its part of the picture, and the conditioning to sample it with.
+    """Returns a clone of the MODEL that generates each concept in its part of the picture, and the positive
+    conditioning to sample it with.
 
-    Without any concept that has a strength and a place, the clone is untouched.
+    Without a concept that has both a strength and a mask, the clone is unchanged.
 
     Args:
-        model: the host's MODEL.
-        positive: the host's conditioning of the plain prompt.
+        model: ComfyUI's MODEL.
+        positive: conditioning of the plain prompt.
         concepts: in the order of the partition.
-        partition: where each concept goes.
-        settings: see there.
-        background: a concept for the background; without one it is the base model's.
+        partition: the part of each concept.
+        settings: how to fuse the concepts.
+        background: concept for the background; without one, the background is the base model's.
 
     Raises:
-        ValueError: the parts do not fit together; says which and why.
+        ValueError: the inputs do not fit together.
     """
     network = network_of(model.model, CROSS)
     family = family_of(network)
@@ -152,7 +153,7 @@ def apply(
 
 
 def _misplaced(concepts: Sequence[PromptedConcept], names: Sequence[str]) -> list[str]:
-    """Advice for each concept whose mask was found by a noun that is none of its class word."""
+    """Advice on each concept whose mask was found by a noun that does not match its class word."""
     advice = []
     for number, (prompted, name) in enumerate(zip(concepts, names, strict=False), 1):
         kind = prompted.concept.class_word
@@ -169,13 +170,13 @@ class ConceptFusion:
     """The system attached to a MODEL.
 
     Attributes:
-        concepts: those that have a strength and a place.
+        concepts: those with a strength and a mask.
         maps: (n, H, W), the parts of the concepts.
-        sites: the cross-attention in which they are seen.
-        layers: part and site of the linear layers of these sites, by name.
-        changes: what the concepts change beside keys and values, by layer.
-        settings: see there.
-        advice: what to say when a sampling begins.
+        sites: the cross-attention sites in which they are used.
+        layers: part and site by the name of each linear layer of these sites.
+        changes: what the concepts change except keys and values, by layer.
+        settings: how the concepts are fused.
+        advice: what to tell the user when sampling begins.
     """
 
     name = NAME
@@ -192,8 +193,8 @@ class ConceptFusion:
         """Opens a run.
 
         Raises:
-            ValueError: the partition has another shape than the picture, or the positive conditioning is not one for
-                the whole of it.
+            ValueError: the partition has another aspect ratio than the picture, or the positive input is not a single
+                conditioning for the whole picture.
         """
         check_aspect(self.maps.sum(0), tuple(sampling.noise.shape[-2:]), f"{NAME}: partition", latent=True)
         for sentence in self.advice:
@@ -223,24 +224,24 @@ class FusionRun:
         self._groups: dict[tuple, list[ConceptGroup]] = {}
         self._changes: dict[torch.device, dict[str, list[Change]]] = {}
         self._layers: dict[tuple, tuple[LayerHooks, dict[Site, OwnQueries]]] = {}
-        # Of one evaluation; each device has its own.
+        # For one evaluation; each device runs its own.
         self._queries: dict[torch.device, dict[Site, OwnQueries]] = {}
         self._suppressed: dict[tuple[Site, torch.device, int], torch.Tensor] = {}
         self._with_own_outputs = {
             site for layer, (part, site) in system.layers.items() if part == "out" and layer in system.changes
         }
-        # By concept the largest share that it has of any cell, and the layer's grid.
+        # For each concept its largest share of any token, and the grid of the layer with this token.
         self._seen: dict[PromptedConcept, tuple[float, tuple[int, int]]] = {}
 
     def handlers(self, evaluation: Evaluation) -> dict[Site, Handler]:
         """See `patching.Run`."""
         if not self._rows(evaluation):
             return {}
-        # Hooks change weights within a run, and each device needs tensors of its own.
+        # Hooks change weights within a run, and each device needs its own tensors.
         hooks, strengths = evaluation.hooks
         key = (evaluation.x.device, hooks, strengths)
         if key not in self._keys:
-            # A strength that follows a schedule does not come back.
+            # A scheduled strength is not used again after it has changed.
             self._keys = {old: kept for old, kept in self._keys.items() if old[:2] != key[:2]}
             self._groups = {old: kept for old, kept in self._groups.items() if old[0][1][:2] != key[:2]}
             self._keys[key] = self._project(evaluation)
@@ -258,7 +259,7 @@ class FusionRun:
         return hooks
 
     def _handle_layers(self, evaluation: Evaluation, rows: Sequence[Rows]) -> tuple[LayerHooks, dict[Site, OwnQueries]]:
-        """What handles all layers that concepts change, and those of the handlers that keep queries, by their site."""
+        """The hooks of all layers that concepts change, and by site the handlers that compute queries."""
         network, device, count = network_of(evaluation.model), evaluation.x.device, len(evaluation.x)
         if device not in self._changes:
             dtype, changes = evaluation.model.get_dtype_inference(), self.system.changes
@@ -266,7 +267,8 @@ class FusionRun:
         masks = partial(self._masks, device=device)
         handlers: dict[str, LayerHandler] = {}
         queries: dict[Site, OwnQueries] = {}
-        # Where concepts share a stream, the base must not see their queries, nor they what suppression takes away.
+        # With FEATURES, concepts share rows with the base. The base must not use their queries, and suppression must
+        # not change the input of their output layers.
         shared = self.system.layers if self.system.settings.mode == FEATURES else {}
         for name, found in self._changes[device].items():
             layer = network.get_submodule(name)
@@ -282,7 +284,7 @@ class FusionRun:
         return self._suppressed.pop((site, device, part.rows.start), None)
 
     def _rows(self, evaluation: Evaluation) -> list[Rows]:
-        """The rows that see concepts, one entry per conditioning."""
+        """The rows that use concepts, one entry per conditioning."""
         if evaluation.noise_level not in self.levels:
             return []
         n, found = evaluation.rows_per_role, []
@@ -295,16 +297,16 @@ class FusionRun:
         return found
 
     def _masks(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """The concepts' shares (n, h, w) of a layer's tokens, once per size."""
+        """The concepts' shares (n, h, w) of the tokens of a layer, computed once per size."""
         if (grid, device) not in self._sized:
             maps = self.system.maps
-            # The rest, too, goes through the sampling, so that shares stay a partition at every size.
+            # The rest is resized too, so that the shares add up to 1 at every size.
             rest = (1 - maps.sum(0, keepdim=True)).clamp(min=0)
             self._sized[grid, device] = layer_masks(torch.cat([maps, rest]), grid)[:-1].to(device)
         return self._sized[grid, device]
 
     def _project(self, evaluation: Evaluation) -> dict[Site, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Keys and values of all concepts at all sites."""
+        """Computes the keys and values of all concepts at all sites."""
         model = evaluation.model
         dtype = model.get_dtype_inference()
         projected: dict[Site, list] = {site: [] for site in self.system.sites}
@@ -318,7 +320,7 @@ class FusionRun:
 
     def _attend(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> torch.Tensor:
         base = call.attend(call.q, call.k, call.v)
-        # What another node adds here (IPAdapter) stays an addition to whatever is drawn.
+        # What another node adds here (such as IPAdapter) is added to the fused output.
         added = None if call.previous is None else call.previous(call.q, call.k, call.v) - base
         site, key = where
         settings, keys_values = self.system.settings, self._keys[key][site]
@@ -339,7 +341,7 @@ class FusionRun:
         return out if added is None else out + added
 
     def _group(self, where: tuple[Site, tuple], evaluation: Evaluation, call: AttentionCall) -> list[ConceptGroup]:
-        """The concepts at a layer, once per size."""
+        """The groups of concepts at a layer, computed once per size."""
         grid = call.grid
         in_place = tuple(evaluation.x.shape[-2:]) == self.size
         if not in_place or not sees_whole(call.q, len(evaluation.x), grid):
@@ -354,14 +356,14 @@ class FusionRun:
             self._groups[at] = group_concepts(masks.to(call.q), keys_values)
             for group in self._groups[at]:
                 for row, number in enumerate(group.concepts):
-                    # The group's are the ones to keep, so that none is held twice.
+                    # Views of the group's tensors, so that no tensor is kept twice.
                     keys_values[number] = (group.key[row : row + 1], group.value[row : row + 1])
             for one, most in zip(self.system.concepts, masks.amax((1, 2)).tolist(), strict=True):
                 self._seen[one] = max((most, grid), self._seen.get(one, (0.0, grid)))
         return self._groups[at]
 
     def finish(self, _samples: torch.Tensor) -> None:
-        """Says which concepts no layer could see well. In coarse layers alone that is as it must be."""
+        """Gives advice on concepts smaller than a token in every layer. In coarse layers alone that is normal."""
         for one, (most, (height, width)) in self._seen.items():
             if most < THRESHOLD:
                 advise(
@@ -372,7 +374,7 @@ class FusionRun:
                 )
 
     def close(self) -> None:
-        """Lets go of all tensors."""
+        """Releases all tensors."""
         self._keys.clear()
         self._sized.clear()
         self._groups.clear()

@@ -1,8 +1,8 @@
-"""What concepts change outside the keys and values of cross-attention, applied inside their own part of the picture.
+"""What concepts change outside the keys and values of cross-attention, applied in their own part of the picture.
 
-A LoRA changes most layers of a model. Merged into the model it would act on the whole picture and on other concepts.
-Here every layer that works on places adds M_i Delta_i(x) instead, for the positive rows alone (FreeFuse, arXiv
-2510.23515). Layers that see no places (of the time embedding) and norms are left out and counted.
+A LoRA changes most layers of a model. Merged into the model, it would change the whole picture and the other concepts.
+Instead, every layer whose input has spatial positions adds M_i Delta_i(x), in the positive rows only (FreeFuse, arXiv
+2510.23515). Layers without spatial positions (as in the time embedding) and norms are left out and counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..model.sites import CROSS, Site, sees_whole
 from .weights import DIFFUSION_MODEL, Weights, difference
 
 Sized = Callable[[tuple[int, int]], torch.Tensor]
-"""Masks (n, h, w) of the concepts at a layer's size."""
+"""Returns the masks (n, h, w) of the concepts for the token grid of a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,9 @@ class Change:
     """What one concept changes in one layer.
 
     Attributes:
-        concept: its number among the concepts.
-        strength: of the change.
-        factors: of the weight's difference, as `concept_weights.difference` gives them; empty if there is none.
+        concept: index of the concept.
+        strength: factor of the change.
+        factors: difference of the weight, as `weights.difference` returns it; empty if there is none.
         bias: difference of the bias, or None.
     """
 
@@ -39,14 +39,14 @@ class Change:
     bias: torch.Tensor | None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Change:
-        """The change where it is computed with. What has no factors is as large as the model's own layer, and stays
-        where it is until it is needed."""
+        """Moves the factors to the device of the computation. A difference that is not in factors is as large as the
+        model's own layer, and is moved only when it is applied."""
         if len(self.factors) < 2:
             return self
         return replace(self, factors=tuple(factor.to(device, dtype) for factor in self.factors))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What it adds to the layer's output for an input x."""
+        """What the change adds to the layer's output for an input `x`; it can be broadcast to the output."""
         out = torch.zeros((), device=x.device, dtype=x.dtype)
         if self.factors:
             first, *rest = (factor.to(x) for factor in reversed(self.factors))
@@ -64,12 +64,12 @@ class Change:
 
 
 def changes_of(concepts: Sequence[Concept], model, sites: Sequence[Site]) -> tuple[dict[str, list[Change]], int]:
-    """The concepts' changes by layer of the diffusion model, and how many patches no layer could take.
+    """The concepts' changes by layer of the diffusion model, and the number of patches that cannot be applied.
 
     Args:
         concepts: in the order of their masks.
-        model: the host's MODEL.
-        sites: the cross-attention in which concepts are seen; queries and outputs of others stay as they are.
+        model: ComfyUI's MODEL.
+        sites: the cross-attention sites in which concepts are used; queries and outputs of other sites do not change.
     """
     weights = Weights.of(model)
     network = network_of(model.model, CROSS)
@@ -85,7 +85,7 @@ def changes_of(concepts: Sequence[Concept], model, sites: Sequence[Site]) -> tup
 
 
 def _differences(concept: Concept, weights: Weights, seen: set[str]) -> Iterable[tuple[str, tuple]]:
-    """(layer, (factors, bias)) of all that a concept changes beside keys and values."""
+    """(layer, (factors, bias)) for everything that a concept changes except keys and values."""
     for key, parts in concept.deltas.items():
         for part in ("q", "out"):
             if part in parts and key in seen:
@@ -101,11 +101,11 @@ def _differences(concept: Concept, weights: Weights, seen: set[str]) -> Iterable
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the batch that see concepts: all of them, each at its place, or one alone everywhere.
+    """Rows of the batch that use concepts: all of them, each inside its mask, or a single one everywhere.
 
     Attributes:
-        rows: of the batch.
-        concept: the number of the one; None for all.
+        rows: slice of the batch.
+        concept: index of the single concept; None for all.
     """
 
     rows: slice
@@ -113,7 +113,7 @@ class Rows:
 
 
 class MaskedLayer:
-    """Handles one layer during an evaluation: adds the changes of concepts where they are."""
+    """Layer handler that adds the changes of concepts inside their masks."""
 
     def __init__(
         self,
@@ -124,12 +124,12 @@ class MaskedLayer:
         parts: Sequence[Rows],
         missing: Callable[[Rows], torch.Tensor | None] = lambda _part: None,
     ):
-        """`rows` of the whole batch. `missing` is what some rows' input lacks for the concepts, or None."""
+        """`rows`: size of the batch. `missing`: returns what to add to the concepts' input in some rows, or None."""
         self.layer, self.changes, self.masks, self.rows, self.parts = layer, changes, masks, rows, parts
         self.missing = missing
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
-        """The layer's output (B, L, C) or (B, C, h, w) with the changes added."""
+        """Returns the layer's output (B, L, C) or (B, C, h, w) with the changes added."""
         as_picture = isinstance(self.layer, torch.nn.Conv2d)
         grid = tuple(out.shape[-2:]) if as_picture else grid
         check_whole(out, grid, self.rows)
@@ -148,16 +148,16 @@ class MaskedLayer:
 
 
 class OwnQueries:
-    """Handles the layer that makes the queries of a cross-attention: what each concept's own weights add is kept for
-    when that concept answers, and the base's queries stay as they are."""
+    """Layer handler for the query projection of a cross-attention. It computes what each concept's own weights add to
+    the queries, for the attention of that concept, and does not change the queries of the base."""
 
     def __init__(self, layer: torch.nn.Module, changes: Sequence[Change], rows: int, parts: Sequence[Rows]):
-        """`rows` of the whole batch."""
+        """`rows`: size of the batch."""
         self.layer, self.changes, self.rows, self.parts = layer, changes, rows, parts
         self._kept: dict[int, dict[int, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
-        """The layer's output as it is."""
+        """Returns the layer's output unchanged."""
         check_whole(out, grid, self.rows)
         self._kept = {
             part.rows.start: {change.concept: change.apply(self.layer, x[part.rows]) for change in self.changes}
@@ -166,12 +166,12 @@ class OwnQueries:
         return out
 
     def take(self, part: Rows) -> dict[int, torch.Tensor]:
-        """What was kept for some rows, by concept (B, L, C); it is let go of here."""
+        """Returns what was computed for some rows, by concept (B, L, C), and releases it."""
         return self._kept.pop(part.rows.start, {})
 
 
 def check_whole(out: torch.Tensor, grid: tuple[int, int] | None, rows: int) -> None:
-    """Raises ValueError where a layer does not see the batch of whole pictures."""
+    """Raises ValueError if a layer's output does not cover all rows and the whole picture."""
     if not sees_whole(out, rows, grid):
         raise ValueError(
             "Multi-Concept Fusion (Concept Weaver): model: expected one whose layers see the whole picture, got "

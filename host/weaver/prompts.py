@@ -1,8 +1,8 @@
-"""The prompts of a concept fusion on the host: one conditioning per concept, with its own token and text encoder.
+"""The prompts of concept fusion: one conditioning per concept, with its own token and text encoder.
 
-A placeholder is no word of the tokenizer's. In its place the prompt is tokenized with a word that is one token, and
-each of these is then replaced by a row of the concept's token, which the host's text encoders take as it is. That gives
-the same states as a vocabulary with one more word.
+A placeholder is not a word of the tokenizer. For tokenization it is replaced by a word that is a single token. Each of
+these tokens is then replaced by a row of the concept's token embedding, which ComfyUI's text encoders accept as a
+token. The states are the same as those for a vocabulary with one more word.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .fusion import PromptedConcept
 
 @dataclass(frozen=True, eq=False)
 class ConceptPrompts:
-    """Concepts with what their prompts say.
+    """Concepts with their prompts.
 
     Attributes:
-        positive, negative: the host's conditionings of the plain prompts.
+        positive, negative: conditionings of the plain prompts.
         concepts: in the order in which they were given.
-        background: the background's; None leaves it to the base model.
-        texts: what each concept's conditioning was made of, the background's last.
+        background: concept of the background; None leaves it to the base model.
+        texts: the text of each concept's conditioning, the background's last.
     """
 
     positive: list
@@ -49,20 +49,21 @@ def encode_prompts(
     texts: str = "",
     about_others: str = KEEP_OTHERS,
 ) -> ConceptPrompts:
-    """The conditionings of all concepts.
+    """Encodes the prompts of all concepts.
 
     Args:
-        clip: the host's CLIP of the model.
-        base: describes the whole picture with class words; the plain prompt has no placeholder that stands in it.
-        negative: what it should not show.
-        concepts: a bank's.
-        background: a concept for what lies behind; its text is made from `base` too.
-        texts: one line per concept, and one for the background, each a text of its own; an empty line or none takes the
-            one that is made from `base`.
+        clip: the model's CLIP.
+        base: prompt for the whole picture, with class words; placeholders in it are removed from the plain prompt.
+        negative: the negative prompt.
+        concepts: the concepts of a bank.
+        background: concept for the background; its text is made from `base` too.
+        texts: texts to use, one line per concept and one for the background; for an empty or missing line, the text is
+            made from `base`.
         about_others: one of `concept_texts.OTHERS`.
 
     Raises:
-        ValueError: concepts do not go together, a text lacks its concept or names another, or a token does not fit.
+        ValueError: the concepts do not fit together, a text lacks its concept's words or contains another's
+            placeholder, or a token does not fit the CLIP.
     """
     bank = [*concepts, *([background] if background is not None else [])]
     join(bank)
@@ -88,11 +89,11 @@ def encode_prompts(
 
 
 def encode_text(clip, text: str, concept: Concept) -> list:
-    """The host's conditioning of a text with a concept's placeholder in it, by the concept's own text encoder.
+    """Returns the conditioning of a text with a concept's placeholder, from the concept's own text encoder.
 
     Raises:
-        ValueError: of `splice`, or a word of negative weight has two rows of states, for keys and for values, which
-            only a model with NegPip on it tells apart, and not the concept's own layers.
+        ValueError: raised by `splice`, or a word with negative weight has two rows of states, for keys and for values.
+            Only a model with NegPip tells these apart, the concept's own layers do not.
     """
     words = {concept.placeholder: concept.tokens} if concept.tokens else {}
     clip = with_text(concept, clip)
@@ -108,12 +109,12 @@ def encode_text(clip, text: str, concept: Concept) -> list:
 
 
 def splice(clip, text: str, words: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list]:
-    """The host's tokens of a text, in which placeholders stand for rows (n, d) of each text encoder.
+    """Tokenizes a text, with placeholders replaced by rows (n, d) for each text encoder.
 
     Args:
-        clip: the host's.
-        text: may hold each placeholder any number of times.
-        words: rows by text encoder, by placeholder; without any, the tokens are the text's own.
+        clip: ComfyUI's CLIP.
+        text: may contain each placeholder any number of times.
+        words: the rows by text encoder, by placeholder; if empty, the tokens are the text's own.
 
     Raises:
         ValueError: a placeholder is part of a longer word.

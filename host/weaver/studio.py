@@ -1,4 +1,4 @@
-"""A concept's training as a person sees it: pictures of the class first, progress and previews, the loss as a curve."""
+"""Trains a concept for a user: with class pictures, a progress bar, previews and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .weights import Weights
 SAMPLER, SCHEDULER, CFG = "euler", "normal", 5.0
 STEPS, PREVIEW_STEPS = 25, 12
 AT_ONCE = 4
-"""Pictures of a class in one batch."""
+"""Number of class pictures in a batch."""
 
 
 def train_with_progress(
@@ -41,16 +41,19 @@ def train_with_progress(
     preview_every: int = 0,
     checkpoints: Path | None = None,
 ) -> tuple[Concept, torch.Tensor, str]:
-    """Trains a concept under the host's progress bar.
+    """Trains a concept under ComfyUI's progress bar.
 
     Args:
         model, clip, vae, pictures, class_word, placeholder, recipe, side: see `training.train`.
-        class_pictures: how many pictures of the class the model draws for itself beforehand, as a prior.
+        class_pictures: number of pictures of the class that the model generates beforehand, as a prior.
         preview_every: steps between two previews; 0 shows none.
-        checkpoints: folder in which this training may keep one, so that it can continue; None keeps none.
+        checkpoints: folder for the checkpoint from which this training can continue; None keeps no checkpoint.
 
     Returns:
-        The concept, the loss as a picture (H, W, 3), and a sentence about the training.
+        The concept, a plot of the loss (H, W, 3), and a sentence about the training.
+
+    Raises:
+        ValueError: raised by `training.train`, or the folder cannot be written.
     """
     training.check(vae, class_word, placeholder, recipe, side)
     if checkpoints is not None:
@@ -84,7 +87,7 @@ def train_with_progress(
 
 
 def draw_class(model, clip, text: str, count: int, cells: int, seed: int) -> torch.Tensor:
-    """Latents (count, C, cells, cells) of pictures of a class, as the model itself draws them."""
+    """Generates latents (count, C, cells, cells) of pictures of a class with the model."""
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (text, ""))
     batches = [
         _sample(model, positive, negative, cells, seed + first, STEPS, min(AT_ONCE, count - first))
@@ -94,7 +97,7 @@ def draw_class(model, clip, text: str, count: int, cells: int, seed: int) -> tor
 
 
 def draw_concept(model, clip, vae, concept: Concept, caption: str, side: int, seed: int) -> torch.Tensor:
-    """A quick picture (side, side, 3) of a concept over the whole frame."""
+    """Generates a quick picture (side, side, 3) with a concept everywhere."""
     text = caption.replace("{}", f"{concept.placeholder} {concept.class_word}".strip())
     prompted = fusion.PromptedConcept(concept, encode_text(clip, text, concept))
     everywhere = Partition(torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]))
@@ -114,7 +117,7 @@ def _sample(model, positive: list, negative: list, cells: int, seed: int, steps:
 
 
 def _as_preview(picture: torch.Tensor) -> tuple:
-    """A picture (H, W, 3) as the host's progress bar takes it; small ones enlarged."""
+    """A picture (H, W, 3) in the form of ComfyUI's progress bar; small pictures are enlarged."""
     from PIL import Image
 
     image = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
@@ -123,7 +126,7 @@ def _as_preview(picture: torch.Tensor) -> tuple:
 
 
 def _training_name(kind: list, pictures: Pictures) -> str:
-    """Tells one training from another, so that none continues another's checkpoint."""
+    """Name that identifies a training by its inputs, so that no training continues another's checkpoint."""
     digest = hashlib.sha256(json.dumps(kind).encode())
     for tensor in (*pictures.images, *(mask for mask in pictures.masks if mask is not None)):
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
@@ -131,7 +134,7 @@ def _training_name(kind: list, pictures: Pictures) -> str:
 
 
 def loss_picture(losses: Sequence[float], width: int = 512, height: int = 256) -> torch.Tensor:
-    """The losses of a training as a curve, (height, width, 3): each step grey, and their running mean dark."""
+    """Plots the losses of a training, (height, width, 3): each step in grey, the running mean in a dark colour."""
     from PIL import Image, ImageDraw
 
     picture = Image.new("RGB", (width, height), "white")

@@ -1,9 +1,9 @@
-"""Training a concept within the host: on a copy of the model, through the sites that drawing it uses too.
+"""Trains a concept in ComfyUI, on a copy of the model, through the same sites as in sampling.
 
-The model's own weights get no gradient. At every cross-attention layer keys and values gain what the concept adds, so
-what is trained is what Multi-Concept Fusion will compute. Parameters of the host cannot be differentiated through
-where they were made under inference mode, hence the copies of UNet and text encoder, which go when training ends in any
-way.
+The model's own weights are frozen. At every cross-attention layer the concept's part is added to keys and values, as
+Multi-Concept Fusion does later. Autograd cannot use parameters that ComfyUI created in inference mode.
+Therefore the UNet and the text encoder are copied, and the copies are released when training ends, whether or not it
+succeeds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .concepts import layer_module
 from .prompts import splice
 
 Report = Callable[[int, float, Callable[[], Concept]], None]
-"""Told after each step: how many were done, the loss, and what gives the concept as it is."""
+"""Called after each step with the index of the step, the loss, and a function that returns the current concept."""
 
 
 def train(
@@ -61,22 +61,22 @@ def train(
     report: Report = lambda *_: None,
     folder: Path | None = None,
 ) -> Concept:
-    """A concept learnt from pictures.
+    """Trains a concept on pictures.
 
     Args:
-        model, clip, vae: the host's, of one checkpoint; they stay as they are.
+        model, clip, vae: ComfyUI's, from one checkpoint; they are not changed.
         pictures: of the concept.
-        class_word: what kind of thing it is.
+        class_word: class of the concept, such as "dog".
         placeholder: its new word.
-        recipe: see there.
-        side: of the square training pictures, in pixels.
-        prior: latents (n, C, h, w), as a sampler gives them, of things of the class in general; None for no prior.
-        report: told after each step.
+        recipe: how to train.
+        side: side of the square training pictures, in pixels.
+        prior: latents (n, C, h, w) from a sampler that show the class in general; None for no prior.
+        report: called after each step.
         folder: for a checkpoint every minute, from which the same training continues after a cancellation or a crash;
-            it is removed at the end. None keeps none.
+            it is removed at the end. None keeps no checkpoint.
 
     Raises:
-        ValueError: an input cannot be used; says which and why.
+        ValueError: an input cannot be used.
     """
     name = check(vae, class_word, placeholder, recipe, side)
     with torch.inference_mode(False), torch.enable_grad(), _copies(model, clip) as (patcher, text):
@@ -90,7 +90,11 @@ def train(
 
 
 def check(vae, class_word: str, placeholder: str, recipe: Recipe, side: int) -> Name:
-    """What the concept is called; raises ValueError with one sentence where a training could not begin."""
+    """Checks the inputs of a training and returns the concept's name.
+
+    Raises:
+        ValueError: an input cannot be used.
+    """
     factor = vae.spacial_compression_encode()
     if side % factor or side < factor:
         raise ValueError(f"size: expected a multiple of {factor} for this VAE, got {side}")
@@ -99,7 +103,7 @@ def check(vae, class_word: str, placeholder: str, recipe: Recipe, side: int) -> 
 
 @contextmanager
 def _copies(model, clip):
-    """Copies of a MODEL and a CLIP that gradients can go through, loaded; let go of at the end."""
+    """Loads copies of a MODEL and a CLIP that autograd can use, for the duration of the context."""
     for given, what in ((model, "model"), (clip.patcher, "clip")):
         if given.cached_patcher_init is None:
             raise ValueError(
@@ -112,7 +116,7 @@ def _copies(model, clip):
             f"model: expected one whose layers are its checkpoint's, got one with another node's patch of {patched}, "
             "which would not be of the copy that is trained on; connect the model ahead of that node"
         )
-    # The fresh ones are held too: the host takes a model whose first patcher has gone for a leak, at every load.
+    # The fresh patchers are kept too: without a model's first patcher, ComfyUI reports a memory leak at every load.
     (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
     text = clip.clone()
     text.patcher = text_patcher
@@ -129,14 +133,14 @@ def _copies(model, clip):
     finally:
         comfy.model_management.in_training = training
         for layer in text.cond_stage_model.modules():
-            # A method of its own ties a layer to itself, and the copy would stay until the next garbage collection.
+            # A bound method on its layer is a reference cycle, which would keep the copy until garbage collection.
             layer.__dict__.pop("forward", None)
         for one in (patcher, text.patcher):
             comfy.model_management.unload_model_and_clones(one)
 
 
 def _copy(patcher) -> tuple:
-    """A copy of a patcher on a model that is loaded anew, and the patcher that the new model came with."""
+    """Copies a patcher onto a newly loaded model; returns the copy, and the patcher that the new model came with."""
     factory, arguments, *index = patcher.cached_patcher_init
     fresh = factory(*arguments, disable_dynamic=True)
     fresh = fresh[index[0]] if index else fresh
@@ -144,7 +148,7 @@ def _copy(patcher) -> tuple:
 
 
 def _out_of_place(layer, x, mask=None, optimized_attention=None):
-    """A text encoder's layer; the host's own adds in place, which a gradient cannot go through."""
+    """Forward pass of a text encoder's layer. ComfyUI's own adds in place, which autograd does not allow."""
     x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
     return x + layer.mlp(layer.layer_norm2(x))
 
@@ -172,7 +176,7 @@ class _Trainer:
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
 
     def _start_of_word(self) -> dict[str, torch.Tensor]:
-        """The class word's own embedding, so that training starts from what is known of the class."""
+        """The class word's own embedding, with which the new word starts."""
         starts = {}
         for encoder, chunks in self.clip.tokenize(self.name.class_word).items():
             tower = getattr(self.clip.cond_stage_model, f"clip_{encoder}")
@@ -182,7 +186,7 @@ class _Trainer:
         return starts
 
     def encode(self, vae) -> None:
-        """Encodes the views of all pictures."""
+        """Encodes the views of all pictures as latents."""
         views = self.pictures.views(self.recipe, self.side)
         with torch.no_grad():
             for start in range(0, len(views), 8):
@@ -196,13 +200,13 @@ class _Trainer:
             raise ValueError("vae: expected finite latents, got NaN or infinity for a picture")
 
     def run(self, report: Report, folder: Path | None) -> None:
-        """All steps."""
+        """Runs all remaining steps."""
         optimizer = concept_optimizer(self.weights, self.recipe)
         run = Run(folder, self.weights, optimizer, self.recipe.steps, self.recipe.seed)
 
         def loss_of(_step, generator):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            # A report may draw a preview, for which the host may have made room.
+            # A report may sample a preview, for which ComfyUI may have unloaded the models.
             comfy.model_management.load_models_gpu(self.patchers)
             return self._losses(generator)
 
@@ -226,7 +230,7 @@ class _Trainer:
         return concept_losses(denoised, x0, batch.masks, weight, self.recipe)
 
     def _conds(self, captions: Sequence[str], latent: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The host's tensors for captions, one row each; texts without the new word are encoded once."""
+        """Inputs of a model call for captions, one row each; captions without the new word are encoded once."""
         rows = []
         for caption in captions:
             conds = self._texts.get(caption)
@@ -242,7 +246,7 @@ class _Trainer:
             rows.append(dict(conds))
         length = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
         for row in rows:
-            # As the host does with prompts of different length.
+            # As ComfyUI does for prompts of different lengths.
             context = row["c_crossattn"]
             row["c_crossattn"] = context.repeat(1, length // context.shape[1], 1)
         return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
@@ -262,5 +266,5 @@ class _Trainer:
         return passes.evaluate(self.model, x, sigma, conds, options)
 
     def concept(self) -> Concept:
-        """The concept as it is now."""
+        """The concept in its current state."""
         return self.weights.concept(self.name, "Train Concept")

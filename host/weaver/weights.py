@@ -1,8 +1,8 @@
-"""From a concept's file to differences of a MODEL's own weights.
+"""Converts a concept's file to differences of a MODEL's own weights.
 
-A difference is what a file makes of the unpatched weight: delta = W' - W. Factors stay factors. LoRAs are read by the
-pack's own `encoders.adapters`, for the host's reader leaves tensors out without a word and computes some kinds
-otherwise than their trainers.
+A difference is taken to the unpatched weight: delta = W' - W. Factors remain factors. LoRAs are read by
+`encoders.adapters`, because ComfyUI's reader silently leaves tensors out and computes some kinds differently from their
+trainers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..model.patching import unload_compiled
 from ..model.sites import CROSS, CrossAttentionFamily
 
 DIFFUSION_MODEL = "diffusion_model."
-# Networks of one architecture that share no training differ by more than their own size; a difference is far smaller.
+# Networks that were trained separately differ by more than their own norm. Differences have a small norm.
 _MOST_CHANGE, _LIKE_SIZE = 1.0, (0.5, 2.0)
 
 
@@ -48,9 +48,9 @@ class Weights:
     """The weights of a model before all patches, and the linear layers of its cross-attention.
 
     Attributes:
-        family: the model's.
-        patches: the host's key patches, whose first entry is the weight itself.
-        layers: site's key and part by the layer's name.
+        family: the model's family.
+        patches: ComfyUI's key patches, whose first entry is the weight itself.
+        layers: site key and part by the layer's name.
     """
 
     family: CrossAttentionFamily
@@ -59,10 +59,10 @@ class Weights:
 
     @classmethod
     def of(cls, model) -> Weights:
-        """Those of a MODEL.
+        """The weights of a MODEL.
 
         Raises:
-            ValueError: it is of no family with cross-attention.
+            ValueError: its family has no cross-attention, or a transformer block lacks it.
         """
         network = network_of(model.model, CROSS)
         family = family_of(network)
@@ -80,21 +80,21 @@ class Weights:
         return key in self.patches
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """A copy of a weight in float on the CPU."""
+        """A copy of a weight, float, on the CPU."""
         return unpatched(self.patches, key)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a weight."""
+        """Shape of a weight."""
         return tuple(self.patches[key][0][0].shape)
 
     @property
     def text_width(self) -> int:
-        """Of the text states that cross-attention reads."""
+        """Width of the text states that cross-attention uses."""
         return next(self.shape(f"{layer}.weight")[1] for layer, (_, part) in self.layers.items() if part == "k")
 
     @property
     def architecture(self) -> str:
-        """What errors call a model of this text width."""
+        """Name of the models with this text width, for error messages."""
         return self.family.architecture(self.text_width)
 
     def fingerprint(self) -> str:
@@ -103,22 +103,22 @@ class Weights:
 
 
 def unpatched(patches: Mapping[str, list], key: str) -> torch.Tensor:
-    """A copy of a weight as it is before all patches, from the host's key patches; float, on the CPU."""
+    """A copy of a weight before all patches, from ComfyUI's key patches; float, on the CPU."""
     weight, convert = patches[key][0]
     copy = comfy.model_management.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
     return convert(copy, inplace=True)
 
 
 def difference(change: Any, base: torch.Tensor, key: str) -> tuple[torch.Tensor, ...]:
-    """What a change adds to the weight or bias `key`: in its shape, or the factors of a plain LoRA.
+    """What a change adds to the weight or bias `key`: one tensor of its shape, or the two factors of a plain LoRA.
 
     Args:
-        change: an `Adapter`, or as the host's patches are ("set", (weight,)) and ("diff", (difference,)).
+        change: an `Adapter`, or a ComfyUI patch ("set", (weight,)) or ("diff", (difference,)).
         base: the weight before all patches, float.
         key: its name in the model.
 
     Raises:
-        ValueError: the shape is another's.
+        ValueError: the shapes do not match.
     """
     if isinstance(change, Adapter):
         if not key.endswith(".bias"):
@@ -132,10 +132,10 @@ def difference(change: Any, base: torch.Tensor, key: str) -> tuple[torch.Tensor,
 
 
 def named_layers(model) -> dict[str, str]:
-    """The host's names of the layers of a MODEL by every name that files have for them, with underscores.
+    """Maps every name that files use for a layer of a MODEL, with underscores in place of dots, to ComfyUI's name.
 
     Raises:
-        ValueError: it is of no family with cross-attention.
+        ValueError: the model's family has no cross-attention.
     """
     diffusers = family_of(network_of(model.model, CROSS)).diffusers_names(model.model)
     keys = [key for key in model.model_state_dict(DIFFUSION_MODEL) if key.endswith(".weight")]
@@ -145,24 +145,24 @@ def named_layers(model) -> dict[str, str]:
     for name, key in names.items():
         plain, layer = name.removesuffix(".weight").replace(".", "_"), key.removesuffix(".weight")
         layers[plain] = layer
-        # diffusers' first processors have one output layer without a number.
+        # diffusers' first attention processors have one output layer, without a number.
         if plain.endswith("_to_out_0"):
             layers[plain.removesuffix("_0")] = layer
     return layers
 
 
 def is_whole(change: Any) -> bool:
-    """Whether a change puts a weight in place of the model's."""
+    """Whether a change replaces the model's weight."""
     return isinstance(change, tuple) and change[0] == "set"
 
 
 def host_patch(change: Any, own: Mapping[str, list], key: str) -> Any:
-    """A change as a patch of the host that a strength can scale; None if it changes nothing.
+    """Converts a change to a ComfyUI patch that a strength can scale; None if it changes nothing.
 
     Args:
-        change: as for `difference`.
-        own: the host's key patches of the model.
-        key: of the weight or bias.
+        change: see `difference`.
+        own: ComfyUI's key patches of the model.
+        key: name of the weight or bias.
     """
     changed = difference(change, unpatched(own, key), key)
     if not all(factor.any() for factor in changed):
@@ -171,17 +171,17 @@ def host_patch(change: Any, own: Mapping[str, list], key: str) -> Any:
 
 
 def adapters_by_weight(adapter: Adapter, layer: str) -> dict[str, Adapter]:
-    """An adapter by the names of the weight and bias that it changes, of a layer named without their endings."""
+    """An adapter by the names of the weight and the bias that it changes in a layer."""
     found = {f"{layer}.weight": adapter} if adapter.changes_weight else {}
     return found if adapter.bias() is None else found | {f"{layer}.bias": adapter}
 
 
 def read_weights(file: ConceptFile, model, name: str) -> Concept:
-    """A concept without tokens from what a file holds.
+    """Makes a concept without tokens from the contents of a file.
 
     Raises:
-        ValueError: the file is for another model, is not whole, has tensors for a layer that cannot be used, or holds
-            numbers that are not finite.
+        ValueError: the file is for another model, is incomplete, has tensors for a layer that cannot be used, or
+            contains numbers that are not finite.
     """
     weights = Weights.of(model)
     text = dict(file.text)
@@ -226,8 +226,11 @@ def read_weights(file: ConceptFile, model, name: str) -> Concept:
 
 
 def check_fit(concept: Concept, model) -> None:
-    """Raises ValueError where a concept's deltas are for another architecture than a MODEL's, and warns where they were
-    made on another model of the same."""
+    """Checks that a concept's deltas fit a MODEL, and gives advice if they were made on another base model.
+
+    Raises:
+        ValueError: the deltas are for another architecture.
+    """
     weights = Weights.of(model)
     names = {where: layer for layer, where in weights.layers.items()}
     for key, parts in concept.deltas.items():
@@ -248,7 +251,7 @@ def check_fit(concept: Concept, model) -> None:
 
 
 def _changes(file: ConceptFile, model, weights: Weights) -> dict[str, Any]:
-    """What a file of Custom Diffusion changes, by the host's names."""
+    """The changes in a Custom Diffusion file, by ComfyUI's weight names."""
     if file.text_width != weights.text_width:
         raise _other_width(file.text_width, weights)
     names = weights.family.diffusers_names(model.model)
@@ -265,7 +268,7 @@ def _changes(file: ConceptFile, model, weights: Weights) -> dict[str, Any]:
 
 
 def _lora_changes(file: ConceptFile, model, weights: Weights) -> tuple[dict[str, Adapter], dict[Layer, Adapter]]:
-    """What a LoRA changes of the diffusion model, by the host's names, and of text encoders, by layer."""
+    """A LoRA's changes to the diffusion model, by ComfyUI's weight names, and to text encoders, by layer."""
     state = file.lora
     if all(map(is_numbered, state)):
         names = {name: DIFFUSION_MODEL + key for name, key in weights.family.diffusers_names(model.model).items()}
@@ -311,13 +314,13 @@ def _adapter(layer: Layer, group: Group, file: ConceptFile, rank: int | None) ->
 
 
 def _is_of_a_layer(name: str, layers: Mapping[str, str]) -> bool:
-    """Whether the beginning of a tensor's name is that of a layer of the model."""
+    """Whether a tensor's name begins with the name of a layer of the model."""
     pieces = name.split(".")
     return any(layer_of(".".join(pieces[:n])).name in layers for n in range(1, len(pieces) + 1))
 
 
 def _shape_of(change: Any) -> tuple[int, ...]:
-    """Of the weight that a change is for; empty where its tensors do not say it."""
+    """Shape of the weight that a change is for; empty if its tensors do not determine it."""
     if not isinstance(change, Adapter):
         return tuple(change[1][0].shape)
     if change.kind != "LoRA":
@@ -326,7 +329,7 @@ def _shape_of(change: Any) -> tuple[int, ...]:
 
 
 def _check_width(given: tuple[int, ...], key: str, weights: Weights) -> None:
-    """Says which model a change of keys or values is for, if it is one of another text width."""
+    """Raises ValueError, naming the right model, if a change of keys or values is for another text width."""
     layer, _, kind = key.rpartition(".")
     wanted = weights.shape(key)
     reads_text = kind == "weight" and weights.layers.get(layer, ("", ""))[1] in ("k", "v")
@@ -340,7 +343,7 @@ def _other_width(given: int, weights: Weights) -> ValueError:
 
 
 def _check_base(sizes: list[float], moves: list[float]) -> None:
-    """Whole weights must be near the model's own; a file of differences, or of another base, is not."""
+    """Raises ValueError if whole weights are far from the model's own, as differences or another base's weights are."""
     if not sizes:
         return
     size, change = statistics.median(sizes), statistics.median(moves)
@@ -352,7 +355,8 @@ def _check_base(sizes: list[float], moves: list[float]) -> None:
 
 
 def _check_whole(file: ConceptFile, parts: Mapping[tuple[str, str], Mapping], weights: Weights) -> None:
-    """Custom Diffusion trains keys and values of every layer; a LoRA may leave layers out, but not change nothing."""
+    """Raises ValueError if a Custom Diffusion file lacks keys or values of a layer, or if a file changes nothing. A
+    LoRA may leave layers out."""
     if file.source_format != LORA:
         wanted = {where: layer for layer, where in weights.layers.items() if where[1] in ("k", "v")}
         missing = [layer.removeprefix(DIFFUSION_MODEL) for where, layer in wanted.items() if where not in parts]
@@ -361,7 +365,7 @@ def _check_whole(file: ConceptFile, parts: Mapping[tuple[str, str], Mapping], we
                 f"file: expected keys and values of all cross-attention layers of {weights.architecture}, "
                 f"got a file without {len(missing)} of them, such as {missing[0]}"
             )
-    # A product is nothing where one of its factors is: a new LoRA has one of zeros.
+    # A product is zero if one of its factors is: one factor of an untrained LoRA is zero.
     nothing = not any(all(factor.any() for factor in found) for kinds in parts.values() for found in kinds.values())
     if nothing and file.source_format == LORA:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What kinds of models call their parts, a file for each, and how to find the one that knows a model."""
+"""Model families, one file each, and the functions that find the family of a model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FAMILIES: tuple[Family, ...] = (UNetFamily(),)
 
 
 def network_of(model, *kinds: str) -> torch.nn.Module:
-    """The diffusion model of a BaseModel; where another node has wrapped it, as compile nodes do, what is inside.
+    """The diffusion model of a BaseModel, unwrapped if another node (such as a compile node) has wrapped it.
 
     Raises:
-        ValueError: its family is not known, or does not have sites of all these kinds.
+        ValueError: the family is not known, or does not have sites of all these `kinds`.
     """
     parts = (part for part in model.diffusion_model.modules() if any(family.owns(part) for family in FAMILIES))
     network = next(parts, None)
@@ -29,15 +29,15 @@ def network_of(model, *kinds: str) -> torch.nn.Module:
 
 
 def family_of(network: torch.nn.Module) -> Family:
-    """The family of the `network_of` a model."""
+    """The family of a diffusion model from `network_of`."""
     return next(family for family in FAMILIES if family.owns(network))
 
 
 def family_of_concept(layers: Iterable[str]) -> CrossAttentionFamily:
-    """The family of the models that a concept with these layers is for.
+    """The family of the models for which a concept with these `layers` (site keys) is made.
 
     Raises:
-        ValueError: no family calls its sites so.
+        ValueError: the keys are not those of any family.
     """
     layers = list(layers)
     for family in FAMILIES:

@@ -25,12 +25,12 @@ _LAYER_PATCHES = "forward_timestep_embed_patch"
 
 @dataclass(frozen=True)
 class ResBlockCall:
-    """One call of the host's ResBlock; see `sites.ResidualCall`.
+    """One call of ComfyUI's ResBlock; see `sites.ResidualCall`.
 
     Attributes:
         layer: the block.
         x: (B, C, h, w).
-        unpatched: what it gives without us, by another node's patch if there is one.
+        unpatched: computes the block's output without our handler, by another node's patch if there is one.
     """
 
     layer: ResBlock
@@ -52,8 +52,8 @@ class ResBlockCall:
 
 
 class UNetFamily:
-    """See `sites.CrossAttentionFamily`. A site's key is its block, the block's number, and the number of the
-    transformer in it, such as "output.6.0"."""
+    """See `sites.CrossAttentionFamily`. A site's key, such as "output.6.0", is the part of the UNet, the number of the
+    block in it, and the number of the transformer block in that block."""
 
     names = "SD 1.x, SD 2.x, SDXL and Shapeland"
     kinds = frozenset({SELF, CROSS, RESIDUAL})
@@ -120,7 +120,7 @@ class UNetFamily:
         return bool(_KEY.fullmatch(key))
 
     def layer(self, key: str, part: str) -> str:
-        """See `sites.CrossAttentionFamily`; as CompVis and LoRA files call it."""
+        """See `sites.CrossAttentionFamily`; the names are those of CompVis and of LoRA files."""
         path, number, depth = _place(key)
         return f"{_CONTAINERS[path].format(number)}.transformer_blocks.{depth}.attn2.{_PARTS[part]}"
 
@@ -148,7 +148,7 @@ class UNetFamily:
 
 
 def _place(key: str) -> tuple[str, int, int]:
-    """What the host calls a site's block."""
+    """ComfyUI's (path, block number, transformer number) for a site key."""
     path, number, depth = _KEY.fullmatch(key).groups()
     return path, int(number), int(depth)
 
@@ -166,7 +166,7 @@ def _blocks(unet: UNetModel) -> Iterable[tuple[str, int, int | None, torch.nn.Mo
 
 
 def _branches(block: torch.nn.Module) -> list[ResBlock]:
-    """The residual blocks of a block that keep its resolution."""
+    """The residual blocks in `block` that keep the resolution."""
     return [module for module in block.modules() if isinstance(module, ResBlock) and not module.updown]
 
 
@@ -182,7 +182,7 @@ def _as_host_patch(handler: Handler, previous: Callable | None) -> Callable:
 
 def _as_layer_patch(handlers: Mapping[tuple, Handler], others: Sequence[tuple[type, Callable]]) -> Callable:
     def patch(layer, x, embedding, context, options, *rest):
-        # The host stops at the first patch that fits a layer, so the others' must be asked here.
+        # ComfyUI stops at the first patch that matches a layer, so patches of other nodes must be called here.
         other = next((patch for kind, patch in others if isinstance(layer, kind)), None)
 
         def evaluate():
