@@ -30,7 +30,7 @@ def growth(session: Session) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints the growth of one session."""
+    """Prints the growth of one session as JSON."""
     system, arch, subjects = argv
     with torch.inference_mode():
         rig = Rig.build(PLANS[arch, "cpu"])

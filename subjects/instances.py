@@ -123,7 +123,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _pick(things: list[Candidate], which: Which) -> list[Candidate]:
-    """The chosen ones of the things, which are sorted best first; empty if there are too few."""
+    """The instances that are meant, out of `things`, which are sorted best first; empty if there are too few."""
     if which == ALL:
         return things
     if which == BEST:

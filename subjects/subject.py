@@ -1,4 +1,4 @@
-"""A subject: something that is to appear in a picture, and everything that the systems know about it."""
+"""A subject: something that is to appear in a picture, with everything that the systems know about it."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.T
 
 
 def train_clip(device: str, steps: int, shipped: bool = False) -> None:
-    """Trains CLIP's towers and writes both files. A run without a checkpoint starts from the shipped weights if
+    """Trains CLIP's towers and writes both files. Without a checkpoint, a run starts from the shipped weights if
     `shipped`."""
     shards = 4
     data = open_scenes(shards)
