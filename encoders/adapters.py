@@ -73,7 +73,7 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """Which of the known kinds of adapter it is."""
+        """Which of the known kinds of adapter it is; raises ValueError if it is none."""
         for kind, (marks, _, _) in _KINDS.items():
             if any(re.fullmatch(marks, part) for part in self.group):
                 return kind

@@ -45,7 +45,7 @@ SPACE_NEEDED = 9 * 2**30
 
 
 class Problem(Exception):  # noqa: N818 (it is no fault of the program)
-    """What stops a command, in one sentence for the user."""
+    """What stops a command, in one sentence for the user. All functions here raise it."""
 
 
 class Host(NamedTuple):

@@ -71,7 +71,7 @@ def drawn_references(api: dict) -> Image.Image:
 
 
 def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow], None], card: bool) -> None:
-    """Writes the files of one workflow, including its card if `card`."""
+    """Writes the files of one workflow, including its card if `card`; raises Problem if the workflow is faulty."""
     flow = Workflow(info, name)
     describe(flow)
     ui = flow.ui()

@@ -87,7 +87,7 @@ def grown(field: Field) -> list[Field]:
 
 
 def option_fields(field: Field, key: str) -> list[Field]:
-    """The inputs that one choice of a DynamicCombo shows."""
+    """The inputs that one choice of a DynamicCombo shows; raises ValueError if there is no such choice."""
     for option in field.options["options"]:
         if option["key"] == key:
             return fields(option["inputs"], f"{field.name}.", field.required)

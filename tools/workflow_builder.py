@@ -77,7 +77,8 @@ class Workflow:
         width: int = 320,
         models: Sequence[dict] = (),
     ) -> Node:
-        """Adds a node. `models` are {name, url, directory} of the files that a loader needs."""
+        """Adds a node; raises ValueError if the node or an input is unknown. `models` are {name, url, directory} of the
+        files that a loader needs."""
         if kind not in self.info:
             raise ValueError(f"The host has no node {kind}")
         info = self.info[kind]
