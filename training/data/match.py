@@ -149,8 +149,8 @@ def _unfit(picture: Annotated, subjects: list[MatchedSubject]) -> str | None:
 def write_lists(folder: Folder, held_out: float = HELD_OUT) -> None:
     """Writes the lists of all pictures that have an `<id>.json`, of those to train on and of those held out.
 
-    A picture is held out depending on the hash of its id, which pictures added later do not change; of two or more
-    pictures at least one is held out and one is not.
+    Whether a picture is held out depends on the hash of its id alone, so pictures added later do not change it; only
+    where that would leave either list of two or more pictures empty, one picture changes lists.
     """
     ids = [i for i in folder.ids() if folder.path(i, MATCHED).exists()]
     order = sorted(ids, key=_draw)
