@@ -1,4 +1,4 @@
-"""Heat maps: a share between 0 and 1 at each place of a picture, made visible on the picture."""
+"""Heat maps, which show a share between 0 and 1 at each point of a picture as a colour on the picture."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from ..subjects.masks import ASPECT_TOLERANCE, same_aspect
 
-# Dark blue over violet and orange to pale yellow: brightness rises all the way, so it also reads in grey.
+# From dark blue through violet and orange to pale yellow: brightness rises all the way, so it also reads in grey.
 _SCALE = ((0.05, 0.03, 0.30), (0.45, 0.05, 0.55), (0.80, 0.25, 0.40), (0.97, 0.58, 0.20), (0.98, 0.95, 0.65))
 
 
 def colours(values: torch.Tensor) -> torch.Tensor:
-    """Colours (..., 3) of values (...) between 0 and 1."""
+    """Maps values (...) in 0..1 to RGB colours (..., 3) in 0..1."""
     scale = torch.tensor(_SCALE, device=values.device)
     place = values.clamp(0, 1) * (len(_SCALE) - 1)
     below = place.floor().long().clamp(max=len(_SCALE) - 2)
@@ -20,20 +20,22 @@ def colours(values: torch.Tensor) -> torch.Tensor:
 
 
 def stretch(maps: torch.Tensor) -> torch.Tensor:
-    """Stretches each map (..., h, w) to the full range from 0 to 1; a flat one becomes 0."""
+    """Stretches each map (..., h, w) to the full range 0..1; a constant map becomes 0."""
     low = maps.amin(dim=(-2, -1), keepdim=True)
     span = maps.amax(dim=(-2, -1), keepdim=True) - low
     return (maps - low) / span.clamp(min=1e-6)
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes maps (B, h, w) to (B, H, W)."""
+    """Resizes maps (B, h, w) to (B, H, W), bilinearly."""
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def overlay(pictures: torch.Tensor, maps: torch.Tensor, opacity: float) -> torch.Tensor:
-    """Lays maps (B, H, W) over the grey of pictures (B, H, W, 3); opacity 0 shows the picture, 1 the map alone. Float,
-    whatever the pictures are."""
+    """Blends maps (B, H, W), as colours, over greyscale pictures (B, H, W, 3).
+
+    Opacity 0 returns the pictures in colour, 1 the maps alone. The result is float, whatever the dtype of the pictures.
+    """
     pictures, maps = pictures.float(), maps.float()
     grey = pictures.mean(dim=-1, keepdim=True).expand_as(pictures)
     return torch.lerp(grey if opacity > 0 else pictures, colours(maps), opacity)
@@ -45,7 +47,7 @@ def share_pictures(
     """Heat maps of all subjects on all pictures.
 
     Args:
-        shares: (B, 1 + N, h, w), the picture's own first, as `mrsa.subject_shares` orders them.
+        shares: (B, 1 + N, h, w), the picture's own share first, as in `mrsa.subject_shares`.
         pictures: (B, H, W, 3), values 0..1.
         opacity: see `overlay`.
         stretched: whether each map is stretched to the full range.
@@ -54,7 +56,7 @@ def share_pictures(
         Overlays (B * N, H, W, 3) and plain shares (B * N, H, W).
 
     Raises:
-        ValueError: there are not as many pictures as the record has, or they have another shape.
+        ValueError: `pictures` and `shares` differ in number or in aspect ratio.
     """
     if len(pictures) != len(shares):
         raise ValueError(f"image: expected the {len(shares)} pictures of the latent, got {len(pictures)}")

@@ -1,4 +1,4 @@
-"""Losses that make cross-attention keep each subject in its place, and noise prediction mind the subjects.
+"""Losses that keep each subject's cross-attention in its place and weight noise prediction by the subjects.
 
 FastComposer (Xiao et al., arXiv 2305.10431), section 4.2 and equation 5, the "balanced L1".
 """
@@ -15,13 +15,13 @@ EPSILON = 1e-5
 
 
 def antialiased(masks: torch.Tensor, side: int) -> torch.Tensor:
-    """Masks (n, subjects, H, W) at the size (side, side), as published."""
+    """Resizes masks (n, subjects, H, W) to (n, subjects, side, side), as published."""
     return F.interpolate(masks, (side, side), mode="bilinear", antialias=True)
 
 
 def mean_of_pictures(present: torch.Tensor) -> torch.Tensor:
-    """The published weights (n, subjects): the mean over each picture's subjects, and of these over all pictures, where
-    one without subjects counts as 0.
+    """The published weights (n, subjects): the mean over each picture's subjects, then over all pictures, where a
+    picture without subjects counts as 0.
 
     Args:
         present: (n, subjects), 1 where there is a subject.
@@ -36,18 +36,23 @@ def localization_loss(
     weights: torch.Tensor,
     resize: Callable[[torch.Tensor, int], torch.Tensor] = antialiased,
 ) -> torch.Tensor:
-    """The weighted sum over subjects of the mean attention to their tokens outside their mask minus the mean inside,
-    which is from -1 (all inside) to 1 (all outside); averaged over layers. In full precision, also under autocast.
+    """Mean attention to each subject's tokens outside its mask minus the mean inside, from -1 (all inside) to 1 (all
+    outside); summed over subjects with `weights` and averaged over layers.
+
+    Computed in the dtype of the maps, even under autocast.
 
     Args:
-        maps: per layer the attention probabilities (n, pixels, text tokens) of a square grid, averaged over heads.
+        maps: per layer, attention probabilities (n, pixels, text tokens) on a square grid, averaged over heads.
         tokens: (n, subjects, text tokens), 1 at the tokens of each subject.
         masks: (n, subjects, H, W), 0..1, where each subject is.
-        weights: (n, subjects), what each subject counts; 0 where there is none. See `mean_of_pictures`.
-        resize: gives the masks at the size of a layer's grid.
+        weights: (n, subjects), weight of each subject, 0 where there is none; see `mean_of_pictures`.
+        resize: (masks, side) -> masks at the size of a layer's grid.
+
+    Returns:
+        The loss, a scalar.
 
     Raises:
-        ValueError: no layer has given a map.
+        ValueError: `maps` is empty.
     """
     if not maps:
         raise ValueError("localization loss: expected attention maps, got none from any layer")
@@ -66,21 +71,22 @@ def localization_loss(
 
 
 def _mean_over(mask: torch.Tensor) -> torch.Tensor:
-    """What each pixel counts in a mean over a mask (..., pixels)."""
+    """Weight of each pixel in the mean over a mask (..., pixels)."""
     return mask / (mask.sum(-1, keepdim=True) + EPSILON)
 
 
 def masked_noise_loss(
     prediction: torch.Tensor, target: torch.Tensor, masks: torch.Tensor, masked: torch.Tensor
 ) -> torch.Tensor:
-    """Mean square error of a noise prediction, within the subjects alone where `masked` says so.
+    """Mean squared error of a noise prediction, limited to the subjects where `masked` is true.
 
-    As published the mean is over all elements, so a small subject weighs little and a picture without subjects nothing.
+    As published, the mean is over all elements, so small subjects weigh little and a masked picture without subjects
+    weighs nothing.
 
     Args:
         prediction, target: (n, C, h, w).
-        masks: (n, subjects, H, W), scaled to the latent without antialiasing.
-        masked: (n,), true where only the subjects count.
+        masks: (n, subjects, H, W), resized to the latent without antialiasing.
+        masked: (n,) boolean, true where only the subjects count.
     """
     union = masks.sum(1, keepdim=True).clamp(max=1).to(prediction)
     union = F.interpolate(union, prediction.shape[-2:], mode="bilinear")

@@ -1,18 +1,19 @@
 """Multi-reference self-attention (FreeCustom, arXiv 2405.13870): a picture attends to its references.
 
-In a self-attention layer the target's queries see, beside the target's own keys, those keys of every
-reference that lie on its subject. With s = q k^T / sqrt(d), weight w_i and token mask m_i of subject i:
+In a self-attention layer the queries of the target, the picture being generated, attend to the target's own keys and to
+those keys of each reference that are inside its subject's mask. With s = q k^T / sqrt(d), and weight w_i and token mask
+m_i of subject i:
 
-- `official` (the published code): softmax over [s_own, s_i + w_i where m_i = 1]; masked keys do not exist.
-- `paper` (section 3.3): softmax over [s_own, w_i m_i s_i]; a masked key keeps the logit 0 and its share.
-- `paper_drop`: the paper's product inside the mask, masked keys do not exist.
+- `official` (the published code): softmax over [s_own, s_i + w_i where m_i = 1]; keys outside the mask are left out.
+- `paper` (section 3.3): softmax over [s_own, w_i m_i s_i]; a key outside the mask has the logit 0 and keeps its share.
+- `paper_drop`: the paper's product inside the mask; keys outside the mask are left out.
 
-All three are computed here as ordinary attention over fewer keys: a key that does not exist is not gathered, a
-product with w is a product of the key with w, and the masked keys of `paper`, all of logit 0, are one zero key
-whose bias is the logarithm of their number and whose value is their mean.
+All three are computed as ordinary attention over fewer keys. Keys that are left out are not gathered, the product with
+w is applied to the key, and the keys outside the mask in `paper`, which all have the logit 0, become one zero key whose
+bias is the logarithm of their number and whose value is their mean.
 
-Attention itself is passed in: `attend(q, k, v, bias)` with q (B, Lq, C), k and v (B, Lk, C), bias (1, 1, 1, Lk)
-added to the logits of all heads and queries, or None; it returns (B, Lq, C). Heads are its own affair.
+Attention itself is passed in as `attend(q, k, v, bias)`, with q (B, Lq, C), k and v (B, Lk, C), and bias (1, 1, 1, Lk),
+which is added to the logits of all heads and queries, or None. It splits C into heads itself and returns (B, Lq, C).
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ import torch
 FORMULAS = ("official", "paper", "paper_drop")
 
 MAX_BALANCE_BOOST = 3.0
-"""Most that balancing adds to a small subject's log-odds, so that a speck does not take over the picture."""
+"""Upper bound of what balancing adds to a small subject's log-odds, so that a speck does not take over the picture."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """What the M reference keys of one layer mean; the same for every step and for keys of any content.
+    """What the M reference keys of a layer are; the same at every step, whatever the content of the keys.
 
     Attributes:
         bias: (M,) float, added to the keys' logits.
-        owner: (M,) long, the subject each key belongs to.
-        tokens: (M,) float, size of the token grid of the reference that each key comes from.
+        owner: (M,) long, the subject that each key belongs to.
+        tokens: (M,) float, the number of tokens of the reference that each key comes from.
     """
 
     bias: torch.Tensor
@@ -47,7 +48,7 @@ class KeyLayout:
 
     @staticmethod
     def join(layouts: Sequence[KeyLayout]) -> KeyLayout:
-        """The layout of several sets of keys laid end to end."""
+        """Concatenates the layouts of several sets of keys."""
         return KeyLayout(*(torch.cat([getattr(x, name) for x in layouts]) for name in ("bias", "owner", "tokens")))
 
     def __len__(self) -> int:
@@ -56,13 +57,13 @@ class KeyLayout:
 
 @dataclass(frozen=True)
 class KeyPlan:
-    """How to take the keys of one layer out of a batch of R references with L tokens each.
+    """How to select the keys of a layer from a batch of R references with L tokens each.
 
     Attributes:
-        gather: (G,) long, positions in the flattened (R * L) tokens.
+        gather: (G,) long, indices into the flattened (R * L) tokens.
         scale: (G,) float or None, factor of each gathered key.
-        pool: (S, R * L) float or None; row s averages the masked tokens of a subject into its one zero key.
-        layout: meaning of the G + S keys.
+        pool: (P, R * L) float or None; each row averages the tokens outside one subject's mask for its zero key.
+        layout: layout of the G + P keys.
     """
 
     gather: torch.Tensor
@@ -71,7 +72,7 @@ class KeyPlan:
     layout: KeyLayout
 
     def collect(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes keys and values, each (G + S, C), from the references' k and v, each (R, L, C)."""
+        """Selects keys and values, each (G + P, C), from the references' k and v, each (R, L, C)."""
         keys = k.flatten(0, 1).index_select(0, self.gather)
         flat_values = v.flatten(0, 1)
         values = flat_values.index_select(0, self.gather)
@@ -94,17 +95,17 @@ def plan_keys(
     formula: str,
     device: torch.device | str = "cpu",
 ) -> KeyPlan:
-    """Plans which keys of a batch of references the target sees at one layer.
+    """Plans which keys of a batch of references the target attends to in one layer.
 
     Args:
         token_masks: (S, L) boolean, the tokens of each of S subjects.
-        rows: the row of the batch that shows each subject; several subjects may share one.
-        n_rows: R, rows of the batch.
+        rows: for each subject, the row of the batch that shows it; several subjects may share a row.
+        n_rows: R, the number of rows in the batch.
         weights: w_i of each subject, positive.
-        biases: further log-odds of each subject (balance); zeros for the published behaviour.
+        biases: additional log-odds of each subject (balance); zeros for the published behaviour.
         owners: index of each subject among all subjects of the picture.
         formula: one of FORMULAS.
-        device: where the plan's tensors shall live.
+        device: device of the plan's tensors.
 
     Raises:
         ValueError: the formula is unknown.
@@ -141,16 +142,16 @@ def plan_keys(
 
 
 def bias_row(layout: KeyLayout, n_own: int, own_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """The bias of all keys of a layer, (1, 1, 1, n_own + M): own keys first, at 0.
+    """The bias of all keys of a layer, (1, 1, 1, n_own + M): the target's own keys first, with bias 0.
 
-    A reference with more tokens than the target would weigh more for its size alone; ln(own / reference tokens)
-    takes that back, so that a weight means the same at every resolution. Equal sizes add exactly 0.
+    A reference with more tokens than the target would weigh more for its size alone. Adding ln(own / reference tokens)
+    compensates for that, so that a weight means the same at every resolution; for equal sizes it is exactly 0.
 
     Args:
-        layout: of the M reference keys.
+        layout: layout of the M reference keys.
         n_own: number of the target's own keys.
-        own_tokens: size of the target's token grid.
-        dtype: of the queries.
+        own_tokens: number of tokens of the target's picture.
+        dtype: dtype of the queries.
     """
     references = layout.bias + torch.log(own_tokens / layout.tokens)
     return torch.cat([references.new_zeros(n_own), references]).to(dtype).view(1, 1, 1, -1)
@@ -161,9 +162,9 @@ class QueryGroup:
     """Queries that see the same subjects.
 
     Attributes:
-        queries: (n,) long, their positions.
-        keys: positions of all keys they see, (m,) long, or a slice where they lie together.
-        plain: whether these are the target's own keys alone.
+        queries: (n,) long, their indices.
+        keys: indices of all keys they see, (m,) long, or a slice if these are contiguous.
+        plain: whether they see the target's own keys alone.
     """
 
     queries: torch.Tensor
@@ -172,11 +173,11 @@ class QueryGroup:
 
 
 def query_groups(visible: torch.Tensor, owner: torch.Tensor, n_own: int) -> list[QueryGroup]:
-    """Splits the queries by the subjects they may see, so that regions need no (Lq, Lk) bias.
+    """Groups the queries by the subjects they may see, so that regions need no (Lq, Lk) bias.
 
     Args:
-        visible: (N, Lq) boolean, which queries see each subject: those where it may appear, and of the picture alone,
-            not of the text beside it in joint attention.
+        visible: (N, Lq) boolean, the queries that see each subject: those of the picture where it may appear, never
+            those of the text in joint attention.
         owner: (M,) long, the subject of each reference key.
         n_own: number of the target's own keys, which every query sees.
     """
@@ -203,14 +204,14 @@ def multi_reference_attention(
     bias: torch.Tensor,
     groups: Sequence[QueryGroup] | None = None,
 ) -> torch.Tensor:
-    """Attention of the target over its own and the references' keys; (B, Lq, C).
+    """Attention of the target over its own keys and the references'; (B, Lq, C).
 
     Args:
-        attend: see the module's text.
+        attend: see the module docstring.
         q, k, v: the target's, (B, Lq, C) and (B, Lk, C).
         keys, values: the references', (M, C), shared by the whole batch.
         bias: (1, 1, 1, Lk + M) from `bias_row`.
-        groups: queries by what they may see; None lets all see all.
+        groups: the queries by the keys they see; with None all queries see all keys.
     """
     k = torch.cat([k, keys.expand(len(k), -1, -1)], dim=1)
     v = torch.cat([v, values.expand(len(v), -1, -1)], dim=1)
@@ -228,17 +229,19 @@ def subject_shares(
     heads: int,
     groups: Sequence[QueryGroup] | None = None,
 ) -> torch.Tensor:
-    """How much of each query's attention goes to the picture itself and to every subject.
+    """How much of each query's attention goes to the picture itself and to each subject.
 
-    Averaged over heads; (B, Lq, 1 + n_subjects), the picture first, every query's shares sum to 1. It is
-    the same attention with one-hot values that say whose key it is, so any kernel can compute it and the
-    (Lq, Lk) matrix need not exist.
+    Averaged over heads; (B, Lq, 1 + n_subjects), the picture first. The shares of a query sum to 1. This is the same
+    attention with one-hot values that mark the owner of each key, so any attention kernel can compute it and the (Lq,
+    Lk) matrix is never formed.
 
     Args:
+        attend: see the module docstring.
         q, k: the target's, (B, Lq, C) and (B, Lk, C).
         keys, bias, groups: as in `multi_reference_attention`.
         owner: (M,) long, the subject of each reference key.
-        heads: number of heads that C is divided into.
+        n_subjects: number of subjects.
+        heads: number of attention heads.
     """
     batch, n_own, channels = k.shape
     width = channels // heads
@@ -264,26 +267,26 @@ def _attend_in_groups(attend, q, k, v, bias, groups):
 
 
 def keep_style(plain: torch.Tensor, mixed: torch.Tensor, style_fidelity: float) -> torch.Tensor:
-    """Output of the unconditional branch: (1 - sf) * multi-reference + sf * plain attention, as in the code."""
+    """Output of the unconditional branch, as in the published code: (1 - sf) * multi-reference + sf * plain."""
     return (1.0 - style_fidelity) * mixed + style_fidelity * plain
 
 
 def balance_biases(coverages: Sequence[float], strength: float) -> list[float]:
-    """Log-odds that lift subjects which cover little of their reference, and lower those that cover much.
+    """Log-odds that raise subjects covering little of their reference and lower those covering much of it.
 
-    strength * ln(mean coverage / coverage), at most MAX_BALANCE_BOOST. Without it the odds of a subject grow with its
-    number of keys: a necklace beside a dog has 1/43 of the dog's.
+    strength * ln(mean coverage / coverage), at most MAX_BALANCE_BOOST. Without it a subject's odds grow with its number
+    of keys: a necklace next to a dog has 1/43 of the dog's odds.
 
     Args:
         coverages: share of each reference that its subject covers, positive.
-        strength: 0 (off, as published) to 1 (sizes do not matter).
+        strength: 0 (off, as published) to 1 (size does not matter).
     """
     mean = sum(coverages) / len(coverages)
     return [min(MAX_BALANCE_BOOST, strength * math.log(mean / c)) for c in coverages]
 
 
 def crowding(coverages: Sequence[float], weights: Sequence[float]) -> float:
-    """Attention odds of all references against the picture itself when all logits are equal: sum of c_i e^w_i.
+    """Attention odds of all references against the picture itself if all logits are equal: the sum of c_i e^w_i.
 
     The picture keeps the share 1 / (1 + crowding).
     """

@@ -1,7 +1,8 @@
-"""What trainers call the tensors of LoRAs and their relatives, and the scales they keep elsewhere.
+"""Names that trainers give the tensors of LoRAs and related adapters, and the scales that they store elsewhere.
 
-Names are read once, here: every writer's becomes a place (the diffusion model or a text encoder), a layer, and a part
-of one of `adapters`. The writers are kohya's sd-scripts, LyCORIS, diffusers old and new, PEFT, and cloneofsimo/lora.
+Names are parsed only here: each becomes a place (the diffusion model or a text encoder), a layer, and a part of one of
+the kinds in `adapters`. The known writers are kohya's sd-scripts, LyCORIS, old and new diffusers, PEFT, and
+cloneofsimo/lora.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 DIFFUSION, TEXT, TEXT_2, ANYWHERE = "unet", "text_encoder", "text_encoder_2", ""
-"""Places of layers; a layer without a prefix may be anywhere."""
+"""Places of layers; a layer without a prefix may be in any of them."""
 
 _PEFT = "base_model.model."
 _ROOTS = (
@@ -29,7 +30,7 @@ _ROOTS = (
         for prefix in ("lora_te2_", "lora_te2.", "text_encoder_2.", "text_encoders.clip_g.transformer.")
     ),
 )
-# PEFT puts an adapter's name behind that of the part where a whole model was saved.
+# PEFT appends the adapter's name to the part's name if a whole model was saved.
 _ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"
 _PARTS = tuple(
     (re.compile(pattern + "$"), part)
@@ -46,7 +47,7 @@ _PARTS = tuple(
     )
 )
 _FACTORED = ("pissa", "olora", "corda")
-"""PEFT's starts that take something out of the base model's weights first."""
+"""PEFT initialisations that subtract something from the base model's weights first."""
 
 _NUMBERED = re.compile(rf"({DIFFUSION}|{TEXT}):(\d+):(up|down)")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -54,21 +55,21 @@ _TEXT_ATTENTION = ("k_proj", "v_proj", "q_proj", "out_proj")
 
 
 class Layer(NamedTuple):
-    """A layer that a file has tensors for: where it is, and its name with underscores and without prefix."""
+    """A layer that a file has tensors for: its place, and its name with underscores and without prefix."""
 
     place: str
     name: str
 
 
 class Named(NamedTuple):
-    """A tensor by what a file calls it."""
+    """A tensor with the name that a file gives it."""
 
     name: str
     tensor: torch.Tensor
 
 
 Group = dict[str, Named]
-"""The tensors of one layer by part."""
+"""The tensors of one layer, by part."""
 
 
 def layer_of(name: str) -> Layer:
@@ -83,20 +84,20 @@ def layer_of(name: str) -> Layer:
 
 
 def names_a_part(name: str) -> bool:
-    """Whether a tensor's name is one of an adapter, of whatever layer."""
+    """Whether a tensor's name is that of an adapter's part, in any layer."""
     return is_numbered(name) or any(pattern.search(name) for pattern, _ in _PARTS)
 
 
 def is_numbered(name: str) -> bool:
-    """Whether a tensor's name is one of cloneofsimo/lora's, which `numbered_names` reads."""
+    """Whether a tensor's name has the form of cloneofsimo/lora, which `numbered_names` reads."""
     return bool(_NUMBERED.fullmatch(name))
 
 
 def grouped(state: Mapping[str, torch.Tensor]) -> tuple[dict[Layer, Group], dict[str, torch.Tensor]]:
-    """A file's tensors by layer and part, and those whose names say no part.
+    """A file's tensors by layer and part, and those whose names are not those of a part.
 
     Raises:
-        ValueError: two tensors are for the same part of a layer.
+        ValueError: two tensors have the same layer and part.
     """
     groups: dict[Layer, Group] = {}
     rest = {}
@@ -125,18 +126,18 @@ def _split(name: str, state: Mapping[str, torch.Tensor]) -> tuple[str, str | Non
 
 
 def numbered_names(state: Mapping[str, torch.Tensor], layers: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
-    """A file of cloneofsimo/lora, which numbers layers, with the names of the layers.
+    """Replaces the layer numbers in a file of cloneofsimo/lora with the names of the layers.
 
-    The numbers follow the modules of a UNet as diffusers had them in early 2023: blocks down, up and in the middle; in
-    a transformer block self-attention, the feed-forward's gate in later files, and cross-attention. Text encoders have
-    attention alone.
+    The numbers follow the modules of a UNet as in diffusers of early 2023: down blocks, up blocks, then the middle
+    block; in a transformer block the self-attention, in later files the feed-forward's gate, then the cross-attention.
+    Text encoders have attention layers only.
 
     Args:
-        state: of names such as unet:0:up.
-        layers: shapes of the UNet's weights by diffusers' names, .weight included.
+        state: tensors with names such as unet:0:up.
+        layers: shapes of the UNet's weights by diffusers' names, including .weight.
 
     Raises:
-        ValueError: the number of layers or their shapes are another model's.
+        ValueError: factors are missing, or the number or the shapes of the layers belong to another model.
     """
     found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name, tensor in state.items():
@@ -181,12 +182,13 @@ def _unet_order(pairs: Mapping[int, Mapping[str, torch.Tensor]], layers: Mapping
 
 
 def scale_of(layer: Layer, group: Group, about: Mapping[str, str], rank: int | None = None) -> float | None:
-    """The factor of a layer's adapter where the file says it outside of the tensors; None where they say it all.
+    """The factor of a layer's adapter if the file stores it outside the tensors; None if the tensors determine it.
 
-    PEFT keeps alpha and rank in adapter_config.json, which `about` has under "adapter_config"; diffusers writes the
-    same into the metadata of safetensors, by place. LyCORIS' LoKr of two whole factors has the scale 1, but the square
-    root of the rank if the run was rank-stabilised: then its alpha is that root times the rank, which is told by
-    `rank`, that of the file's other layers, or by not being a whole number.
+    PEFT stores alpha and rank in adapter_config.json, whose content `about` has under "adapter_config"; diffusers
+    writes the same into the metadata of safetensors, by place. In LyCORIS, a LoKr of two whole factors has the scale 1,
+    or the square root of the rank if training was rank-stabilised; in the latter case its alpha is that root times the
+    rank. To recognise it, alpha is compared with `rank`, the rank of the file's other layers; without `rank`, any alpha
+    that is not a whole number counts as rank-stabilised.
 
     Raises:
         ValueError: PEFT started from changed base weights, which the file does not hold.
@@ -201,13 +203,13 @@ def scale_of(layer: Layer, group: Group, about: Mapping[str, str], rank: int | N
 
 
 def lost_its_scale(state: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> bool:
-    """Whether PEFT saved the adapter alone and what it keeps beside it, alpha above all, is not there."""
+    """Whether PEFT saved the adapter, and the configuration with alpha that it stores next to it is missing."""
     kept = {"adapter_config", "lora_adapter_metadata"} & set(about)
     return any(name.startswith(_PEFT) for name in state) and not kept
 
 
 def lokr_rank(groups: Mapping[Layer, Group]) -> int | None:
-    """The rank of a file's LoKr layers in factors, which is that of all; None if there is no such layer."""
+    """The rank of a file's factored LoKr layers, which is the same for all; None if there is no such layer."""
     ends = ("lokr_w1_b", "lokr_w2_b")
     return next((len(group[end].tensor) for group in groups.values() for end in ends if end in group), None)
 
@@ -242,7 +244,7 @@ def _peft_scale(layer: Layer, group: Group, config: Mapping[str, Any]) -> float 
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, layer: Layer, otherwise: float | None) -> float | None:
-    """PEFT's patterns are ends of a layer's name, or regular expressions for them."""
+    """PEFT's patterns are suffixes of a layer's name, or regular expressions for them."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*_)?({pattern.replace(chr(92) + '.', '_').replace('.', '_')})$", layer.name):
             return value

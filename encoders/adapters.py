@@ -1,9 +1,9 @@
-"""LoRAs and their relatives: what they do to a weight, which is what their trainers' own forward passes do.
+"""LoRAs and related adapters: what they do to a weight, as in the forward passes of their trainers.
 
 LoRA (Hu et al., arXiv 2106.09685), with a core (Tucker) for convolutions and with a magnitude (DoRA, Liu et al., arXiv
 2402.09353), LoHa and LoKr (Yeh et al., arXiv 2309.14859), OFT (Qiu et al., arXiv 2306.07280), BOFT (Liu et al., arXiv
-2311.06243), GLoRA (Chavan et al., arXiv 2306.07967), (IA)^3 (Liu et al., arXiv 2205.05638), and differences or weights
-in full. `adapter_names` reads the files.
+2311.06243), GLoRA (Chavan et al., arXiv 2306.07967), (IA)^3 (Liu et al., arXiv 2205.05638), full differences and full
+weights. `adapter_names` reads the files.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _BIASES = ("diff_b", "b_norm")
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What one layer's tensors change.
+    """What the tensors of one layer change.
 
     Attributes:
         group: the tensors by part.
-        scale: factor of the difference; None takes alpha over rank, or 1 without alpha.
+        scale: factor of the difference; None means alpha over rank, or 1 without alpha.
 
     Raises:
-        ValueError: the tensors are of no known kind, or not all that the kind needs, or more than it uses.
+        ValueError: the tensors are of no known kind, or some that the kind needs are missing, or some cannot be used.
     """
 
     group: Group
@@ -51,7 +51,7 @@ class Adapter:
     def __post_init__(self):
         needed, more = _KINDS[self.kind][1:]
         if self.kind == "LoKr":
-            # Each side is whole or in factors, the second then perhaps with a core.
+            # Each side is whole or factored; a factored second side may have a core.
             needed = {part for side in ("lokr_w1", "lokr_w2") for part in self._lokr_side(side)}
             more |= {"lokr_t2"} if "lokr_w2" not in self.group else set()
         first = next(iter(self.group.values())).name
@@ -73,7 +73,7 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """Which of the known adapters it is."""
+        """Which of the known kinds of adapter it is; raises ValueError if it is none."""
         for kind, (marks, _, _) in _KINDS.items():
             if any(re.fullmatch(marks, part) for part in self.group):
                 return kind
@@ -89,12 +89,12 @@ class Adapter:
     def _factor(self, rank: int) -> float:
         if self.scale is not None:
             return self.scale
-        # Trainers take an alpha of 0 for "no scaling".
+        # Trainers treat an alpha of 0 as "no scaling".
         alpha = float(self._part("alpha")) if "alpha" in self.group else 0.0
         return alpha / rank if alpha else 1.0
 
     def bias(self) -> torch.Tensor | None:
-        """What is added to the layer's bias, (out,); None if nothing is."""
+        """What is added to the layer's bias, (out,), or None."""
         found = [self._part(part) for part in _BIASES if part in self.group]
         if "up_bias" in self.group:
             found.append(self._factor(len(self._part("down"))) * self._part("up_bias"))
@@ -102,12 +102,12 @@ class Adapter:
 
     @property
     def changes_weight(self) -> bool:
-        """Whether it has more than a bias."""
+        """Whether it changes the weight, and not the bias alone."""
         return self.kind != "a bias"
 
     def weight(self, base: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is added to a weight (out, in) or kernel (out, in, h, w), float: the difference in its shape, or a plain
-        LoRA's factors (out, r) and (r, in h w).
+        """What is added to a weight (out, in) or kernel (out, in, h, w), in fp32: a difference of the same shape, or
+        the factors (out, r) and (r, in h w) of a plain LoRA.
 
         Raises:
             ValueError: the tensors do not fit the weight.
@@ -132,8 +132,8 @@ class Adapter:
         return ValueError(f"file: expected {self.kind} for a weight of shape {tuple(base.shape)}, got {given}")
 
     def _with_magnitude(self, base: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-        """DoRA, equation 5: the changed weight with the file's norm of each row; or of each column, where LyCORIS says
-        so by the shape (1, in)."""
+        """DoRA, equation 5: gives each row of the changed weight the norm in the file, or each column if LyCORIS stored
+        norms of the shape (1, in)."""
         merged = base + changed
         lycoris = "magnitude" not in self.group
         given = self._part("dora_scale" if lycoris else "magnitude")
@@ -176,7 +176,7 @@ class Adapter:
     def _oft(self, base: torch.Tensor) -> torch.Tensor:
         blocks = self._part("oft_blocks")
         skew = blocks - blocks.mT
-        # Alpha is a bound on the skew matrices' norm, per row of the weight; 0 is none.
+        # Alpha bounds the norm of the skew matrices, per row of the weight; 0 means no bound.
         bound = float(self._part("alpha")) * len(base) if "alpha" in self.group else 0.0
         norm = float(skew.norm())
         if 0 < bound < norm:
@@ -220,18 +220,18 @@ _CHANGES = {
 
 
 def _core(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Tucker's product of a core (r, r, h, w) and factors (r, out) and (r, in): (out, in, h, w)."""
+    """Tucker product of a core (r, r, h, w) with factors (r, out) and (r, in): (out, in, h, w)."""
     return torch.einsum("ij...,jr,ip->pr...", core, b, a)
 
 
 def _blockwise(turn: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """OFT, equation 4: blocks (k, n, n) that turn n rows of a weight each."""
+    """OFT, equation 4: each of the blocks (k, n, n) rotates n rows of a weight."""
     rows = base.reshape(*turn.shape[:2], *base.shape[1:])
     return torch.einsum("knm,kn...->km...", turn, rows).reshape(base.shape)
 
 
 def _butterfly(turn: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """BOFT, equation 5: stages (m, k, b, b), each of which turns rows that lie a power of two further apart."""
+    """BOFT, equation 5: each of the stages (m, k, b, b) rotates rows twice as far apart as the stage before."""
     half = turn.shape[-1] // 2
     for stage, blocks in enumerate(turn):
         stride = 2**stage * half

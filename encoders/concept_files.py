@@ -1,8 +1,8 @@
-"""Files of concepts: the project's own format, and what any other program reads.
+"""Files of concepts: the pack's own format, and formats that other programs read.
 
-The own format is safetensors with the keys <part>.<layer>.d for a difference, .u and .v for its factors and .b for a
-bias, emb.<encoder> for a token, and JSON under `FORMAT` in the metadata. A layer is called as in `Concept.deltas`, such
-as output.6.0.
+The pack's own format is safetensors with the keys <part>.<layer>.d for a difference, .u and .v for its factors, .b for
+a bias, and emb.<encoder> for a token, and with JSON under `FORMAT` in the metadata. A layer has its name in
+`Concept.deltas`, such as output.6.0.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _TOKEN_NAME = re.compile(rf"emb\.({'|'.join(ENCODERS)})")
 
 
 def save(concept: Concept, path: Path) -> None:
-    """Writes a concept's deltas and tokens as safetensors. The strength is the user's and not kept, nor is what a
-    concept has beside cross-attention (`text_patches`, `others`)."""
+    """Writes a concept's deltas and tokens as safetensors. The strength is the user's choice and is not stored, nor are
+    changes outside cross-attention (`text_patches`, `others`)."""
     state = {f"emb.{encoder}": token.contiguous() for encoder, token in concept.tokens.items()}
     for key, parts in concept.deltas.items():
         for part, delta in parts.items():
@@ -42,7 +42,7 @@ def save(concept: Concept, path: Path) -> None:
 
 
 def is_concept_file(path: Path) -> bool:
-    """Whether a file is one that `save` wrote, of whatever version."""
+    """Whether `save` wrote a file, in any version of the format."""
     try:
         with safe_open(path, framework="pt") as file:
             return FORMAT in (file.metadata() or {})
@@ -51,10 +51,10 @@ def is_concept_file(path: Path) -> bool:
 
 
 def load(path: Path) -> Concept:
-    """A concept that `save` wrote, at strength 1.
+    """Reads a concept that `save` wrote, at strength 1.
 
     Raises:
-        ValueError: the file is another's, of another version, or not whole.
+        ValueError: the file has another format or version, or is damaged.
     """
     path = Path(path)
     state, metadata = read(path)
@@ -93,12 +93,12 @@ def _factors(ends: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def save_as_lora(concept: Concept, path: Path, layer: Callable[[str, str], str]) -> None:
-    """Writes a concept's deltas with the names that every LoRA loader reads; factors as such, others in full.
+    """Writes a concept's deltas under the names that every LoRA loader reads; factors as such, others in full.
 
     Args:
         concept: what to write.
-        path: of the file.
-        layer: (layer, part) of the deltas -> the name of the linear layer in the model.
+        path: path of the file.
+        layer: (layer, part) of a delta -> name of the linear layer in the model.
     """
     lora = {}
     for key, parts in concept.deltas.items():
@@ -113,7 +113,7 @@ def save_as_lora(concept: Concept, path: Path, layer: Callable[[str, str], str])
 
 
 def save_as_embedding(concept: Concept, path: Path) -> None:
-    """Writes a concept's tokens as a textual inversion embedding, which prompts of the host name as embedding:name."""
+    """Writes a concept's tokens as a textual inversion embedding, which ComfyUI's prompts name as embedding:name."""
     alone = len(concept.tokens) == 1
     state = {"emb_params" if alone else f"clip_{name}": token.contiguous() for name, token in concept.tokens.items()}
     with whole_file(path) as part_file:

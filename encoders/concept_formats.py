@@ -1,8 +1,9 @@
-"""What files of customised diffusion models hold, whoever wrote them.
+"""Reads the files of customised diffusion models, whichever program wrote them.
 
-Formats are told by what stands in a file, in state dicts that are loaded already. Names of layers stay the file's:
-CompVis's (input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight) or diffusers' (down_blocks.0.attentions.0 and on);
-`adapter_names` reads those of LoRAs.
+The format of a loaded state dict is recognised by its contents. Layers keep their names in the file: CompVis's
+(input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight) or diffusers' (down_blocks.0.attentions.0 and so on);
+`adapter_names` parses those of LoRAs.
+
 The formats are those of Custom Diffusion's CompVis and diffusers training (Kumari et al., arXiv 2212.04488), diffusers'
 own custom_diffusion example, and TweedieMix (Kwon and Ye, arXiv 2410.05591).
 """
@@ -44,16 +45,16 @@ Tokens = dict[str, State]
 
 @dataclass(frozen=True, eq=False)
 class ConceptFile:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        source_format: the program that wrote it.
-        weights: whole weights and biases by the file's names.
-        factors: differences of weights as factors (out, r) and (r, in) by the file's names; r may be 0.
-        lora: tensors of a LoRA or its relatives by the file's names, for `adapter_names` to read.
-        tokens: by placeholder, by text encoder (l, g, h), (n, d).
+        source_format: the format, one of the constants above.
+        weights: whole weights and biases, by the file's names.
+        factors: differences of weights as factors (out, r) and (r, in), by the file's names; r may be 0.
+        lora: tensors of a LoRA or related adapter, by the file's names, for `adapter_names` to parse.
+        tokens: by placeholder and text encoder (l, g, h), (n, d).
         text: whole weights of text encoders, by encoder.
-        about: what the file, or one beside it, says in words (`adapter_names.scale_of`).
+        about: metadata in the file or next to it (see `adapter_names.scale_of`).
     """
 
     source_format: str
@@ -66,19 +67,19 @@ class ConceptFile:
 
     @property
     def text_width(self) -> int | None:
-        """Of the text states that its keys and values are made of; None for a LoRA."""
+        """Width of the text states that keys and values are computed from; None for a LoRA."""
         return _text_width([*self.weights.items(), *((name, down) for name, (_, down) in self.factors.items())])
 
 
 def read(state: Any, about: Mapping[str, str] | None = None) -> ConceptFile:
-    """What a loaded file holds.
+    """Interprets a loaded file.
 
     Args:
-        state: of tensors by name, in sections, or the list of tensors that cloneofsimo/lora once saved.
-        about: safetensors' metadata, and under "adapter_config" what lies in PEFT's file of that name.
+        state: tensors by name, possibly in sections, or the list of tensors that cloneofsimo/lora once saved.
+        about: metadata of safetensors, and under "adapter_config" the content of PEFT's file of that name.
 
     Raises:
-        ValueError: it is in none of the known formats, or holds numbers that are not finite.
+        ValueError: it is in none of the known formats, or holds non-finite numbers.
     """
     if isinstance(state, list) and state and len(state) % 2 == 0 and all(map(torch.is_tensor, state)):
         state = {f"unet:{n // 2}:{'up' if n % 2 == 0 else 'down'}": tensor for n, tensor in enumerate(state)}
@@ -96,7 +97,7 @@ def read(state: Any, about: Mapping[str, str] | None = None) -> ConceptFile:
     if any(map(names_a_part, layers)):
         tokens |= _bundled(layers)
         if any(map(is_numbered, layers)):
-            # cloneofsimo/lora keeps its words beside the layers.
+            # cloneofsimo/lora stores its tokens next to the layers.
             tokens |= _paired({name: layers.pop(name) for name in list(layers) if not names_a_part(name)}, {})
         _check_tensors(layers)
         return ConceptFile(LORA, lora=layers, tokens=tokens, text=text, about=about or {})
@@ -124,15 +125,15 @@ def read(state: Any, about: Mapping[str, str] | None = None) -> ConceptFile:
 
 
 def read_tokens(state: Any) -> Tokens:
-    """The tokens of a file that holds nothing else: by placeholder, by text encoder (l, g, h), (n, d).
+    """The tokens of an embedding or of a concept's file, by placeholder and text encoder (l, g, h), (n, d).
 
-    Files that name no placeholder (textual inversion embeddings) get "<new1>".
+    Tokens of files that name no placeholder (textual inversion embeddings) are called "<new1>".
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file holds no tokens.
     """
     if isinstance(state, Mapping) and "string_to_param" in state:
-        # AUTOMATIC1111 and the first textual inversion; in old files a container of torch's.
+        # AUTOMATIC1111 and the original textual inversion; in old files the value is a ParameterDict.
         held = state["string_to_param"]
         held = getattr(held, "_parameters", held)
         if not isinstance(held, Mapping) or len(held) != 1:
@@ -161,7 +162,7 @@ def read_tokens(state: Any) -> Tokens:
 
 
 def _bundled(state: dict[str, Any]) -> Tokens:
-    """Takes the embeddings that trainers put into LoRAs out of a file."""
+    """Removes the embeddings that trainers put into LoRAs from `state`, and returns them."""
     tokens: Tokens = {}
     for name in list(state):
         if match := _BUNDLED.fullmatch(name):
@@ -171,7 +172,7 @@ def _bundled(state: dict[str, Any]) -> Tokens:
 
 
 def _by_width(rows: list[torch.Tensor]) -> Tokens:
-    """A nameless token of rows for one text encoder or for SDXL's two, in any order."""
+    """A token without a name, from rows for one text encoder or for SDXL's two, in any order."""
     widths = {row.shape[1] for row in rows}
     if len(widths) == 1:
         return _paired({"<new1>": torch.cat(rows)}, {})
@@ -182,7 +183,7 @@ def _by_width(rows: list[torch.Tensor]) -> Tokens:
 
 
 def _few(value: Any) -> str:
-    """The first of what a container holds, for an error."""
+    """A short description of a value, for an error message."""
     if isinstance(value, Mapping):
         return ", ".join(map(repr, list(value)[:3])) or "nothing"
     if isinstance(value, (list, tuple)):
@@ -240,7 +241,7 @@ def _text_width(layers: Iterable[tuple[str, Any]]) -> int | None:
 
 
 def _rows(value: Any) -> torch.Tensor:
-    """A token (d,) or (n, d) as (n, d), of its own memory: files hold views of whole vocabularies."""
+    """A token (d,) or (n, d) as (n, d) in memory of its own, because files hold views of whole vocabularies."""
     value = _tensor("the token", value)
     if value.ndim not in (1, 2) or not value.numel():
         raise ValueError(f"token: expected one row or several, got the shape {tuple(value.shape)}")
@@ -248,12 +249,12 @@ def _rows(value: Any) -> torch.Tensor:
 
 
 def _only_encoder(width: int) -> str:
-    """Which text encoder one of a width is, where a model has but one."""
+    """The text encoder with a given width, for models that have only one."""
     return "h" if width == 1024 else "l"
 
 
 def _paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> Tokens:
-    """Tokens with one row each, with rows for two encoders in a list, or with the second encoder's in a second dict."""
+    """Tokens with rows for one encoder, for two in a list, or with the second encoder's rows in a second dict."""
     tokens: Tokens = {}
     lonely = next((name for name in second if name not in first), None)
     if lonely:
@@ -276,7 +277,7 @@ def _is_sdxl(token: State) -> bool:
 
 
 def _numbered(rows: torch.Tensor, width: int | None) -> Tokens:
-    """CompVis's nameless tokens, which are <new1>, <new2> and so on; some files have all in one row."""
+    """CompVis's tokens without names, as <new1>, <new2> and so on; some files have all in one row."""
     if not width or rows.numel() % width:
         raise ValueError(f"token: expected rows as wide as the text states ({width}), got {rows.numel()} numbers")
     return _paired({f"<new{n}>": row for n, row in enumerate(rows.reshape(-1, width), 1)}, {})

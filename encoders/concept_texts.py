@@ -1,8 +1,8 @@
-"""The texts of a concept fusion: from one base text, one text per concept in which that concept alone is special.
+"""The texts of a concept fusion: from one base text, one text per concept with the placeholder of that concept alone.
 
 Concept Weaver (Kwon et al., arXiv 2404.03913, section 3.4) describes the same scene once plainly and once per concept,
-each time with one placeholder: "a cat and a dog" gives "a <new1> cat and a dog" and "a cat and a <new2> dog". A text
-may also leave the other concepts out ("a <new1> cat"), so that nothing in it speaks of them.
+each time with one placeholder: "a cat and a dog" becomes "a <new1> cat and a dog" and "a cat and a <new2> dog". A text
+may also leave the other concepts out ("a <new1> cat"), so that nothing in it refers to them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DETERMINERS = r"(?:an?|the|one|this|that|his|her|its|my|your|our|their)"
 
 @dataclass(frozen=True)
 class Name:
-    """How a concept is called: what it is ("dog"), and the placeholder of its own ("<new1>"); either may be empty."""
+    """The names of a concept: its class word ("dog") and its own placeholder ("<new1>"); either may be empty."""
 
     class_word: str
     placeholder: str
@@ -30,9 +30,9 @@ class Name:
 def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str = KEEP_OTHERS) -> str:
     """The base text with a concept's placeholder before its class word.
 
-    A placeholder that is already there stays where it is, one of another concept goes. A concept without class word
-    must have its placeholder in the text; one without placeholder is called by its class word alone. Names of
-    embeddings stay as they are.
+    The concept's placeholder stays where the text already has it; placeholders of other concepts are removed. A concept
+    without a class word must have its placeholder in the text; one without a placeholder is named by its class word
+    alone. Names of embeddings are left unchanged.
 
     Raises:
         ValueError: neither the concept's placeholder nor its class word is in the text.
@@ -49,16 +49,16 @@ def concept_text(base: str, own: Name, others: Sequence[Name], about_others: str
         raise ValueError(f"prompt: expected {expected or 'the class word of the concept'} in it, got {base!r}")
     if own.placeholder:
         (start, _), *_ = found
-        # "an owl" becomes "a <new1> owl": the article belongs to the word that follows it.
+        # "an owl" becomes "a <new1> owl": the article depends on the word that follows it.
         before = re.sub(r"\b([Aa])n(\s+)$", r"\1\2", text[:start])
-        # Words without blanks between them are one to the tokenizer, which would not see the placeholder.
+        # Without a space the tokenizer would read placeholder and preceding word as one word.
         before += " " * before[-1:].isalnum()
         text = f"{before}{own.placeholder} {text[start:]}"
     return _tidy(show_names(text, names))
 
 
 def plain_text(base: str, names: Sequence[Name]) -> str:
-    """The base text without placeholders, which only concepts' own texts can hold."""
+    """The base text without placeholders, which only the concepts' own texts may contain."""
     text, embeddings = hide_names(base)
     for name in names:
         if name.placeholder:
@@ -67,7 +67,7 @@ def plain_text(base: str, names: Sequence[Name]) -> str:
 
 
 def check_text(text: str, own: Name, others: Sequence[Name]) -> None:
-    """Raises ValueError unless a concept's text holds its placeholder exactly once and no other concept's."""
+    """Raises ValueError unless a concept's text contains its placeholder exactly once and no other concept's."""
     times = len(find_word(text, own.placeholder, same_case=True)) if own.placeholder else 1
     if times != 1:
         raise ValueError(f"texts: expected {own.placeholder} exactly once in {text!r}, got it {times} times")
@@ -80,13 +80,13 @@ def check_text(text: str, own: Name, others: Sequence[Name]) -> None:
 
 
 def names_class(text: str, own: Name) -> bool:
-    """Whether a text says a concept's class word, if it has one."""
+    """Whether a text contains a concept's class word, or the concept has none."""
     return not own.class_word or bool(find_word(text, own.class_word))
 
 
 def _without(text: str, class_word: str, kept: str) -> str:
-    """The text without what is said of a class word: its article, the adjectives between, and one conjunction. What is
-    `kept` stays, though the class word be part of it."""
+    """The text without a class word, its article, the adjectives between them, and one conjunction. The phrase `kept`
+    stays, even if it contains the class word."""
     if kept and re.search(whole_word(class_word), kept, re.IGNORECASE):
         first, *rest = re.split(f"({whole_word(kept)})", text, flags=re.IGNORECASE)
         held = iter(rest[::2])

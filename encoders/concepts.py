@@ -1,8 +1,9 @@
-"""A concept: what a customised diffusion model knows of one thing, as differences of its cross-attention weights.
+"""A concept: what a customised diffusion model has learnt of one thing, as differences of its cross-attention weights.
 
-Concept Weaver (Kwon et al., arXiv 2404.03913) draws on a *bank* of models that were fine-tuned with Custom Diffusion
-(Kumari et al., arXiv 2212.04488). Such a model differs from its base in the matrices that make keys and values of the
-text, W_i = W + Delta_i, and in the embedding of a new word. Here a concept is just that; the base model stays one.
+Concept Weaver (Kwon et al., arXiv 2404.03913) uses a *bank* of models that were fine-tuned with Custom Diffusion
+(Kumari et al., arXiv 2212.04488). Such a model differs from its base in the matrices that compute keys and values from
+the text, W_i = W + Delta_i, and in the embedding of a new word. Here a concept is only this difference, and all
+concepts share one base model.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from .lora import factor
 from .words import check_word
 
 PARTS = {"k": "keys", "v": "values", "q": "queries", "out": "outputs"}
-"""Parts of a cross-attention that a concept may change, and what they make."""
+"""Parts of a cross-attention that a concept may change, and what they compute."""
 ENCODERS = ("l", "g", "h")
-"""CLIP's text encoders by the names of the host's tokens: SD 1.x has l, SD 2.x h, SDXL l and g."""
+"""CLIP's text encoders by the names of ComfyUI's tokens: SD 1.x has l, SD 2.x h, SDXL l and g."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +58,8 @@ class Delta:
         return self.factors[0].shape[0], self.factors[-1].shape[1]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """What the difference adds to the layer's output (..., out) for an input x (..., in), in x's dtype. Factors are
-        applied one after the other, their product is never made."""
+        """What the difference adds to the layer's output (..., out), for an input x (..., in), in x's dtype. Factors
+        are applied one after the other; their product is never computed."""
         for matrix in reversed(self.factors):
             x = x @ matrix.to(x).mT
         return x if self.bias is None else x + self.bias.to(x)
@@ -69,15 +70,15 @@ class Delta:
         return first @ second[0] if second else first
 
     def compressed(self, rank: int) -> Delta:
-        """The nearest difference of a rank; itself if its factors have no more."""
+        """The nearest difference of a given rank; itself if its factors have no larger rank."""
         if len(self.factors) == 2 and self.factors[0].shape[1] <= rank:
             return self
         return Delta(factor(self.matrix(), rank), self.bias)
 
 
 def keys_fingerprint(keys: torch.Tensor) -> str:
-    """Tells base models of one architecture apart by the weights (C, text width) that make the keys of their first
-    cross-attention: in half precision, so that it is equal for files of one model, whatever their precision."""
+    """Tells base models of one architecture apart by the weights (C, text width) that compute the keys of their first
+    cross-attention. Taken in half precision, so that it is the same for a model's files of any precision."""
     return hashlib.sha256(keys.detach().cpu().half().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -89,8 +90,8 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product of factors of like norm, for trainers leave one so small that half precision would lose it. A
-    power of two, which costs no digits."""
+    """The same product, from factors with similar norms, because trainers leave one so small that half precision would
+    lose it. The factor between them is a power of two, which loses no digits."""
     norms = float(up.float().norm()), float(down.float().norm())
     if not all(0 < norm < math.inf for norm in norms):
         return up, down
@@ -103,21 +104,20 @@ class Concept:
     """One concept. Compared and hashed by identity.
 
     Attributes:
-        name: what reports call it.
-        deltas: for each cross-attention it changes, by the name that the model's family has for it, the parts (of
-            PARTS) it changes there.
+        name: its name in reports.
+        deltas: by the name of a cross-attention in the model's family, the parts (of PARTS) that are changed there.
         class_word: what kind of thing it is ("dog").
         placeholder: the word that its tokens stand for in a prompt, such as "<new1>"; empty without tokens.
-        tokens: by text encoder (of ENCODERS) the (n, d) input embeddings of the placeholder.
+        tokens: by text encoder (of ENCODERS), the input embeddings (n, d) of the placeholder.
         strength: factor of the deltas; 1 is as trained, 0 the base model.
-        text_patches: what the file changes in text encoders: under "lora" `Adapter`s by layer, under an
-            encoder's name that encoder's whole weights by name.
-        others: changes of the diffusion model outside cross-attention, by weight: adapters, or the host's patches.
-        source_format: of the file it comes from.
-        base: fingerprint of the base model that the deltas are differences to; empty if the file names none.
+        text_patches: changes of text encoders: under "lora" `Adapter`s by layer, under an encoder's name that encoder's
+            whole weights by name.
+        others: changes of the diffusion model outside cross-attention, by weight: adapters, or ComfyUI's patches.
+        source_format: format of the file it comes from.
+        base: fingerprint of the base model that the deltas are differences from; empty if the file names none.
 
     Raises:
-        ValueError: an attribute cannot be used; says which and why.
+        ValueError: an attribute cannot be used; the message says which and why.
     """
 
     name: str
@@ -153,13 +153,13 @@ class Concept:
 
     @property
     def text_width(self) -> int | None:
-        """Of the text states that its keys and values are made of; None if it changes neither."""
+        """Width of the text states that keys and values are computed from; None if the concept changes neither."""
         found = (parts.get("k") or parts.get("v") for parts in self.deltas.values())
         return next((delta.shape[1] for delta in found if delta is not None), None)
 
     def compressed(self, rank: int, after_each: Callable[[], None] = lambda: None) -> Concept:
-        """The same with every delta the nearest of a rank (singular value decomposition); biases and tokens stay.
-        `after_each` is called after every matrix.
+        """The concept with each delta replaced by the nearest of a given rank (singular value decomposition); biases
+        and tokens stay. `after_each` is called after every matrix.
 
         Raises:
             ValueError: the rank is below 1.

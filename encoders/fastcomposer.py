@@ -9,21 +9,21 @@ import torch
 UNET, TEXT, VISION, FUSER, VAE = "unet.", "text_encoder.", "image_encoder.", "postfuse_module.", "vae."
 PREFIXES = (UNET, TEXT, VISION, FUSER, VAE)
 LORA = "lora"
-"""The part of factors for the UNet, whose tensors keep the names that LoRA loaders read."""
+"""The part with low-rank factors for the UNet, whose tensors keep the names that LoRA loaders read."""
 _LORA_NAMES = ("lora_unet_", "diffusion_model.")
-# What stands at the top of a UNet as diffusers saves it by itself.
+# Top-level names of a UNet that diffusers saved by itself.
 _BARE_UNET = ("conv_in.", "time_embedding.", "down_blocks.", "mid_block.", "up_blocks.", "conv_norm_out.", "conv_out.")
 
 State = dict[str, torch.Tensor]
 
 
 def split(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
-    """The tensors of a file by part (PREFIXES and LORA), without the part's prefix.
+    """A file's tensors by part (PREFIXES and LORA), without the part's prefix.
 
-    The published file's position ids are left out: they are constants. A UNet saved by itself counts as UNET.
+    The published file's position ids are left out, because they are constants. A UNet saved by itself counts as UNET.
 
     Raises:
-        ValueError: a tensor belongs to no part, or there is none.
+        ValueError: a tensor belongs to no part, or there are no tensors.
     """
     parts: dict[str, State] = {name: {} for name in (*PREFIXES, LORA)}
     for key, tensor in state.items():
@@ -44,7 +44,7 @@ def split(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
 
 
 def trained_layers(vision: Mapping[str, torch.Tensor]) -> State:
-    """The last two layers of the vision tower, which are all that FastComposer trained of it."""
+    """The last two layers of the vision tower, the only ones that FastComposer trained."""
     number = {key: int(key.split(".layers.")[1].split(".")[0]) for key in vision if ".layers." in key}
     last = max(number.values(), default=0)
     return {key: vision[key] for key, layer in number.items() if layer >= last - 1}

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, their names, and the one reader of files of weights."""
+"""Reads files of weights, writes files either whole or not at all, and checks names of files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAFETENSORS, TORCH = "safetensors", "torch"
 _AGAIN, _CODE = "fetch it again", ", which could run code: get the weights as safetensors"
 _TORN = f"a damaged file of torch, or a part of one: {_AGAIN}"
 _OBJECTS = ("Unsupported global", "Unsupported class", "Only persistent_load of storage")
-"""What torch's errors say of a whole pickle that holds more than tensors."""
+"""What torch's error messages say about an intact pickle that holds more than tensors."""
 _STARTS = (
     (b"version https://git-lfs", "a git-lfs pointer: fetch the file itself (git lfs pull)"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
@@ -33,16 +33,16 @@ _STARTS = (
 )
 _WEB = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")
 _OLD_TORCH = bytes.fromhex("6cfc9c46f9206aa85019")
-"""The number that torch's files began with before they were zip archives."""
+"""The number at the start of torch's files from before they were zip archives."""
 _MOST_HEADER = 100_000_000
 
 
 class Contents(NamedTuple):
-    """What a file of weights holds.
+    """The contents of a file of weights.
 
     Attributes:
-        value: tensors by name from safetensors; from torch whatever was saved, tensors in plain containers.
-        metadata: of safetensors.
+        value: from safetensors, tensors by name; from torch, whatever was saved, with tensors in plain containers.
+        metadata: metadata of safetensors.
     """
 
     value: Any
@@ -50,44 +50,44 @@ class Contents(NamedTuple):
 
 
 def read(path: Path | str, name: str = "file") -> Contents:
-    """Reads a file of weights onto the CPU, whatever its ending says: safetensors, or what torch wrote. No code from a
-    file is run.
+    """Reads a file of weights onto the CPU, whatever its extension: safetensors, or a file that torch wrote. No code
+    from the file is run.
 
     Args:
-        path: of the file.
-        name: the input that errors name.
+        path: path of the file.
+        name: the input that error messages name.
 
     Raises:
-        ValueError: it is no such file, with what it seems to be, or not whole.
+        ValueError: it is not such a file, with what it seems to be instead, or it is damaged.
     """
     path = Path(path)
     if check(path, name) == SAFETENSORS:
         with safe_open(path, framework="pt") as file:
             return Contents({key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {})  # noqa: SIM118
     try:
-        # The first textual inversion embeddings hold this container of torch's.
+        # The original textual inversion embeddings hold this container.
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):
             return Contents(torch.load(path, map_location="cpu", weights_only=True), {})
-    except Exception as error:  # torch and pickle raise all kinds for what is broken
+    except Exception as error:  # torch and pickle raise many kinds for damaged files
         objects = isinstance(error, pickle.UnpicklingError) and any(sign in str(error) for sign in _OBJECTS)
         what = f"a pickle of Python objects{_CODE}" if objects else _TORN
         raise _refusal(path, name, what) from None
 
 
 def read_state(path: Path | str, name: str = "file") -> dict[str, torch.Tensor]:
-    """Reads a file that holds tensors by name, alone or under "state_dict".
+    """Reads a file that holds tensors by name, at the top level or under "state_dict".
 
     Raises:
-        ValueError: of `read`, or it holds something else.
+        ValueError: as in `read`, or the file holds anything else.
     """
     return state_of(read(path, name).value, Path(path), name)
 
 
 def state_of(value: Any, path: Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors by name of what was read from a file.
+    """The tensors by name in the content of a file, at the top level or under "state_dict".
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds anything else.
     """
     if isinstance(value, Mapping) and isinstance(value.get("state_dict"), Mapping):
         value = value["state_dict"]
@@ -102,10 +102,10 @@ def state_of(value: Any, path: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def check(path: Path | str, name: str = "file") -> str:
-    """Which format a file of weights has, SAFETENSORS or TORCH, from its beginning and its table of contents.
+    """The format of a file of weights, SAFETENSORS or TORCH, from its beginning and its table of contents.
 
     Raises:
-        ValueError: it has neither, or is not whole.
+        ValueError: it has neither format, or is damaged.
     """
     path = Path(path)
     try:
@@ -115,7 +115,7 @@ def check(path: Path | str, name: str = "file") -> str:
     except OSError as error:
         what = "is a folder" if path.is_dir() else f"cannot be read ({error.strerror})"
         raise ValueError(f"{name}: expected a file of weights, got {path.name}, which {what}") from error
-    # First, for the size that safetensors begin with may look like any other start.
+    # First, because the size at the start of safetensors may look like any other magic number.
     if _header_size(head):
         try:
             with safe_open(path, framework="pt"):
@@ -132,10 +132,10 @@ def check(path: Path | str, name: str = "file") -> str:
 
 
 def check_folder(folder: Path | str, name: str = "file") -> None:
-    """Checks the weights in a folder that diffusers or transformers saved, whose own errors are not for users.
+    """Checks the weights in a folder that diffusers or transformers saved, whose own error messages are not for users.
 
     Raises:
-        ValueError: of `check`, for the first file that is none of weights or not whole.
+        ValueError: as in `check`, for the first file that is not one of weights or is damaged.
     """
     for pattern in ("*model*.safetensors", "*model*.bin"):
         for file in sorted(Path(folder).glob(pattern)):
@@ -147,7 +147,7 @@ def _refusal(path: Path, name: str, what: str) -> ValueError:
 
 
 def _other(head: bytes, size: int) -> str:
-    """What a file is by its first bytes, which are not those of a file of weights."""
+    """What a file is, from its first bytes, if it is not a file of weights."""
     if not size:
         return f"empty: {_AGAIN}"
     known = next((what for start, what in _STARTS if head.startswith(start)), None)
@@ -166,7 +166,7 @@ def _other(head: bytes, size: int) -> str:
 
 
 def _header_size(head: bytes) -> int:
-    """Of safetensors' header in bytes; 0 if these are not its first bytes."""
+    """Size in bytes of the header of safetensors; 0 if these are not its first bytes."""
     size = int.from_bytes(head[:8], "little")
     return size if head[8:9] == b"{" and size <= _MOST_HEADER else 0
 
@@ -202,17 +202,17 @@ def _check_zip(path: Path, name: str) -> str:
 
 
 LONGEST_NAME = 200
-"""Bytes of a name that leave room for a number and an ending: file systems hold 255."""
+"""Longest name in bytes, which leaves room for a number and an extension: file systems allow 255."""
 
-# What no name may hold on one of the systems that the host runs on.
+# What names must not contain on at least one of the systems that ComfyUI runs on.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
 
 def checked_name(name: str) -> str:
-    """A name for a file, without blanks at its ends.
+    """A file name without whitespace at its ends.
 
     Raises:
-        ValueError: it is blank, too long, or has characters that a file's name cannot have everywhere.
+        ValueError: it is blank, too long, or has characters that not every system allows in file names.
     """
     name = name.strip()
     if not name.strip("."):
@@ -227,10 +227,10 @@ def checked_name(name: str) -> str:
 
 
 def checked_folder(folder: Path) -> None:
-    """Makes a folder to write to.
+    """Creates a folder, and checks that it can be written to.
 
     Raises:
-        ValueError: it cannot be made or written.
+        ValueError: it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -243,8 +243,8 @@ def checked_folder(folder: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Generator[Path]:
-    """A path to write to, whose file takes the name `path` only when all is written: an interruption leaves what was
-    there before. Makes the folder."""
+    """Yields a path to write to. The file is renamed to `path` only when everything is written: an interruption leaves
+    the previous file. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:

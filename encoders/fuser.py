@@ -1,6 +1,6 @@
-"""FastComposer's fuser: a subject noun's text state and a picture's embedding become one text state.
+"""FastComposer's fuser: combines a subject noun's text state and a picture's embedding into one text state.
 
-FastComposer (Xiao et al., arXiv 2305.10431), equation 3. The names of modules are those of the published weights.
+FastComposer (Xiao et al., arXiv 2305.10431), equation 3. Modules have the names of the published weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class _FuserMLP(nn.Module):
-    """LayerNorm, Linear, exact GELU, Linear; with a residual where input and output are of one width."""
+    """LayerNorm, Linear, exact GELU, Linear; optionally with a residual, which needs equal input and output widths."""
 
     def __init__(self, width_in: int, width_out: int, residual: bool):
         super().__init__()
@@ -31,8 +31,8 @@ class Fuser(nn.Module):
     """The MLP fuser, for text states of any width: 768 for Stable Diffusion 1.5, 2048 for SDXL's two encoders.
 
     Args:
-        text_width: of a text state.
-        image_width: of a picture's embedding.
+        text_width: width of a text state.
+        image_width: width of a picture's embedding.
     """
 
     def __init__(self, text_width: int, image_width: int):
@@ -43,13 +43,13 @@ class Fuser(nn.Module):
         self.layer_norm = nn.LayerNorm(text_width)
 
     def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Fused states (..., text_width) of text states (..., text_width) and embeddings (..., image_width)."""
+        """Fuses text states (..., text_width) with embeddings (..., image_width); returns (..., text_width)."""
         fused = self.mlp1(torch.cat((text, image), dim=-1)) + text
         return self.layer_norm(self.mlp2(fused))
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> Fuser:
-        """A fuser of the widths that its weights have, in fp32.
+        """A fuser in fp32 with the widths of the given weights.
 
         Raises:
             ValueError: weights are missing, or do not fit together.
@@ -74,18 +74,18 @@ def fuse_rows(
     strength: float = 1.0,
     emphasis: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The text states that take the place of the subjects' own.
+    """The text states that replace those of the subjects' nouns.
 
-    Prompt emphasis (word:1.2) moves a state away from the one that an empty prompt has at its place. The fuser ends in
-    a normalisation that would undo this, so emphasis comes after it.
+    Prompt emphasis (word:1.2) moves a state away from that of an empty prompt at the same position. The fuser ends in a
+    normalisation that would undo this, so emphasis is applied after it.
 
     Args:
         fuser: the trained fuser.
         text: (n, D), states of the subjects' nouns without emphasis.
         embeddings: (n, E), of the subjects.
-        strength: 1 fuses as published, 0 keeps the text; between them a straight line.
-        emphasis: weights (n,) of the nouns in the prompt, and the states (n, D) of an empty prompt at their places;
-            None means 1.
+        strength: 1 fuses as published, 0 keeps the text; linear in between.
+        emphasis: weights (n,) of the nouns in the prompt, and the states (n, D) of an empty prompt at their positions;
+            None means no emphasis.
 
     Returns:
         (n, D) in the dtype of `text`.

@@ -6,14 +6,14 @@ import torch
 
 
 def factor(difference: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up and down factors whose product is nearest to a weight difference among all of a rank (least squares).
+    """The low-rank approximation of a weight difference with the least squared error, as up and down factors.
 
     The singular vectors of the shorter side come from its Gram matrix, which is many times faster than a full
-    decomposition of the long matrices of convolutions, and the other factor is the projection on them.
+    decomposition of the long matrices of convolutions; the other factor is the projection onto them.
 
     Args:
         difference: (out, in) or a kernel (out, in, h, w).
-        rank: of the factors; never more than the matrix has.
+        rank: rank of the factors, at most; never more than the matrix can have.
 
     Returns:
         Up (out, rank) and down (rank, in), for kernels (out, rank, 1, 1) and (rank, in, h, w).

@@ -1,4 +1,4 @@
-"""Reference pictures as FastComposer's subject encoder was shown them."""
+"""Preprocessing of reference pictures for FastComposer's subject encoder, as in its training."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .clip_pixels import square
 KEEP, NOISE, BLACK = "keep", "noise", "black"
 BACKGROUNDS = (KEEP, NOISE, BLACK)
 
-_NOISE_SEED = 0  # one noise for all pictures, so that a picture always has one embedding
+_NOISE_SEED = 0  # the same noise every time, so that a picture always has the same embedding
 
 
 def set_background(image: torch.Tensor, mask: torch.Tensor, background: str) -> torch.Tensor:
-    """The picture (H, W, 3) with what lies outside its mask replaced.
+    """Replaces everything outside a picture's mask; (H, W, 3).
 
     Args:
         image: (H, W, 3), values 0..1.
         mask: (H, W), 1 on the subject.
-        background: KEEP leaves it, NOISE puts uniform noise there (what FastComposer was trained on), BLACK nothing.
+        background: KEEP leaves it, NOISE fills it with uniform noise (as in FastComposer's training), BLACK with black.
     """
     if background == KEEP:
         return image
@@ -34,14 +34,14 @@ def set_background(image: torch.Tensor, mask: torch.Tensor, background: str) -> 
 def prepare_reference(
     image: torch.Tensor, mask: torch.Tensor | None, side: int, background: str = KEEP, crop: bool = False
 ) -> torch.Tensor:
-    """What the subject encoder sees of a subject: (side, side, 3).
+    """The subject encoder's input for a subject: (side, side, 3).
 
     Args:
         image: (H, W, 3), values 0..1.
-        mask: (H', W') of the same aspect, 1 on the subject; None means the whole picture, whatever else is asked.
-        side: the encoder's, in pixels.
+        mask: (H', W') with the same aspect ratio, 1 on the subject; None uses the whole picture as it is.
+        side: the encoder's resolution, in pixels.
         background: see `set_background`.
-        crop: cut the picture to the mask's bounding box first, as in training.
+        crop: whether to cut the picture to the mask's bounding box first, as in training.
 
     Raises:
         ValueError: the mask is empty, and the background or the crop depends on it.

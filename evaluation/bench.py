@@ -28,7 +28,7 @@ DOCUMENT = ROOT / "docs" / "bench.md"
 ARCHITECTURES = ("tiny", "sd15", "sdxl")
 DEVICES = ("cpu", "cuda")
 HOST = "host"
-"""The system's name in the rows of plain sampling."""
+"""System name in the rows of plain sampling."""
 
 PREFACE = """\
 # What the systems cost
@@ -44,7 +44,7 @@ in a process of its own per number of subjects; on CUDA it is the most that torc
 
 @dataclass(frozen=True)
 class Cost:
-    """One row of the benchmark; `subjects` 0 is plain sampling. `peak_mib` as in PREFACE."""
+    """One row of the benchmark; `subjects` is 0 for plain sampling. `peak_mib` as in PREFACE."""
 
     system: str
     variant: str
@@ -56,18 +56,18 @@ class Cost:
     unet_evaluations: float
 
     def as_json(self) -> dict:
-        """The row as plain data."""
+        """The row as a dict."""
         return asdict(self)
 
 
 def systems() -> list[str]:
     """Names of the systems that have a benchmark."""
-    # By path: importing the package would import the host, and asking for help does not need it.
+    # By path: importing the package would import ComfyUI, which --help does not need.
     return [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "benches")])]
 
 
 def sessions_of(system: str, rig: Rig) -> list[Session]:
-    """The sessions of a system, or plain sampling for HOST."""
+    """The sessions of a system; for HOST, that of plain sampling."""
     from .benches import plain_session
 
     if system == HOST:
@@ -76,13 +76,13 @@ def sessions_of(system: str, rig: Rig) -> list[Session]:
 
 
 def facts_of(system: str, rig: Rig) -> list[str]:
-    """What a system's module tells beside its sessions."""
+    """Sentences about a system's costs outside its sessions; none if its module has no `facts`."""
     module = importlib.import_module(f".benches.{system}", __package__)
     return module.facts(rig) if hasattr(module, "facts") else []
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     result = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     add = result.add_argument
     add("systems", metavar="SYSTEM", nargs="*", help=f"of {', '.join(systems())}; all if none is named")
@@ -97,7 +97,7 @@ def peak_memory(system: str, session: Session, arch: str, device: torch.device) 
     """Peak MiB of each variant of a session; see PREFACE."""
     if device.type == "cpu":
         runner = [sys.executable, str(ROOT / "tools" / "run.py"), "evaluation.memory"]
-        # Without a visible card the host takes the CPU.
+        # Without a visible GPU, ComfyUI uses the CPU.
         environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         words = [system, arch, str(session.subjects)]
         done = subprocess.run([*runner, *words], cwd=ROOT, env=environ, stdout=subprocess.PIPE, check=True)
@@ -111,7 +111,7 @@ def peak_memory(system: str, session: Session, arch: str, device: torch.device) 
 
 
 def evaluations(rig: Rig, session: Session, flops_per_row: float) -> dict[str, float]:
-    """UNet evaluations of each variant; also warms it up."""
+    """UNet evaluations of each variant of a session; also warms it up."""
     from .meters import counted_calls
 
     counts = {}
@@ -123,11 +123,11 @@ def evaluations(rig: Rig, session: Session, flops_per_row: float) -> dict[str, f
 
 
 def measure(rig: Rig, names: list[str], arch: str) -> list[Cost]:
-    """Rows of plain sampling and of the systems.
+    """Measures plain sampling and the systems; one row per variant.
 
     Args:
         rig: the model.
-        names: of the systems.
+        names: names of the systems.
         arch: name of the architecture, for the processes that measure memory.
     """
     from .meters import counted_calls, seconds_of
@@ -168,11 +168,11 @@ def measure(rig: Rig, names: list[str], arch: str) -> list[Cost]:
 
 
 def cost_table(rows: list[Cost], budgets: dict[tuple[str, str, int], float]) -> str:
-    """The rows with their budgets; a ratio over its budget is marked."""
+    """A table of the rows with their budgets; a ratio over its budget is marked."""
     lines = []
     for row in rows:
         budget = budgets.get((row.system, row.variant, row.subjects))
-        # By what is printed, for nobody sees the digits behind it.
+        # Compared as printed, because further digits are not shown.
         over = " over" if budget is not None and round(row.ratio, 2) > budget else ""
         lines.append(
             [
@@ -199,7 +199,7 @@ def main(argv: list[str]) -> int:
             parser().error(f"there is no benchmark of {name!r} yet: choose from {', '.join(systems())}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser().error("--device: expected cpu, since torch sees no CUDA card here, got cuda")
-    # The host decides on its device when it is first imported, so this comes before the modules that import it.
+    # ComfyUI chooses its device when it is first imported, so this comes before the modules that import it.
     from comfy.cli_args import args
 
     args.cpu = args.cpu or options.device == "cpu"
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
         rows = measure(rig, names, options.arch)
         facts = "".join(f"\n- {fact}" for name in names for fact in facts_of(name, rig))
     where = f"{torch.get_num_threads()} threads of a CPU" if options.device == "cpu" else torch.cuda.get_device_name()
-    # A section per choice of systems, so that measuring one does not take away the others' figures.
+    # A section per choice of systems, so that measuring one does not replace the others' figures.
     title = ", ".join([f"{plan.label} on {options.device}", *options.systems])
     how = (
         f"Latent {plan.side}x{plan.side}, one picture, {plan.steps} steps of {SAMPLER} ({SCHEDULER}), cfg {CFG:g}, "

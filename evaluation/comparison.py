@@ -1,4 +1,4 @@
-"""The loop all reports share: the same cases and seeds drawn by every variant of a system, read by the judge."""
+"""The loop that all reports share: every variant draws the same cases and seeds, and the judge reads them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .sheet import SheetRow
 from .studio import Studio
 
 SEEDS_PER_CASE = 4
-"""Pictures of one case share a batch, and so one reference pass per step."""
+"""Pictures per case; they share a batch, and so one reference pass per step."""
 SHEET_CASES = 5
-"""Cases per number of subjects on the contact sheet, with their first seed."""
+"""Cases per number of subjects on the contact sheet, each with its first seed."""
 
 Draw = Callable[[Case, int], dict[str, torch.Tensor]]
 More = Callable[[Case, torch.Tensor, list[Reading]], dict[str, float]]
@@ -40,7 +40,7 @@ draws the same seeds, {seeds} per set of references.
 
 
 def explain(chance: float, per_case: int = SEEDS_PER_CASE) -> str:
-    """What the shared metrics mean, for the document."""
+    """The explanation of the shared metrics, for the document."""
     return METRICS.format(seeds=per_case, chance=chance)
 
 
@@ -57,20 +57,20 @@ def compare(
     per_case: int = SEEDS_PER_CASE,
     more: More | None = None,
 ) -> tuple[list[Row], list[SheetRow]]:
-    """Rows of all variants, and rows for the contact sheet.
+    """Draws and measures all variants; returns their rows, and the rows of the contact sheet.
 
     Args:
-        system: name of the rows.
+        system: system name in the rows.
         studio: models and judge.
-        numbers: of subjects.
-        pictures: per variant and number of subjects.
+        numbers: the numbers of subjects to measure.
+        pictures: pictures per variant and number of subjects.
         chance: mean cosine of unrelated identities.
-        tell: takes a sentence about the progress.
-        draw: pictures (count, H, W, 3) of every variant for a case, "default" and "plain" among them, with one noise.
+        tell: called with a sentence about the progress.
+        draw: (case, count) -> pictures (count, H, W, 3) by variant, "default" and "plain" among them, from one noise.
         shown: the variants on the contact sheet; None means all.
-        case_of: the case of a number of subjects and an index.
-        per_case: pictures of one case.
-        more: further metrics of a case's picture and what the judge reads in it.
+        case_of: (number of subjects, index) -> case.
+        per_case: pictures per case.
+        more: (case, picture, readings) -> further metrics.
     """
     rows, sheet = [], []
     for subjects in numbers:

@@ -1,4 +1,4 @@
-"""How far the judge itself can be trusted: its readings of held-out pictures against their truth."""
+"""How far the judge itself can be trusted: its readings of held-out pictures compared with the ground truth."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .scenes import held_out
 from .studio import Studio
 
 PICTURES = 256
-_LEAST_AREA = 40  # pixels of a thing that must be seen for it to count
-_LEAST_OVERLAP = 0.5  # intersection over union from which a reading is of a thing
+_LEAST_AREA = 40  # visible pixels that a thing needs to count
+_LEAST_OVERLAP = 0.5  # intersection over union from which a reading matches a thing
 
 
 @dataclass(frozen=True)
 class Trust:
-    """The judge's accuracy as rows, and `chance`: the mean cosine of two unrelated identities in its eyes."""
+    """The judge's accuracy as rows, and `chance`, its mean cosine of two unrelated identities."""
 
     rows: list[Row]
     chance: float
 
 
 def measure_judge(studio: Studio) -> Trust:
-    """Reads PICTURES held-out pictures.
+    """Measures the judge on PICTURES held-out pictures.
 
-    `found` is the share of things with a reading on them; noun, color, second and pattern are right among those found;
-    `prompt` is the share of pictures whose nouns and counts are right. Values are means per picture.
+    `found` is the share of things that a reading matches; noun, color, second and pattern are the shares of these that
+    are read correctly; `prompt` is the share of pictures with the right nouns and counts. Values are means per picture.
     """
     pictures = held_out(PICTURES)
     images = torch.stack([torch.from_numpy(p.image) for p in pictures])
@@ -41,13 +41,13 @@ def measure_judge(studio: Studio) -> Trust:
         Row("judge", "truth", 0, name, *interval(values, range(len(values)), 0.0, 1.0))
         for name, values in scores.items()
     ]
-    # One thing per picture, for things of one picture may share an identity.
+    # One thing per picture, because things of one picture may share an identity.
     embeddings = studio.embed(images, torch.stack([torch.from_numpy(p.masks[-1]) for p in pictures]))
     return Trust(rows, mean_off_diagonal(embeddings @ embeddings.T))
 
 
 def grade(picture: Picture, readings: list[Reading]) -> dict[str, float]:
-    """Shares of one picture's things that were found and read right; see `measure_judge`."""
+    """Shares of one picture's things that were found and read correctly; see `measure_judge`."""
     masks = torch.from_numpy(picture.masks) > 0.5
     things = [(thing, mask) for thing, mask in zip(picture.scene.things, masks, strict=True)
               if mask.sum() >= _LEAST_AREA]  # fmt: skip

@@ -1,8 +1,8 @@
-"""Measures the memory of one session on the CPU, in a process of its own so that nothing is left of others.
+"""Measures the memory of one session on the CPU, in a process of its own, so that other sessions do not affect it.
 
     python tools/run.py evaluation.memory SYSTEM ARCH SUBJECTS
 
-prints JSON: per variant the MiB by which resident memory grew, at its peak, over what the loaded model takes.
+prints JSON: for each variant, the peak growth of resident memory over the loaded model, in MiB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .rigs import PLANS, Rig
 
 
 def growth(session: Session) -> dict[str, float]:
-    """Peak MiB of each variant above the level before the first."""
+    """Peak MiB of each variant above the level before the first variant."""
     samplings = session.begin()
     before = ResidentPeak().resident()
     peaks = {}
@@ -30,7 +30,7 @@ def growth(session: Session) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints the growth of one session."""
+    """Prints the growth of one session as JSON."""
     system, arch, subjects = argv
     with torch.inference_mode():
         rig = Rig.build(PLANS[arch, "cpu"])

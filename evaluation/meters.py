@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of a call, the device's queue included."""
+    """Wall-clock seconds of a call, including the work it queues on the device."""
     _finish(device)
     begin = time.perf_counter()
     call()
@@ -27,10 +27,10 @@ def _finish(device: torch.device) -> None:
 
 
 class ResidentPeak:
-    """Watches this process's resident memory from another thread, thousand times a second.
+    """Watches this process's resident memory from another thread, a thousand times per second.
 
-    As a context it watches; `peak` is the most it saw, in bytes. Short peaks may slip through, but an allocator gives
-    back little at once, so that what slips through is small.
+    Used as a context manager; `peak` is the highest value seen, in bytes. Short peaks may be missed, but an allocator
+    returns little memory at once, so what is missed is small.
     """
 
     def __init__(self):
@@ -42,7 +42,7 @@ class ResidentPeak:
         self.peak = 0
 
     def resident(self) -> int:
-        """Bytes resident now."""
+        """Resident memory now, in bytes."""
         return self._process.memory_info().rss
 
     def _watch(self) -> None:
@@ -61,7 +61,7 @@ class ResidentPeak:
 
 @dataclass
 class Call:
-    """One call of the model: its rows, its floating-point operations, and whether it ran to its end."""
+    """One call of the model: its rows, its floating-point operations, and whether it finished."""
 
     rows: int
     flops: int
@@ -75,23 +75,24 @@ class Calls:
     calls: list[Call] = field(default_factory=list)
 
     def flops_per_row(self) -> float:
-        """Operations of one row of a whole call."""
+        """Operations per row, over all finished calls."""
         whole = [call for call in self.calls if call.finished]
         return sum(call.flops for call in whole) / sum(call.rows for call in whole)
 
     def evaluations(self, flops_per_row: float) -> float:
-        """Rows of whole calls, and of calls that ended early the part they ran, in rows of `flops_per_row`."""
+        """Rows of the finished calls, plus the operations of calls that ended early, in units of `flops_per_row`."""
         return sum(call.rows if call.finished else call.flops / flops_per_row for call in self.calls)
 
 
 @contextmanager
 def counted_calls(diffusion_model: torch.nn.Module) -> Iterator[Calls]:
-    """Counts calls of the model while the context is open; that costs time, so do not time it."""
+    """Counts calls of the model while the context is open. Counting takes time, so do not measure time inside."""
     counted = Calls()
     with FlopCounterMode(display=False) as counter:
 
         def close_last() -> None:
-            # What was counted since the last call began is that call's, for nothing between calls multiplies matrices.
+            # What was counted since the last call began belongs to it, because nothing between calls multiplies
+            # matrices.
             if counted.calls:
                 counted.calls[-1].flops += counter.get_total_flops()
 

@@ -1,7 +1,7 @@
-"""What the report measures: pure functions of what the judge reads in a picture, and means with their intervals.
+"""The metrics of the report: pure functions of the judge's readings of a picture, and means with their intervals.
 
-Intervals are t-intervals over the means of *cases*. Pictures of one case share their references and are no independent
-trials, so 16 cases of 4 pictures are 16 observations; a case of one picture is the ordinary interval.
+Intervals are t-intervals over the means of *cases*. Pictures of one case share their references and are not
+independent, so 16 cases of 4 pictures are 16 observations; with one picture per case it is the ordinary interval.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..shapeland.world import Mention
 from ..training.data.greedy import greedy_match
 
 LEAD = "_lead"
-"""Ends the name of a metric's paired difference: the default's value less this variant's, picture by picture."""
+"""Suffix of the name of a metric's paired difference: the default's value minus this variant's, picture by picture."""
 
-_CLEAR_OF_THINGS = 5  # side in pixels of the square by which masks are widened before the background is looked at
+_CLEAR_OF_THINGS = 5  # side in pixels of the square by which masks are dilated before the background is measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: a metric of one variant of a system, its 95% interval, and over how many pictures.
+    """One line of the report: the mean and 95% interval of a metric for one variant of a system, over n pictures.
 
-    `subjects` 0 stands for pictures of any number of things.
+    `subjects` is 0 for pictures with any number of things.
     """
 
     system: str
@@ -41,7 +41,7 @@ class Row:
     n: int
 
     def as_json(self) -> dict:
-        """The row as plain data."""
+        """The row as a dict."""
         return asdict(self)
 
 
@@ -50,9 +50,9 @@ def identity(mentions: Sequence[Mention], readings: list[Reading], references: t
 
     Args:
         mentions: one per subject.
-        readings: the judge's, of one picture.
+        readings: the judge's readings of one picture.
         references: (N, d), unit embeddings of the references' things.
-        chance: what a thing that is missing counts as, the mean cosine of unrelated identities: it tells nothing.
+        chance: value of a missing thing, the mean cosine of unrelated identities.
     """
     found = _embeddings(mentions, readings)
     values = [chance if e is None else float(e @ r) for e, r in zip(found, references, strict=True)]
@@ -62,7 +62,7 @@ def identity(mentions: Sequence[Mention], readings: list[Reading], references: t
 def leakage(mentions: Sequence[Mention], readings: list[Reading], references: torch.Tensor, chance: float) -> float:
     """Mean cosine between each subject's thing and the *other* subjects' references; arguments as in `identity`.
 
-    `chance` is what a picture without leakage scores. Wants at least two subjects.
+    A picture without leakage scores `chance`. Needs at least two subjects.
     """
     found = _embeddings(mentions, readings)
     values = [
@@ -75,16 +75,16 @@ def leakage(mentions: Sequence[Mention], readings: list[Reading], references: to
 
 
 def _embeddings(mentions: Sequence[Mention], readings: list[Reading]) -> list[torch.Tensor | None]:
-    """The embedding of the largest thing of each mention's noun, or None."""
+    """The embedding of the largest thing with each mention's noun, or None."""
     return [things[0].embedding if things else None for things in assign(list(mentions), readings)]
 
 
 def worst(readings: list[Reading], references: torch.Tensor) -> float:
-    """Identity of the subject that came out worst, as FastComposer's protocol scores several (arXiv 2305.10431,
-    section 5.1): the largest things, as many as there are references, pair with these by `greedy_minimum`.
+    """Identity of the worst subject, as FastComposer's protocol scores several (arXiv 2305.10431, section 5.1): the
+    largest things, as many as there are references, are paired with these by `greedy_minimum`.
 
     Args:
-        readings: the judge's, of one picture, the largest first.
+        readings: the judge's readings of one picture, the largest first.
         references: (N, d), unit embeddings of the references' things.
     """
     largest = [reading.embedding for reading in readings[: len(references)]]
@@ -92,10 +92,10 @@ def worst(readings: list[Reading], references: torch.Tensor) -> float:
 
 
 def greedy_minimum(similarity: torch.Tensor) -> float:
-    """Score of the worst reference after the most alike pairs have found each other.
+    """Score of the worst reference after greedy pairing.
 
-    The largest value of all makes a pair, whose row and column are then taken out, and so on: greedy as in the paper,
-    not the assignment of the largest sum. Negative likeness counts as none, and so does a reference without a partner.
+    The largest value of all makes a pair, its row and column are removed, and so on: greedy as in the paper, not the
+    assignment with the largest sum. Negative similarity counts as 0, and so does a reference without a partner.
 
     Args:
         similarity: (found, references).
@@ -108,19 +108,19 @@ def greedy_minimum(similarity: torch.Tensor) -> float:
 
 
 def prompt(mentions: Sequence[Mention], readings: list[Reading]) -> float:
-    """1 if every noun stands there as often as it was asked for and nothing else does, else 0."""
+    """1 if every noun appears as often as asked for and no other does, else 0."""
     return float(score_picture(list(mentions), readings).nouns_right)
 
 
 def background(picture: torch.Tensor, readings: list[Reading], asked: torch.Tensor, reference: torch.Tensor) -> float:
     """How far the background has moved from the colour asked for (0) to that of the references (1).
 
-    The median colour outside all things (of the whole picture if they cover it) is projected on the line between both
-    colours and clipped to its ends.
+    The median colour outside all things (of the whole picture if they cover it) is projected onto the line between the
+    two colours and clipped to its ends.
 
     Args:
         picture: (H, W, 3) in [0, 1].
-        readings: the judge's, with masks (H, W).
+        readings: the judge's readings, with masks (H, W).
         asked, reference: colours (3,), different from each other.
     """
     covered = torch.zeros(picture.shape[:2])
@@ -138,15 +138,15 @@ def interval(
 ) -> tuple[float, float, float, int]:
     """Mean of the cases' means, the ends of its 95% t-interval, and the number of values.
 
-    The interval is clipped to the metric's range. One case alone says nothing of the spread: its interval is the range.
+    The interval is clipped to the metric's range. A single case gives no spread, so its interval is the range.
 
     Args:
         values: one per picture.
-        cases: which case each value belongs to.
+        cases: the case that each value belongs to.
         least, most: range of the metric.
 
     Raises:
-        ValueError: there is no value.
+        ValueError: there are no values.
     """
     if not values:
         raise ValueError("interval: expected at least one value, got none")
@@ -182,12 +182,14 @@ def rows_of(
     cases: Sequence[Hashable],
     compared: Sequence[str],
 ) -> list[Row]:
-    """The rows of one number of subjects.
+    """The rows for one number of subjects.
 
     Args:
-        values: per variant and metric one value per picture, pictures in the same order everywhere.
+        system: system name in the rows.
+        subjects: number of subjects.
+        values: per variant and metric, one value per picture, with pictures in the same order everywhere.
         cases: the case of each picture.
-        compared: variants of which the paired lead of "default" is given too.
+        compared: variants for which the paired lead of "default" is given too.
     """
     rows = []
     for variant, by_metric in values.items():

@@ -2,12 +2,12 @@
 
     python tools/run.py evaluation.protocol RUNS.json --clip FOLDER [--faces WEIGHTS] [--json FILE]
 
-RUNS.json lists what was drawn: [{"picture": "a.png", "prompt": "a man ...", "references": ["ann.jpg", ...]}, ...],
-files beside it. Faces are read by facenet-pytorch with weights of your own; without --faces only prompts are scored.
+RUNS.json lists what was drawn: [{"picture": "a.png", "prompt": "a man ...", "references": ["ann.jpg", ...]}, ...], with
+paths relative to it. Faces are read by facenet-pytorch with your own weights; without --faces, only prompts are scored.
 
 Xiao et al. (arXiv 2305.10431), section 5.1. A picture with several subjects scores what its worst one scores, so that a
-model which draws one person twice gains nothing. On Shapeland the same score is the report's *worst* metric, with the
-judge in the place of the face recogniser.
+model that draws one person twice gains nothing. On Shapeland the same score is the report's *worst* metric, with the
+judge in place of the face recogniser.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FACE_SIDE = 160
 
 @dataclass(frozen=True)
 class Drawn:
-    """One drawn picture, what was asked for, and whose references went in."""
+    """One drawn picture, its prompt, and the references that it was drawn with."""
 
     picture: Path
     prompt: str
@@ -42,7 +42,7 @@ def read_runs(file: Path) -> list[Drawn]:
     """The entries of a RUNS.json.
 
     Raises:
-        ValueError: it is no such list, or a file it names is absent.
+        ValueError: it is not such a list, or a file it names is missing.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -69,8 +69,8 @@ def score(
 
     Args:
         runs: what was drawn.
-        faces: unit embeddings (n, d) of a picture's faces, the largest first; None leaves identity out.
-        prompts: likeness of a picture and a text.
+        faces: picture -> unit embeddings (n, d) of its faces, the largest first; None leaves identity out.
+        prompts: (picture, text) -> their similarity.
 
     Raises:
         ValueError: a reference shows no face.
@@ -102,10 +102,10 @@ def face_reader(weights: Path) -> Callable[[Image.Image], torch.Tensor]:
     """Detector and recogniser of facenet-pytorch with the settings of the published evaluation.
 
     Args:
-        weights: state of InceptionResnetV1 as trained on VGGFace2.
+        weights: state dict of InceptionResnetV1 as trained on VGGFace2.
 
     Raises:
-        ModuleNotFoundError: facenet-pytorch is not installed; says how.
+        ModuleNotFoundError: facenet-pytorch is not installed; the message says how to install it.
     """
     try:
         from facenet_pytorch import MTCNN, InceptionResnetV1
@@ -115,7 +115,7 @@ def face_reader(weights: Path) -> Callable[[Image.Image], torch.Tensor]:
         ) from error
     state = read_state(weights, "--faces")
     recogniser = InceptionResnetV1(pretrained=None, classify=False)
-    # The classifier over its training identities is of no use here.
+    # The classifier of its training identities is not needed here.
     recogniser.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
     recogniser.eval()
     detector = MTCNN(image_size=FACE_SIDE, margin=0, min_face_size=20, keep_all=True)
@@ -129,7 +129,8 @@ def face_reader(weights: Path) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def prompt_reader(folder: Path) -> Callable[[Image.Image, str], float]:
-    """Cosine of a CLIP model's picture and text embeddings, from a local folder; the paper's is ViT-L/14."""
+    """Cosine similarity of a CLIP model's picture and text embeddings, with the model from a local folder; the paper
+    uses ViT-L/14."""
     from transformers import CLIPModel, CLIPProcessor
 
     check_folder(folder, "--clip")

@@ -1,4 +1,4 @@
-"""Measuring without the log: what is measured is done on purpose."""
+"""Measuring without warnings in the log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keeps our log silent: ablations do on purpose what it warns of, in every picture."""
+    """Silences the pack's warnings: ablations do deliberately what these warn about, in every picture."""
     log = logging.getLogger("conceptloom")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""`python tools/dev.py eval`: what the systems reach on Shapeland, beside plain prompting and their ablations."""
+"""`python tools/dev.py eval`: what the systems achieve on Shapeland, compared with plain prompting and ablations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def systems() -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     result = argparse.ArgumentParser(prog="dev.py eval", description=__doc__)
     add = result.add_argument
     add("systems", metavar="SYSTEM", nargs="*", help=f"of {', '.join(systems())}; all if none is named")
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def save_pictures(name: str, result: reports.Report, docs: bool) -> str:
-    """Saves a report's pictures in output/, or for the document beside it, and returns the lines that show them."""
+    """Saves a report's pictures in output/, or next to the document if `docs`, and returns the lines that show them."""
     folder = DOCUMENT.parent / "images" if docs else ROOT / "output"
     folder.mkdir(parents=True, exist_ok=True)
     lines = ""
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             parser().error(f"there is no report of {name!r} yet: choose from {', '.join(systems())}")
     if options.pictures < 1:
         parser().error(f"--pictures: expected at least 1, got {options.pictures}")
-    # Only now, for the modules below need the host, and asking for help does not.
+    # Only now, because the modules below need ComfyUI, and --help does not.
     from .judging import PICTURES, measure_judge
     from .studio import CFG, SAMPLER, SCHEDULER, STEPS, Studio
 

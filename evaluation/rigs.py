@@ -1,7 +1,7 @@
-"""Models of true architecture with random weights, for measuring what a system costs: no file is needed.
+"""Models with the true architectures and random weights, to measure what a system costs without any files.
 
-What a system costs depends on shapes alone. Text and pictures are random tensors too, so that nothing but the model's
-own work is measured: encoding prompts and references happens once per change of them, whatever is sampled.
+Cost depends on shapes alone. Text and pictures are random tensors too, so that only the model's own work is measured:
+prompts and references are encoded once per change, however much is sampled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..host.shapeland import ModelConfig
 from ..subjects.subject import Subject
 
 SAMPLER, SCHEDULER, CFG = "euler", "normal", 5.0
-COVERAGE = 0.22  # of a reference by its mask: the mean of the published data set
+COVERAGE = 0.22  # share of a reference that its mask covers: the mean of the published data set
 _TOKENS = 77
 _POOLED = 1280
 
@@ -45,7 +45,7 @@ SD15_UNET = {
 
 
 def sdxl_unet(depth: int) -> dict:
-    """SDXL's UNet with `depth` transformer blocks (10 in truth) at its coarsest places."""
+    """SDXL's UNet with `depth` transformer blocks (10 in the original) at its coarsest levels."""
     return {
         "image_size": 32,
         "in_channels": 4,
@@ -71,11 +71,11 @@ class Plan:
     """What is sampled on one kind of device.
 
     Attributes:
-        label: of the rows, with what differs from the true architecture.
-        config: makes the host's description of the model.
-        side: of the square latent.
-        steps: of one sampling.
-        rounds: samplings per variant, of which the median counts.
+        label: name in the rows, with any difference from the true architecture.
+        config: makes ComfyUI's configuration of the model.
+        side: side of the square latent.
+        steps: steps of one sampling.
+        rounds: samplings per variant; the median counts.
     """
 
     label: str
@@ -101,13 +101,13 @@ PLANS = {
 
 
 class RandomVAE:
-    """Stands in for a VAE: latents of any picture are noise of the right shape."""
+    """Stands in for a VAE: the latent of any picture is noise of the right shape."""
 
     def __init__(self, channels: int):
         self.latent_channels = channels
 
     def spacial_compression_encode(self) -> int:
-        """Pixels per latent cell and side; few, for the pixels are thrown away."""
+        """Pixels per side of a latent cell; as few as possible, because the pixels are discarded."""
         return 1
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ class RandomVAE:
 
 
 class RandomCLIP:
-    """Stands in for a CLIP: conditionings of any text are noise of the right shape."""
+    """Stands in for a CLIP: the conditioning of any text is noise of the right shape."""
 
     def __init__(self, width: int):
         self.width = width
@@ -126,18 +126,19 @@ class RandomCLIP:
         return text
 
     def encode_from_tokens_scheduled(self, _tokens: str) -> list:
-        """A conditioning as the host's CLIP gives it."""
+        """A conditioning as ComfyUI's CLIP returns it."""
         return [[torch.randn(1, _TOKENS, self.width), {"pooled_output": torch.randn(1, _POOLED)}]]
 
 
 @dataclass(eq=False)
 class Rig:
-    """A model with all that sampling wants.
+    """A model with everything that sampling needs.
 
     Attributes:
         plan: what it was made from.
-        model: the host's MODEL.
+        model: ComfyUI's MODEL.
         vae, clip: stand-ins.
+        positive, negative: conditionings from `clip`.
     """
 
     plan: Plan
@@ -153,7 +154,7 @@ class Rig:
 
     @classmethod
     def build(cls, plan: Plan) -> Rig:
-        """The model on the host's device, in half precision unless that is the CPU."""
+        """The model on ComfyUI's device, in half precision unless that is the CPU."""
         torch.manual_seed(0)
         device = comfy.model_management.get_torch_device()
         dtype = torch.float32 if device.type == "cpu" else torch.float16
@@ -168,7 +169,7 @@ class Rig:
         return cls(plan, model, RandomVAE(channels), RandomCLIP(config.unet_config["context_dim"]))
 
     def sample(self, model, seed: int, positive: list | None = None) -> torch.Tensor:
-        """One picture's latent (1, C, side, side), as KSampler makes it; `positive` in place of the rig's own."""
+        """The latent (1, C, side, side) of one picture, as KSampler makes it; `positive` replaces the rig's own."""
         empty = torch.zeros(1, self.vae.latent_channels, self.plan.side, self.plan.side)
         noise = comfy.sample.prepare_noise(empty, seed)
         return comfy.sample.sample(
@@ -196,7 +197,7 @@ class Rig:
 
 @torch.no_grad()
 def fill(module: torch.nn.Module) -> None:
-    """Random weights under which activations keep about their size: what is not finite would be timed wrongly."""
+    """Random weights that keep activations at about the same scale; non-finite values would distort the timings."""
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(0.0, parameter[0].numel() ** -0.5)

@@ -1,4 +1,4 @@
-"""The fixed cases of the report: what is asked for, and the references, always the same for the same number."""
+"""The fixed cases of the report: what is asked for, and the references. The same number always gives the same case."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 from ..shapeland import world
 
-_LOT = 7_310_521  # apart from all seeds of training
+_LOT = 7_310_521  # separate from all seeds of training
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """One thing on a background, as a person would photograph a subject.
+    """One thing on a background, like a person's photo of a subject.
 
     Attributes:
-        noun: its word.
+        noun: what the thing is called in a prompt.
         prompt: describes the reference picture without its identity.
         image: (SIZE, SIZE, 3), values 0..1.
         mask: (SIZE, SIZE), exact, with soft edges.
-        identity: the appearance it carries.
+        identity: its appearance.
     """
 
     noun: str
@@ -34,14 +34,15 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One set of references, and the picture asked for: the same nouns, no word of their looks, another background.
+    """One set of references, and the picture asked for: the same nouns, no word about their looks, another background.
 
     Attributes:
-        seed: of the pictures' noise.
-        prompt: names nouns and the new background.
+        seed: seed of the pictures' noise.
+        prompt: names the nouns and the new background.
         mentions: what the prompt names, one per reference.
+        references: the references, which share their background.
         background: index of the new background's colour.
-        asked, left: the colours (3,) of the new background and of the references' (they share theirs).
+        asked, left: colours (3,) of the new background and of the references'.
     """
 
     seed: int
@@ -53,7 +54,7 @@ class Case:
     left: torch.Tensor
 
     def draw(self, count: int, identities: Sequence[world.Identity] | None) -> torch.Tensor:
-        """The world's own pictures (count, SIZE, SIZE, 3) of what is asked for, with these or any identities."""
+        """The world's own pictures (count, SIZE, SIZE, 3) of what is asked for, with these or random identities."""
         scenes = [
             world.scene_from(list(self.mentions), self.background, _lot(self.seed, i), identities) for i in range(count)
         ]
@@ -65,7 +66,7 @@ def _lot(*numbers: int) -> np.random.Generator:
 
 
 def make_case(subjects: int, index: int) -> Case:
-    """Case `index` of those with this many subjects (1 to 3)."""
+    """Case `index` with this many subjects (1 to 3)."""
     rng = _lot(subjects, index)
     nouns = [int(noun) for noun in rng.choice(len(world.NOUNS), subjects, replace=False)]
     left, asked = (int(b) for b in rng.choice(len(world.BACKGROUNDS), 2, replace=False))

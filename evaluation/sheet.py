@@ -23,9 +23,9 @@ class SheetRow:
 
 
 def contact_sheet(rows: Sequence[SheetRow]) -> Image.Image:
-    """Rows below each other, the prompt above each; columns are the references, then the variants.
+    """Rows below each other, each under its prompt; the columns are the references, then the variants.
 
-    All rows want the same variants.
+    All rows must have the same variants.
     """
     variants = list(rows[0].pictures)
     labels = ["reference"] * max(len(row.references) for row in rows) + variants

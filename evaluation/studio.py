@@ -1,4 +1,4 @@
-"""Draws and reads pictures in this process, by the host's own sampler and with Shapeland's weights."""
+"""Draws and reads pictures in this process, with ComfyUI's own sampler and Shapeland's weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEGATIVE_PROMPT = ""
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """Shapeland's models as a workflow has them, and the judge in its patcher. MODELs from `model` may be patched."""
+    """Shapeland's models as in a workflow, and the judge in its ModelPatcher. Clones of `model` may be patched."""
 
     model: Any
     clip: Any
@@ -35,18 +35,18 @@ class Studio:
         """Loads the shipped weights.
 
         Raises:
-            FileNotFoundError: one of the files is absent; says which in one sentence.
+            FileNotFoundError: one of the files is missing; the message says which.
         """
         judge = shapeland.load_judge()
         return cls(shapeland.load_model(), shapeland.load_clip(), shapeland.load_vae(), judge)
 
     def encode(self, prompt: str) -> list:
-        """A prompt as the host's conditioning."""
+        """A prompt as a ComfyUI conditioning."""
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
 
     def draw(self, model, prompt: str, seed: int, count: int, positive: list | None = None) -> torch.Tensor:
-        """`count` pictures (count, SIZE, SIZE, 3) in [0, 1], as a KSampler with a batch and VAE Decode give them;
-        `positive` takes the place of the prompt's conditioning."""
+        """`count` pictures (count, SIZE, SIZE, 3) in [0, 1], as KSampler with a batch and VAE Decode return them;
+        `positive` replaces the prompt's conditioning."""
         side = SIZE // self.vae.spacial_compression_decode()
         empty = torch.zeros(count, self.vae.latent_channels, side, side)
         latents = comfy.sample.sample(
@@ -65,7 +65,7 @@ class Studio:
         return self.vae.decode(latents).float().cpu()
 
     def redraw(self, model, positive: list, latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, SIZE, SIZE, 3) that the euler sampler makes of an inversion's noise along its schedule."""
+        """Pictures (n, SIZE, SIZE, 3) that the euler sampler makes from an inversion's noise along its schedule."""
         sampled = comfy.sample.sample_custom(
             model,
             torch.zeros_like(latents),
@@ -81,7 +81,7 @@ class Studio:
         return self.vae.decode(sampled).float().cpu()
 
     def read(self, pictures: torch.Tensor) -> list[list[Reading]]:
-        """What the judge sees in pictures (n, H, W, 3)."""
+        """The judge's readings of pictures (n, H, W, 3)."""
         return shapeland.read_with(self.judge, pictures)
 
     def embed(self, pictures: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,9 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def report_table(rows: Sequence[Row]) -> str:
-    """Variants down, metrics across, each cell a mean and its interval.
+    """Variants as rows, metrics as columns, and in each cell a mean with its interval.
 
-    A star marks a value that differs from the default's: the interval of the paired difference leaves out zero.
+    A star marks a value that differs from the default's: the interval of the paired difference excludes zero.
     """
     cells: dict[tuple[int, str], dict[str, str]] = {}
     leads = {(r.subjects, r.variant, r.metric): r for r in rows if r.metric.endswith(LEAD)}
@@ -48,12 +48,12 @@ def write_json(path: Path, rows: Sequence[dict]) -> None:
 
 
 def write_section(path: Path, preface: str, title: str, body: str) -> None:
-    """Writes one section of a document, in the place of one of the same title; the others stay as they are.
+    """Writes one section of a document, in place of any section with the same title; the others stay as they are.
 
     Args:
-        path: the document; made if absent.
-        preface: what stands before the first section.
-        title: of the section, without marks.
+        path: the document; created if absent.
+        preface: text before the first section.
+        title: title of the section, without Markdown.
         body: its text.
     """
     sections = {}

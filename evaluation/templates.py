@@ -1,7 +1,7 @@
 """The fixed cases of Concept Weaver's report: scenes drawn by the world as templates, and concepts to put into them.
 
-`python tools/run.py evaluation.templates` (with COMFYUI_PATH set) trains the concepts by the recipe of the node Train
-Concept, tells how long each took, and writes them, compressed, to `shapeland/weights/concepts/`.
+`python tools/run.py evaluation.templates` (with COMFYUI_PATH set) trains the concepts with the recipe of the node Train
+Concept, prints how long each took, and writes them, compressed, to `shapeland/weights/concepts/`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .scenes import Case, Reference
 
 FOLDER = WEIGHTS / "concepts"
 IDENTITIES = {"star": 41, "fish": 42, "heart": 43, "mug": 44, "house": 45, "ball": 46}
-"""A concept for each of these nouns, and the seed by which Draw Scene gives something the concept's looks."""
+"""The nouns that have a concept, each with the seed by which Draw Scene draws the concept's identity."""
 NOUNS = tuple(IDENTITIES)
 BACKGROUND = "background"
-"""The concept of a ground whose colour the world has no word for."""
+"""The concept of a background whose colour the world has no word for."""
 PICTURES, RANK = 8, 8
 _GROUND = (0.95, 0.62, 0.30)
 _LOT = 5_190_733
@@ -38,12 +38,12 @@ def _lot(*numbers: int) -> np.random.Generator:
 
 
 def identity_of(noun: str) -> world.Identity:
-    """What a concept looks like."""
+    """The identity of a noun's concept."""
     return world.random_identity(np.random.default_rng((IDENTITIES[noun], 0)))
 
 
 def drawings(name: str) -> list[tuple[world.Picture, str]]:
-    """The pictures a concept is learnt from, with captions in which {} stands for it."""
+    """The pictures that a concept is trained on, with captions in which {} stands for it."""
     found = []
     for i in range(PICTURES):
         if name == BACKGROUND:
@@ -64,7 +64,7 @@ def load_bank() -> dict[str, Concept]:
     """The shipped concepts by name.
 
     Raises:
-        FileNotFoundError: one is absent; says in a sentence how to make it.
+        FileNotFoundError: one is missing; the message says how to make it.
     """
     bank = {}
     for name in (*NOUNS, BACKGROUND):
@@ -79,11 +79,11 @@ def load_bank() -> dict[str, Concept]:
 
 @dataclass(frozen=True, eq=False)
 class TemplateCase(Case):
-    """A case whose pictures keep the places of a template.
+    """A case whose pictures keep the layout of a template.
 
     Attributes:
-        names: of the concepts, in the order of the mentions.
-        scene: the template's.
+        names: names of the concepts, in the order of the mentions.
+        scene: the template's scene.
     """
 
     names: tuple[str, ...]
@@ -96,13 +96,13 @@ class TemplateCase(Case):
 
     @property
     def masks(self) -> torch.Tensor:
-        """(N, SIZE, SIZE), the mentions' things in the template."""
+        """(N, SIZE, SIZE), masks of the mentioned things in the template."""
         nouns = [thing.noun for thing in self.scene.things]
         order = [nouns.index(mention.noun) for mention in self.mentions]
         return torch.from_numpy(self.template.masks[order])
 
     def draw(self, count: int, identities: Sequence[world.Identity] | None) -> torch.Tensor:
-        """The template's scene with these identities, or with some that have nothing to do with anything."""
+        """The template's scene with these identities, or with random ones, `count` times."""
         chosen = [world.random_identity(_lot(3, self.seed, i)) for i in range(len(self.mentions))]
         by_noun = {m.noun: identity for m, identity in zip(self.mentions, identities or chosen, strict=True)}
         things = tuple(replace(thing, identity=by_noun[thing.noun]) for thing in self.scene.things)
@@ -111,7 +111,7 @@ class TemplateCase(Case):
 
 
 def template_case(subjects: int, index: int) -> TemplateCase:
-    """Case `index` of those with this many concepts (1 to 5)."""
+    """Case `index` with this many concepts (1 to 5)."""
     rng = _lot(4, subjects, index)
     names = tuple(NOUNS[i] for i in rng.choice(len(NOUNS), subjects, replace=False))
     left, asked = (int(b) for b in rng.choice(len(world.BACKGROUNDS), 2, replace=False))
@@ -131,8 +131,8 @@ def template_case(subjects: int, index: int) -> TemplateCase:
 
 
 def structure(case: TemplateCase, readings: list[Reading]) -> float:
-    """How well things stand where the template has them: the mean over mentions of the intersection over union of its
-    mask and that of the largest thing of its noun; a missing one counts as 0."""
+    """How well things keep their places in the template: the mean over mentions of the intersection over union of the
+    thing's mask in the template and that of the largest thing with its noun; a missing one counts as 0."""
     values = []
     for mask, found in zip(case.masks > 0.5, assign(list(case.mentions), readings), strict=True):
         seen = found[0].mask.to(mask.device) if found else torch.zeros_like(mask)
@@ -141,7 +141,7 @@ def structure(case: TemplateCase, readings: list[Reading]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Train the concepts that are named, all by default."""
+    """Trains the named concepts, all by default."""
     parser = argparse.ArgumentParser(prog="evaluation.templates", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join((*NOUNS, BACKGROUND))}")
     known = (*NOUNS, BACKGROUND)

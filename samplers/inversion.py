@@ -1,17 +1,17 @@
-"""DDIM inversion: from a picture's latent to the noise out of which the sampler makes that picture.
+"""DDIM inversion: from a picture's latent to the noise from which the sampler makes that picture.
 
 DDIM without fresh noise (Song et al., arXiv 2010.02502, equations 13 and 14) is Euler's method for an ordinary
-differential equation. With x = z / sqrt(alpha_bar), sigma = sqrt((1 - alpha_bar) / alpha_bar) and a denoiser D it says
+differential equation. With x = z / sqrt(alpha_bar), sigma = sqrt((1 - alpha_bar) / alpha_bar) and a denoiser D, it is
 
     dx / dsigma = eps(x, sigma) = (x - D(x, sigma)) / sigma
 
-whatever the network predicts. From level b down to a the sampler goes by
-x_a = x_b - (sigma_b - sigma_a) eps(x_b, sigma_b). Inversion goes up, x_b = x_a + (sigma_b - sigma_a) eps, and
-needs eps at an x_b that it does not know yet:
+whatever the network predicts. From noise level b down to a, the sampler computes x_a = x_b - (sigma_b - sigma_a)
+eps(x_b, sigma_b). Inversion goes up, x_b = x_a + (sigma_b - sigma_a) eps, and needs eps at an x_b that it does not know
+yet:
 
-- `euler` takes eps(x_a, sigma_a), the equation read backwards.
-- `pnp` takes the network's input at a, z_a, unchanged to the time of b, as the code of Plug-and-Play does
-  (Tumanyan et al., arXiv 2211.12572).
+- `euler` uses eps(x_a, sigma_a), the equation read backwards.
+- `pnp` passes the network's input at a, z_a, unchanged to the network at the noise level of b, as in the code of
+  Plug-and-Play (Tumanyan et al., arXiv 2211.12572).
 - Refinements then repeat x_b <- x_a + (sigma_b - sigma_a) eps(x_b, sigma_b), whose fixed point is the exact inverse of
   the sampler's step (Pan et al., arXiv 2309.04907).
 
@@ -31,11 +31,11 @@ PNP, EULER = "pnp", "euler"
 MODES = (PNP, EULER)
 
 LOWEST_LEVEL = 1e-4
-"""Where `euler` starts in place of 0, at which eps is 0 / 0; the host's FlipSigmas starts there too."""
+"""Where `euler` starts instead of at 0, where eps is 0 / 0; ComfyUI's FlipSigmas starts there too."""
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Report = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Told after each step: its index, the latents it led to, their noise level, and what the model saw in them last."""
+"""Called after each step with its index, the new latents, their noise level, and the step's first denoised output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,10 @@ class Trajectory:
 
     Attributes:
         sigmas: the N + 1 noise levels, rising.
-        latents: (N + 1, B, ...), float32 on the CPU; the picture's own latents first, the noise last.
+        latents: (N + 1, B, ...), float32 on the CPU; first the picture's own latents, last the noise.
 
     Raises:
-        ValueError: the levels do not rise, or there is not one for each of the latents.
+        ValueError: the noise levels do not rise, or their number differs from that of the latents.
     """
 
     sigmas: tuple[float, ...]
@@ -65,8 +65,8 @@ class Trajectory:
     def at(self, sigma: float) -> torch.Tensor:
         """The latents (B, ...) at a noise level.
 
-        Between the levels it is their straight line in sigma, which is what an Euler step is. Below the lowest and
-        above the highest level it is the picture and the noise, unchanged.
+        Between two levels they are interpolated linearly in sigma, as in an Euler step. Below the lowest and above the
+        highest level they are the picture's latents and the noise, unchanged.
         """
         above = bisect_right(self.sigmas, sigma)
         if above == 0 or above == len(self.sigmas):
@@ -76,10 +76,10 @@ class Trajectory:
 
 
 def rising(sigmas: torch.Tensor) -> torch.Tensor:
-    """A sampler's schedule (N + 1,) the other way round, as inversion walks it.
+    """Reverses a sampler's falling schedule (N + 1,) for inversion.
 
     Raises:
-        ValueError: its levels do not fall from each to the next, or one is negative or not finite.
+        ValueError: there are fewer than two noise levels, they do not fall strictly, or one is negative or not finite.
     """
     falls = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas[1:] < sigmas[:-1]).all())
     if not falls or not torch.isfinite(sigmas).all() or sigmas[-1] < 0:
@@ -99,16 +99,16 @@ def invert(
     sigma_data: float = 1.0,
     report: Report | None = None,
 ) -> tuple[torch.Tensor, Trajectory]:
-    """The noise (B, ...) of latents, in their dtype and on their device, and the way there.
+    """Inverts latents; returns the noise (B, ...), in their dtype and on their device, and the trajectory to it.
 
     Args:
-        model: the denoiser under the one conditioning that describes the pictures, without guidance.
-        x: (B, ...), the pictures' latents; each picture is inverted as it would be alone.
+        model: the denoiser with the single conditioning that describes the pictures, without guidance.
+        x: (B, ...), the pictures' latents; each picture is inverted independently of the others.
         sigmas: (N + 1,), rising, from `rising`.
         mode: PNP or EULER.
-        refinements: most fixed-point refinements of a step; each costs one evaluation of the model.
+        refinements: maximum number of fixed-point refinements per step; each costs one evaluation of the model.
         sigma_data: the network's input is x / sqrt(sigma^2 + sigma_data^2); 1 for Stable Diffusion.
-        report: told after each step.
+        report: called after each step.
 
     Raises:
         ValueError: the mode is unknown or the number of refinements negative.
@@ -135,10 +135,10 @@ def invert(
 
 
 def _refine(model, x, guess, step, sigma, refinements: int) -> torch.Tensor:
-    """Solves x_b = x + step eps(x_b, sigma) by iteration, for each picture by itself.
+    """Solves x_b = x + step eps(x_b, sigma) by iteration, for each picture independently.
 
-    A guess that is evaluated tells its own residual: how far the iteration moves it. Where that grows, the iteration
-    does not converge, so the guess before, whose residual was smaller, is kept and the picture is done.
+    Evaluating a guess gives its residual: how far the iteration moves it. If the residual grows, the iteration does not
+    converge, so the previous guess, whose residual was smaller, is kept and the picture is done.
     """
     best, smallest = guess, x.new_full((len(x),), torch.inf)
     running = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -157,7 +157,7 @@ def _refine(model, x, guess, step, sigma, refinements: int) -> torch.Tensor:
 def reconstruct(
     model: Denoiser, noise: torch.Tensor, sigmas: torch.Tensor, report: Report | None = None
 ) -> torch.Tensor:
-    """The latents (B, ...) that the Euler sampler makes of noise (B, ...) along a falling schedule (N + 1,)."""
+    """The latents (B, ...) that the Euler sampler makes from noise (B, ...) along a falling schedule (N + 1,)."""
     x = noise
     for i, (b, a) in enumerate(pairwise(sigmas)):
         eps, denoised = _eps(model, x, b)
@@ -168,21 +168,21 @@ def reconstruct(
 
 
 def renew(noise: torch.Tensor, fresh: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Noise (B, C, h, w) of an inversion, in part replaced by fresh Gaussian noise of the same strength.
+    """Replaces part of an inversion's noise (B, C, h, w) with fresh Gaussian noise of the same strength.
 
-    Inverted noise remembers the colours of its picture. The two are independent, so sqrt(1 - s) z + sqrt(s) e keeps the
-    variance; where the share is 0 the noise stays as it is, bit by bit.
+    Inverted noise retains the colours of its picture. The two noises are independent, so sqrt(1 - s) z + sqrt(s) e
+    keeps the variance; where the share is 0 the noise stays as it is, bit for bit.
 
     Args:
-        fresh: standard normal noise of the same shape; it takes the root mean square of each picture's noise.
-        share: (h, w), variance to be replaced, 0..1.
+        fresh: standard normal noise of the same shape; scaled to the root mean square of each picture's noise.
+        share: (h, w), the share of the variance to replace, 0..1.
     """
     strength = noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     return (1 - share).sqrt() * noise + share.sqrt() * strength * fresh
 
 
 def relative_error(reconstruction: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """How far each reconstruction is from its original, as a share of the original's norm: (B, ...) to (B,)."""
+    """Distance of each reconstruction from its original, as a share of the original's norm: (B, ...) to (B,)."""
     return (reconstruction - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)
 
 

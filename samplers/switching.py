@@ -1,7 +1,7 @@
-"""When delayed subject conditioning goes over from the plain text to the subjects.
+"""When delayed subject conditioning switches from the plain text to the subjects.
 
-FastComposer (Xiao et al., arXiv 2305.10431), section 4.3: the first steps follow the text alone and fix the layout, the
-remaining ones, a share alpha of all, see the subjects.
+FastComposer (Xiao et al., arXiv 2305.10431), section 4.3: the first steps see the text alone and fix the layout; the
+remaining steps, a share alpha of all, see the subjects.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ PUBLISHED_PNDM = "published, PNDM"
 PUBLISHED = "published, other samplers"
 COUNTINGS = (NEAREST, PUBLISHED_PNDM, PUBLISHED)
 
-_WAY = 0.9  # from the last level of the text to the first of the subjects
+_WAY = 0.9  # from the last noise level of the text to the first of the subjects
 
 
 def first_subject_step(alpha: float, steps: int, counting: str = NEAREST) -> int:
-    """The step, counted from 0, at which the subjects come in; `steps` means never.
+    """The first step, counted from 0, that sees the subjects; `steps` means never.
 
     The published code compares each scheduler index i with S = (1 - alpha) * steps in floating point and keeps the text
-    while i <= S. Its default scheduler, PNDM, calls the model twice at its second time, so the same comparison falls
-    on an earlier step there.
+    while i <= S. Its default scheduler, PNDM, calls the model twice at its second timestep, so there the same
+    comparison gives an earlier step.
 
     Args:
         alpha: share of the steps that see the subjects, 0..1.
-        steps: how many steps are sampled.
+        steps: number of sampling steps.
         counting: NEAREST rounds (1 - alpha) * steps; PUBLISHED_PNDM and PUBLISHED reproduce the published code.
     """
     boundary = (1 - alpha) * steps
@@ -38,13 +38,13 @@ def first_subject_step(alpha: float, steps: int, counting: str = NEAREST) -> int
 
 
 def boundary_sigma(sigmas: Sequence[float], step: int) -> float:
-    """A noise level that parts all evaluations of the steps before `step` from those at and after it.
+    """A noise level that separates all evaluations of the steps before `step` from those at and after it.
 
-    Nine tenths of the way down on a logarithmic scale: samplers that look ahead within a step (DPM-2 exactly halfway)
-    stay above it, and no rounding of the next level reaches it.
+    It is nine tenths of the way down on a logarithmic scale: samplers that look ahead within a step (DPM-2 exactly
+    halfway) stay above it, and rounding of the next level does not reach it.
 
     Args:
-        sigmas: the falling schedule, one more than there are steps.
-        step: 1 to the number of steps less 1.
+        sigmas: the falling schedule, with one more level than there are steps.
+        step: from 1 to the number of steps minus 1.
     """
     return sigmas[step - 1] ** (1 - _WAY) * sigmas[step] ** _WAY

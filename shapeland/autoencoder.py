@@ -1,8 +1,8 @@
-"""The autoencoder between pictures and latents: factor 4, eight channels, no picture-wide statistics at its ends.
+"""Autoencoder between pictures and latents: factor 4, eight channels, no normalisation over the picture at its ends.
 
-Stable Diffusion's own autoencoder ends both halves in a group norm of 32 groups. At the few channels that suffice here
-every group holds one or two, so the norm takes a channel's mean over the picture away, and with it the colours. This
-one normalises in its residual branches alone and works at half resolution, where it costs a tenth.
+Stable Diffusion's own autoencoder ends both halves in a group norm of 32 groups. With the few channels that suffice
+here, each group would hold one or two, so the norm would remove a channel's mean over the picture, and with it the
+colours. This one normalises in its residual branches only and works at half resolution, at a tenth of the cost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Pictures (n, 3, H, W) in [-1, 1] to latents (n, 8, H/4, W/4) of unit variance per channel, and back."""
+    """Encodes pictures (n, 3, H, W) in [-1, 1] as latents (n, 8, H/4, W/4) of unit variance per channel, and back."""
 
     def __init__(self, width: int = 48):
         super().__init__()

@@ -1,8 +1,8 @@
 """The judge: reads noun, colours, pattern, identity and mask of each thing in a picture.
 
-Trained on the world's ground truth alone, on pictures that no generator made. It works in two steps. `Segmenter` says
-of every pixel which noun it belongs to and where that thing's centre lies; pixels that vote for one centre are one
-thing. `Reader` then looks at each thing by itself, at its own scale, with everything around it blanked out.
+It is trained on the world's ground truth alone, never on generated pictures, and works in two steps. `Segmenter`
+predicts for each pixel which noun it belongs to and where that thing's centre is; pixels that vote for the same centre
+are one thing. `Reader` then looks at each thing alone, with its surroundings blanked out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Segmenter(nn.Module):
-    """Pixels to nouns and centres: (n, 3, 64, 64) in [0, 1] -> logits (n, 1 + nouns, 64, 64), offsets (n, 2, 64, 64).
+    """Predicts nouns and centres: (n, 3, 64, 64) in [0, 1] -> logits (n, 1 + nouns, 64, 64), offsets (n, 2, 64, 64).
 
     Offsets are in pixels, (x, y), from the pixel to its thing's centre.
     """
@@ -54,8 +54,8 @@ class Segmenter(nn.Module):
 
 
 class Reader(nn.Module):
-    """One thing on blank ground, (n, 4, CROP, CROP): masked RGB in [0, 1] and mask -> its description as logits and
-    numbers: noun, color, second, pattern, identity (the world's identity vector) and embedding (unit length)."""
+    """Describes one thing on a blank background: (n, 4, CROP, CROP), masked RGB in [0, 1] and mask -> logits and
+    numbers by name: noun, color, second, pattern, identity (the world's vector) and embedding (unit length)."""
 
     SIZES = {
         "noun": len(NOUNS), "color": len(COLORS), "second": len(COLORS), "pattern": len(PATTERNS),
@@ -81,8 +81,8 @@ class Reader(nn.Module):
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in one thing: indices into the world's lists, the probability of the noun, the identity
-    vector (14,), its embedding (32,) and the mask (H, W) as bool."""
+    """What the judge reads from one thing: indices into the world's lists, the probability of the noun, the identity
+    vector (14,), the embedding (32,) and the mask (H, W), boolean."""
 
     noun: int
     confidence: float
@@ -94,13 +94,13 @@ class Reading:
     mask: torch.Tensor
 
     def describe(self) -> str:
-        """The reading in words, as a caption of the world would say it."""
+        """The reading in words, as in a caption of the world."""
         return f"{COLORS[self.color]} and {COLORS[self.second]} {PATTERNS[self.pattern]} {NOUNS[self.noun]}"
 
 
 def crop_thing(pictures: torch.Tensor, masks: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Cut (n, 4, CROP, CROP) windows around integer-rounded `centres` (n, 2; x, y) out of `pictures` (n, 3, H, W) with
-    everything outside `masks` (n, H, W) blanked."""
+    """Cuts windows (n, 4, CROP, CROP) around `centres` (n, 2; x, y), rounded to integers, out of `pictures` (n, 3, H,
+    W), with everything outside `masks` (n, H, W) blanked; the fourth channel is the mask."""
     half = CROP // 2
     stack = torch.cat((pictures * masks[:, None], masks[:, None].to(pictures.dtype)), 1)
     stack = F.pad(stack, (half,) * 4)
@@ -111,8 +111,9 @@ def crop_thing(pictures: torch.Tensor, masks: torch.Tensor, centres: torch.Tenso
 
 
 def group_votes(foreground: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
-    """Masks (H, W) of the things whose pixels vote for one centre: the fullest cell of a coarse grid of votes names a
-    centre, its voters leave, until too few are left for a thing. `foreground` (H, W) bool, `offsets` (2, H, W)."""
+    """Masks (H, W) of the things whose pixels vote for the same centre. The fullest cell of a coarse grid of votes
+    gives a centre, its voters are removed, and so on until too few are left for a thing. `foreground` (H, W) bool,
+    `offsets` (2, H, W)."""
     ys, xs = foreground.nonzero(as_tuple=True)
     votes = torch.stack((xs + offsets[0, ys, xs], ys + offsets[1, ys, xs]), 1)
     masks = []
@@ -132,7 +133,7 @@ def group_votes(foreground: torch.Tensor, offsets: torch.Tensor) -> list[torch.T
 
 
 class Judge(nn.Module):
-    """Both parts, and `read`, which puts them together."""
+    """The segmenter and the reader; `read` combines them."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +143,7 @@ class Judge(nn.Module):
     def read(self, pictures: torch.Tensor) -> list[list[Reading]]:
         """Readings of the things in each of `pictures` (n, 3, H, W) in [0, 1], largest first.
 
-        Pictures of another size are scaled to the world's 64x64 for reading; masks come back at their own size.
+        Pictures of another size are resized to the world's 64x64 for reading; masks have the pictures' own size.
         """
         size = pictures.shape[-2:]
         small = pictures
@@ -157,7 +158,7 @@ class Judge(nn.Module):
         picture = torch.tensor([i for i, _ in found], device=small.device)
         masks = torch.stack([m for _, m in found])
         parts = self.reader(crop_thing(small[picture], masks, centres_of(masks)))
-        # Silhouette and surroundings both speak for the noun: the sum of the two log-probabilities decides.
+        # Segmenter and reader both predict the noun: the sum of the two log-probabilities decides.
         area = masks.sum((1, 2)).clamp(min=1)
         seen = (logits[picture, 1:].log_softmax(1) * masks[:, None]).sum((2, 3)) / area[:, None]
         noun = (seen + parts["noun"].log_softmax(1)).softmax(1)

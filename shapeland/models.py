@@ -1,7 +1,7 @@
-"""The architectures of Shapeland's models and the form their weights are shipped in.
+"""The architectures of Shapeland's models and the format of their shipped weights.
 
-Each is the small sibling of a part of Stable Diffusion 1.5: a UNet whose blocks carry the same numbers, an autoencoder,
-and CLIP's two towers behind CLIP's own tokenizer. UNet and towers are built as diffusers and transformers models for
+Each is a small version of a part of Stable Diffusion 1.5: a UNet with the same numbering of blocks, an autoencoder, and
+CLIP's two towers with CLIP's own tokenizer. UNet and towers are built as diffusers and transformers models for
 training; `host/shapeland.py` loads the same files into ComfyUI.
 """
 
@@ -42,7 +42,7 @@ UNET_CONFIG = {
     "attention_head_dim": 4,
 }
 NEXT_UNET_CONFIG = {**UNET_CONFIG, "attention_head_dim": 2}
-"""Of the weights that come next: two heads cost less than four and, of 32 or 64 channels each, see no less."""
+"""For the next weights: two heads, of 32 or 64 channels each, cost less than four and are no less accurate."""
 _TOWER = {
     "hidden_size": WIDTH,
     "intermediate_size": 4 * WIDTH,
@@ -63,7 +63,7 @@ VISION_CONFIG = {**_TOWER, "image_size": 64, "patch_size": 8, "num_channels": 3}
 
 _TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKEN_IDS = "token_ids"
-# Both towers come from one training stage; the other parts' stages have their names.
+# Both towers come from one training stage; each other part has a stage of its own name.
 _STAGES = {"text": "clip", "vision": "clip"}
 
 
@@ -90,7 +90,7 @@ def build_vision():
 
 
 def save(name: str, state: dict[str, torch.Tensor], path: Path | None = None) -> Path:
-    """Write floating-point tensors as fp16 safetensors (others as they are) and return the path."""
+    """Writes floating-point tensors as fp16 safetensors (others as they are) and returns the path."""
     path = path or FILES[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}, path)
@@ -98,12 +98,12 @@ def save(name: str, state: dict[str, torch.Tensor], path: Path | None = None) ->
 
 
 def load(name: str, path: Path | None = None) -> dict[str, torch.Tensor]:
-    """Read the weights of `name` ("unet", "autoencoder", "text", "vision" or "judge") as fp32.
+    """Reads the weights of `name` ("unet", "autoencoder", "text", "vision" or "judge") as fp32.
 
     The text file holds rows for the world's own words only; the full table that CLIP's tokenizer indexes is restored
-    here, every other token being the mean of the known ones.
+    here, with the mean of the known rows for all other tokens.
 
-    Raises FileNotFoundError with one sentence that says how to get the file, and ValueError if it is not whole.
+    Raises FileNotFoundError, which says how to get the file, and ValueError if it is damaged.
     """
     path = path or FILES[name]
     if not path.exists():

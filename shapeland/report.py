@@ -1,4 +1,4 @@
-"""Readings of the judge as what a person or a graph can use: one mask, one text."""
+"""Readings of the judge as one mask or one text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .world import NOUNS
 
 
 def union_mask(readings: list[list[Reading]], noun: str, size: tuple[int, int]) -> torch.Tensor:
-    """Masks (pictures, H, W) in {0, 1} of all things called `noun`, or of all things for "any"."""
+    """Masks (pictures, H, W) in {0, 1} of all things with the noun `noun`, or of all things for "any"."""
     masks = torch.zeros(len(readings), *size)
     for i, things in enumerate(readings):
         for thing in things:
@@ -19,7 +19,7 @@ def union_mask(readings: list[list[Reading]], noun: str, size: tuple[int, int]) 
 
 
 def describe(readings: list[list[Reading]], reference: list[Reading] | None) -> str:
-    """One line per thing, largest first; with a reference picture, its largest thing's similarity to each.
+    """One line per thing, largest first; with a reference picture, also its similarity to the reference's largest.
 
     Raises ValueError if the reference shows nothing.
     """

@@ -1,4 +1,4 @@
-"""Scores of pictures by what the judge reads in them: what was asked for, what is there, and whose identity it has."""
+"""Scores of pictures, computed from the judge's readings: how well a picture shows what its caption asks for."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .world import Mention
 
 @dataclass(frozen=True)
 class Score:
-    """How a picture meets its caption.
+    """How well a picture matches its caption.
 
-    `things`: how many are named. `nouns_right`: every noun stands there as often as named and nothing else does.
-    `described` of the named things had a colour said of them, `described_right` of these have it; `patterned` and
-    `patterned_right` count those with a pattern said of them. `twins`: cosine of the identity embeddings of two equal
-    nouns, or None where the caption has no such pair or the picture does not show it.
+    `things`: number of things in the caption. `nouns_right`: whether every noun appears as often as the caption says,
+    and no other does. `described`: number of things whose colour the caption gives, `described_right`: how many of them
+    have it; `patterned` and `patterned_right`: the same for patterns. `twins`: cosine of the identity embeddings of two
+    things with the same noun, or None if the caption has no such pair or the picture does not show it.
     """
 
     things: int
@@ -31,7 +31,7 @@ class Score:
 
 
 def assign(mentions: list[Mention], readings: list[Reading]) -> list[list[Reading]]:
-    """For each mention the readings of its noun, at most as many as it names, largest first."""
+    """For each mention the readings of its noun, largest first, at most as many as it counts."""
     return [[r for r in readings if r.noun == m.noun][: m.count] for m in mentions]
 
 
@@ -57,7 +57,7 @@ def score_picture(mentions: list[Mention], readings: list[Reading]) -> Score:
 
 def summarise(scores: list[Score]) -> dict[str, float]:
     """Shares over many pictures: nouns (with counts), the same among captions of one, two and three things, colors and
-    patterns (of things that have them said), and mean twin similarity; NaN where there is nothing to count."""
+    patterns (of things whose color or pattern is given), and mean twin similarity; NaN without data."""
     twins = [s.twins for s in scores if s.twins is not None]
     by_number = {f"nouns_{n}": [s.nouns_right for s in scores if s.things == n] for n in (1, 2, 3)}
     return {

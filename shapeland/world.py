@@ -1,9 +1,9 @@
-"""The drawn world: pictures of one to three things on a background, with ground truth for all that is in them.
+"""The drawn world: pictures of one to three things on a background, with ground truth for everything in them.
 
 A **thing** has a noun (its silhouette) and an **identity**: two colours and a pattern with continuous parameters.
-Captions name the noun and only sometimes part of the identity, so an identity is more than words give. Equal nouns in
-one picture share one identity: a model that draws two of them has to carry appearance from one to the other, which is
-what self-attention does and what multi-reference methods build on.
+Captions name the noun and only sometimes part of the identity, so an identity contains more than words tell. Equal
+nouns in one picture share one identity: a model that draws two of them has to carry appearance from one to the other,
+which is what self-attention does and what multi-reference methods build on.
 
 Everything here is numpy and deterministic by seed. Pictures are float32 in [0, 1], shape (SIZE, SIZE, 3), RGB.
 """
@@ -24,7 +24,7 @@ SIZES = ("small", "big")
 ACROSS = ("left", "right")
 DOWN = ("top", "bottom")
 MAX_THINGS = 5
-"""In one picture; the pictures that Shapeland's models learn from hold up to three."""
+"""Most things in one picture; the pictures that Shapeland's models are trained on have up to three."""
 
 # Hue in degrees at the centre of each named thing colour; identities vary around it (see `random_identity`).
 THING_HUES = {
@@ -32,7 +32,7 @@ THING_HUES = {
     "teal": 180.0, "blue": 224.0, "purple": 276.0, "pink": 322.0,
 }  # fmt: skip
 COLORS = tuple(THING_HUES)
-# Muted colours that no thing has, so that a thing never dissolves into its background.
+# Muted colours that no thing has, so that a thing never blends into its background.
 BACKGROUND_RGB = {
     "white": (0.94, 0.94, 0.93), "gray": (0.55, 0.56, 0.58), "black": (0.10, 0.10, 0.12),
     "beige": (0.84, 0.76, 0.62), "navy": (0.13, 0.19, 0.34), "mint": (0.72, 0.87, 0.79),
@@ -42,18 +42,18 @@ BACKGROUNDS = tuple(BACKGROUND_RGB)
 _DETAIL_RGB = np.array((0.16, 0.15, 0.18), np.float32)
 _SUPERSAMPLING = 3
 _SECOND_SHARE = (0.33, 0.45)
-# A thing whose centre is nearer than this to an edge of the picture is said to stand there.
+# Captions place a thing at an edge of the picture if its centre is nearer to it than this, in pixels.
 _EDGE = 24.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How scenes are laid out and told.
+    """How scenes are laid out and captioned.
 
-    `radius` and `period` are the ranges, in pixels, of things by their number and of patterns. `in_order`: things are
-    named from left to right. Captions of a share `detailed` say all looks of every thing and a share `bare` only nouns;
-    the others say of each what `describe` draws. A share `placed` of all captions says where things stand and whether
-    they are big or small.
+    `radius` is the range of a thing's radius in pixels, by the number of things, `period` the range of a pattern's
+    period in pixels. `in_order`: captions name things from left to right. A share `detailed` of the captions gives the
+    full appearance of every thing, and a share `bare` only nouns; the others say of each thing what `describe` draws. A
+    share `placed` of all captions says where things are and whether they are big or small.
     """
 
     radius: dict[int, tuple[float, float]]
@@ -72,7 +72,7 @@ SHIPPED = Recipe(
     bare=0.0,
     placed=0.0,
 )
-"""What the shipped weights have learnt."""
+"""The scenes that the shipped weights were trained on."""
 NEXT = Recipe(
     radius={1: (14.0, 20.0), 2: (11.0, 15.5), 3: (10.5, 13.0), 4: (8.5, 10.5), 5: (8.0, 9.5)},
     period=(9.0, 13.0),
@@ -81,15 +81,15 @@ NEXT = Recipe(
     bare=0.15,
     placed=0.5,
 )
-"""What `training.shapeland` draws, for the weights that come next."""
+"""The scenes that `training.shapeland` draws, for the next weights."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The appearance of a thing: what a reference picture carries and words do not.
+    """The appearance of a thing: what a reference picture shows and words do not.
 
     `color` and `second` index COLORS, `rgb` and `second_rgb` are their exact values in [0, 1]; `pattern` indexes
-    PATTERNS, `period` is in pixels, `angle` in radians, `share` is the part of the area in the second colour.
+    PATTERNS, `period` is in pixels, `angle` in radians, `share` is the share of the area in the second colour.
     """
 
     color: int
@@ -136,10 +136,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things from the farthest to the nearest, a background, the caption, and where the caption names each thing.
+    """Things from the farthest to the nearest, a background, the caption, and the words of the caption for each thing.
 
-    `noun_words[i]` is the index of thing i's noun among the caption's words; `attribute_words[i]` the indices of the
-    words that describe it. Every word of a caption is one token of CLIP's vocabulary.
+    `noun_words[i]` is the index of thing i's noun among the caption's words; `attribute_words[i]` are the indices of
+    the words that describe it. Every word of a caption is one token of CLIP's vocabulary.
     """
 
     things: tuple[Thing, ...]
@@ -152,9 +152,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn scene: `image` (SIZE, SIZE, 3), `masks` (things, SIZE, SIZE) of the visible parts with soft edges,
-    `depth` (SIZE, SIZE) from 0 (background) over a third for each thing to 1; with more than three things, to 1 at the
-    nearest."""
+    """A drawn scene: `image` (SIZE, SIZE, 3), `masks` (things, SIZE, SIZE) of the visible parts with soft edges, and
+    `depth` (SIZE, SIZE), 0 for the background and (i + 1) / max(3, things) for thing i."""
 
     scene: Scene
     image: np.ndarray
@@ -162,7 +161,7 @@ class Picture:
     depth: np.ndarray
 
     def palette(self) -> np.ndarray:
-        """Colours of the picture with their area: rows (r, g, b, share), background first, shares summing to 1."""
+        """Colours of the picture and their shares of its area: rows (r, g, b, share), background first; sum 1."""
         areas = self.masks.reshape(len(self.masks), -1).mean(1)
         rows = [(*self.scene.background_rgb, 1.0 - areas.sum())]
         for thing, area in zip(self.scene.things, areas, strict=True):
@@ -241,7 +240,7 @@ _SILHOUETTES = (_ball, _star, _heart, _tree, _fish, _mug, _house, _moon)
 
 
 def _second_color(identity: Identity, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Where the second colour lies, at pixel offsets (u, v) from the thing's centre."""
+    """Where the second colour is, at pixel offsets (u, v) from the thing's centre."""
     c, s = np.cos(identity.angle), np.sin(identity.angle)
     a, b = (u * c + v * s) / identity.period, (v * c - u * s) / identity.period
     share = identity.share
@@ -259,7 +258,7 @@ def _second_color(identity: Identity, u: np.ndarray, v: np.ndarray) -> np.ndarra
 
 
 def render(scene: Scene, enlarge: int = 1) -> Picture:
-    """Draw `scene` with antialiased edges and return it with its ground truth, `enlarge` times the world's size."""
+    """Draws `scene` with antialiased edges at `enlarge` times the world's size; returns it with its ground truth."""
     n, k = SIZE * enlarge, _SUPERSAMPLING
     # A faint light from above makes the background a surface instead of a constant.
     light = np.linspace(0.03, -0.03, n, dtype=np.float32)[:, None, None]
@@ -296,7 +295,7 @@ def render(scene: Scene, enlarge: int = 1) -> Picture:
     return Picture(scene, image.astype(np.float32), masks, depth)
 
 
-# --- drawing lots ---------------------------------------------------------------------------------------------------
+# --- random scenes --------------------------------------------------------------------------------------------------
 
 
 def _color_near(rng: np.random.Generator, color: int) -> tuple[float, float, float]:
@@ -332,8 +331,8 @@ def random_identity(
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says of one kind of thing: noun, how many, the described parts of its identity, and of a single
-    thing its size and where it stands (indices into SIZES, ACROSS and DOWN); None where it says nothing."""
+    """What a caption says about one kind of thing: its noun, its count, the given parts of its identity, and for a
+    single thing its size and position (indices into SIZES, ACROSS and DOWN); None where the caption says nothing."""
 
     noun: int
     count: int = 1
@@ -346,7 +345,7 @@ class Mention:
 
 
 def caption_of(mentions: list[Mention], background: int | None) -> tuple[str, list[int], list[tuple[int, ...]]]:
-    """The caption of `mentions`; with it, per mention, the word index of the noun and those of its attributes."""
+    """The caption of `mentions`, and for each mention the word index of its noun and those of its attributes."""
     words: list[str] = []
     nouns, attributes = [], []
     for i, m in enumerate(mentions):
@@ -377,9 +376,9 @@ def caption_of(mentions: list[Mention], background: int | None) -> tuple[str, li
 
 
 def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
-    """Read a caption of this world's grammar back into mentions and background (index or None).
+    """Parses a caption of this world's grammar into mentions and background (index or None).
 
-    Raises ValueError with one sentence that names the first word that is not understood.
+    Raises ValueError if the caption cannot be understood or holds too many things.
     """
     words = caption.lower().replace(",", " and ").replace(".", " ").split()
     background = None
@@ -428,7 +427,7 @@ def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
 
 
 def _placed(mentions: list[Mention], current: dict, word: str, caption: str) -> list[Mention]:
-    """`mentions` with the place `word` said of the last of them."""
+    """`mentions` with the position `word` added to the last of them."""
     if current or not mentions:
         raise ValueError(f"'{word}' in '{caption}' must follow the thing that is there, as in 'a ball at the {word}'.")
     name, names = ("across", ACROSS) if word in ACROSS else ("down", DOWN)
@@ -439,23 +438,23 @@ def _placed(mentions: list[Mention], current: dict, word: str, caption: str) -> 
 
 
 def size_of(radius: float, count: int, recipe: Recipe) -> int | None:
-    """The index of the word for a thing's size among things of a picture with `count` of them: small and big are the
-    lower and the upper third."""
+    """The index of the word for a thing's size in a picture of `count` things: small and big are the lower and the
+    upper third of the radii, None is between."""
     low, high = recipe.radius[count]
     third = (radius - low) / (high - low) * 3
     return 0 if third < 1 else 1 if third > 2 else None
 
 
 def edge_of(centre: float) -> int | None:
-    """0 at the left or the top, 1 at the right or the bottom, None between."""
+    """0 at the left or the top, 1 at the right or the bottom, None in between."""
     return 0 if centre < _EDGE else 1 if centre > SIZE - _EDGE else None
 
 
 def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -> list[tuple[int, float, float, float]]:
-    """The things of `mentions` as (mention, x, y, radius), which overlap at the most a little, from the farthest to the
-    nearest: what stands lower in the picture is nearer, as on a ground seen from above.
+    """The things of `mentions` as (mention, x, y, radius), overlapping only slightly, from the farthest to the nearest:
+    what is lower in the picture is nearer, as on a floor seen from above.
 
-    Raises ValueError with one sentence if there is no room for them where the words want them.
+    Raises ValueError if there is no room for them at the positions that the caption gives.
     """
     owners = np.array([i for i, m in enumerate(mentions) for _ in range(m.count)])
     count, tries = len(owners), 256
@@ -481,7 +480,7 @@ def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -
         gaps = np.hypot(xs[:, :, None] - xs[:, None], ys[:, :, None] - ys[:, None])
         gaps = gaps / (radii[:, :, None] + radii[:, None])
         fits = np.ones(tries, bool) if count == 1 else gaps[:, apart].min(1) > 0.86
-        # Words that put the second thing left of the first are obeyed: they come before the order.
+        # Given positions take precedence over the order, which is dropped if no attempt satisfies both.
         if recipe.in_order and attempt < 40:
             centres = np.stack([xs[:, owners == i].mean(1) for i in range(len(mentions))], 1)
             fits &= (np.diff(centres, axis=1) > 0).all(1)
@@ -495,7 +494,7 @@ def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -
 def _shipped_places(
     rng: np.random.Generator, mentions: list[Mention], recipe: Recipe
 ) -> list[tuple[int, float, float, float]]:
-    """As `_places`, for captions whose order says nothing."""
+    """As `_places`, for captions whose order has no meaning."""
     owners = [i for i, m in enumerate(mentions) for _ in range(m.count)]
     count = len(owners)
     while True:
@@ -512,7 +511,7 @@ def _shipped_places(
 def _lay_out(
     mentions: list[Mention], kinds: dict[int, Identity], rng: np.random.Generator, recipe: Recipe
 ) -> tuple[list[Thing], list[int]]:
-    """The things of `mentions`, whose nouns have the identities `kinds`, and which mention each belongs to."""
+    """The things of `mentions`, whose nouns have the identities `kinds`, and the index of each thing's mention."""
     said = any(v is not None for m in mentions for v in (m.size, m.across, m.down))
     places = (_places if recipe.in_order or said else _shipped_places)(rng, mentions, recipe)
     things = []
@@ -525,7 +524,7 @@ def _lay_out(
 def _told(
     things: list[Thing], owners: list[int], mentions: list[Mention], said: int | None, background: int, rgb: np.ndarray
 ) -> Scene:
-    """A scene of `things` with the caption of `mentions`, which says the background `said`."""
+    """A scene of `things` with the caption of `mentions`, which names the background `said`."""
     caption, noun_at, attributes_at = caption_of(mentions, said)
     return Scene(
         tuple(things),
@@ -544,11 +543,11 @@ def scene_from(
     identities: list[Identity | None] | None = None,
     recipe: Recipe = SHIPPED,
 ) -> Scene:
-    """A scene that holds what `mentions` say, the rest drawn from `rng`.
+    """A scene that shows what `mentions` say, with everything else drawn from `rng`.
 
-    `identities[i]` fixes the identity of mention i. The same noun mentioned twice shares the first one's identity.
+    `identities[i]` fixes the identity of mention i. A noun that is mentioned twice has the first one's identity.
 
-    Raises ValueError with one sentence if there is no room for the things where `mentions` want them.
+    Raises ValueError if there is no room for the things at the positions that `mentions` give.
     """
     kinds: dict[int, Identity] = {}
     for i, m in enumerate(mentions):
@@ -564,7 +563,7 @@ def scene_from(
 
 
 def describe(rng: np.random.Generator, noun: int, identity: Identity, count: int = 1) -> Mention:
-    """A mention of `identity` that says a random part of it: often the colour, sometimes the second one or pattern."""
+    """A mention that gives a random part of `identity`: often the colour, sometimes the second one or the pattern."""
     says_color = rng.random() < 0.75
     return Mention(
         noun,
@@ -578,7 +577,7 @@ def describe(rng: np.random.Generator, noun: int, identity: Identity, count: int
 def _tell(
     rng: np.random.Generator, mentions: list[Mention], things: list[Thing], owners: list[int], recipe: Recipe
 ) -> list[Mention]:
-    """What a caption says of `things`, which belong to the bare `mentions`."""
+    """What the caption says about `things`: their bare `mentions`, extended."""
     style = rng.random()
     placed = rng.random() < recipe.placed
     told = []
@@ -598,7 +597,7 @@ def _tell(
 
 
 def random_scene(rng: np.random.Generator, count: int | None = None, recipe: Recipe = SHIPPED) -> Scene:
-    """A scene of `count` things (1 to 3, drawn if None); equal nouns stand together in about a third of the crowds."""
+    """A scene of `count` things (1 to 3, drawn if None); in a third of those with several things, some share a noun."""
     if count is None:
         count = int(rng.choice(3, p=(0.35, 0.40, 0.25))) + 1
     groups = [1] * count
@@ -617,7 +616,7 @@ def random_scene(rng: np.random.Generator, count: int | None = None, recipe: Rec
     kinds = {m.noun: identity for m, identity in zip(bare, identities, strict=True)}
     things, owners = _lay_out(bare, kinds, rng, recipe)
     told = _tell(rng, bare, things, owners, recipe) if recipe.in_order else bare
-    # Some captions are silent about the background.
+    # Some captions do not mention the background.
     said = background if rng.random() >= 0.15 else None
     return _told(things, owners, told, said, background, base)
 
@@ -625,13 +624,13 @@ def random_scene(rng: np.random.Generator, count: int | None = None, recipe: Rec
 def draw_description(
     description: str, seed: int, identity_seed: int | None = None, enlarge: int = 1
 ) -> tuple[Picture, np.ndarray]:
-    """Draw what a caption says, `enlarge` times the world's size; with it the masks of the mentioned things
-    (things, height, width) in the order of the words.
+    """Draws what a caption says, at `enlarge` times the world's size; returns the picture and the masks of the
+    mentioned things (things, height, width) in the order of the words.
 
-    `seed` decides places and all that the words leave open. With `identity_seed` the identities come from that seed
-    alone (and the words), so that one appearance can be drawn again in other pictures, places and nouns.
+    `seed` decides positions and everything that the words leave open. With `identity_seed`, identities depend on that
+    seed and the words alone, so that one appearance can be drawn again in other pictures, positions and nouns.
 
-    Raises ValueError as `parse_caption` does.
+    Raises ValueError as `parse_caption` and `scene_from` do.
     """
     mentions, background = parse_caption(description)
     identities = None

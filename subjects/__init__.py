@@ -1,1 +1,1 @@
-"""What a subject is: its mask, its place in a collage or a partition, and which of several things is meant."""
+"""Subjects: their masks, their places in a collage or a partition, and the choice between detected instances."""

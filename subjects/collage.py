@@ -1,7 +1,7 @@
 """Collage: pastes masked subjects onto a context picture, to make references that show them in use.
 
-FreeCustom (arXiv 2405.13870, section 3.4) finds that references with context interaction, such as a hat that is worn,
-give far better pictures than isolated ones, and that a simple paste is enough.
+FreeCustom (arXiv 2405.13870, section 3.4) finds that references with context interaction, such as a hat being worn,
+give far better results than isolated subjects, and that simple pasting is enough.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .subject import Subject, describe
 
 
 class Box(NamedTuple):
-    """A rectangle in pixels of the context picture; it may reach beyond the picture's edges."""
+    """A rectangle in pixels of the context picture; it may extend beyond the picture's edges."""
 
     x: float
     y: float
@@ -35,16 +35,16 @@ def place(
         context: (H, W, 3), values 0..1.
         subjects: from back to front.
         placement: masks (N, h, w), boxes in pixels as {x, y, width, height}, or None for side by side.
-        prompt: describes the collage; empty joins the nouns.
+        prompt: describes the collage; if empty, the nouns are joined.
         threshold: mask value from which a pixel belongs to a subject or placement.
         style: scale, flip and feather_radius of `paste`.
 
     Returns:
-        The collage (H, W, 3), what is seen of each subject (N, H, W), and the subjects in it.
+        The collage (H, W, 3), the visible part of each subject (N, H, W), and the subjects with it as reference.
 
     Raises:
-        ValueError: there is no subject, no right number of placements, a mask of them has another shape than the
-            context, or nothing of a subject is seen.
+        ValueError: there is no subject, the number of placements is wrong, a placement mask differs from the context in
+            aspect ratio, or no part of a subject is visible.
     """
     if not subjects:
         raise ValueError("subjects: expected at least one, got none")
@@ -74,21 +74,21 @@ def place(
 
 
 def _box_of(mask: torch.Tensor, threshold: float, height: int, width: int) -> Box:
-    """The box of a mask in pixels of a picture of another size."""
+    """The bounding box of a mask, in pixels of a picture of size (height, width)."""
     down, across = height / mask.shape[0], width / mask.shape[1]
     x, y, w, h = bounding_box(binarize(mask, threshold))
     return Box(x * across, y * down, w * across, h * down)
 
 
 def flat_boxes(boxes) -> list[dict]:
-    """One box, boxes, or boxes per picture of a batch, as the host has them, as a list."""
+    """Flattens a box, a list of boxes, or lists of boxes per picture, as ComfyUI passes them, into one list."""
     if isinstance(boxes, dict):
         return [boxes]
     return [box for entry in boxes for box in flat_boxes(entry)]
 
 
 def row_of_boxes(count: int, height: int, width: int) -> list[Box]:
-    """Equal boxes side by side, for subjects that nobody placed."""
+    """Equal boxes side by side, for subjects without a placement."""
     step = width / count
     return [Box(i * step, 0, step, height) for i in range(count)]
 
@@ -106,7 +106,7 @@ def paste(
 
     Args:
         context: (H, W, 3), values 0..1.
-        subjects: pictures (h, w, 3) with their masks (h', w') or None for the whole picture.
+        subjects: pictures (h, w, 3), each with its mask (h', w') or None for the whole picture.
         boxes: one per subject; the subject keeps its proportions and is centred in its box.
         scale: size relative to the largest that fits into the box.
         flip: mirrors the subjects left to right.
@@ -114,14 +114,14 @@ def paste(
         threshold: mask value from which a pixel belongs to the subject.
 
     Returns:
-        The picture (H, W, 3), float, and per subject the mask (H, W) of what of it is still seen, together (N, H, W).
+        The picture (H, W, 3), float, and the masks (N, H, W) of the visible part of each subject.
 
     Raises:
-        ValueError: numbers of subjects and boxes differ, or a mask or box is empty.
+        ValueError: the numbers of subjects and boxes differ, or a mask or box is empty.
     """
     if len(subjects) != len(boxes):
         raise ValueError(f"boxes: expected one per subject, got {len(boxes)} for {len(subjects)} subjects")
-    # Resizing without aliasing knows no half precision.
+    # Antialiased resizing does not support half precision.
     picture = context.float().clone()
     seen = torch.zeros(len(subjects), *context.shape[:2], device=context.device)
     for index, ((image, mask), box) in enumerate(zip(subjects, boxes, strict=True)):
@@ -157,11 +157,11 @@ def _cut_out(image: torch.Tensor, mask: torch.Tensor | None, threshold: float) -
 
 
 def _resize(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes (C, H, W) planes without aliasing."""
+    """Resizes planes (C, H, W) with antialiasing."""
     return F.interpolate(planes[None], size=size, mode="bilinear", antialias=True)[0]
 
 
 def _overlap(start: int, length: int, limit: int) -> slice:
-    """The part of [start, start + length) inside [0, limit); empty when there is none."""
+    """The part of [start, start + length) inside [0, limit); empty if there is none."""
     begin = min(max(start, 0), limit)
     return slice(begin, max(begin, min(start + length, limit)))

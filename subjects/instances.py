@@ -1,7 +1,7 @@
-"""Which of the things that a detector found is meant: from candidates for each noun to one mask for each noun.
+"""Chooses between detected instances: from the candidates for each noun to one mask per noun.
 
 Nouns are written as a list, "dog, cat". A plain noun means the candidate with the best score, "dog#2" the second dog
-from the left, "dog#all" all of them together.
+from the left, "dog#all" all dogs together.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Which = int | Literal["best", "all"]
 ERROR, EMPTY, WHOLE = "error", "empty mask", "whole frame"
 ABSENT = (ERROR, EMPTY, WHOLE)
 SAME = 0.8
-"""Overlap (intersection over union) above which two masks show the same thing."""
+"""Overlap (intersection over union) above which two masks show the same instance."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """Something in a picture that may be what a noun says: its mask (H, W), boolean, and the detector's score 0..1."""
+    """A detection that may match a noun: its mask (H, W), boolean, and the detector's score, 0..1."""
 
     mask: torch.Tensor
     score: float
@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A noun and which of its instances is meant: BEST, ALL, or a number counted from the left, from 1."""
+    """A noun and which of its instances is meant: BEST, ALL, or a number counted from the left, starting at 1."""
 
     noun: str
     which: Which = BEST
@@ -45,8 +45,8 @@ class Detections:
     """What was found for the entries of a list of nouns, in their order.
 
     Attributes:
-        entries: (N,).
-        scores: (N,), 0..1; 0 for what was not found.
+        entries: the N entries.
+        scores: N scores, 0..1; 0 where nothing was found.
     """
 
     entries: tuple[Wanted, ...]
@@ -57,10 +57,10 @@ class Detections:
 
 
 def read_nouns(text: str) -> list[Wanted]:
-    """The entries of a list of nouns, parted by commas or lines.
+    """Parses a list of nouns, separated by commas or line breaks.
 
     Raises:
-        ValueError: there is none, or what follows a # is neither a number from 1 nor "all".
+        ValueError: the list is empty, an entry has no noun, or a # is followed by neither a number from 1 nor "all".
     """
     wanted = []
     for entry in filter(None, (part.strip() for part in re.split(r"[,\n]", text))):
@@ -76,20 +76,20 @@ def read_nouns(text: str) -> list[Wanted]:
 def choose(
     found: Sequence[Sequence[Candidate]], wanted: Sequence[Wanted], absent: str, size: tuple[int, int]
 ) -> tuple[torch.Tensor, Detections]:
-    """One mask per entry.
+    """Chooses one mask per entry.
 
     Args:
-        found: the candidates for each entry; those that show one thing twice are dropped here.
+        found: the candidates for each entry; duplicates are removed here.
         wanted: the entries.
-        absent: one of ABSENT, what stands for a thing that was not found.
+        absent: one of ABSENT, what to do where nothing is found: raise an error, or use an empty or a full mask.
         size: (H, W) of the masks.
 
     Returns:
-        Masks (N, H, W), boolean, and their scores: that of the least sure part for ALL, 0 for what was not found.
+        Masks (N, H, W), boolean, and their scores: the lowest one for ALL, 0 where nothing was found.
 
     Raises:
-        ValueError: a thing was not found and `absent` is ERROR, or two entries took the same thing without both being
-            chosen by number.
+        ValueError: `absent` is unknown, or it is ERROR and nothing was found for an entry, or two entries chose the
+            same instance and not both by number.
     """
     if absent not in ABSENT:
         raise ValueError(f"absent: expected one of {', '.join(ABSENT)}, got {absent!r}")
@@ -109,7 +109,7 @@ def choose(
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates from best to worst, without empty ones and those that show the same thing as a better one."""
+    """The candidates from best to worst, without empty masks and without duplicates of a better candidate."""
     kept: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda one: -one.score):
         if candidate.mask.any() and all(overlap(candidate.mask, other.mask) <= SAME for other in kept):
@@ -123,7 +123,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _pick(things: list[Candidate], which: Which) -> list[Candidate]:
-    """Those of the things, best first, that are meant; none if there are too few."""
+    """The instances that are meant, out of `things`, which are sorted best first; empty if there are too few."""
     if which == ALL:
         return things
     if which == BEST:
@@ -133,7 +133,7 @@ def _pick(things: list[Candidate], which: Which) -> list[Candidate]:
 
 
 def _refuse_shared(masks: torch.Tensor, wanted: Sequence[Wanted], scores: Sequence[float]) -> None:
-    """Two entries on one thing are a slip, unless both were chosen by number."""
+    """Raises ValueError if two entries chose the same instance, unless both chose it by number."""
     for i in range(len(masks)):
         for j in range(i):
             by_number = isinstance(wanted[i].which, int) and isinstance(wanted[j].which, int)

@@ -1,7 +1,7 @@
-"""Masks: from what a user hands over to the tokens of an attention layer.
+"""Masks: from what a user provides to the tokens of an attention layer.
 
-A mask is (H, W) with 1 on the subject. Nothing here assumes square pictures or a relation between the sizes
-of mask, picture and token grid: all of them show the same scene, so positions correspond by fraction.
+A mask is (H, W) with 1 on the subject. Nothing here assumes square pictures or a relation between the sizes of mask,
+picture and token grid: all of them show the same scene, so positions correspond as fractions of the size.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 
 ASPECT_TOLERANCE = 0.02
-"""Largest relative difference of height/width between a mask and its picture."""
+"""Largest relative difference in aspect ratio between a mask and its picture."""
 
 
 def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
-    """Brings a mask to (H, W) float.
+    """Converts a mask to (H, W) float.
 
     Args:
         mask: (H, W), (1, H, W), (H, W, C) or (1, H, W, C); colours are averaged.
-        name: what the error calls it.
+        name: name of the mask in error messages.
 
     Raises:
-        ValueError: it holds several masks, has no area, or holds values that are not finite.
+        ValueError: it holds several masks, has no area, or holds non-finite values.
     """
     shape = tuple(mask.shape)
     if mask.ndim in (3, 4) and mask.shape[-1] in (1, 3, 4) and (mask.ndim == 4 or mask.shape[0] != 1):
@@ -33,26 +33,26 @@ def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
         mask = mask[0]
     if mask.ndim != 2 or 0 in mask.shape:
         raise ValueError(f"{name}: expected one mask (height, width), got {shape}")
-    # NaN is the least and the largest of whatever it is among; in large masks this is much faster than looking at all.
+    # aminmax returns NaN if any value is NaN; on large masks it is much faster than testing every value.
     if not all(torch.isfinite(bound) for bound in mask.aminmax()):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     return mask.float()
 
 
 def same_aspect(a: Sequence[int], b: Sequence[int], tolerance: float = ASPECT_TOLERANCE) -> bool:
-    """Whether two sizes (height, width) can show the same scene without stretching it."""
+    """Whether two sizes (height, width) have the same aspect ratio, up to `tolerance`."""
     return abs(math.log(a[0] / a[1]) - math.log(b[0] / b[1])) <= tolerance
 
 
 def check_aspect(mask: torch.Tensor, size: Sequence[int], name: str = "mask", latent: bool = False) -> None:
-    """Raises ValueError when a mask (H', W') cannot belong to a picture of `size` (H, W) because their shapes differ.
+    """Raises ValueError if a mask (H', W') and a picture of `size` (H, W) differ in aspect ratio.
 
-    A mask that is zero everywhere passes: the host hands out small square ones for pictures without alpha.
+    A mask that is zero everywhere passes, because ComfyUI returns small square ones for pictures without alpha.
 
     Args:
         mask, size: see above.
-        name: what the error calls the mask.
-        latent: whether `size` is a latent's, whose last row and column of cells the picture may fill in part.
+        name: name of the mask in error messages.
+        latent: whether `size` is a latent's, whose last row and column of cells the picture may cover only in part.
     """
     (mask_h, mask_w), (height, width) = mask.shape, size
     tolerance = max(ASPECT_TOLERANCE, 1 / min(size)) if latent else ASPECT_TOLERANCE
@@ -64,9 +64,9 @@ def check_aspect(mask: torch.Tensor, size: Sequence[int], name: str = "mask", la
 
 
 def binarize(mask: torch.Tensor | None, threshold: float, size: Sequence[int] = (1, 1)) -> torch.Tensor:
-    """Makes a mask (H, W) boolean: true where it is at least `threshold`. No mask means true all over `size`.
+    """Makes a mask (H, W) boolean: true where it is at least `threshold`. None becomes true everywhere on `size`.
 
-    A threshold of 0 still leaves out what is exactly zero.
+    Even with a threshold of 0, pixels that are exactly zero are false.
     """
     if mask is None:
         return torch.ones(size, dtype=torch.bool)
@@ -74,11 +74,10 @@ def binarize(mask: torch.Tensor | None, threshold: float, size: Sequence[int] = 
 
 
 def token_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Samples a boolean mask (H, W) at a layer's token grid (h, w); flat, (h*w,), boolean.
+    """Samples a boolean mask (H, W) on a layer's token grid (h, w); returns (h*w,), boolean.
 
-    Nearest sampling at the top left of each cell, as FreeCustom's code does (arXiv 2405.13870). A subject so
-    small that this misses it altogether keeps every token it touches, because a subject that silently
-    disappears at coarse layers is never what was asked for.
+    Nearest-neighbour sampling at the top left of each cell, as in FreeCustom's code (arXiv 2405.13870). A subject so
+    small that no sample hits it keeps every token it touches, instead of silently disappearing in coarse layers.
     """
     pixels = mask[None, None].float()
     tokens = F.interpolate(pixels, size=grid, mode="nearest")
@@ -88,7 +87,7 @@ def token_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
-    """The smallest (x, y, width, height) that holds all true pixels of a boolean mask (H, W).
+    """The smallest box (x, y, width, height) that contains all true pixels of a boolean mask (H, W).
 
     Raises:
         ValueError: no pixel is true.
@@ -101,9 +100,9 @@ def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def feather(mask: torch.Tensor, radius: float) -> torch.Tensor:
-    """Softens the edge of a mask (H, W) inwards by a Gaussian of standard deviation `radius` / 2 pixels.
+    """Softens the edge of a mask (H, W) inwards with a Gaussian of standard deviation `radius` / 2 pixels.
 
-    Inwards, so that nothing from outside the subject becomes visible. Radius 0 returns the mask.
+    Inwards, so that nothing outside the subject becomes visible. Radius 0 returns the mask.
     """
     if radius <= 0:
         return mask
@@ -120,7 +119,7 @@ def feather(mask: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 def spotlight(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The picture (H, W, 3) with all outside its mask (H', W') darkened, to look at."""
+    """A preview of the picture (H, W, 3) in which everything outside its mask (H', W') is darkened."""
     if mask is None:
         return image
     shape = F.interpolate(mask[None, None], size=image.shape[:2], mode="bilinear")[0, 0].clamp(0, 1)

@@ -1,12 +1,12 @@
 """Partition of the picture among concepts (Concept Weaver, arXiv 2404.03913): one weight map per concept and one for
 the background, which add up to 1 at every pixel, and so at every token of every layer.
 
-A partition is (N + 1, H, W): N concepts in the order in which their masks were given, and the background last. A
-detector's mask ends at the object it saw, but a concept needs room for a shape of its own, so masks are dilated; where
-dilated masks meet, the masks as they were decide. With M_i the mask, D_i its dilation and S = {i: D_i = 1} at a pixel:
+A partition is (N + 1, H, W): N concepts in the order of their masks, and the background last. A detector's mask ends at
+the object it found, but a concept needs room for a shape of its own, so masks are dilated; where dilated masks overlap,
+the original masks decide. With M_i the mask, D_i its dilation and S = {i: D_i = 1} at a pixel:
 
-- one concept in S has the pixel;
-- several: those with M_i = 1 claim it, and of several claims the one in front has it; without a claim it is background;
+- one concept in S: the pixel belongs to it;
+- several: those with M_i = 1 claim the pixel and the frontmost of them gets it; without a claim it is background;
 - none: it is background.
 """
 
@@ -30,24 +30,24 @@ OVERLAPS = (SMALLER_IN_FRONT, SURER_IN_FRONT, LATER_IN_FRONT)
 THRESHOLD = 0.5
 
 _DISK, _FINEST = 24, 2048
-"""Radius of a disk, and cells of the shorter side, up to which masks grow pixel by pixel."""
+"""Masks are dilated in cells of radius // _DISK or shorter side // _FINEST pixels, whichever is more (at least 1)."""
 _BLEND, _FINEST_BLEND = 16, 1024
 """The same for blending."""
 _SEEN = 512
-"""Most pixels of the longer side of a partition to look at."""
+"""Most pixels of a preview's longer side."""
 _COMPARED = 512
-"""Most pixels of the shorter side at which masks are compared with each other."""
+"""Masks are compared at a stride that leaves at least this many pixels of the shorter side, if it has that many."""
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """The weights of concepts, and what is known of what their masks show.
+    """The weights of concepts, and the nouns that their masks were found by.
 
     Attributes:
-        weights: (N + 1, H, W), the background last, with the sum 1 at every pixel.
-        names: (N,), the noun by which each mask was found; empty where none is known.
+        weights: (N + 1, H, W), the background last; the sum is 1 at every pixel.
+        names: the N nouns; empty if unknown.
 
     Raises:
         ValueError: there are names, but not one per mask.
@@ -77,15 +77,15 @@ def assemble(
     """The partition (N + 1, H, W) of N masks, at the size of the largest.
 
     Args:
-        masks: (H', W') each, 1 on the concept; an empty one leaves its concept without a pixel, but some must not be.
-        dilation: how far masks grow, as a share of the picture's shorter side.
-        feather: width over which neighbours blend, as a share of the same.
-        overlap: one of OVERLAPS, who is in front.
-        scores: of the detector, one per mask; needed for SURER_IN_FRONT alone.
+        masks: (H', W') each, 1 on the concept; a concept with an empty mask gets no pixel, but not all may be empty.
+        dilation: how far masks are dilated, as a share of the picture's shorter side.
+        feather: width over which neighbours blend, as a share of the same side.
+        overlap: one of OVERLAPS, which concept is in front.
+        scores: the detector's score of each mask; only needed for SURER_IN_FRONT.
 
     Raises:
-        ValueError: there is no mask, all are empty, their shapes differ or are none of masks, two show the same thing,
-            or the scores are absent or too few.
+        ValueError: there is no mask, all are empty, one is not a mask or has another aspect ratio, two show the same
+            object, `overlap` is unknown, or the scores it needs are missing or not one per mask.
     """
     stack = _stack(masks)
     if not stack.any():
@@ -113,10 +113,10 @@ def divide(
     """The partition (N + 1, H, W), of zeros and ones, of boolean masks (N, H, W) dilated by `radius` pixels.
 
     Args:
-        overlap, scores: as in `assemble`; equals in area or score count as LATER_IN_FRONT.
+        overlap, scores: as in `assemble`; of masks with equal area or score, the later one is in front.
 
     Raises:
-        ValueError: the scores that `overlap` needs are absent or too few.
+        ValueError: the scores that `overlap` needs are missing or not one per mask.
     """
     if overlap == SURER_IN_FRONT and (scores is None or len(scores) != len(masks)):
         given = "none" if scores is None else len(scores)
@@ -137,14 +137,14 @@ def divide(
 
 
 def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
-    """Boolean masks (N, H, W) grown by the disk dx^2 + dy^2 <= radius^2; radius 0 returns them.
+    """Boolean masks (N, H, W) dilated by the disk dx^2 + dy^2 <= radius^2; radius 0 returns them.
 
-    Each row learns how far each pixel is from the row's nearest true one, so how many rows up and down the disk around
-    that one still covers the pixel's column. A pixel then belongs to the result where such a span reaches it, which a
-    running maximum down the columns tells and another one up them.
+    For each pixel, the distance to the nearest true pixel of its row gives the number of rows above and below that a
+    disk around that true pixel covers in this column. The result is true where such a span reaches, which a running
+    maximum down the columns and a running minimum up the columns find.
 
-    Large disks and large pictures are grown in cells of several pixels, off by at most one and a half cells: less than
-    a cell of a latent, and the time stays in proportion to the picture.
+    For large radii and large pictures, masks are dilated in cells of several pixels. The error is at most one and a
+    half cells, less than a cell of a latent, and the time stays proportional to the number of pixels.
     """
     cell = max(1, radius // _DISK, min(masks.shape[1:]) // _FINEST)
     if radius and cell > 1:
@@ -168,9 +168,9 @@ def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
 def soften(partition: torch.Tensor, radius: int) -> torch.Tensor:
     """Blends neighbours of a partition (N + 1, H, W) within `radius` pixels of their border; radius 0 returns it.
 
-    Two moving averages after each other, the same for all maps and over the pixels of the picture alone, so that the
-    sum stays 1 up to its edge. Wide ones, and those of large pictures, are taken over means of cells of several pixels,
-    between which the result is interpolated.
+    Applies two moving averages in turn, the same to all maps and only over pixels of the picture, so that the sum stays
+    1 up to its edge. For large radii and large pictures, they are computed on the means of cells of several pixels, and
+    the result is interpolated.
     """
     if not radius:
         return partition
@@ -190,16 +190,16 @@ def soften(partition: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def layer_masks(partition: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The partition (N + 1, H, W) at a layer's token grid (h, w), (N + 1, h, w): the mean of the pixels of a cell."""
+    """A partition (N + 1, H, W) averaged over the cells of a layer's token grid (h, w): (N + 1, h, w)."""
     return _normalized(F.adaptive_avg_pool2d(partition, grid))
 
 
 def picture(partition: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-    """A partition (N + 1, H, W) to look at, (h, w, 3): a colour per concept over the dark grey of the background, or
-    over the grey of an image (H', W', 3). Large ones become smaller.
+    """A preview (h, w, 3) of a partition (N + 1, H, W): one colour per concept over a dark grey background, or over an
+    image (H', W', 3) in greyscale. Large partitions are reduced.
 
     Raises:
-        ValueError: the image has another shape than the partition.
+        ValueError: image and partition differ in aspect ratio.
     """
     size = tuple(partition.shape[1:])
     if image is not None and not same_aspect(tuple(image.shape[:2]), size):
@@ -220,7 +220,7 @@ def _stack(masks: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(masks) == 0:
         raise ValueError("masks: expected at least one, got none")
     single = [as_mask(mask, f"mask {number}") for number, mask in enumerate(masks, 1)]
-    # The host hands out small empty squares for pictures without alpha; they say nothing of the picture's shape.
+    # ComfyUI returns small empty squares for pictures without alpha; they say nothing about the picture's shape.
     largest = single[0]
     if any(mask.shape != largest.shape for mask in single):
         largest = max(single, key=lambda mask: (bool(mask.any()), mask.numel()))
@@ -236,20 +236,20 @@ def _stack(masks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _resize(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A boolean mask (H', W') at another size (H, W)."""
+    """Resizes a boolean mask (H', W') to `size` (H, W)."""
     if tuple(mask.shape) == tuple(size):
         return mask
     return F.interpolate(mask[None, None].to(torch.uint8), tuple(size), mode="nearest")[0, 0].bool()
 
 
 def _to_look_at(planes: torch.Tensor) -> torch.Tensor:
-    """Planes (C, H, W) as small as a preview needs them."""
+    """Reduces planes (C, H, W) to the size of a preview."""
     cell = math.ceil(max(planes.shape[1:]) / _SEEN)
     return F.avg_pool2d(planes[None].float(), cell, ceil_mode=True)[0] if cell > 1 else planes
 
 
 def _front_to_back(masks: torch.Tensor, overlap: str, scores: Sequence[float]) -> list[int]:
-    """The numbers of the masks, the one in front of all others first; of equal ones the later."""
+    """The indices of the masks, from front to back; of equal ones the later is in front."""
     measure: Sequence[float] = range(len(masks))
     if overlap == SURER_IN_FRONT:
         measure = scores
@@ -259,7 +259,7 @@ def _front_to_back(masks: torch.Tensor, overlap: str, scores: Sequence[float]) -
 
 
 def _any_in_cells(masks: torch.Tensor, cell: int) -> torch.Tensor:
-    """Boolean masks (N, ceil(H / cell), ceil(W / cell)): true where any pixel of a cell is."""
+    """Boolean masks (N, ceil(H / cell), ceil(W / cell)): true where any pixel of a cell is true."""
     height, width = masks.shape[1:]
     padded = F.pad(masks, (0, -width % cell, 0, -height % cell))
     rows = reduce(torch.logical_or, (padded[:, i::cell] for i in range(cell)))
@@ -267,7 +267,7 @@ def _any_in_cells(masks: torch.Tensor, cell: int) -> torch.Tensor:
 
 
 def _normalized(partition: torch.Tensor) -> torch.Tensor:
-    """Takes back what rounding does to the sum."""
+    """Restores the sum of 1 after rounding errors."""
     return partition / partition.sum(0, keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""A subject: one thing that shall appear in a picture, and all that the systems know of it."""
+"""A subject: something that is to appear in a picture, with everything that the systems know about it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 from .masks import as_mask, check_aspect
 
 MAX_WEIGHT = 10.0
-"""Largest weight. e^10 in attention odds already silences all else, and the logits stay safe in half precision."""
+"""Largest weight. e^10 in attention odds already outweighs everything else, and logits stay safe in half precision."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
     """One subject, the same for every system.
 
-    Compared and hashed by identity: two subjects of equal content are still two subjects.
+    Compared and hashed by identity: two subjects with equal content are still two subjects.
 
     Attributes:
         image: reference picture, (H, W, 3), values 0..1.
         noun: what the subject is called in a prompt ("dog").
-        mask: (H', W'), 1 on the subject, same aspect as the image; None means the whole picture.
-        prompt: describes the reference picture; empty means made from the noun.
-        weight: how strongly the subject is drawn on, 0..10; 0 switches it off.
+        mask: (H', W'), 1 on the subject, with the image's aspect ratio; None means the whole picture.
+        prompt: describes the reference picture; if empty, made from the noun.
+        weight: how strongly the subject is used, 0..10; 0 switches it off.
         target_mask: (h, w), where in the new picture the subject may appear; None means anywhere.
-        encodings: what encoders made of the subject, by the encoder's name.
+        encodings: results of encoders, by the encoder's name.
 
     Raises:
-        ValueError: an attribute has a wrong shape or range, holds values that are not finite, or is an empty mask.
+        ValueError: an attribute has a wrong shape or range, holds non-finite values, or is an empty mask or noun.
     """
 
     image: torch.Tensor
@@ -70,7 +70,7 @@ class Subject:
         object.__setattr__(self, "encodings", MappingProxyType(dict(self.encodings)))
 
     def with_encoding(self, encoder: str, value: Any) -> Subject:
-        """The same subject with what `encoder` made of it added."""
+        """The same subject with `value`, the result of `encoder`, added."""
         return replace(self, encodings={**self.encodings, encoder: value})
 
 
@@ -80,5 +80,5 @@ def _check_white(mask: torch.Tensor, name: str, where: str, remedy: str) -> None
 
 
 def describe(noun: str) -> str:
-    """The prompt of a reference picture of which only the noun is known: "a dog", "an owl"."""
+    """The prompt for a reference picture of which only the noun is known: "a dog", "an owl"."""
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"

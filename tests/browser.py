@@ -1,4 +1,4 @@
-"""Drives the host's frontend in Chromium, as a person would who opens a template and presses Run."""
+"""Drives the host's frontend in Chromium like a person who opens a template and presses Run."""
 
 import json
 import re
@@ -47,7 +47,7 @@ LISTEN = """() => {
         app.api.addEventListener(end, event => { loomEnd = [end, event.detail.exception_message ?? ''] })
 }"""
 
-# Both pages draw without a GPU, sixty times a second unless told otherwise, beside the server that runs the templates.
+# Both pages draw without a GPU, by default sixty times per second, on the machine that also runs the templates.
 TEN_FRAMES_A_SECOND = """
 window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 100)
 window.cancelAnimationFrame = clearTimeout
@@ -63,7 +63,7 @@ TROUBLE = "[data-testid=error-overlay], [data-testid^=error-group-], [data-testi
 
 
 def chromium() -> str | None:
-    """Where a Chromium lies that can be driven."""
+    """The path of a Chromium that can be driven, or None."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((path for path in map(shutil.which, names) if path), None)
 
@@ -138,10 +138,10 @@ class Frontend:
         self.page.on("response", response)
 
     def visit(self, pack: str, template: str, screenshot: Path, run: bool = True, widgets: dict | None = None) -> Visit:
-        """Opens a template of a pack by its card and, to `run` it, presses Run and waits for the pictures; notes all
-        trouble since the last visit. Failed requests count for files of the pack.
+        """Opens a template of a pack by its card and, if `run`, presses Run and waits for the pictures; collects all
+        problems since the last visit. Failed requests count for files of the pack.
 
-        `widgets` are values by name for nodes by their type, set before the run.
+        `widgets` are values by widget name, by node type, set before the run.
         """
         visit = Visit()
         open_template(self.page, pack, template, visit.problems)
@@ -186,7 +186,7 @@ def open_template(page, pack: str, template: str, problems: list[str]) -> None:
 
 
 def seen_trouble(page) -> list[str]:
-    """Error overlays, error groups, nodes marked red, and nodes with advice on them."""
+    """Error overlays, error groups, nodes marked red, and nodes that show advice."""
     shown = [f"shown: {text}" for text in page.locator(TROUBLE).all_inner_texts()]
     red = page.evaluate("app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
     advised = page.evaluate(
@@ -198,7 +198,7 @@ def seen_trouble(page) -> list[str]:
 
 
 def press_run(page, problems: list[str]) -> int:
-    """Presses Run, waits for the end and until every picture is on its node; returns how many nodes show one."""
+    """Presses Run and waits for the end, until every picture is on its node; returns how many nodes show one."""
     page.evaluate("() => { window.loomEnd = null; window.loomPictures = [] }")
     page.get_by_test_id("queue-button").click()
     page.wait_for_function("window.loomEnd || document.querySelector('[data-testid=error-overlay]')", timeout=300000)
@@ -207,7 +207,7 @@ def press_run(page, problems: list[str]) -> int:
         problems.append(f"did not run: {end}")
         problems += seen_trouble(page)
         return 0
-    # The classic renderer keeps pictures on the node, Nodes 2.0 shows several of one node in the page alone.
+    # The classic renderer keeps pictures on the node; Nodes 2.0 has several of one node only in the page.
     page.wait_for_function(
         """() => loomPictures.every(id => {
             const shown = document.querySelector(`[data-node-id="${id}"] img`)

@@ -22,11 +22,11 @@ from run import alias_pack, open_host  # noqa: E402
 alias_pack()
 
 PROGRESS_TEXT = 3
-"""Kind of the websocket's binary frames that hold a text for a node."""
+"""Kind of the websocket's binary frames with a text for a node."""
 
 ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 if ONE_OF_SEVERAL:
-    # For what tests start too: threads of processes that share processors spend their time in waiting for each other.
+    # Also for what tests start: threads of processes that share processors spend their time waiting for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -39,13 +39,13 @@ SERVED = (
     "test_advice",
     "test_true_models",
 )
-"""Files whose tests run on the real server, in order: the last ones make it forget what it ran."""
+"""Files whose tests run on the real server, in this order: the last ones make it forget what it ran."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Of processes that share the suite one has the server, so that no template is drawn twice; all else goes file by
-    file."""
+    """Of the processes that share the suite, one has the server, so that no template is drawn twice; everything else is
+    distributed file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -58,14 +58,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What lasts longest comes first."""
+    """Puts the slowest tests first."""
     if ONE_OF_SEVERAL:
         items.sort(key=lambda item: SERVED.index(item.path.stem) if item.path.stem in SERVED else len(SERVED))
 
 
 @pytest.fixture(scope="session")
 def host_path() -> Path:
-    """Where the host lies; tests that need it are skipped without one."""
+    """Path of the host; tests that need it are skipped without one."""
     named = os.environ.get("COMFYUI_PATH")
     if not named:
         pytest.skip("COMFYUI_PATH is not set (python tools/dev.py test sets it)")
@@ -74,7 +74,7 @@ def host_path() -> Path:
 
 @pytest.fixture(scope="session")
 def host(host_path):
-    """The host's `nodes` module, imported into this process on the CPU; `comfy` is importable beside it."""
+    """The host's `nodes` module, imported into this process on the CPU; `comfy` is importable too."""
     open_host(str(host_path), cpu=True)
     import nodes
 
@@ -101,7 +101,7 @@ class Run:
 
 @dataclass
 class Follower:
-    """Collects what the server tells one client over the websocket, on a thread of its own."""
+    """Collects what the server sends to one client over the websocket, in a thread of its own."""
 
     url: str
     client_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -140,7 +140,7 @@ class Server(HostServer):
     """The host's server as tests use it."""
 
     def run(self, workflow: dict, timeout: float = 600) -> Run:
-        """Queues a workflow in API format and follows it to its end; PromptError if it is refused or fails."""
+        """Queues a workflow in API format and follows it to its end; raises PromptError if it is refused or fails."""
         follower = Follower(self.url)
         threading.Thread(target=lambda: asyncio.run(follower.listen()), daemon=True).start()
         assert follower.listening.wait(30), "the server's websocket does not open"
@@ -163,7 +163,7 @@ def toy_folder(tmp_path_factory) -> Path:
 def server(host_path, toy_folder, tmp_path_factory):
     """One real server for all tests, with an empty base directory, this pack and the toy pack.
 
-    It remembers what it ran, so that a template is drawn once, though tests of its file and of both renderers run it.
+    It remembers what it ran, so that a template is drawn once, although tests of its file and of both renderers run it.
     """
     base = tmp_path_factory.mktemp("server")
     with Server(
@@ -180,5 +180,5 @@ def server(host_path, toy_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def object_info(server) -> dict:
-    """What the server says of every node it knows."""
+    """The server's description of every node that it knows."""
     return server.get("/object_info")

@@ -1,7 +1,7 @@
 """Checkpoints with the key names, shapes and dtype of the published ones, and random values.
 
-UNets, CLIP-L and autoencoders get their names from the host's own modules, which keep the published ones; CLIP-G stands
-in SDXL's file under the names of OpenCLIP, written out here.
+UNets, CLIP-L and autoencoders get their names from the host's own modules, which keep the published ones; CLIP-G has
+the names of OpenCLIP in SDXL's file, which are written out here.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def kohya_lora(kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
 
 
 def fastcomposer_shapes() -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Names, shapes and dtypes of FastComposer's published pytorch_model.bin (its specification, section 1.5)."""
+    """Names, shapes and dtypes of the tensors in FastComposer's published pytorch_model.bin."""
     from conceptloom.encoders.fuser import Fuser
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -169,7 +169,7 @@ def _diffusers_unet() -> dict[str, torch.Size]:
 
 
 def _diffusers_autoencoder() -> dict[str, torch.Size]:
-    """SD 1.5's autoencoder under the names of diffusers 0.16, which called its attention's layers by other words."""
+    """SD 1.5's autoencoder under the names of diffusers 0.16, which had other names for its attention layers."""
     from diffusers import AutoencoderKL
 
     blocks = 4
@@ -191,8 +191,8 @@ def _diffusers_autoencoder() -> dict[str, torch.Size]:
 
 
 def fastcomposer_state() -> dict[str, torch.Tensor]:
-    """The published file's layout with random values. All tensors of a dtype are windows on one block, which keeps
-    file and memory small."""
+    """The published file's layout with random values. All tensors of a dtype are views of one block, which keeps file
+    and memory small."""
     shapes = fastcomposer_shapes()
     size = max(shape.numel() for shape, _ in shapes.values()) + 1000
     block = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02

@@ -3,11 +3,11 @@
     python tools/dev.py demo [NAME...]             draw every Shapeland workflow, save the pictures in output/
     python tools/dev.py test [pytest arguments]    the whole test suite
     python tools/dev.py serve [--port PORT]        the host with the pack loaded, for a browser
-    python tools/dev.py eval [...]                 the Shapeland report (see --help of it)
-    python tools/dev.py bench [...]                what every system costs (see --help of it)
+    python tools/dev.py eval [...]                 the Shapeland report (see its --help)
+    python tools/dev.py bench [...]                what every system costs (see its --help)
 
 The first call makes the environment and fetches the host (environment.py); later calls reuse them.
-Standard library only, for it runs before anything is installed.
+Standard library only, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODULE_OF = {"eval": "report", "bench": "bench"}
 
 
 def holds(stem: str, name: str) -> bool:
-    """Whether a file's name has these words in it, whole and in order: "composer" is not in "FastComposer"."""
+    """Whether a file's name contains these words, whole and in order: "composer" is not in "FastComposer"."""
     words, sought = (re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") for text in (stem, name))
     return f"_{sought}_" in f"_{words}_"
 
@@ -44,7 +44,7 @@ def demo_workflows(names: list[str], folder: Path) -> list[Path]:
 
 
 def demo(names: list[str]) -> int:
-    """Draws the workflows, saves their pictures, prints path and seconds of each."""
+    """Draws the workflows, saves their pictures, and prints path and seconds of each."""
     if absent_weights():
         raise Problem(f"Shapeland's weights are incomplete: shapeland/weights/ lacks {absent_weights()}.")
     workflows = demo_workflows(names, ROOT / "workflows" / "api")
@@ -86,8 +86,8 @@ def serve(port: int) -> int:
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Runs pytest, which names skipped tests with their reason and what takes longest. The whole suite runs in two
-    processes, for its models are so small that a second thread helps them little."""
+    """Runs pytest, which lists skipped tests with their reason, and the slowest tests. The whole suite runs in two
+    processes, because its models are so small that a second thread helps little."""
     python, host = prepare([*SERVER_MODULES, "pytest", "xdist"])
     environ = {**os.environ, "COMFYUI_PATH": str(host.path)}
     if not arguments:
@@ -109,7 +109,7 @@ def evaluate(command: str, arguments: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; what follows test, eval and bench is theirs to read."""
+    """The parser of the command line; the arguments after test, eval and bench are passed on."""
     description, _, rest = __doc__.partition("\n")
     result = argparse.ArgumentParser(
         prog="dev.py", description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # A polite kill ends the server too: the exception unwinds through its context manager.
+    # SIGTERM ends the server too: the exception unwinds through its context manager.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main(sys.argv[1:]))

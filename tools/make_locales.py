@@ -1,8 +1,8 @@
-"""Writes locales/en: the tooltips the frontend cannot find in the schema. `python tools/make_locales.py`
+"""Writes locales/en: the tooltips that the frontend cannot find in the schema. `python tools/make_locales.py`
 
-The frontend shows no schema tooltip for what an Autogrow input grows to and for what a
-DynamicCombo shows; it looks these up in the locale files under the dotted name with underscores.
-All other text is left to the schema alone, so that it stands in one place.
+The frontend shows no tooltips from the schema for inputs inside an Autogrow or DynamicCombo input; it looks these up in
+the locale files, under the dotted name with underscores. All other text is in the schema alone, so that nothing is
+written twice.
 """
 
 import json
@@ -14,7 +14,7 @@ FOLDER = ROOT / "locales" / "en"
 
 
 def node_texts(info: dict[str, dict]) -> dict[str, dict]:
-    """The content of nodeDefs.json; raises ValueError where two tooltips claim the same key."""
+    """The content of nodeDefs.json; raises ValueError if two different tooltips have the same key."""
     texts = {}
     for name, node in info.items():
         inputs: dict[str, dict] = {}
@@ -33,7 +33,7 @@ def locale_files(info: dict[str, dict]) -> dict[str, str]:
     """File name and content of everything in locales/en."""
     contents = {
         "nodeDefs.json": node_texts(info),
-        # The pack's section among the templates would else carry its directory's name.
+        # Otherwise the pack's section among the templates would have its directory's name.
         "main.json": {"templateWorkflows": {"category": {"conceptloom": "ConceptLoom"}}},
     }
     return {name: json.dumps(content, indent=1, ensure_ascii=False) + "\n" for name, content in contents.items()}

@@ -1,9 +1,9 @@
 """Writes the shipped workflows: `python tools/make_workflows.py [--keep-cards] [PART OF A NAME...]`
 
-Every workflow is described by a function that takes a builder (workflow_builder.py shows how) and
-is listed in tools/templates under its file name. The name is all that a template's card shows: number it
-for its place in the list, and use letters, digits, dots, hyphens and underscores alone, so that it
-can stand in a link. For each, three files are written:
+Every workflow is described by a function that takes a builder (workflow_builder.py shows how) and is listed in
+tools/templates under its file name. A template's card shows nothing but the name: number it for its place in the list,
+and use letters, digits, dots, hyphens and underscores only, so that it can be part of a link. For each, three files are
+written:
 
     workflows/NAME.json      what a person opens
     workflows/api/NAME.json  what a script posts
@@ -35,11 +35,11 @@ FOLDER = ROOT / "workflows"
 CARD_SIDE = 400
 KEEP_CARDS = "--keep-cards"
 SCENE = {"description": "a star and a house on a navy background", "seed": 11, "identity_seed": 41}
-"""Stands on the card of a workflow that cannot be run here and draws no reference."""
+"""Shown on the card of a workflow that cannot be run here and draws no reference."""
 
 
 def save_json(file: Path, content: dict) -> None:
-    """Writes JSON as it is committed."""
+    """Writes JSON in the form in which it is committed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -71,7 +71,7 @@ def drawn_references(api: dict) -> Image.Image:
 
 
 def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow], None], card: bool) -> None:
-    """Writes one workflow's files, its card if so wished."""
+    """Writes the files of one workflow, including its card if `card`; raises Problem if the workflow is faulty."""
     flow = Workflow(info, name)
     describe(flow)
     ui = flow.ui()

@@ -1,8 +1,7 @@
 """Runs a module of this pack outside the host: `python tools/run.py evaluation.report --help`.
 
-The pack has no importable name of its own (the host loads it by path), and importing its root
-needs the host. So the name `conceptloom` is bound here to a bare package that only knows where
-the pack's directories are; tests bind it in the same way.
+The pack has no importable name of its own (the host loads it by path), and importing its root needs the host. So the
+name `conceptloom` is bound here to a bare package that only knows the pack's directories; tests do the same.
 """
 
 import importlib
@@ -16,15 +15,15 @@ PACK = "conceptloom"
 
 
 def alias_pack() -> None:
-    """Makes `import conceptloom.attention.masks` and its like work, without the host."""
+    """Makes imports such as `import conceptloom.attention.mrsa` work without the host."""
     spec = importlib.util.spec_from_loader(PACK, loader=None, is_package=True)
     spec.submodule_search_locations = [str(ROOT)]
     sys.modules[PACK] = importlib.util.module_from_spec(spec)
 
 
 def open_host(path: str, cpu: bool) -> None:
-    """Makes the host importable (`comfy`, `nodes`, `folder_paths`), on the CPU if so wished."""
-    # First on the path, for our own nodes/ must not stand before the host's nodes.py.
+    """Makes the host importable (`comfy`, `nodes`, `folder_paths`), on the CPU if `cpu`."""
+    # First on the path, because our own nodes/ must not hide the host's nodes.py.
     sys.path.insert(0, path)
     from comfy.cli_args import args
 

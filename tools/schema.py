@@ -1,8 +1,7 @@
-"""Reads node schemas as `/object_info` gives them, growing and switching inputs included.
+"""Reads node schemas as `/object_info` returns them, including Autogrow and DynamicCombo inputs.
 
-`python tools/schema.py` freezes the schemas of this pack in tests/schema.json, the contract that
-saved workflows rely on. Look at the difference before committing it: only appended inputs, new
-nodes and new options keep old workflows alive.
+`python tools/schema.py` freezes the schemas of this pack in tests/schema.json, the contract that saved workflows rely
+on. Review the difference before committing it: only appended inputs, new nodes and new options are safe for them.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ SNAPSHOT = ROOT / "tests" / "schema.json"
 AUTOGROW = "COMFY_AUTOGROW_V3"
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", DYNAMIC_COMBO}
-# What the snapshot keeps of an input's options: all that decides whether an old value is still valid.
+# Options of an input that the snapshot keeps: those that decide whether an old value is still valid.
 FROZEN_OPTIONS = ("default", "min", "max", "step", "multiline", "forceInput", "advanced", "control_after_generate")
 
 
 class Field(NamedTuple):
-    """One input: its name in an API workflow (dotted if nested), type, options, and whether it must be given.
+    """One input: its name in an API workflow (dotted if nested), type, options, and whether it is required.
 
-    `place` counts what an Autogrow input grows to, from 0; it is None for all other inputs.
+    `place` is the index, from 0, of an input inside an Autogrow input; it is None for all other inputs.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Field(NamedTuple):
 
     @property
     def is_widget(self) -> bool:
-        """Whether the node shows a control for it, whose value a UI workflow stores."""
+        """Whether the node shows a control for it, whose value is stored in a UI workflow."""
         return self.type in WIDGET_TYPES and not self.options.get("forceInput")
 
     @property
@@ -71,7 +70,7 @@ def fields(inputs: dict[str, dict], prefix: str = "", required: bool = True) -> 
 
 
 def grown(field: Field) -> list[Field]:
-    """All inputs an Autogrow input can grow to."""
+    """All inputs that an Autogrow input can grow to."""
     template = field.options["template"]
     names = template.get("names") or [f"{template['prefix']}{index}" for index in range(template["max"])]
     child = fields(template["input"])[0]
@@ -88,7 +87,7 @@ def grown(field: Field) -> list[Field]:
 
 
 def option_fields(field: Field, key: str) -> list[Field]:
-    """The inputs that one choice of a DynamicCombo shows."""
+    """The inputs that one choice of a DynamicCombo shows; raises ValueError if there is no such choice."""
     for option in field.options["options"]:
         if option["key"] == key:
             return fields(option["inputs"], f"{field.name}.", field.required)
@@ -96,7 +95,7 @@ def option_fields(field: Field, key: str) -> list[Field]:
 
 
 def live_fields(info: dict, values: dict[str, Any]) -> list[Field]:
-    """The inputs a node has under these values (API names): Autogrow replaced by what it grows to."""
+    """The inputs of a node with these values (API names), each Autogrow input replaced by what it grows to."""
 
     def expand(level: list[Field]) -> Iterator[Field]:
         for field in level:
@@ -111,7 +110,7 @@ def live_fields(info: dict, values: dict[str, Any]) -> list[Field]:
 
 
 def all_fields(info: dict) -> list[Field]:
-    """Every input a node can ever have, the Autogrow and DynamicCombo inputs themselves included."""
+    """Every input that a node can ever have, including the Autogrow and DynamicCombo inputs themselves."""
 
     def expand(level: list[Field]) -> Iterator[Field]:
         for field in level:
@@ -133,7 +132,7 @@ def pack_info() -> dict[str, dict]:
 
 
 def open_pack() -> dict[str, dict]:
-    """The same for a program of its own: makes pack and host importable first."""
+    """The same for a standalone program: makes pack and host importable first."""
     from run import alias_pack, open_host
 
     alias_pack()
@@ -142,13 +141,13 @@ def open_pack() -> dict[str, dict]:
 
 
 def frozen(info: dict[str, dict]) -> dict[str, dict]:
-    """What may not change behind a saved workflow's back, and what the menu shows."""
+    """What must not change for saved workflows, and what the menu shows."""
 
     def freeze(field: Field) -> dict:
         result = {"name": field.name, "type": field.type, "required": field.required}
         result |= {name: field.options[name] for name in FROZEN_OPTIONS if name in field.options}
         if field.choices is not None:
-            # File names in a combo are what lies on this machine's disk.
+            # File names in a combo depend on this machine's disk.
             result["choices"] = [c for c in field.choices if not re.search(r"\.[A-Za-z]\w+$", str(c))]
         return result
 

@@ -18,8 +18,8 @@ come from that description (the converter is in workflow_format.py):
     ui = flow.ui()
     api = to_api(ui, object_info)
 
-Inputs that are not named keep the schema's default. Nodes stand in columns from left to right, in
-each column below one another in the order of their adding.
+Inputs that are not named keep the schema's default. Nodes are placed in columns from left to right,
+and in each column below one another, in the order in which they are added.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Workflow:
         width: int = 320,
         models: Sequence[dict] = (),
     ) -> Node:
-        """Adds a node. `models` are {name, url, directory} of the files a loader needs."""
+        """Adds a node; raises ValueError if the node or an input is unknown. `models` are {name, url, directory} of the
+        files that a loader needs."""
         if kind not in self.info:
             raise ValueError(f"The host has no node {kind}")
         info = self.info[kind]
@@ -167,7 +168,7 @@ class Workflow:
         }
 
     def _flat(self, kind: str, info: dict, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs under their API names, each list spread over its Autogrow input; unknown names are refused."""
+        """Inputs by API name, each list spread over its Autogrow input; raises ValueError for unknown names."""
         values = dict(inputs)
 
         def spread(level: list[Field]) -> None:
@@ -188,7 +189,7 @@ class Workflow:
         return values
 
     def _add_input(self, data: dict, field: Field, values: dict[str, Any]) -> int:
-        """Adds a field as socket, widget or both, and returns the height it takes."""
+        """Adds a field as socket, widget or both, and returns its height."""
         value = values.get(field.name)
         linked = isinstance(value, Output)
         if not field.is_widget and not linked:
@@ -226,7 +227,7 @@ class Workflow:
         return number
 
     def _place(self) -> None:
-        """Puts every column beside the one before and every node below the one above it."""
+        """Puts every column to the right of the one before, and every node below the one above it."""
         left = 0
         for column in sorted(self.columns):
             top = 0
@@ -238,7 +239,7 @@ class Workflow:
 
 
 def is_next_empty(field: Field, values: dict[str, Any]) -> bool:
-    """Whether an unlinked socket is shown: of an Autogrow input only the first empty one is."""
+    """Whether an unlinked socket is shown: of an Autogrow input, only the first empty one is."""
     family = field.name.rpartition(".")[0] + "."
     return field.place is None or field.place == sum(name.startswith(family) for name in values)
 

@@ -1,7 +1,7 @@
 """The two file formats of a workflow: conversion from one to the other, and what can be wrong with them.
 
-The UI format stores widget values by position and links in a list of their own; the API format
-stores every input by name. `info` is always the server's `/object_info`.
+The UI format stores widget values by position and links in a separate list; the API format stores every input by name.
+`info` is always the server's `/object_info`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from schema import AUTOGROW, DYNAMIC_COMBO, Field, fields, live_fields, option_fields
 
 NOTE = "MarkdownNote"
-# Nodes of the frontend alone: the server never hears of them.
+# Nodes that only the frontend has: the server never sees them.
 FRONTEND_ONLY = {NOTE, "Note"}
 SEED_NAMES = ("seed", "noise_seed")
-# Which model files a loader offers depends on the machine, so an absent one is no fault of a workflow.
+# Which model files a loader offers depends on the machine, so a missing one is not an error of a workflow.
 MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin|gguf)$")
 ANY_TYPE = {"*", "COMFY_MATCHTYPE_V3"}
-# Modes of a node in a UI workflow: muted ones are left out, bypassed ones hand on what they get.
+# Modes of a node in a UI workflow: muted ones are left out, bypassed ones pass their inputs on.
 MUTED, BYPASSED = 2, 4
 
 TITLE_HEIGHT = 30
@@ -27,7 +27,7 @@ PREVIEW_HEIGHT = 300
 
 
 def stored_after(field: Field) -> list:
-    """Values of controls that the frontend puts after this widget: the seed's mode, the upload button."""
+    """Values of controls that the frontend adds after this widget: the seed's mode, the upload button."""
     if field.type == "INT" and (field.options.get("control_after_generate") or field.name in SEED_NAMES):
         return ["fixed"]
     if field.type == "COMBO" and field.options.get("image_upload"):
@@ -42,22 +42,22 @@ def shows_picture(info: dict) -> bool:
 
 
 def types_fit(output: str, wanted: str) -> bool:
-    """Whether the host takes this output for this input; both may name several types."""
+    """Whether the host accepts this output for this input; both may name several types."""
     given, taken = set(str(output).split(",")), set(str(wanted).split(","))
     return bool(given & taken or ANY_TYPE & (given | taken))
 
 
 def to_api(ui: dict, info: dict[str, dict]) -> dict[str, dict]:
-    """A UI workflow in API format, as the frontend would post it; ValueError where it cannot be.
+    """A UI workflow in API format, as the frontend would post it; raises ValueError if it cannot be converted.
 
-    Muted and bypassed nodes are not in it. An input linked to a muted node stays empty, one linked to a bypassed node
-    gets what `passed_through` finds for it.
+    Muted and bypassed nodes are left out. An input linked to a muted node stays empty, and one linked to a bypassed
+    node gets what `passed_through` finds for it.
     """
     nodes = {node["id"]: node for node in ui["nodes"]}
     links = {link[0]: link for link in ui["links"]}
 
     def origin(entry: dict) -> list | None:
-        """The API link [node id, output number] of an input, None if nothing comes through it."""
+        """The API link [node id, output index] of an input, or None if nothing comes through it."""
         if entry.get("link") is None:
             return None
         _, source, slot, *_ = links[entry["link"]]
@@ -81,16 +81,16 @@ def to_api(ui: dict, info: dict[str, dict]) -> dict[str, dict]:
 
 
 def passed_through(node: dict, slot: int, wanted: str, info: dict) -> dict | None:
-    """The input of a bypassed node that takes its output's place, as the frontend chooses it.
+    """The input of a bypassed node that replaces one of its outputs, as the frontend chooses it.
 
-    That is the input at the output's own number if its type fits, else the first of exactly the wanted type, else the
-    first that fits; the frontend has a widget's socket behind all others.
+    That is the input at the output's own index if its type fits, else the first of exactly the wanted type, else the
+    first that fits. The frontend orders a widget's socket after all others.
 
     Args:
         node: the bypassed node.
-        slot: number of its output.
+        slot: index of its output.
         wanted: type of the input at the link's other end.
-        info: what the server says of the node.
+        info: the server's description of the node.
     """
     sockets = [entry for entry in node["inputs"] if "widget" not in entry]
     linked = {entry["name"]: entry for entry in node["inputs"] if "widget" in entry}
@@ -108,7 +108,7 @@ def passed_through(node: dict, slot: int, wanted: str, info: dict) -> dict | Non
 
 
 def widget_values(node: dict, info: dict) -> dict[str, tuple[str, Any]]:
-    """Type and stored value of each widget of a UI node; ValueError where they do not match."""
+    """Type and stored value of each widget of a UI node; raises ValueError if they do not match."""
     stored = list(node["widgets_values"])
     values: dict[str, tuple[str, Any]] = {}
 
@@ -130,14 +130,14 @@ def widget_values(node: dict, info: dict) -> dict[str, tuple[str, Any]]:
 
 
 def node_inputs(node: dict, info: dict, origin: Callable[[dict], list | None]) -> dict[str, Any]:
-    """The named inputs of a UI node: its widgets' values, and over them the links that `origin` finds."""
+    """The inputs of a UI node by name: the values of its widgets, overridden by the links that `origin` finds."""
     values = {name: value for name, (_, value) in widget_values(node, info).items()}
     links = {entry["name"]: origin(entry) for entry in node["inputs"]}
     return {**values, **{name: link for name, link in links.items() if link is not None}}
 
 
 def is_link(value: Any) -> bool:
-    """Whether an API input is a link [node id, output number]."""
+    """Whether an API input is a link [node id, output index]."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
@@ -202,7 +202,7 @@ def value_faults(value: Any, field: Field) -> list[str]:
 
 
 def ui_problems(ui: dict, info: dict[str, dict]) -> list[str]:
-    """What is wrong with a UI workflow: its own consistency, its layout, and what it means to the server."""
+    """What is wrong with a UI workflow: its own consistency, its layout, and its API form."""
     nodes = {node["id"]: node for node in ui["nodes"]}
     real = [node for node in ui["nodes"] if node["type"] not in FRONTEND_ONLY]
     problems = [f"node {node['id']}: the host has no {node['type']}" for node in real if node["type"] not in info]
@@ -240,9 +240,9 @@ def ui_problems(ui: dict, info: dict[str, dict]) -> list[str]:
 
 
 def node_box(node: dict, info: dict[str, dict]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a node, its title included, and room for the picture it may show.
+    """Left, top, right and bottom of a node, including its title and room for the picture it may show.
 
-    A node made tall enough for its picture needs no more; one that is not grows when the picture comes.
+    A node that is tall enough for its picture needs no more; one that is not grows when the picture comes.
     """
     (left, top), (width, height) = node["pos"], node["size"]
     if node["type"] in info and shows_picture(info[node["type"]]):
@@ -252,7 +252,7 @@ def node_box(node: dict, info: dict[str, dict]) -> tuple[float, float, float, fl
 
 
 def layout_problems(ui: dict, info: dict[str, dict]) -> list[str]:
-    """Nodes over one another, no room for a picture, and links that run backwards."""
+    """Overlapping nodes, including their room for pictures, and links that run backwards."""
     problems = []
     boxes = [(node, node_box(node, info)) for node in ui["nodes"]]
     for index, (one, a) in enumerate(boxes):

@@ -1,1 +1,1 @@
-"""Training of the models that ConceptLoom ships and of those its users make."""
+"""Training of the models that ship with ConceptLoom, and of its users' own models."""

@@ -1,4 +1,4 @@
-"""The model that is trained on: Shapeland's own, or a folder with Stable Diffusion in diffusers' form."""
+"""The base model of a training: Shapeland's own, or Stable Diffusion from a folder in diffusers' format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LENGTH = models.TOKENS
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How one text tower sees a text: `split` gives its tokens; the ids `start`, `end` and `pad` stand around them."""
+    """How a text tower tokenizes a text: `split` gives its tokens; `start`, `end` and `pad` are the ids around them."""
 
     split: Callable[[str], list[int]]
     start: int
@@ -38,11 +38,11 @@ class Vocabulary:
     pad: int
 
     def row(self, text: str) -> list[int]:
-        """The 77 ids of a text; of a longer one the beginning and, other than in the published code, the end token."""
+        """The 77 ids of a text. A longer text is cut and, unlike in the published code, keeps its end token."""
         return self.around(self.split(text))
 
     def around(self, tokens: list[int]) -> list[int]:
-        """The 77 ids of a text that is split already."""
+        """The 77 ids of a text that is already tokenized."""
         row = [self.start, *tokens[: LENGTH - 2], self.end]
         return row + [self.pad] * (LENGTH - len(row))
 
@@ -53,12 +53,15 @@ class Base:
 
     Attributes:
         unet: a diffusers `UNet2DConditionModel`.
-        towers: its text towers, one or, with SDXL's shape, two; the second has a projection.
-        vocabularies: one for each tower; both split texts alike.
-        vision: a transformers `CLIPVisionModelWithProjection`, or None where none was asked for.
+        towers: its text towers: one, or two for SDXL, of which the second has a projection.
+        vocabularies: one for each tower; both tokenize texts alike.
+        vision: a transformers `CLIPVisionModelWithProjection`, or None if none was asked for.
         autoencoder: see `ScaledAutoencoder`.
-        scheduler: a diffusers `DDPMScheduler`, which says what the UNet predicts of which noise.
-        resolution: of pictures, in pixels.
+        scheduler: a diffusers `DDPMScheduler`, which defines the noise and what the UNet predicts.
+        resolution: resolution of the pictures, in pixels.
+
+    Raises:
+        ValueError: the UNet does not fit the resolution or the autoencoder, or predicts neither epsilon nor v.
     """
 
     unet: nn.Module
@@ -87,17 +90,17 @@ class Base:
 
     @property
     def times(self) -> int:
-        """How many there are, from no noise to nothing else."""
+        """Number of timesteps, from the least noise to nothing but noise."""
         return self.scheduler.config.num_train_timesteps
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Of one picture."""
+        """(C, h, w) of one picture's latent."""
         side = self.resolution // self.autoencoder.factor
         return self.unet.config.in_channels, side, side
 
     def read(self, tokens: torch.Tensor) -> States:
-        """What the towers make of ids (n, towers, 77)."""
+        """The text states of token ids (n, towers, 77)."""
         if len(self.towers) == 1:
             return self.towers[0](tokens[:, 0]).last_hidden_state.float(), None
         seen = [tower(tokens[:, i], output_hidden_states=True) for i, tower in enumerate(self.towers)]
@@ -109,13 +112,13 @@ class Base:
         added = None
         if pooled is not None:
             side = self.resolution
-            # Original size, corner of the cut and size of the target: a picture made at its full size.
+            # Original size, crop offset and target size, as for a picture that was neither resized nor cropped.
             sizes = torch.tensor([[side, side, 0, 0, side, side]], device=noisy.device).expand(len(noisy), -1)
             added = {"text_embeds": pooled, "time_ids": sizes}
         return self.unet(noisy, t, context, added_cond_kwargs=added).sample.float()
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents with the noise of times t (n,), and what the UNet should predict of them."""
+        """Latents with the noise of timesteps t (n,), and the UNet's prediction target."""
         noisy = self.scheduler.add_noise(latents, noise, t)
         if self.scheduler.config.prediction_type == "v_prediction":
             return noisy, self.scheduler.get_velocity(latents, noise, t)
@@ -137,7 +140,7 @@ class Base:
 
 
 class ScaledAutoencoder(nn.Module):
-    """Pictures (n, 3, H, W) in [-1, 1] to latents (n, C, H / factor, W / factor) at the UNet's scale, and back."""
+    """Encodes pictures (n, 3, H, W) in [-1, 1] to latents (n, C, H/factor, W/factor) at the UNet's scale, and back."""
 
     def __init__(self, model: nn.Module, factor: int):
         super().__init__()
@@ -145,11 +148,11 @@ class ScaledAutoencoder(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Of a latent."""
+        """Channels of a latent."""
         return CHANNELS if isinstance(self.model, Autoencoder) else self.model.config.latent_channels
 
     def encode(self, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Latents; where the autoencoder gives a distribution, `noise` of the latents' shape picks from it."""
+        """Latents; if the autoencoder gives a distribution, `noise` of the latents' shape samples from it."""
         if isinstance(self.model, Autoencoder):
             return self.model.encode(pictures)
         found = self.model.encode(pictures).latent_dist
@@ -165,11 +168,11 @@ class ScaledAutoencoder(nn.Module):
 def open_base(
     name: str, vision: Path | None = None, resolution: int | None = None, *, with_vision: bool = True
 ) -> Base:
-    """Shapeland's models, or those of the folder `name` with the vision tower of the folder `vision`, if there shall be
-    one.
+    """Opens Shapeland's models, or those in the folder `name`, with the vision tower in the folder `vision`; without a
+    vision tower if not `with_vision`.
 
     Raises:
-        FileNotFoundError: weights, a folder or a part of it are absent.
+        FileNotFoundError: weights, or a folder or a part of it, are missing.
         ValueError: an option does not fit the base.
     """
     if name == SHAPELAND:
@@ -200,9 +203,9 @@ def _shapeland(resolution: int, with_vision: bool) -> Base:
 
 
 def _world_words(text: str) -> list[int]:
-    """The compact tokens of a caption: each of the world's words is one, as in CLIP's vocabulary.
+    """The compact tokens of a caption: each of the world's words is one token, as in CLIP's vocabulary.
 
-    Raises ValueError if a word is not of the world.
+    Raises ValueError if a word is not one of the world's.
     """
     words = text.split()
     unknown = [word for word in words if word not in WORDS]

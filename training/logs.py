@@ -1,4 +1,4 @@
-"""Tables of a training run that grow by a row at a time and go back with it."""
+"""Tables of a training run, which grow by one row at a time and lose rows when the run resumes at an earlier step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def add_row(path: Path, step: int, row: dict[str, float]) -> None:
-    """Appends a step's numbers to a table, which begins with their names and keeps to these: a run may be continued
-    with options by which it has other numbers to tell."""
+    """Appends a step's values to a table. The header comes from the first row and stays, even if the run is resumed
+    with options that give other values."""
     row = {"step": step, **row}
     new = not path.exists()
     with path.open("a+", newline="") as file:
@@ -21,7 +21,7 @@ def add_row(path: Path, step: int, row: dict[str, float]) -> None:
 
 
 def go_back(path: Path, step: int) -> None:
-    """Takes away what was logged after `step`, for those steps are made again."""
+    """Removes the rows after `step`, because those steps are run again."""
     if path.exists():
         head, *rows = path.read_text().splitlines()
         kept = [row for row in rows if int(row.split(",")[0]) <= step]

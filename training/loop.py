@@ -1,4 +1,4 @@
-"""One resumable training run for every model of this project."""
+"""One resumable training run for every model of this pack."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ from .signals import Stopped, stop_requests
 CHECKPOINT, LOG, REPORT = "checkpoint.pt", "log.csv", "report.csv"
 
 Losses = Callable[[Any, torch.Generator], dict[str, torch.Tensor]]
-"""(batch, generator) to named losses, whose sum is minimised. The batch is what the run's loader gives, or without one
-the step."""
+"""(batch, generator) -> named losses, whose sum is minimised. The batch comes from the run's loader, or is the step."""
 
 
 class Lanes:
     """The losses of a step, in parts that are computed at the same time, each by a thread of its own on one processor.
 
-    A model of some millions of weights gains more from a thread for each half of the batch than from two threads on
+    A model with a few million weights gains more from one thread for each half of the batch than from two threads for
     each operation, which wait for one another (measured on two idle cores: 1.94 s for the gradients of a step of
-    Shapeland's UNet instead of 2.25 s). The parts must share their parameters and nothing else that changes (see
-    `replica`).
+    Shapeland's UNet instead of 2.25 s). The parts must share only their parameters and constants (see `replica`).
     """
 
     def __init__(self, parts: Sequence[Losses]):
@@ -46,7 +44,7 @@ class Lanes:
             generator = torch.Generator().manual_seed(seed * len(self.parts) + number)
             with bfloat16_where_fast(device, half):
                 losses = self.parts[number](batch, generator)
-            # Not backward(), by which threads would add to the same tensors at once.
+            # Not backward(), with which threads would add to the same tensors at once.
             gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
             return {name: value.detach() for name, value in losses.items()}, gradients
 
@@ -69,31 +67,31 @@ def replica(module: torch.nn.Module) -> torch.nn.Module:
 
 
 class Run:
-    """A training run in a folder: what is trained of a model, its optimizer, averaged weights, step count and log,
-    resumed exactly from the folder's checkpoint.
+    """A training run in a folder: trained weights, optimizer, averaged weights, step count and log, resumed exactly
+    from the folder's checkpoint.
 
     Batches must depend on the step alone, never on hidden state, so that an interrupted run and an uninterrupted one
-    see the same data. Randomness inside a step comes from the generator that the losses are given, seeded by the run's
-    seed and the step.
+    see the same data. Randomness inside a step comes from the generator that is passed to the losses, seeded by the
+    run's seed and the step.
 
-    With an accelerator (of the library accelerate) it decides on precision, how many batches accumulate in a step, and
-    how processes share the work. Losses must then be computed by `module`, the model as prepared for that, and the
-    first process alone writes. All of them read the checkpoint, so the folder must be one that all see.
+    An accelerator (of the library accelerate) decides on precision, on how many batches accumulate in a step, and on
+    how processes share the work. Losses must then be computed by `module`, the prepared model, and only the first
+    process writes. All of them read the checkpoint, so the folder must be visible to all.
 
     Args:
-        folder: the run's own; None writes nothing.
+        folder: the run's own folder; None writes nothing.
         model: on the device that trains it, or one that the accelerator puts there.
-        optimizer: of the model's parameters that require gradients, each group with its learning rate.
-        steps: to train to.
-        seed: of all that is drawn.
-        schedule: from a step to the factor of every group's learning rate; constant by default.
+        optimizer: optimizer of the parameters that require gradients, each group with its learning rate.
+        steps: number of steps to train to.
+        seed: seed of everything random.
+        schedule: step -> factor of every group's learning rate; constant by default.
         average: how much of the averaged weights a step keeps, less at first; 0 keeps none.
-        accelerator: see above; None trains on the model's device by this process alone.
-        kind: what a checkpoint must agree in to be continued, by the names of its options.
+        accelerator: see above; None trains on the model's device in this process alone.
+        kind: options, by name, that a checkpoint must agree with to be resumed.
 
     Attributes:
         module: computes the losses.
-        step: how many are done.
+        step: number of steps done.
 
     Raises:
         ValueError: the folder's checkpoint is of another kind of run or another model, or cannot be read.
@@ -117,7 +115,7 @@ class Run:
             self.module, self.optimizer = accelerator.prepare(model, optimizer)
         self.writes = folder is not None and (accelerator is None or accelerator.is_main_process)
         self.kind, self.average, self.step = dict(kind or {}), average, 0
-        # A checkpoint brings the scheduled rates of its last step.
+        # Kept here, because a checkpoint restores the scheduled rates of its last step.
         self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(iter(self._trained.values())).device
@@ -133,7 +131,7 @@ class Run:
         return self.folder / CHECKPOINT
 
     def _state(self) -> dict[str, torch.Tensor]:
-        """What steps may change: trained parameters, and buffers."""
+        """What steps may change: trained parameters and buffers."""
         frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
 
@@ -169,7 +167,7 @@ class Run:
                 f"in {other[0]}"
             )
         for name, tensor in (self.averaged or {}).items():
-            # A run that was begun without averages begins them here.
+            # A run that started without averages starts them here.
             tensor.copy_((saved["averaged"] or saved["model"])[name])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self._scaler and "scaler" in saved:
@@ -181,11 +179,11 @@ class Run:
 
     @property
     def _scaler(self):
-        """The accelerator's, which keeps fp16 gradients in range."""
+        """The accelerator's gradient scaler, which keeps fp16 gradients in range."""
         return self.accelerator and self.accelerator.scaler
 
     def best_state(self) -> dict[str, torch.Tensor]:
-        """The model's whole state, with averaged weights where the run keeps them."""
+        """The model's whole state dict, with averaged weights if the run keeps them."""
         return {**self.model.state_dict(), **(self.averaged or {})}
 
     def train(
@@ -203,16 +201,16 @@ class Run:
         """Trains to the last step, or until `seconds` have passed.
 
         Args:
-            losses: of a batch.
+            losses: losses of a batch.
             log_every: steps whose means go to `log.csv` and the screen.
-            loader: from the first step to the batches of all steps from there on, as many for each as accumulate.
-            report: from a step to numbers for `report.csv`; called by the process that writes, with the averaged
-                weights in the model and without gradients.
+            loader: first step -> the batches of all steps from there on, as many for each as accumulate.
+            report: step -> values for `report.csv`; called by the process that writes, with the averaged weights in the
+                model and without gradients.
             report_every: steps between reports; 0 for none.
-            after: told when a step is done and holds no memory, with its losses.
-            half: compute in bfloat16 where the device is fast at it; with an accelerator that decides.
-            save_seconds: between checkpoints.
-            seconds: after which no step begins.
+            after: called when a step is done and its memory is freed, with the step and its losses.
+            half: compute in bfloat16 where the device is fast at it; an accelerator decides this itself.
+            save_seconds: seconds between checkpoints.
+            seconds: seconds after which no step starts.
 
         Raises:
             Stopped: the user has interrupted the program (Ctrl-C or a termination signal); the step was finished.
@@ -249,7 +247,7 @@ class Run:
     def _learn(
         self, losses: Losses | Lanes, batches: Iterator, half: bool
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """One step; returns the means of its losses, which hold no memory, and the norm of its gradient."""
+        """One step; returns the means of its losses, detached, and the norm of its gradient."""
         for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
             group["lr"] = rate * self.schedule(self.step)
         found = self._gradients(losses, batches, half)
@@ -283,7 +281,7 @@ class Run:
         return means
 
     def _update_average(self) -> None:
-        # A short memory at first: the average must forget the first weights.
+        # A shorter average at first, so that it forgets the initial weights.
         keep = min(self.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.values()), list(self._trained.values()), 1 - keep)
@@ -291,7 +289,7 @@ class Run:
     def _stops(self, asked: bool) -> bool:
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return asked
-        # Signals reach processes at different times, but all have to end with the same step.
+        # Signals reach processes at different times, but all have to end at the same step.
         if asked:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
@@ -304,7 +302,7 @@ class Run:
 
     @contextmanager
     def _averaged_in_place(self) -> Iterator[None]:
-        """Puts the averaged weights into the model, and the current ones back."""
+        """Puts the averaged weights into the model, and restores the current ones afterwards."""
         current = {name: p.detach().clone() for name, p in self._trained.items()} if self.averaged else {}
         self._put(self.averaged or {})
         try:
@@ -335,13 +333,13 @@ class Run:
 
 
 def bfloat16_where_fast(device: str | torch.device, enabled: bool = True) -> torch.autocast:
-    """Autocast to bfloat16, but not on a processor without instructions for it: there a product of two matrices
-    takes over a hundred times as long as in fp32."""
+    """Autocast to bfloat16, except on a CPU without instructions for it: there a matrix product takes over a hundred
+    times as long as in fp32."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=enabled and (kind != "cpu" or _cpu_has_bfloat16()))
 
 
 def _cpu_has_bfloat16() -> bool:
-    # torch tells it in places that differ from one version to the next.
+    # torch has these checks under names that differ between versions.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)

@@ -1,4 +1,4 @@
-"""Cross-attention of a diffusers UNet whose probabilities a loss can look at."""
+"""Cross-attention of a diffusers UNet that gives its probabilities to a loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 def middle_blocks(unet: torch.nn.Module) -> tuple[str, ...]:
     """A UNet's middle five blocks with cross-attention, in the order of a forward pass: the middle block and the two
-    nearest to it on both sides.
+    nearest on each side.
 
-    FastComposer (arXiv 2305.10431, section 4.2) looks at these. They are down_blocks.1, down_blocks.2, mid_block,
+    FastComposer (arXiv 2305.10431, section 4.2) uses these. They are down_blocks.1, down_blocks.2, mid_block,
     up_blocks.1 and up_blocks.2 of Stable Diffusion 1.5, and all of SDXL's.
     """
     down, up = (
@@ -23,16 +23,16 @@ def middle_blocks(unet: torch.nn.Module) -> tuple[str, ...]:
 
 
 class OpenAttention:
-    """The cross-attention in some blocks of a UNet, opened so that a forward pass gives its probabilities.
+    """Records the cross-attention probabilities of some blocks of a UNet during forward passes.
 
-    All other attention keeps its fused kernel, which forms no probabilities.
+    All other attention keeps its fused kernel, which computes no probabilities.
 
     Args:
-        unet: a diffusers `UNet2DConditionModel`; the blocks' processors are replaced.
-        blocks: names such as "up_blocks.2", in the order in which a forward pass meets them.
+        unet: a diffusers `UNet2DConditionModel`; the blocks' attention processors are replaced.
+        blocks: names such as "up_blocks.2", in the order of a forward pass.
 
     Attributes:
-        names: of the modules, in that order.
+        names: names of the modules, in that order.
     """
 
     def __init__(self, unet: torch.nn.Module, blocks: Sequence[str]):
@@ -45,9 +45,9 @@ class OpenAttention:
     @contextmanager
     def collecting(self) -> Iterator[list[torch.Tensor]]:
         """A list that receives the probabilities (n, pixels, tokens) of each module, in fp32 and averaged over heads,
-        from forward passes within.
+        during forward passes inside the context.
 
-        What gradient checkpointing computes again in the backward pass comes after it, and is not collected twice.
+        Gradient checkpointing computes them again in the backward pass, after the context, and they are collected once.
         """
         self._processor.maps = []
         try:
@@ -57,7 +57,7 @@ class OpenAttention:
 
 
 class _Processor:
-    """A diffusers attention processor. It is a class, for the compiler breaks the graph where a method is one."""
+    """A diffusers attention processor. It is a class, because a method as processor breaks the compiler's graph."""
 
     def __init__(self):
         self.maps: list[torch.Tensor] | None = None
@@ -71,7 +71,7 @@ class _Processor:
                 (attn.to_v, encoder_hidden_states),
             )
         )
-        # The scale goes to the query: on the products it would be the costlier half of a pass over them.
+        # The query is scaled, because scaling the products would add a pass over them, which are larger.
         probabilities = (query * attn.scale @ key.transpose(-1, -2)).float().softmax(-1)
         if self.maps is not None:
             self.maps.append(probabilities.mean(1))

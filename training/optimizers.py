@@ -1,6 +1,6 @@
-"""Optimizers of the models that this project trains, and schedules of their learning rates.
+"""Optimizers of the models that this pack trains, and schedules of their learning rates.
 
-A schedule gives the factor by which a step multiplies the learning rate of every parameter group.
+A schedule gives, for each step, the factor of every parameter group's learning rate.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def adamw(model: torch.nn.Module, learning_rate: float, weight_decay: float = 0.
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (k, m, n), m <= n, with their singular values brought near 1 by Muon's five Newton-Schulz steps
-    X <- aX + b(XX')X + c(XX')^2 X (Jordan et al. 2024).
+    """Brings the singular values of matrices (k, m, n), m <= n, close to 1 with Muon's five Newton-Schulz steps X <- aX
+    + b(XX')X + c(XX')^2 X (Jordan et al. 2024).
 
-    The steps are polynomials in G = XX', so they are taken on the (k, m, m) matrices G, and X is multiplied once at
-    the end: for a 3x3 convolution under half the work.
+    The steps are polynomials in G = XX', so they are computed on the (k, m, m) matrices G, and X is multiplied once at
+    the end: less than half the work for a 3x3 convolution.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -39,11 +39,11 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): a matrix's momentum is replaced by the nearest semi-orthogonal matrix, scaled to
-    AdamW's update size (arXiv 2502.16982, eq. 4). Convolution kernels count as matrices of their output channels.
+    """Muon (Jordan et al. 2024): replaces a matrix's momentum by the nearest semi-orthogonal matrix, scaled to AdamW's
+    update size (arXiv 2502.16982, eq. 4). Convolution kernels count as matrices with a row per output channel.
 
-    torch's own takes one matrix at a time and always in bfloat16, which most processors only emulate; this one takes
-    all matrices of one shape together, in the precision of their gradients.
+    torch's own takes one matrix at a time and always in bfloat16, which most CPUs only emulate; this one takes all
+    matrices of one shape together, in the precision of their gradients.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all parameters from their gradients."""
+        """Updates all parameters from their gradients."""
         for group in self.param_groups:
             parameters, momentum, learning_rate = group["params"], group["momentum"], group["lr"]
             for p in parameters:
@@ -81,9 +81,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the matrices inside a model, AdamW for the rest, behind one learning rate.
+    """Muon for the matrices inside a model, AdamW for the rest, with a common learning rate.
 
-    `outside` names the parameters of the first and last layers, which stay with AdamW.
+    `outside` are name prefixes of the first and last layers' parameters, which use AdamW.
     """
 
     def __init__(self, model: torch.nn.Module, learning_rate: float, weight_decay: float, outside: tuple[str, ...]):
@@ -98,24 +98,24 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([p for _, p in named], {"lr": learning_rate})
 
     def step(self) -> None:
-        """Update all parameters from their gradients at the learning rate of the first parameter group."""
+        """Updates all parameters from their gradients, at the learning rate of the first parameter group."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = self.param_groups[0]["lr"]
             part.step()
 
     def state_dict(self) -> dict:
-        """Both optimizers' states."""
+        """The states of both optimizers."""
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         for part, saved in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(saved)
 
 
 def warmup(steps: int) -> Callable[[int], float]:
-    """Rises linearly to 1 over the first `steps` steps, and stays there."""
+    """Rises linearly to 1 over the first `steps` steps and stays there."""
     return lambda step: min(1.0, (step + 1) / max(1, steps))
 
 

@@ -1,4 +1,4 @@
-"""The sampler that training draws with: DDIM with guidance, on a diffusers schedule."""
+"""The sampler that training draws pictures with: DDIM with guidance, on a diffusers schedule."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def sample(
     guidance: float,
     seed: int,
 ) -> torch.Tensor:
-    """DDIM latents (Song et al., arXiv 2010.02502), guided at each step by its states (arXiv 2207.12598).
+    """DDIM latents (Song et al., arXiv 2010.02502) with classifier-free guidance (arXiv 2207.12598).
 
     Args:
-        predict: (latents, time, states) to what the model predicts of them, in fp32.
-        schedule: the configuration of the model's diffusers scheduler.
+        predict: (latents, timestep, states) -> the model's prediction, in fp32.
+        schedule: configuration of the model's diffusers scheduler.
         shape: (n, C, h, w) of the latents.
         unconditional: states of n empty texts.
-        conditional: the n states of a step, by its number from 0.
-        steps: of the sampler.
-        guidance: scale of the difference that the states make; 1 predicts with them alone.
-        seed: of the noise, which is drawn on the CPU.
+        conditional: step, counted from 0 -> states of its n texts.
+        steps: number of sampling steps.
+        guidance: guidance scale; 1 uses the conditional prediction alone.
+        seed: seed of the noise, which is drawn on the CPU.
     """
     from diffusers import DDIMScheduler
 

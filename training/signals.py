@@ -1,4 +1,4 @@
-"""Stopping a run: at the end of the step in which the user asks for it, with the run saved."""
+"""Stops a run when the user asks for it: at the end of the current step, with the run saved."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The user has stopped a run, which is saved and can be continued."""
+    """The user has stopped a run, which is saved and can be resumed."""
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """A list that receives the signal by which the user asks the program to stop; asking twice stops it at once.
 
-    Outside the main thread, where Python allows no handlers, and of signals that the program ignores it receives none.
+    It receives none outside the main thread, where Python allows no handlers, and no signals that the program ignores.
     """
     asked: list[int] = []
     before = {}
@@ -40,7 +40,7 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def ignore_stop_requests(_worker: int) -> None:
-    """Starts a worker process that outlasts the step in which the user asks to stop, and ends with the run: a terminal
-    and a system that shuts down tell every process."""
+    """Makes a worker process ignore stop signals, which a terminal or a system that shuts down sends to every process:
+    the worker outlives the step in which the user asks to stop, and ends with the run."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,5 @@
-"""One module per system, named like it, with `sessions(rig) -> list[Session]`, and `facts(rig) -> list[str]` where
-sentences say what is no sampling's cost.
+"""One module per system, with the system's name and `sessions(rig) -> list[Session]`; optionally with `facts(rig) ->
+list[str]`, sentences about costs outside sampling.
 
 A new system is a new file here; `bench.py` finds it by its name.
 """
@@ -14,12 +14,12 @@ from ..rigs import Rig
 
 @dataclass(frozen=True)
 class Session:
-    """Samplings of one number of subjects that follow each other, since a later one may profit from an earlier one.
+    """Samplings with one number of subjects, run in order, since a later one may profit from an earlier one.
 
     Attributes:
-        subjects: how many.
-        begin: prepares, unmeasured, and gives the samplings to measure, by variant and in this order.
-        budgets: per variant the ratio to plain sampling that is aimed at.
+        subjects: number of subjects.
+        begin: prepares, unmeasured, and returns the samplings to measure, by variant and in this order.
+        budgets: per variant, the ratio to plain sampling that is aimed at.
     """
 
     subjects: int
@@ -28,5 +28,5 @@ class Session:
 
 
 def plain_session(rig: Rig) -> Session:
-    """The untouched model: what all others are compared with."""
+    """Sampling with the untouched model, which all others are compared with."""
     return Session(0, lambda: {"plain": lambda: rig.sample(rig.model, 1)})

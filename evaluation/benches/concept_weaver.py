@@ -1,4 +1,4 @@
-"""Concept Weaver: one row per conditioning however many concepts there are; structure from a source costs its row."""
+"""Concept Weaver: one row per conditioning, however many concepts there are; a structure source adds a row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from . import Session
 
 SUBJECTS = (1, 2, 5)
 RANK, BANK = 16, 100
-COVERED = 0.5  # of the picture by all concepts together
+COVERED = 0.5  # share of the picture that all concepts cover together
 
 
 def sessions(rig: Rig) -> list[Session]:
@@ -44,12 +44,12 @@ def _session(rig: Rig, count: int) -> Session:
 
         return {"default": fused(), "with_source": fused(injected=True), "score_mixing": fused(SCORES)}
 
-    # Injection runs the source's row in 0.8 of the steps, beside the two rows of plain sampling.
+    # Injection runs the source's row in 0.8 of the steps, in addition to the two rows of plain sampling.
     return Session(count, begin, {"default": 1.10, "with_source": 1.50})
 
 
 def facts(rig: Rig) -> list[str]:
-    """What a concept takes and how fast a large bank is read."""
+    """The size of a concept, and the time to read a large bank."""
     with TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.safetensors" for i in range(BANK)]
         for i, file in enumerate(files):
@@ -69,7 +69,7 @@ def facts(rig: Rig) -> list[str]:
 
 
 def _concept(rig: Rig, number: int) -> Concept:
-    """A concept of random factors at all layers."""
+    """A concept with random factors at all cross-attention layers."""
     unet = rig.model.model.diffusion_model
     deltas = {}
     family = family_of(unet)
@@ -84,7 +84,7 @@ def _concept(rig: Rig, number: int) -> Concept:
 
 
 def _stripes(count: int, side: int) -> Partition:
-    """Of a picture (side, side) into `count` stripes of equal width, the background the rest."""
+    """Divides part of a picture (side, side) into `count` stripes of equal width; the rest is background."""
     weights = torch.zeros(count + 1, side, side)
     edges = torch.linspace(0, side * COVERED, count + 1).round().long().tolist()
     for i, (left, right) in enumerate(zip(edges, edges[1:], strict=False)):
@@ -94,6 +94,6 @@ def _stripes(count: int, side: int) -> Partition:
 
 
 def _source(rig: Rig) -> SourceTrajectory:
-    """A trajectory from noise to noise, which costs what any other does."""
+    """A trajectory from noise to noise, which costs the same as any other."""
     latents = torch.randn(2, 1, rig.vae.latent_channels, rig.plan.side, rig.plan.side)
     return SourceTrajectory(Trajectory((0.0, 20.0), latents), rig.positive, 0.0)

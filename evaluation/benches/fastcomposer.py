@@ -1,4 +1,4 @@
-"""FastComposer: another context tensor, so the cost of plain sampling."""
+"""FastComposer: only the text states differ, so it costs the same as plain sampling."""
 
 from __future__ import annotations
 

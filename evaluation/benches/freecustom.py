@@ -1,4 +1,4 @@
-"""FreeCustom: the first picture runs the references, further seeds find their keys and values in the bank."""
+"""FreeCustom: the first picture runs the reference passes; further seeds find their keys and values in the bank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One module per system, named like it, with `report(studio, pictures, chance, tell) -> Report`.
+"""One module per system, with the system's name and `report(studio, pictures, chance, tell) -> Report`.
 
 A new system is a new file here; `report.py` finds it by its name.
 """
@@ -14,14 +14,14 @@ from ..metrics import Row
 
 @dataclass(frozen=True)
 class Report:
-    """What a system's module hands back.
+    """What a system's module returns.
 
     Attributes:
         rows: the measurements.
         about: what was measured and how, in a few sentences for the document.
         sheet: the contact sheet.
         plots: further pictures by name, for the document.
-        sampling: how pictures were sampled, where that is not the studio's way.
+        sampling: how pictures were sampled, if not with the studio's settings.
     """
 
     rows: list[Row]

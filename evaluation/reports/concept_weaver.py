@@ -1,4 +1,4 @@
-"""Does Concept Weaver draw each concept in its own place, and better than what people do without it?"""
+"""Does Concept Weaver draw each concept in its own place, and better than the usual alternatives?"""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ STEPS, SCHEDULER = 25, "ddim_uniform"
 DILATION = 0.03
 INJECTION = plugandplay.InjectionSettings(attention_until=1.0, blocks=plugandplay.PUBLISHED)
 RENEWED = 0.6
-"""What holds shapes on Shapeland's UNet, where the paper's settings do not, and how much of the noise can then be fresh
-with three concepts and more."""
+"""Settings that keep shapes on Shapeland's UNet, where the paper's do not, and the share of the noise that can then be
+fresh with three or more concepts."""
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 SHOWN = (
     "default",
@@ -64,7 +64,7 @@ the concepts are (Renew Noise), but *template_noise*, which is the default from 
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
-    """Measures all variants on `pictures` templates for each number of concepts; arguments as `compare`'s."""
+    """Measures all variants on `pictures` templates for each number of concepts; arguments as in `compare`."""
     draw = partial(draw_variants, studio, load_bank())
 
     def kept(case, _picture, readings):
@@ -119,7 +119,7 @@ def draw_variants(studio: Studio, bank: dict[str, Concept], case: TemplateCase, 
 
 
 def joint_conditioning(studio: Studio, prompt: str, concepts: list[Concept]) -> list:
-    """The host's conditioning of one prompt with every concept's word in it."""
+    """ComfyUI's conditioning for one prompt with the words of all concepts."""
     for concept in concepts:
         prompt = concept_text(prompt, Name(concept.class_word, concept.placeholder), [])
     words = {concept.placeholder: concept.tokens for concept in concepts}
@@ -127,7 +127,7 @@ def joint_conditioning(studio: Studio, prompt: str, concepts: list[Concept]) -> 
 
 
 def merged(model, concepts: list[Concept]):
-    """A clone of the MODEL with all concepts' differences in its weights, as LoRA loaders put them there."""
+    """A clone of the MODEL with all concepts' differences added to its weights, as LoRA loaders add them."""
     patched = model.clone()
     for concept in concepts:
         layer = family_of_concept(concept.deltas).layer

@@ -1,4 +1,4 @@
-"""Does FastComposer write the references' subjects into the picture, and what does their share of the steps trade?"""
+"""Does FastComposer draw the references' subjects, and what does giving them more of the steps cost?"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ alike."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
-    """Measures the curve over alpha and the ablation; arguments as `compare`'s."""
+    """Measures the curve over alpha and the ablation; arguments as in `compare`."""
     vision = load_clip_vision()
     parts = {"": _load(FILE, studio, vision), "no_localization": _load(UNLOCALIZED, studio, vision)}
     draw = partial(draw_variants, studio, parts)
@@ -70,7 +70,7 @@ def draw_variants(studio: Studio, parts: dict[str, files.Parts], case: Case, cou
 
 
 def conditioning(weights: files.Parts, case: Case, alpha: float) -> list:
-    """The positive conditioning of a case, made by what the nodes call."""
+    """The positive conditioning of a case, made with the functions that the nodes call."""
     subjects = fastcomposer.encode_subjects(
         weights.clip_vision,
         [Subject(r.image, r.noun, r.mask) for r in case.references],

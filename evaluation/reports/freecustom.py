@@ -1,4 +1,4 @@
-"""Does FreeCustom put the references' subjects into the picture, and nothing else of the references?"""
+"""Does FreeCustom draw the references' subjects, and nothing else from the references?"""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SYSTEM = "freecustom"
 SUBJECTS = (1, 2, 3)
 
 WEIGHT = 1.0
-"""What suits a model this small: at the published weight 3 its few tokens drown."""
+"""A weight that suits a model this small: at the published weight 3 the references drown out its few tokens."""
 ALMOST_ZERO = 1e-6  # weight 0 switches a subject off
 
-# Per variant: what is changed of every subject, and of the settings. None is the untouched model.
+# Per variant: changes to every subject, and to the settings. None is the untouched model.
 VARIANTS: dict[str, tuple[dict, dict] | None] = {
     "default": ({}, {}),
     "plain": None,
@@ -44,7 +44,7 @@ last stage alone, *paper* is the paper's formula in place of the published code'
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
-    """Measures every variant on `pictures` pictures for each number of subjects; arguments as `compare`'s."""
+    """Measures every variant on `pictures` pictures for each number of subjects; arguments as in `compare`."""
     draw = partial(draw_variants, studio)
     rows, shown = compare(SYSTEM, studio, SUBJECTS, pictures, chance, tell, draw)
     return Report(rows, explain(chance) + ABOUT, contact_sheet(shown))
@@ -60,7 +60,7 @@ def draw_variants(studio: Studio, case: Case, count: int) -> dict[str, torch.Ten
 
 
 def patched(studio: Studio, case: Case, subject_changes: dict, setting_changes: dict):
-    """The MODEL of one variant, made by what the node calls."""
+    """The MODEL of one variant, made with the function that the node calls."""
     subjects = [
         Subject(r.image, r.noun, **{"mask": r.mask, "prompt": r.prompt, "weight": WEIGHT, **subject_changes})
         for r in case.references

@@ -5,7 +5,7 @@ import torch
 
 
 class ToyVAE:
-    """Eight pixels a side make one cell of a latent of fixed mixtures of the mean colour."""
+    """Eight by eight pixels make one cell of a latent, a fixed mixture of their mean colour."""
 
     def __init__(self, latent_channels=4):
         self.latent_channels = latent_channels
@@ -22,7 +22,7 @@ class ToyVAE:
 
 
 class ToyCLIP:
-    """A text's context is noise seeded by the text; `tokens` sets its length."""
+    """A text's states are noise seeded by the text; `tokens` sets their number."""
 
     def __init__(self, width=64, tokens=7):
         self.width, self.tokens = width, tokens
@@ -84,7 +84,7 @@ class Toy:
         self.base.diffusion_model.register_forward_pre_hook(lambda _, args: self.rows.append(len(args[0])))
 
     def sample(self, model=None, steps=3, cfg=5.0, seed=3, size=(16, 16), batch=1, sampler="euler", **options):
-        """A finished latent; `self.rows` then holds the rows of every model call."""
+        """A finished latent; afterwards `self.rows` holds the number of rows of every model call."""
         import comfy.sample
 
         self.rows.clear()
@@ -106,7 +106,7 @@ class Toy:
 
     @staticmethod
     def lora(model):
-        """The model with a weight change such as a LoRA makes, ahead of all layers that see references."""
+        """The model with a weight change like that of a LoRA, before all layers that see references."""
         model = model.clone()
         key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight"
         shape = model.model.state_dict()[key].shape
@@ -142,13 +142,14 @@ def toy_type(host):
 
 @pytest.fixture(scope="session")
 def toy_shared(toy_type):
+    """One toy for the whole session."""
     with torch.inference_mode():
         return toy_type()
 
 
 @pytest.fixture
 def toy(toy_shared):
-    """The toy, in inference mode as under the host; on one thread, since so small a model only waits for others."""
+    """The toy, in inference mode as in the host; on one thread, because with so small a model threads only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Descriptions of the shipped workflows, a module per system; `tools/make_workflows.py` writes their files."""
+"""Descriptions of the shipped workflows, one module per system; `tools/make_workflows.py` writes their files."""
 
 from __future__ import annotations
 

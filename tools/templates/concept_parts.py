@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from workflow_builder import Node, Output, Workflow
 
 SHAPELAND_BLOCKS = "all from the second on (published code)"
-"""Plug-and-Play's blocks for Shapeland, whose shapes the paper's do not hold."""
+"""Plug-and-Play's blocks for Shapeland, where the paper's do not keep shapes."""
 
 
 @dataclass(frozen=True)

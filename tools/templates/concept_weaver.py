@@ -23,7 +23,7 @@ def checkpoint(flow: Workflow, file: dict) -> Base:
 
 
 def sam3(flow: Workflow) -> Node:
-    """What finds things in photographs."""
+    """A segmenter for photographs."""
     loader = flow.add("CheckpointLoaderSimple", {"ckpt_name": SAM3["name"]}, column=0, models=[SAM3], title="SAM3")
     return flow.add(
         "ConceptLoomLoadSegmenter",
@@ -44,8 +44,8 @@ def weave(
     fresh: bool = False,
     **injection,
 ) -> tuple[Node, Output]:
-    """Prompts, inversion, injection with the given inputs, fusion and sampling, with fresh noise where concepts are if
-    that is wanted; the prompts and the picture."""
+    """Prompts, inversion, injection with the given inputs, fusion and sampling, with fresh noise in the concepts'
+    places if `fresh`; returns the prompts and the picture."""
     text, negative = texts
     prompts = flow.add(
         "ConceptLoomConceptPrompts",

@@ -72,7 +72,7 @@ def two_subjects(flow: Workflow, parts: Node) -> tuple[list[Node], list[Node], l
 
 
 def compared(flow: Workflow, vae, plans: dict, rest: list[Node], seed: int) -> list:
-    """Pictures of one seed, by title, each of a model and a positive conditioning."""
+    """Pictures from one seed, by title, each from a model and a positive conditioning."""
     negative, latent = rest
     pictures = []
     for title, (model, positive) in plans.items():

@@ -1,15 +1,15 @@
 """Train a concept: `python tools/run.py training.concepts --base NAME --images FOLDER --class-word WORD --out FOLDER`.
 
-Custom Diffusion (Kumari et al., arXiv 2212.04488) as Concept Weaver uses it: the matrices that make keys and values of
-the text learn, and a new word. It is the node Train Concept's own recipe on diffusers' models, for machines without a
-host.
+Custom Diffusion (Kumari et al., arXiv 2212.04488) as Concept Weaver uses it: trains the matrices that compute keys and
+values from the text, and a new word. This is the recipe of the node Train Concept on diffusers' models, for machines
+without ComfyUI.
 
---base is `shapeland`, or a folder with Stable Diffusion (1.x, 2.x, SDXL) in diffusers' form; nothing is ever
-downloaded. --images holds the pictures; a text file of the same name beside a picture is its caption, --caption that of
-the others, {} being where the concept is meant. --masks holds a mask under each picture's name, white where the loss
-counts. The model's own pictures of the class, --class-pictures of them, have --caption with the class word. --out
-receives checkpoint.pt, log.csv and, at the end, concept.safetensors, which the node Load Concept reads
-and Save Concept turns into a LoRA. The same command continues a run. To use several GPUs or machines, or to force a
+--base is `shapeland`, or a folder with Stable Diffusion (1.x, 2.x, SDXL) in diffusers' format; nothing is ever
+downloaded. --images holds the pictures; a text file next to a picture, with the same name, is its caption, and
+--caption is that of all others, with {} in place of the concept. --masks holds a mask under each picture's name, white
+where the loss counts. The model draws --class-pictures pictures of the class itself; their caption is --caption with
+the class word. --out receives checkpoint.pt, log.csv and, at the end, concept.safetensors, which the node Load Concept
+reads and Save Concept turns into a LoRA. The same command resumes a run. To use several GPUs or machines, or to force a
 CPU: `accelerate launch [--cpu] tools/run.py training.concepts ...`; each process takes its own --batch-size pictures.
 """
 
@@ -21,9 +21,9 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> None:
-    """Run the training that the command line describes.
+    """Runs the training that the command line describes.
 
-    Raises ValueError or FileNotFoundError with one sentence that names the option at fault.
+    Raises ValueError or FileNotFoundError; the message names the option at fault.
     """
     from .learner import Recipe
 

@@ -1,8 +1,8 @@
-"""Scale and place of a training picture, varied so that a concept is not tied to either.
+"""Varies scale and position of a training picture, so that a concept is tied to neither.
 
-STRONG is Concept Weaver's (arXiv 2404.03913, section 3.1): a third to the whole of the size, pasted anywhere. CUSTOM is
-Custom Diffusion's (arXiv 2212.04488, appendix): also crops that are larger than the picture, with words for it in the
-caption.
+STRONG is Concept Weaver's augmentation (arXiv 2404.03913, section 3.1): a third to the whole of the size, pasted
+anywhere. CUSTOM is Custom Diffusion's (arXiv 2212.04488, appendix): also enlarged pictures that are cropped, with words
+for the scale in the caption.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class View:
     Attributes:
         image: (side, side, 3) in [0, 1].
         mask: (side, side), 1 where the loss counts.
-        prefix: goes before the caption.
+        prefix: text before the caption.
     """
 
     image: torch.Tensor
@@ -35,9 +35,9 @@ class View:
 
 
 def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str, generator: torch.Generator) -> View:
-    """A view of a picture (H, W, 3), with its mask (H', W') or none.
+    """A view (side, side) of a picture (H, W, 3), with its mask (H', W') or None.
 
-    What is pasted onto grey has a loss only where the picture is, less a small border, so that grey is not learnt.
+    If the picture is pasted onto grey, it alone counts in the loss, minus a small border, so that grey is not learnt.
 
     Raises:
         ValueError: the kind is unknown.
@@ -67,7 +67,7 @@ def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str
 
 
 def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
-    """The middle square of a picture (H, W, 3), (side, side, 3)."""
+    """The centre square of a picture (H, W, 3), resized to (side, side, 3)."""
     edge = min(image.shape[:2])
     top, left = (image.shape[0] - edge) // 2, (image.shape[1] - edge) // 2
     square = image[top : top + edge, left : left + edge].movedim(-1, 0)[None].float()

@@ -1,4 +1,4 @@
-"""A concept on a diffusers model: its differences in cross-attention, its word in the text, its losses."""
+"""A concept on a diffusers model: its differences in cross-attention, its word in the text, and its losses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ STEPS, GUIDANCE = 25, 5.0
 
 
 def cross_attentions(unet) -> dict[str, torch.nn.Module]:
-    """The cross-attentions of a diffusers UNet as a concept calls them: by Stable Diffusion's own numbering of blocks
-    and of the transformers in them, such as output.6.0."""
+    """The cross-attentions of a diffusers UNet under the names that concepts use: Stable Diffusion's own numbering of
+    blocks and of the transformers in them, such as output.6.0."""
     found: dict[str, torch.nn.Module] = {}
 
     def add(block: str, number: int, transformer) -> None:
@@ -46,7 +46,7 @@ def cross_attentions(unet) -> dict[str, torch.nn.Module]:
 
 
 class _Gaining:
-    """A diffusers attention processor whose keys and values gain what the concept adds."""
+    """A diffusers attention processor that adds a concept's differences to keys and values."""
 
     def __init__(self, weights: ConceptWeights, key: str):
         self.weights, self.key = weights, key
@@ -63,17 +63,17 @@ class _Gaining:
 
 
 class Learner(torch.nn.Module):
-    """What is trained, on a base that is not: only `weights` is in its state.
+    """What is trained, on a frozen base; its state dict holds `weights` alone.
 
     Args:
-        base: its UNet gets the concept's processors.
-        name: of the concept.
-        recipe: of its training.
-        device: where everything goes.
+        base: its UNet gets the concept's attention processors.
+        name: name of the concept.
+        recipe: how it is trained.
+        device: device of all parts.
         half: whether UNet and text towers are kept in bfloat16.
 
     Attributes:
-        fingerprint: of the base.
+        fingerprint: fingerprint of the base.
     """
 
     def __init__(self, base: Base, name: Name, recipe: Recipe, device: torch.device, half: bool):
@@ -93,20 +93,20 @@ class Learner(torch.nn.Module):
             base.towers.to(torch.bfloat16)
 
     def _starts(self) -> dict[str, torch.Tensor]:
-        """The class word's own embedding per encoder, so that training starts from what is known of the class."""
+        """The class word's own embedding per encoder, so that training starts from what is known about the class."""
         return {
             encoder: tower.get_input_embeddings().weight[vocabulary.split(self.name.class_word)[:1]]
             for encoder, tower, vocabulary in self._towers()
         }
 
     def _towers(self) -> Iterator[tuple[str, torch.nn.Module, Vocabulary]]:
-        """The text towers with their names in a concept."""
+        """The text towers, each with its name in a concept and its vocabulary."""
         towers = self.base.towers
         one = "h" if towers[0].config.hidden_size == 1024 else "l"
         return zip(("l", "g") if len(towers) == 2 else (one,), towers, self.base.vocabularies, strict=True)
 
     def check(self, captions: Sequence[str]) -> None:
-        """Raises ValueError with one sentence where the text towers could not read a caption."""
+        """Raises ValueError if a caption has the concept beyond the tokens that the text towers read."""
         for caption in captions:
             for _, _, vocabulary in self._towers():
                 _, place = self._ids(vocabulary, caption)
@@ -116,7 +116,7 @@ class Learner(torch.nn.Module):
                     )
 
     def _ids(self, vocabulary: Vocabulary, caption: str) -> tuple[list[int], int | None]:
-        """The 77 ids of a caption, {} in it being the concept, and the place of the new word if it is there."""
+        """The 77 ids of a caption in which {} stands for the concept, and the position of the new word or None."""
         if "{}" not in caption:
             return vocabulary.row(caption), None
         before, after = caption.split("{}")
@@ -124,13 +124,13 @@ class Learner(torch.nn.Module):
         if not self.recipe.new_word:
             return vocabulary.row(f"{before}{word}{after}"), None
         tokens = vocabulary.split(before)
-        # The id in the new word's place only keeps it.
+        # This id only reserves the new word's place.
         held = vocabulary.split(word)[:1]
         return vocabulary.around([*tokens, *held, *vocabulary.split(f"{word}{after}")]), 1 + len(tokens)
 
     @torch.no_grad()
     def examples(self, views: Sequence[tuple[View, str]]) -> list[Example]:
-        """Every view with its caption, encoded."""
+        """Encodes every view with its caption."""
         found, at_once = [], self.recipe.batch_size
         generator = torch.Generator().manual_seed(self.recipe.seed)
         for start in range(0, len(views), at_once):
@@ -144,7 +144,7 @@ class Learner(torch.nn.Module):
 
     @torch.no_grad()
     def draw_class(self, caption: str, count: int) -> torch.Tensor:
-        """Latents (count, C, h, w) of the class in general, as the model draws them before it learns."""
+        """Latents (count, C, h, w) of the class in general, as the model draws them before training."""
         parts, at_once = [], self.recipe.batch_size
         for start in range(0, count, at_once):
             n, seed = min(at_once, count - start), self.recipe.seed + start
@@ -154,7 +154,7 @@ class Learner(torch.nn.Module):
         return torch.cat(parts)
 
     def states(self, captions: Sequence[str]) -> States:
-        """Text states of captions, in which {} is the concept: its new word and its class word."""
+        """Text states of captions in which {} stands for the concept: its new word and its class word."""
         learnt = self.weights.tokens()
         rows, hooks = [], []
         for encoder, tower, vocabulary in self._towers():
@@ -174,7 +174,7 @@ class Learner(torch.nn.Module):
     def forward(
         self, latents: torch.Tensor, masks: torch.Tensor, captions: list[str], noise: torch.Tensor, t: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The losses of a batch whose first pictures are of the concept; see `concept_losses`."""
+        """The losses of a batch whose first pictures show the concept; see `concept_losses`."""
         noisy, target = self.base.noised(latents, noise, t)
         found = self.base.predict(noisy, t, self.states(captions))
         return concept_losses(found, target, masks, torch.ones(len(t), device=self.device), self.recipe)

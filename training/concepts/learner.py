@@ -1,9 +1,8 @@
-"""What is trained for a concept, and the loss: the same whether a host's node or a script trains it.
+"""What is trained for a concept, and the loss: the same in ComfyUI's node and in the script.
 
-Custom Diffusion (arXiv 2212.04488) trains the matrices that make keys and values of the text, and the embedding of a
-new word; all else stays. Everything here is counted in units of the weight that it is a difference to, so that one
-learning rate fits models of any width: a rate of 0.001 moves a number by a thousandth of its matrix's root mean square
-per step.
+Custom Diffusion (arXiv 2212.04488) trains the matrices that compute keys and values from the text, and the embedding of
+a new word; everything else stays. Here all differences are in units of the weight that they change, so that one
+learning rate fits models of any width: at 0.001 a step moves an entry by a thousandth of its matrix's root mean square.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ class Recipe:
 
     Attributes:
         steps: optimizer steps.
-        learning_rate: as a share of a weight's root mean square per step.
+        learning_rate: change per step, as a share of a weight's root mean square.
         batch_size: pictures per step.
-        rank: of the factors; 0 trains whole matrices.
-        new_word: whether an embedding of its own is trained.
-        prior_weight: of the loss on pictures of the class in general; both are means over what counts.
+        rank: rank of the factors; 0 trains whole matrices.
+        new_word: whether a new word's embedding is trained.
+        prior_weight: weight of the loss on pictures of the class in general; both losses are means over what counts.
         augmentation: one of `augment.AUGMENTATIONS`.
-        seed: of everything that is drawn.
+        seed: seed of everything random.
     """
 
     steps: int = 400
@@ -48,13 +47,13 @@ class Recipe:
 
 
 class ConceptWeights(torch.nn.Module):
-    """The differences that are trained, as factors or whole, and the new word.
+    """The differences that are trained, whole or as factors, and the new word.
 
     Args:
-        layers: per cross-attention layer the base weights (C, text width) of its keys "k" and values "v".
-        tokens: per text encoder the embedding (n, d) to start from; empty trains none.
+        layers: per cross-attention layer, the base weights (C, text width) of its keys "k" and values "v".
+        tokens: per text encoder, the embedding (n, d) to start from; empty trains none.
         rank: see `Recipe`.
-        seed: of the factors.
+        seed: seed of the factors.
     """
 
     def __init__(
@@ -78,9 +77,9 @@ class ConceptWeights(torch.nn.Module):
             self.word[encoder] = torch.nn.Parameter(torch.zeros_like(start))
 
     def addition(self, key: str, part: str, context: torch.Tensor) -> torch.Tensor:
-        """What a layer's keys or values gain, (B, L, C), for text states (B, L, text width).
+        """What is added to a layer's keys or values, (B, L, C), for text states (B, L, text width).
 
-        The first token, which every prompt has alike, teaches nothing: its share is kept, without a gradient.
+        The first token is the same in every prompt and teaches nothing: its part is kept, but has no gradient.
         """
         name = _name(key, part)
         x = context.float() * self.scales[name]
@@ -90,12 +89,12 @@ class ConceptWeights(torch.nn.Module):
         return torch.cat((x[:, :1].detach(), x[:, 1:]), 1).to(context.dtype)
 
     def tokens(self) -> dict[str, torch.Tensor]:
-        """Per text encoder the embedding of the new word, (n, d)."""
+        """The embedding of the new word per text encoder, (n, d)."""
         device = next(iter(self.up.values())).device
         return {e: start.to(device) + self.scales[e] * self.word[e] for e, start in self.starts.items()}
 
     def deltas(self) -> dict[str, dict[str, Delta]]:
-        """The differences as a concept keeps them."""
+        """The differences in the form that a concept has them."""
         found: dict[str, dict[str, Delta]] = {}
         for name, (key, part) in self.keys.items():
             up = self.up[name].detach() * self.scales[name]
@@ -104,19 +103,19 @@ class ConceptWeights(torch.nn.Module):
         return found
 
     def concept(self, name: Name, source: str) -> Concept:
-        """The concept as it is now; `source` says what trains it."""
+        """The concept in its present state; `source` names what trains it."""
         tokens = {encoder: token.detach().cpu() for encoder, token in self.tokens().items()}
         called = name.placeholder or name.class_word
         return Concept(called, self.deltas(), name.class_word, name.placeholder, tokens, source_format=source)
 
 
 def concept_optimizer(weights: ConceptWeights, recipe: Recipe) -> torch.optim.Optimizer:
-    """What trains a concept's weights."""
+    """The optimizer of a concept's weights."""
     return torch.optim.AdamW(weights.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
 
 
 def prediction_weight(sigma: torch.Tensor, v_prediction: bool) -> torch.Tensor:
-    """What a denoiser's squared error at sigma (B,) counts as one of the network's own prediction.
+    """The factor that turns a denoiser's squared error at sigma (B,) into that of the network's own prediction.
 
     A denoiser's error is that of the prediction times sigma (noise), or times sigma / sqrt(1 + sigma^2) (v).
     """
@@ -124,15 +123,15 @@ def prediction_weight(sigma: torch.Tensor, v_prediction: bool) -> torch.Tensor:
 
 
 def masked_error(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean squared error where a mask counts.
+    """Mean squared error inside a mask.
 
-    Custom Diffusion's code divides the error of all channels by the mask of one, which weighs pictures four times as
-    much as pictures of the class; here both are means, and `Recipe.prior_weight` is a quarter.
+    Custom Diffusion's code divides the error of all channels by the mask of one, which weighs pictures of the concept
+    four times as much as pictures of the class; here both are means, and `Recipe.prior_weight` is a quarter.
 
     Args:
         found, wanted: (B, C, h, w).
         mask: (B, h, w).
-        weight: of each picture, (B,).
+        weight: weight of each picture, (B,).
     """
     error = (found.float() - wanted.float()).square().mean(1) * weight[:, None, None]
     return (error * mask).sum() / mask.sum().clamp(min=1)
@@ -141,8 +140,8 @@ def masked_error(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, 
 def concept_losses(
     found: torch.Tensor, wanted: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """`concept` of the batch's first `recipe.batch_size` pictures and, if there are more, `prior` of those, weighted.
-    The other arguments are `masked_error`'s."""
+    """The loss `concept` of the batch's first `recipe.batch_size` pictures and, if there are more, the weighted loss
+    `prior` of the others. The remaining arguments are those of `masked_error`."""
     split = [slice(0, recipe.batch_size), slice(recipe.batch_size, None)]
     own, prior = ((found[part], wanted[part], masks[part], weight[part]) for part in split)
     losses = {"concept": masked_error(*own)}
@@ -158,7 +157,7 @@ class Example:
     Attributes:
         latent: (C, h, w).
         mask: (h, w), 1 where the loss counts.
-        caption: {} in it is the concept.
+        caption: {} in it stands for the concept.
     """
 
     latent: torch.Tensor
@@ -167,14 +166,14 @@ class Example:
 
 
 class Batch(NamedTuple):
-    """n pictures with what is drawn for each.
+    """n pictures with the random draws for each.
 
     Attributes:
         latents: (n, C, h, w), fp32.
         masks: (n, h, w).
-        captions: n.
+        captions: n captions.
         noise: (n, C, h, w).
-        times: (n,), int64, the time of the noise.
+        times: (n,), int64, the timesteps of the noise.
     """
 
     latents: torch.Tensor
@@ -194,17 +193,17 @@ def draw_batch(
     processes: int = 1,
     rank: int = 0,
 ) -> Batch:
-    """The batch of one of several processes, which all draw for all: `size` pictures of the concept, and if there is a
-    prior as many of the class in general.
+    """The batch of one process: `size` pictures of the concept and, if there is a prior, as many of the class in
+    general. Every process makes the draws of all processes and takes its own.
 
     Args:
-        examples: of the concept.
-        prior: of the class; empty for none.
+        examples: pictures of the concept.
+        prior: pictures of the class; empty for none.
         size: pictures of each kind.
-        times: how many times of the noise there are.
-        generator: the same in every process.
-        device: of the batch.
-        processes, rank: how many there are, and the number of this one.
+        times: number of timesteps of the noise.
+        generator: in the same state in every process.
+        device: device of the batch.
+        processes, rank: number of processes, and index of this one.
     """
     chosen: list[Example] = []
     for some in filter(len, (examples, prior)):
@@ -223,7 +222,7 @@ def draw_batch(
 
 
 def latent_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A picture's mask (H, W) at the size (h, w) of its latent."""
+    """A picture's mask (H, W), averaged to the size (h, w) of its latent."""
     return F.adaptive_avg_pool2d(mask[None, None], size)[0, 0]
 
 

@@ -1,4 +1,4 @@
-"""What a concept is learnt from, and the views of it that a training sees."""
+"""The pictures that a concept is trained on, and their views."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .augment import NONE, View, augment
 from .learner import Recipe
 
 VIEWS = 32
-"""Variations of each picture, encoded once before training, if it is varied; more than a training sees in its steps are
-not made."""
+"""Views of each picture, if it is augmented; they are encoded once, before training, and no more are made than a
+training sees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Pictures:
 
     Attributes:
         images: (H, W, 3) each, in [0, 1].
-        masks: (H', W') for each image, or None where the whole picture counts.
+        masks: (H', W') for each image, or None if the whole picture counts.
         captions: one for all, or one for each image; {} stands for the concept.
 
     Raises:
@@ -68,10 +68,10 @@ class Pictures:
 
 
 def name_of(class_word: str, placeholder: str, recipe: Recipe) -> Name:
-    """What the concept is called.
+    """The names of the concept.
 
     Raises:
-        ValueError: the class word is empty, or the placeholder is none.
+        ValueError: the class word is empty, or the placeholder is not one word.
     """
     if not class_word.strip():
         raise ValueError("class_word: expected what kind of thing the concept is (such as dog), got an empty text")
@@ -82,5 +82,5 @@ def name_of(class_word: str, placeholder: str, recipe: Recipe) -> Name:
 
 
 def called(caption: str, name: Name) -> str:
-    """A caption with the concept's words in their place."""
+    """A caption with the concept's words in place of {}."""
     return caption.replace("{}", " ".join(filter(None, (name.placeholder, name.class_word))))

@@ -1,4 +1,4 @@
-"""Training a concept on diffusers' models, by one process or many."""
+"""Trains a concept on diffusers' models, in one process or many."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(options, recipe: Recipe) -> None:
     """Runs the training of `options` (see the package) and writes the concept.
 
     Raises:
-        ValueError, FileNotFoundError: an option cannot be used; says which and why.
+        ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
     from accelerate import Accelerator
 
@@ -56,7 +56,7 @@ def train(options, recipe: Recipe) -> None:
     run = Run(options.out, learner, optimizer, recipe.steps, recipe.seed, accelerator=accelerator, kind=kind)
     prior = []
     if options.class_pictures:
-        # The first process draws them, the others and a continued run read what it drew.
+        # The first process draws them; the others and a resumed run read its file.
         digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12]
         file = options.out / f"class-{digest}.safetensors"
         with accelerator.main_process_first():
@@ -89,11 +89,11 @@ _OF_A_RUN = (
     *("base", "class_word", "placeholder", "caption", "new_word", "steps", "learning_rate", "batch_size", "rank"),
     *("seed", "class_pictures", "prior_weight", "augmentation", "resolution", "precision"),
 )
-"""The options in which a checkpoint must agree."""
+"""Options that must be the same as in the checkpoint."""
 
 
 def _digest(pictures: Pictures) -> str:
-    """Tells pictures with their masks and captions from others."""
+    """A hash of the pictures with their masks and captions."""
     found = hashlib.sha256("\n".join(pictures.captions).encode())
     for tensor in (*pictures.images, *pictures.masks):
         found.update(b"-" if tensor is None else tensor.numpy().tobytes())

@@ -1,29 +1,29 @@
-"""Pictures into FastComposer's training data: `python tools/run.py training.data STAGE --root FOLDER ...`.
+"""Makes FastComposer's training data from pictures: `python tools/run.py training.data STAGE --root FOLDER ...`.
 
 The format is the published one of FastComposer (arXiv 2305.10431; the data set ffhq-fastcomposer). Its authors did not
-release the program that makes it; this one follows section 5.1 of the paper. Each stage reads files that stand beside
-the picture `FOLDER/<id[:5]>/<id>.jpg` and writes others, so any stage can be replaced by files of your own:
+release the program that makes it; this one follows section 5.1 of the paper. Each stage reads files next to the picture
+`FOLDER/<id[:5]>/<id>.jpg` and writes others, so any stage can be replaced by files of your own:
 
   stage      reads                    writes
   images     a folder (--from)        <id>.jpg, ids of eight digits; image_sources.txt says which file became which id
   captions   <id>.jpg                 <id>.caption.txt     one line of text
   phrases    <id>.caption.txt         <id>.phrases.json    {"caption": text, "phrases": [{"text": text, "end": offset}]}
-  segments   <id>.jpg                 <id>.npy             whole numbers (H, W) of the jpg: the segment at each pixel
+  segments   <id>.jpg                 <id>.npy             integers (H, W) of the jpg: the segment at each pixel
                                       <id>.segments.json   [{"id": number, "bbox": [x1, y1, x2, y2],
                                                             "coco_label": text}]
   match      the four files above     <id>.json            {"caption": text, "segments": [{"id": number, "end": offset,
                                                             "bbox": [x1, y1, x2, y2], "coco_label": text}]}
-                                      <id>.skipped.txt     instead, where a picture is of no use: why
+                                      <id>.skipped.txt     instead, if a picture cannot be used: why
                                       image_ids.txt, image_ids_train.txt, image_ids_test.txt
-  shapeland  nothing                  all of them, drawn, with the truth in place of what models find
+  shapeland  nothing                  all of them, drawn, with the ground truth in place of what models find
 
-An offset counts the caption's characters up to behind the phrase. The caption of <id>.phrases.json may differ from
-<id>.caption.txt: "two women" becomes "a woman and a woman", a phrase for each. A box's ends are exclusive. Number 0 in
-<id>.npy stands for pixels of no segment where the stage 'segments' writes it.
+An offset is the number of the caption's characters up to the end of the phrase. The caption of <id>.phrases.json may
+differ from <id>.caption.txt: "two women" becomes "a woman and a woman", one phrase each. x2 and y2 of a box are
+exclusive. In an <id>.npy of the stage 'segments', 0 marks pixels of no segment.
 
-A stage leaves pictures alone that have its file (--again makes all files anew) and writes every file whole or not at
-all, so it can be interrupted at any time. Models are read from local folders; nothing is ever downloaded. Models that
-fit, by their names on Hugging Face: Salesforce/blip2-opt-6.7b-coco, facebook/mask2former-swin-large-coco-panoptic,
+A stage skips pictures that have its file (--again makes all files anew) and writes every file whole or not at all, so
+it can be interrupted at any time. Models are read from local folders; nothing is ever downloaded. Suitable models, by
+their names on Hugging Face: Salesforce/blip2-opt-6.7b-coco, facebook/mask2former-swin-large-coco-panoptic,
 laion/CLIP-ViT-H-14-laion2B-s32B-b79K and sentence-transformers/stsb-mpnet-base-v2; and spaCy's en_core_web_sm.
 """
 
@@ -34,9 +34,9 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> None:
-    """Run the stage named by the command line."""
+    """Runs the stage that the command line names."""
     options = _parser().parse_args(argv)
-    # A stage's packages are imported when it runs: one needs spaCy, another transformers, none all of them.
+    # A stage's packages are imported when it runs: one needs spaCy, another transformers, none needs all of them.
     if options.stage == "images":
         from .images import collect_images
 

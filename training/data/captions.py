@@ -1,4 +1,4 @@
-"""Stage 'captions': one sentence per picture by BLIP-2 (arXiv 2301.12597)."""
+"""Stage 'captions': one sentence per picture, by BLIP-2 (arXiv 2301.12597)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 from .folder import CAPTION, Folder, in_batches, model_folder, work_through
 
-WORDS = 40  # the most tokens of a caption
+WORDS = 40  # maximum tokens of a caption
 BEAMS = 5
 
 
 def write_captions(folder: Folder, model: Path, device: str = "cpu", batch: int = 16, again: bool = False) -> None:
-    """Write `<id>.caption.txt` of every picture that has none, with the BLIP-2 model in the folder `model`.
+    """Writes `<id>.caption.txt` for every picture that has none, with the BLIP-2 model in the folder `model`.
 
-    Raises FileNotFoundError with one sentence if there is no such model.
+    Raises FileNotFoundError if there is no such model.
     """
     ids = folder.left_to_do((), (CAPTION,), again)
     model = model_folder(model, "BLIP-2 model", "--model")
@@ -24,11 +24,11 @@ def write_captions(folder: Folder, model: Path, device: str = "cpu", batch: int 
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
     processor = Blip2Processor.from_pretrained(model, local_files_only=True)
-    # On a GPU the published models of 3 to 8 billion numbers are meant to run in half precision.
+    # On a GPU the published models, of 3 to 8 billion parameters, are meant to run in half precision.
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     captioner = Blip2ForConditionalGeneration.from_pretrained(model, local_files_only=True, dtype=dtype)
     if captioner.config.image_token_index is None:
-        # Models saved before this token was part of the configuration; the processor has put it behind the words.
+        # Older models lack this token in their configuration; the processor has appended it to the vocabulary.
         captioner.config.image_token_index = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
     captioner = captioner.eval().to(device)
 

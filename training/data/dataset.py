@@ -1,7 +1,7 @@
-"""FastComposer's training items from a folder in the published format (arXiv 2305.10431).
+"""FastComposer's training items, from a folder in the published format (arXiv 2305.10431).
 
-All that is drawn at random for an item comes from one generator seeded by (seed, epoch, row), so that a training run
-that was interrupted sees the same items as one that was not, with any number of worker processes.
+Everything random about an item comes from one generator seeded by (seed, epoch, row), so that an interrupted training
+run sees the same items as an uninterrupted one, with any number of worker processes.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from ...encoders.clip_pixels import square
 from .folder import IMAGE, MAP, MATCHED, Folder, MatchedSubject, Segment
 
 MAX_SUBJECTS = 4
-SMALLEST_OBJECT = 32  # elastic bending smooths over 41 pixels, which must fit with their mirror image
-# Where a target picture shows nothing of the original, its instance map has no segment's id.
+SMALLEST_OBJECT = 32  # elastic distortion blurs over 41 pixels, and the reflection padding for that must fit
+# Value of the instance map where a target picture shows nothing of the original.
 NOWHERE = -1
 
 
 class SubjectPictures(torch.utils.data.Dataset):
     """Pictures with up to four subjects each, as FastComposer is trained on them.
 
-    `dataset[row]` is the item of epoch 0, `dataset[row, epoch]` of any epoch (see `EpochBatches`): a dict of
+    `dataset[row]` is the item of epoch 0, `dataset[row, epoch]` that of any epoch (see `EpochBatches`): a dict of
 
-    - `id`, `caption`: texts; the caption is empty in a share `uncondition` of items, which then have no subject
+    - `id`, `caption`: strings; in a share `uncondition` of items, the caption is empty and there are no subjects
     - `picture` (3, R, R) in [-1, 1] and `instance_map` (R, R), int64, at the resolution R
     - `present` (4,), bool: which of the following rows are subjects; these come first, in the order of the caption
-    - `ends` (4,), int64: the offset in characters behind the phrase that names the subject, -1 where there is none
+    - `ends` (4,), int64: the character offset of the end of the phrase that names the subject, -1 without a subject
     - `masks` (4, R, R), float, 1 on the subject
-    - `objects` (4, 3, r, r) in [0, 1]: the subject cut out before noise, augmented, at the object resolution r
+    - `objects` (4, 3, r, r) in [0, 1]: the subject cut out on noise, augmented, at the object resolution r
 
-    A subject stays with probability `object_appear`; of more than four, four are drawn. `object_types` names the
-    classes (`coco_label`) that count as subjects, all if None. Without `augment` nothing is mirrored or altered.
+    A subject is kept with probability `object_appear`; of more than four, four are drawn. `object_types` are the
+    classes (`coco_label`) that count as subjects; None means all. Without `augment` nothing is mirrored or altered.
 
-    Raises FileNotFoundError or ValueError with one sentence if the folder has no such list or an option is impossible.
+    Raises FileNotFoundError or ValueError if the folder lacks the list or files, or an option is out of range.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class SubjectPictures(torch.utils.data.Dataset):
 
 
 class EpochBatches(torch.utils.data.Sampler):
-    """The keys (row, epoch) of the batches of steps `start` to `steps` - 1, for a DataLoader's `batch_sampler`.
+    """The keys (row, epoch) of the batches of steps `start` to `steps` - 1, as a DataLoader's `batch_sampler`.
 
-    Each epoch goes through all rows once in an order of its own, and batches run on from one epoch into the next, so
-    that a step's batch depends on the step alone.
+    Each epoch goes through all rows once, in its own order, and batches continue from one epoch into the next, so that
+    a step's batch depends on the step alone.
     """
 
     def __init__(self, count: int, batch: int, steps: int, start: int = 0, seed: int = 0):
@@ -142,13 +142,13 @@ class EpochBatches(torch.utils.data.Sampler):
 
 
 def item_generator(seed: int, epoch: int, row: int) -> torch.Generator:
-    """The source of an item's randomness."""
+    """The random generator of an item."""
     state = np.random.SeedSequence((seed, epoch, row)).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def choose_subjects(subjects: list[MatchedSubject], appear: float, generator: torch.Generator) -> list[MatchedSubject]:
-    """Each subject with probability `appear`, of these at most four drawn at random, in the order of the caption."""
+    """Keeps each subject with probability `appear`, at most four drawn at random, in the order of the caption."""
     kept = [s for s in subjects if _chance(appear, generator)]
     if len(kept) > MAX_SUBJECTS:
         kept = [kept[i] for i in torch.randperm(len(kept), generator=generator)[:MAX_SUBJECTS].tolist()]
@@ -158,8 +158,8 @@ def choose_subjects(subjects: list[MatchedSubject], appear: float, generator: to
 def subject_crop(
     picture: torch.Tensor, ids: torch.Tensor, segment: Segment, generator: torch.Generator
 ) -> torch.Tensor:
-    """The box of a segment in `picture` (3, H, W), uint8, with uniform noise where the map `ids` (H, W) is not its id,
-    so that nothing around the subject is learnt with it."""
+    """The box of a segment in `picture` (3, H, W), uint8, with uniform noise where the map `ids` (H, W) does not have
+    its id, so that nothing around the subject is learnt with it."""
     x1, y1, x2, y2 = segment.bbox
     crop = picture[:, y1:y2, x1:x2]
     noise = torch.randint(0, 256, crop.shape, generator=generator, dtype=torch.uint8)
@@ -167,16 +167,16 @@ def subject_crop(
 
 
 def plain_object(crop: torch.Tensor, size: int) -> torch.Tensor:
-    """A crop (3, h, w), uint8, before black bars to a square of `size`, (3, size, size) in [0, 1]."""
+    """A crop (3, h, w), uint8, padded with black to a square and resized: (3, size, size) in [0, 1]."""
     return F.to_dtype(_square(crop, size), torch.float32, scale=True)
 
 
 def augment_object(crop: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     """FastComposer's augmentations of a subject's crop (3, h, w), uint8: (3, size, size) in [0, 1].
 
-    In this order: half of tall crops keep their top square only; black bars to a square of `size`; then, each with its
-    own probability, a turn by up to 30 degrees (0.75), colours (0.5), blur (0.5), gray (0.1), mirroring (0.5) and
-    elastic bending (0.5).
+    In this order: half of the tall crops keep their top square only; black padding to a square, resized to `size`;
+    then, each with its own probability, rotation by up to 30 degrees (0.75), colour jitter (0.5), blur (0.5), greyscale
+    (0.1), mirroring (0.5) and elastic distortion (0.5).
     """
     if _chance(0.5, generator):
         crop = crop[:, : crop.shape[2]]
@@ -199,20 +199,20 @@ def augment_object(crop: torch.Tensor, size: int, generator: torch.Generator) ->
 def target_view(
     picture: torch.Tensor, ids: torch.Tensor, resolution: int, mirrored: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picture (3, H, W), uint8, to be learnt, as (3, R, R) in [-1, 1], and its instance map as (R, R), int64.
+    """The target picture (3, H, W), uint8, as (3, R, R) in [-1, 1], and its instance map as (R, R), int64.
 
-    A wide picture loses its sides, a tall one gets black bars where its map is `NOWHERE`. Pixels are averaged, but ids
-    are only ever chosen: a mean of two ids is the id of a third segment or of none.
+    A wide picture loses its sides; a tall one gets black bars, where its map is `NOWHERE`. Pixels are averaged, but ids
+    are not, because a mean of two ids is the id of a third segment or of none.
     """
     height, width = picture.shape[-2:]
-    # Resizing goes through floating point, whose 64 bits hold any id exactly.
+    # Resizing needs floating point; 64 bits hold the ids exactly.
     ids = ids[None].double()
     if height > width:
         bars = [(height - width) // 2, 0, (height - width + 1) // 2, 0]
         picture, ids = F.pad(picture, bars, fill=0), F.pad(ids, bars, fill=NOWHERE)
         size = [resolution, resolution]
     else:
-        # Rounded down, as torchvision does where it is given the shorter side alone, which the published code does.
+        # Rounded down, as torchvision does when it is given the shorter side alone, as in the published code.
         size = [resolution, int(resolution * width / height)]
     picture = F.center_crop(F.resize(picture, size, InterpolationMode.BILINEAR, antialias=True), [resolution])
     ids = F.center_crop(F.resize(ids, size, InterpolationMode.NEAREST_EXACT), [resolution])
@@ -222,12 +222,12 @@ def target_view(
 
 
 def _square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """A picture (3, h, w), uint8, before black bars as at inference: (3, size, size)."""
+    """A picture (3, h, w), uint8, padded with black to a square and resized as at inference: (3, size, size)."""
     return F.to_dtype(square(image.movedim(0, -1) / 255, size).movedim(-1, 0), torch.uint8, scale=True)
 
 
 def _jitter_colors(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Brightness, contrast, saturation and hue, each changed by up to a half, in random order."""
+    """Changes brightness, contrast, saturation and hue, each by up to a half, in random order."""
     changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
     order = torch.randperm(4, generator=generator).tolist()
     factors = [_uniform(0.5, 1.5, generator) for _ in changes]
@@ -238,13 +238,13 @@ def _jitter_colors(image: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 def _bend(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pixels displaced by smooth noise (Simard et al. 2003)."""
+    """Displaces pixels by smooth noise (elastic distortion, Simard et al. 2003)."""
     strength, smoothness = 50.0, 5.0
     height, width = image.shape[-2:]
     noise = torch.rand((2, height, width), generator=generator) * 2 - 1
     kernel = int(8 * smoothness) // 2 * 2 + 1
     shift = F.gaussian_blur(noise, [kernel, kernel], [smoothness, smoothness])
-    # The grid of displacements runs from -1 to 1 over the picture, x before y.
+    # Displacements are in units in which the picture runs from -1 to 1, x before y.
     shift = shift * strength / torch.tensor([width, height])[:, None, None]
     return F.elastic(image, shift.permute(1, 2, 0)[None], fill=0)
 

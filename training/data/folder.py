@@ -1,4 +1,4 @@
-"""The folder that all stages share: its files, how they are read and checked, and how they are written whole."""
+"""The folder that all stages share: its files, and how they are read, checked, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MATCHED = ".json"
 SKIPPED = ".skipped.txt"
 ID_LISTS = {"all": "image_ids.txt", "train": "image_ids_train.txt", "test": "image_ids_test.txt"}
 
-# Which stage makes a file, for errors.
+# The stage that makes a file, for error messages.
 _STAGES = {CAPTION: "captions", PHRASES: "phrases", SEGMENTS: "segments", MAP: "segments", MATCHED: "match"}
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase and the offset in characters behind its end in the caption."""
+    """A noun phrase, and the character offset of its end in the caption."""
 
     text: str
     end: int
@@ -36,30 +36,29 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a picture: its value in the instance map, its box (x1, y1, x2, y2) whose ends are exclusive, and the
-    name of its class."""
+    """A part of a picture: its value in the instance map, its box (x1, y1, x2, y2), ends exclusive, and its class."""
 
     id: int
     bbox: tuple[int, int, int, int]
     label: str
 
     def record(self) -> dict:
-        """The segment as it stands in a file."""
+        """The segment as stored in a file."""
         return {"id": self.id, "bbox": list(self.bbox), "coco_label": self.label}
 
 
 @dataclass(frozen=True)
 class MatchedSubject:
-    """A segment that a caption names: `end` is the offset in characters behind the phrase that names it."""
+    """A segment that a caption names: `end` is the character offset of the end of the phrase that names it."""
 
     segment: Segment
     end: int
 
 
 class Folder:
-    """`root` with pictures at `<id[:5]>/<id>.jpg` and, beside each, the files that stages have made of it.
+    """`root` with pictures at `<id[:5]>/<id>.jpg` and, next to each, the files that stages have made from it.
 
-    Raises FileNotFoundError with one sentence if `root` is no folder.
+    Raises FileNotFoundError if `root` is not a folder.
     """
 
     def __init__(self, root: Path):
@@ -68,13 +67,13 @@ class Folder:
             raise FileNotFoundError(f"data: expected a folder with <id[:5]>/<id>.jpg files, got {self.root}")
 
     def path(self, image_id: str, suffix: str) -> Path:
-        """Where the file of this kind stands for an image."""
+        """The path of an image's file of this kind."""
         return self.root / image_id[:5] / f"{image_id}{suffix}"
 
     def ids(self) -> list[str]:
         """The ids of all pictures in the folder, sorted.
 
-        Raises ValueError if there is none or if one lies where its id does not lead.
+        Raises ValueError if there are none, or if one is not in the folder that its id gives.
         """
         found = sorted(self.root.glob(f"*/*{IMAGE}"), key=lambda path: path.stem)
         if not found:
@@ -91,7 +90,7 @@ class Folder:
         return [path.stem for path in found]
 
     def left_to_do(self, needs: Iterable[str], makes: Iterable[str], again: bool = False) -> list[str]:
-        """The ids of pictures that have none of the files `makes` yet (all pictures if `again`).
+        """The ids of pictures that have none of the files `makes` yet (of all pictures if `again`).
 
         Raises FileNotFoundError if one of them lacks a file of `needs`.
         """
@@ -124,9 +123,9 @@ class Folder:
         return self.path(image_id, CAPTION).read_text(encoding="utf-8").strip()
 
     def phrases(self, image_id: str) -> tuple[str, list[Phrase]]:
-        """The caption and the noun phrases of `<id>.phrases.json`.
+        """The caption and the noun phrases in `<id>.phrases.json`.
 
-        Raises ValueError if the file is not of its form or a phrase does not stand where the file says.
+        Raises ValueError if the file does not have its form, or a phrase is not where the file says.
         """
         path = self.path(image_id, PHRASES)
         with _form(path, '{"caption": text, "phrases": [{"text": text, "end": offset}]}'):
@@ -142,9 +141,9 @@ class Folder:
         return caption, phrases
 
     def segments(self, image_id: str) -> list[Segment]:
-        """The segments of `<id>.segments.json`.
+        """The segments in `<id>.segments.json`.
 
-        Raises ValueError if the file is not of its form.
+        Raises ValueError if the file does not have its form.
         """
         path = self.path(image_id, SEGMENTS)
         with _form(path, '[{"id": number, "bbox": [x1, y1, x2, y2], "coco_label": text}]'):
@@ -153,9 +152,9 @@ class Folder:
         return segments
 
     def matched(self, image_id: str) -> tuple[str, list[MatchedSubject]]:
-        """The caption and the subjects of the published `<id>.json`.
+        """The caption and the subjects in the published `<id>.json`.
 
-        Raises ValueError if the file is not of its form.
+        Raises ValueError if the file does not have its form.
         """
         path = self.path(image_id, MATCHED)
         segment = '{"id": number, "end": offset, "bbox": [x1, y1, x2, y2], "coco_label": text}'
@@ -173,9 +172,9 @@ class Folder:
         return caption, subjects
 
     def instance_map(self, image_id: str) -> np.ndarray:
-        """The whole numbers (H, W) of `<id>.npy`: the id of the segment at each pixel.
+        """The integers (H, W) of `<id>.npy`: the id of the segment at each pixel.
 
-        Raises ValueError if it holds no whole numbers or has another size than the picture.
+        Raises ValueError if they are not integers, or differ from the picture in size.
         """
         path = self.path(image_id, MAP)
         ids = np.load(path, allow_pickle=False)
@@ -202,34 +201,34 @@ class Folder:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def write_text(self, image_id: str, suffix: str, text: str) -> None:
-        """Write a text file of an image."""
+        """Writes a text file of an image."""
         with whole_file(self.path(image_id, suffix)) as part:
             part.write_text(text, encoding="utf-8", newline="\n")
 
     def write_json(self, image_id: str, suffix: str, content: object) -> None:
-        """Write a JSON file of an image."""
+        """Writes a JSON file of an image."""
         self.write_text(image_id, suffix, json.dumps(content, ensure_ascii=False) + "\n")
 
     def write_map(self, image_id: str, ids: np.ndarray) -> None:
-        """Write the instance map (H, W) of an image, in the smallest type that holds its ids (none negative)."""
+        """Writes the instance map (H, W) of an image, in the smallest type that holds its ids (none negative)."""
         with whole_file(self.path(image_id, MAP)) as part, part.open("wb") as file:
             np.save(file, ids.astype(np.min_scalar_type(int(ids.max()))), allow_pickle=False)
 
     def write_matched(self, image_id: str, caption: str, subjects: Iterable[MatchedSubject]) -> None:
-        """Write the published `<id>.json`, subjects in the order in which the caption names them."""
+        """Writes the published `<id>.json`, with the subjects in the order in which the caption names them."""
         ordered = sorted(subjects, key=lambda s: s.end)
         records = [{**s.segment.record(), "end": s.end} for s in ordered]
         self.write_json(image_id, MATCHED, {"caption": caption, "segments": records})
 
     def write_ids(self, name: str, ids: Iterable[str]) -> None:
-        """Write a list of ids ("all", "train" or "test"), one per line."""
+        """Writes a list of ids ("all", "train" or "test"), one per line."""
         with whole_file(self.root / ID_LISTS[name]) as part:
             part.write_text("".join(f"{i}\n" for i in ids), encoding="utf-8", newline="\n")
 
     def read_ids(self, name: str) -> list[str]:
         """A list of ids ("all", "train" or "test").
 
-        Raises FileNotFoundError if it is absent and ValueError if it is empty.
+        Raises FileNotFoundError if it is missing and ValueError if it is empty.
         """
         path = self.root / ID_LISTS[name]
         if not path.exists():
@@ -244,7 +243,7 @@ class Folder:
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The box (x1, y1, x2, y2), ends exclusive, around the true pixels of `mask` (H, W), which has one at least."""
+    """The box (x1, y1, x2, y2), ends exclusive, around the true pixels of `mask` (H, W), which has at least one."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
@@ -256,7 +255,7 @@ def in_batches(ids: list[str], size: int) -> Iterator[list[str]]:
 
 
 def work_through(title: str, batches: Iterable[list[str]], count: int, work: Callable[[list[str]], None]) -> None:
-    """Call `work` with each batch of ids and show how many of `count` are done."""
+    """Calls `work` with each batch of ids, and shows how many of `count` are done."""
     from tqdm import tqdm
 
     with tqdm(total=count, desc=title, unit="image") as bar:
@@ -266,9 +265,9 @@ def work_through(title: str, batches: Iterable[list[str]], count: int, work: Cal
 
 
 def model_folder(path: Path, what: str, option: str) -> Path:
-    """`path`, given by an option, if it is a folder that holds a saved model.
+    """Returns `path`, given by an option, if it is a folder that holds a saved model.
 
-    Raises FileNotFoundError with one sentence that names both otherwise, and ValueError if its weights are not whole.
+    Raises FileNotFoundError, which names both, otherwise, and ValueError if the model's weights are damaged.
     """
     if not (Path(path) / "config.json").exists():
         raise FileNotFoundError(

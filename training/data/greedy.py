@@ -7,9 +7,9 @@ import numpy as np
 
 def greedy_match(scores: np.ndarray, threshold: float) -> list[tuple[int, int]]:
     """Pairs (row, column) of `scores` (rows, columns), the best first: the largest score of all is taken, its row and
-    column are used up, and so on while a score of at least `threshold` is left.
+    column are removed, and so on while a score of at least `threshold` is left.
 
-    Of equal scores the one in the first row is taken, and in that row the one in the first column.
+    Of equal scores, the one in the first row is taken, and in that row the one in the first column.
 
     Raises ValueError if `scores` is not a table of finite numbers.
     """

@@ -1,4 +1,4 @@
-"""Stage 'images': any pictures into the layout that all other stages read."""
+"""Stage 'images': copies pictures into the layout that all other stages read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ORIENTATION = 0x0112
 
 
 def collect_images(root: Path, source: Path) -> None:
-    """Put every picture under `source` into `root` as `<id[:5]>/<id>.jpg` with ids of eight digits.
+    """Puts every picture under `source` into `root` as `<id[:5]>/<id>.jpg`, with ids of eight digits.
 
-    An upright RGB JPEG is copied byte by byte, any other picture turned upright and saved at quality 95.
-    `image_sources.txt` keeps which file became which id; files that it lists already are left out, so that a second
+    An upright RGB JPEG is copied byte by byte; any other picture is turned upright and saved at quality 95.
+    `image_sources.txt` records which file became which id; files that it already lists are skipped, so that a second
     call adds what is new.
 
-    Raises FileNotFoundError or ValueError with one sentence if `source` is no folder or holds no picture.
+    Raises FileNotFoundError or ValueError if `source` is not a folder or holds no picture.
     """
     source = Path(source).resolve()
     if not source.is_dir():
@@ -41,7 +41,7 @@ def collect_images(root: Path, source: Path) -> None:
             nonlocal number
             for path in paths:
                 _put(path, folder.path(f"{number:08d}", IMAGE))
-                # Listed only when the picture is there: after an interruption it is written once more, under its id.
+                # Listed only once the picture is written: after an interruption it is written again, under the same id.
                 file.write(f"{number:08d}\t{path}\n")
                 file.flush()
                 number += 1

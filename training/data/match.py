@@ -1,7 +1,7 @@
-"""Stage 'match': which segment each noun phrase names, and the published format of it all.
+"""Stage 'match': pairs noun phrases with the segments that they name, and writes the published format.
 
-FastComposer (arXiv 2305.10431, section 5.1) pairs noun phrases and segments greedily by the product of two scores: how
-well CLIP finds that the phrase fits the segment's pixels, and how near a sentence encoder puts the phrase to the name
+FastComposer (arXiv 2305.10431, section 5.1) pairs noun phrases and segments greedily by the product of two scores:
+CLIP's similarity of the phrase and the segment's pixels, and a sentence encoder's similarity of the phrase and the name
 of the segment's class. The authors did not release this step; how a segment is shown to CLIP and where matching stops
 are choices made here.
 """
@@ -36,16 +36,16 @@ from .greedy import greedy_match
 THRESHOLD = 0.1
 HELD_OUT = 0.01
 
-# Of each picture of a batch: its phrases (P texts) and its segments' crops (S arrays (h, w, 3), uint8, square) to a
-# table of similarities (P, S).
+# For each picture of a batch: its phrases (P strings) and its segments' crops (S arrays (h, w, 3), uint8, square) ->
+# similarities (P, S).
 ClipSimilarity = Callable[[list[list[str]], list[list[np.ndarray]]], list[np.ndarray]]
-# The same of its phrases and the names of its segments' classes.
+# The same for its phrases and the names of its segments' classes.
 LabelSimilarity = Callable[[list[list[str]], list[list[str]]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Annotated:
-    """A picture (H, W, 3) in uint8 with its instance map (H, W), and what was found in its caption and in it."""
+    """A picture (H, W, 3), uint8, with its instance map (H, W), and the phrases and segments that were found for it."""
 
     pixels: np.ndarray
     ids: np.ndarray
@@ -53,13 +53,13 @@ class Annotated:
     segments: list[Segment]
 
     def crops(self) -> list[np.ndarray]:
-        """What CLIP is shown of each segment."""
+        """The crops of the segments, as CLIP sees them."""
         return [segment_crop(self.pixels, self.ids, s) for s in self.segments]
 
 
 def segment_crop(pixels: np.ndarray, ids: np.ndarray, segment: Segment) -> np.ndarray:
-    """The box of a segment, a square (side, side, 3): all that is not the segment has CLIP's mean colour, and so have
-    the bars that make the box square, for CLIP's own preparation would cut a long box."""
+    """The box of a segment, padded to a square (side, side, 3). Everything that is not the segment has CLIP's mean
+    colour. CLIP's own preprocessing would cut off the ends of a long box."""
     x1, y1, x2, y2 = segment.bbox
     side = max(x2 - x1, y2 - y1)
     square = np.empty((side, side, 3), np.uint8)
@@ -99,13 +99,13 @@ def write_matches(
     batch: int = 16,
     again: bool = False,
 ) -> None:
-    """Write the published `<id>.json` of every picture that has none, from its phrases and segments, then the lists of
-    ids. The two similarities are made by calling what is given, once, if there is a picture to match.
+    """Writes the published `<id>.json` of every picture that has none, from its phrases and segments, and then the
+    lists of ids. The two similarities are made by calling the arguments, once, and only if there is a picture to match.
 
-    A picture in which nothing is matched, or two matched phrases end at the same character, gets an
-    `<id>.skipped.txt` that says so instead and stands in no list.
+    A picture in which nothing is matched, or in which two matched phrases end at the same character, gets an
+    `<id>.skipped.txt` with the reason instead, and is in no list.
 
-    Raises FileNotFoundError or ValueError with one sentence if phrases or segments are absent or not of their form.
+    Raises FileNotFoundError or ValueError if phrases or segments are missing or do not have their form.
     """
     ids = folder.left_to_do((PHRASES, SEGMENTS, MAP), (MATCHED, SKIPPED), again)
     clip_of, label_of = (clip_similarity(), label_similarity()) if ids else (None, None)
@@ -117,7 +117,7 @@ def write_matches(
             captions.append(caption)
             pixels = np.asarray(folder.image(image_id))
             pictures.append(Annotated(pixels, folder.instance_map(image_id), phrases, folder.segments(image_id)))
-        # Similarities are asked only of pictures that have both sides.
+        # Only for pictures that have both phrases and segments.
         full = [i for i, p in enumerate(pictures) if p.phrases and p.segments]
         found: list[list[MatchedSubject]] = [[] for _ in pictures]
         if full:
@@ -147,10 +147,10 @@ def _unfit(picture: Annotated, subjects: list[MatchedSubject]) -> str | None:
 
 
 def write_lists(folder: Folder, held_out: float = HELD_OUT) -> None:
-    """Write the lists of all pictures that have an `<id>.json`, of those to train on and of those held out.
+    """Writes the lists of all pictures that have an `<id>.json`, of those to train on and of those held out.
 
-    A picture is held out if the hash of its id says so, which pictures that come later do not change; of two or more
-    pictures at least one is held out and one is not.
+    Whether a picture is held out depends on the hash of its id alone, so pictures added later do not change it; only
+    where that would leave either list of two or more pictures empty, one picture changes lists.
     """
     ids = [i for i in folder.ids() if folder.path(i, MATCHED).exists()]
     order = sorted(ids, key=_draw)
@@ -169,17 +169,17 @@ def _draw(image_id: str) -> float:
 
 
 def tables(rows: torch.Tensor, columns: torch.Tensor, counts: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Cosines (P, S) per picture of embeddings that follow each other: `rows` (sum of P, d), `columns` (sum of S, d),
-    `counts` the P and S of each picture."""
+    """Cosines (P, S) per picture, from the concatenated embeddings of all pictures: `rows` (sum of P, d), `columns`
+    (sum of S, d), and `counts`, the P and S of each picture."""
     rows, columns = (torch.nn.functional.normalize(x.float(), dim=-1).cpu() for x in (rows, columns))
     parts = zip(rows.split([p for p, _ in counts]), columns.split([s for _, s in counts]), strict=True)
     return [(a @ b.T).numpy() for a, b in parts]
 
 
 def open_clip(model: Path, device: str = "cpu") -> ClipSimilarity:
-    """The cosines of a CLIP model in a local folder, in transformers' format (arXiv 2103.00020).
+    """Cosine similarities by a CLIP model (arXiv 2103.00020) in a local folder, in transformers' format.
 
-    Raises FileNotFoundError with one sentence if there is no such model.
+    Raises FileNotFoundError if there is no such model.
     """
     model = model_folder(model, "CLIP model", "--clip")
     from transformers import CLIPModel, CLIPProcessor
@@ -203,9 +203,9 @@ def open_clip(model: Path, device: str = "cpu") -> ClipSimilarity:
 
 
 def open_sentences(model: Path, device: str = "cpu") -> LabelSimilarity:
-    """The cosines of a sentence encoder in a local folder, in the format of sentence-transformers (arXiv 1908.10084).
+    """Cosine similarities by a sentence encoder (arXiv 1908.10084) in a local folder, in sentence-transformers' format.
 
-    Raises ImportError or FileNotFoundError with one sentence if the package or the model is absent.
+    Raises ImportError or FileNotFoundError if the package or the model is missing.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -222,7 +222,7 @@ def open_sentences(model: Path, device: str = "cpu") -> LabelSimilarity:
 
     def similarity(phrases: list[list[str]], labels: list[list[str]]) -> list[np.ndarray]:
         texts = sum(phrases, []) + sum(labels, [])
-        # Class names recur in every picture, and phrases often.
+        # Class names recur in every picture, and phrases often, so each text is encoded once.
         unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         encoded = encoder.encode(list(unique), convert_to_tensor=True, show_progress_bar=False)
         encoded = encoded[[unique[text] for text in texts]]

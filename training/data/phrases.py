@@ -1,4 +1,4 @@
-"""Stage 'phrases': the noun phrases of captions by spaCy, with "two women" taken apart into "a woman and a woman"."""
+"""Stage 'phrases': the noun phrases of captions, by spaCy, with "two women" split into "a woman and a woman"."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .folder import CAPTION, PHRASES, Folder, Phrase, in_batches, work_through
 if TYPE_CHECKING:
     from spacy.language import Language
 
-# A picture shows the trainer four subjects at most.
+# Training uses at most four subjects of a picture.
 _COUNTS = {"two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
 _COUNTED = re.compile(rf"(?:(?:the|these|those)\s+)?({'|'.join(_COUNTS)})\s+(.*)", re.IGNORECASE | re.DOTALL)
-# What stands for its own singular in a lemmatizer's tables, but not in a caption.
+# Words that lemmatizers leave in the plural.
 _SINGULARS = {"people": "person"}
-# Words that sound otherwise than they are written: "a unicorn", "a one-eyed cat", "an hour".
+# Where "an" is right, though some sounds differ from the spelling: "a unicorn", "a one-eyed cat", "an hour".
 _AN = re.compile(r"(?!uni(?!n|m)|eu|one\b|us[eu])[aeiou]|hour|honest|heir|honou?r", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Characters `start` to `end` (exclusive) of a caption, and the phrases that take their place."""
+    """Characters `start` to `end` (exclusive) of a caption, and the phrases that replace them."""
 
     start: int
     end: int
@@ -31,11 +31,11 @@ class Chunk:
 
 
 def take_apart(before: str, noun: str, singular: str) -> list[str]:
-    """The phrases that a counted plural stands for: `before` is the text of the noun chunk up to its noun ("the two
+    """The phrases that a counted plural stands for: `before` is the text of the noun chunk before its noun ("the two
     young "), `noun` the noun ("women"), `singular` its singular ("woman").
 
-    Counts of two to four give as many equal phrases ("a young woman"); any other chunk is given back as it is, in a
-    list of one (FastComposer, arXiv 2305.10431, section 5.1).
+    Counts of two to four give as many equal phrases ("a young woman"); any other chunk is returned unchanged, as the
+    only phrase (FastComposer, arXiv 2305.10431, section 5.1).
     """
     counted = _COUNTED.fullmatch(before)
     # In "two women's hats" the count belongs to the women.
@@ -46,9 +46,9 @@ def take_apart(before: str, noun: str, singular: str) -> list[str]:
 
 
 def rewrite(caption: str, chunks: Iterable[Chunk]) -> tuple[str, list[Phrase]]:
-    """The caption with each chunk's phrases in its place, joined by "and", and where these stand in it.
+    """The caption with each chunk replaced by its phrases, joined by "and", and the phrases with their positions in it.
 
-    Chunks come in the order of the caption and do not overlap. A capital at the beginning stays one.
+    Chunks must be in the order of the caption and not overlap. An initial capital is kept.
     """
     text, done, phrases = "", 0, []
     for chunk in chunks:
@@ -65,11 +65,10 @@ def rewrite(caption: str, chunks: Iterable[Chunk]) -> tuple[str, list[Phrase]]:
 
 
 def write_phrases(folder: Folder, model: str, batch: int = 256, again: bool = False) -> None:
-    """Write `<id>.phrases.json` of every picture that has none, from its caption, with the spaCy pipeline `model` (the
-    name of an installed one or a folder).
+    """Writes `<id>.phrases.json` of every picture that has none, from its caption, with the spaCy pipeline `model` (the
+    name of an installed one, or a folder).
 
-    Raises ImportError, FileNotFoundError or ValueError with one sentence if spaCy or the pipeline is absent or does
-    not do what is needed.
+    Raises ImportError, FileNotFoundError or ValueError if spaCy, the pipeline or a component of it is missing.
     """
     ids = folder.left_to_do((CAPTION,), (PHRASES,), again)
     if not ids:
@@ -109,7 +108,7 @@ def _load(model: str) -> Language:
             f"--model: expected an installed spaCy pipeline or a folder with one, got {model!r}; `python -m spacy "
             f"download {model}`"
         ) from error
-    # Noun chunks come from the parse, plurals from tags, singulars from lemmas.
+    # Noun chunks need the parse, plurals the tags, singulars the lemmas.
     probe = pipeline("two women")
     missing = [name for name in ("DEP", "POS", "TAG", "LEMMA") if not probe.has_annotation(name)]
     if missing:

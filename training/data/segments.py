@@ -1,4 +1,4 @@
-"""Stage 'segments': the things of pictures by Mask2Former's panoptic segmentation (arXiv 2112.01527)."""
+"""Stage 'segments': the objects in pictures, by Mask2Former's panoptic segmentation (arXiv 2112.01527)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def write_segments(
     again: bool = False,
     confidence: float = 0.5,
 ) -> None:
-    """Write `<id>.npy` and `<id>.segments.json` of every picture that has none, with the Mask2Former model in the
-    folder `model`; of the classes `labels` alone if given. Queries less sure than `confidence` are no segments.
+    """Writes `<id>.npy` and `<id>.segments.json` of every picture that has none, with the Mask2Former model in the
+    folder `model`; only for the classes `labels` if given. Queries with a score below `confidence` are dropped.
 
-    Raises FileNotFoundError or ValueError with one sentence if there is no such model or it knows no such class.
+    Raises FileNotFoundError or ValueError if there is no such model or it does not know such a class.
     """
     ids = folder.left_to_do((), (SEGMENTS,), again)
     model = model_folder(model, "Mask2Former model", "--model")
@@ -72,14 +72,14 @@ def write_segments(
             classes = {s["id"]: names[s["label_id"]] for s in one["segments_info"]}
             kept, segments = keep_labels(one["segmentation"].cpu().numpy(), classes, labels)
             folder.write_map(image_id, kept)
-            # Last, for this file says that the image is done.
+            # Last, because this file marks the image as done.
             folder.write_json(image_id, SEGMENTS, [s.record() for s in segments])
 
     work_through("segments", _of_one_size(folder, ids, batch), len(ids), work)
 
 
 def _of_one_size(folder: Folder, ids: list[str], batch: int) -> Iterator[list[str]]:
-    """Batches of pictures of one size. Others would be padded to the largest, and the library takes the padding for
-    picture when it enlarges the masks, which moves them."""
+    """Batches of pictures of one size. Smaller ones would be padded to the largest, and the library treats the padding
+    as part of the picture when it enlarges the masks, which shifts them."""
     for _, same in groupby(sorted(ids, key=folder.size), key=folder.size):
         yield from in_batches(list(same), batch)

@@ -1,7 +1,7 @@
-"""Stage 'shapeland': drawn pictures in the published format, with the truth in place of what models find.
+"""Stage 'shapeland': drawn pictures in the published format, with the ground truth in place of what models find.
 
-All files of the other stages are written too, so that any of them can be measured: `match`, for one, by taking the
-`<id>.json` away and comparing what it finds with the truth.
+All files of the other stages are written too, so that any stage can be measured: `match`, for example, by deleting the
+`<id>.json` files and comparing what it finds with the truth.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .match import ClipSimilarity, tables, write_lists
 
 
 def one_by_one(scene: world.Scene, looks: bool = True) -> tuple[str, list[Phrase], list[Phrase]]:
-    """The caption of `scene` with "two red stars" written as "a red star and a red star", or without their `looks` as
-    "a star and a star"; the phrase of each thing, in the order of `scene.things`; and all noun phrases, the
-    background's among them, in the order of the caption."""
+    """The caption of `scene` with one phrase per thing: "two red stars" becomes "a red star and a red star", or "a star
+    and a star" without `looks`. Returns the caption; the phrase of each thing, in the order of `scene.things`; and all
+    noun phrases including the background's, in the order of the caption."""
     mentions, background = world.parse_caption(scene.caption)
     bare = {} if looks else {"color": None, "second": None, "pattern": None}
     singles = [replace(m, count=1, **bare) for m in mentions for _ in range(m.count)]
@@ -49,7 +49,7 @@ def one_by_one(scene: world.Scene, looks: bool = True) -> tuple[str, list[Phrase
     for at, attributes in zip(noun_at, attributes_at, strict=True):
         article = min((*attributes, at)) - 1
         phrases.append(Phrase(" ".join(words[article : at + 1]), len(" ".join(words[: at + 1]))))
-    # A word names as many things as its count says; of these any phrase is as true as another.
+    # A word with a count names several things, and any of its phrases is true of each of them.
     left = list(range(len(singles)))
     of_things = []
     for thing in scene.things:
@@ -62,10 +62,10 @@ def one_by_one(scene: world.Scene, looks: bool = True) -> tuple[str, list[Phrase
 
 
 def shapeland_folder(root: Path, count: int, seed: int, looks: bool = True, batch: int = 64) -> None:
-    """Write scenes 0 to `count` - 1 of `seed` into `root`, which is made; those there already are left as they are.
+    """Writes scenes 0 to `count` - 1 of `seed` into `root`, which is created if needed; existing scenes stay.
 
-    Captions name each thing by a phrase of its own, by its noun alone where they do not say `looks`; classes are the
-    world's nouns; a pixel belongs to the thing that is nearest there if things cover more than half of it.
+    Captions name each thing by a phrase of its own, and by its noun alone without `looks`; classes are the world's
+    nouns; where things cover more than half of a pixel, it belongs to the one that covers most of it.
     """
     Path(root).mkdir(parents=True, exist_ok=True)
     folder = Folder(root)
@@ -97,7 +97,7 @@ def _write_scene(folder: Folder, image_id: str, scene: world.Scene, looks: bool)
     folder.write_json(image_id, PHRASES, {"caption": caption, "phrases": records})
     folder.write_map(image_id, ids)
     folder.write_json(image_id, SEGMENTS, [s.segment.record() for s in subjects])
-    # Last, for this file says that the picture is done.
+    # Last, because this file marks the picture as done.
     folder.write_matched(image_id, caption, subjects)
 
 
@@ -105,13 +105,12 @@ def _write_scene(folder: Folder, image_id: str, scene: world.Scene, looks: bool)
 
 
 def open_towers(device: str = "cpu") -> ClipSimilarity:
-    """The cosines of Shapeland's CLIP towers; it reads phrases of the world's words and crops up to the world's size.
+    """Cosine similarities by Shapeland's CLIP towers, for phrases of the world's words and crops up to its size.
 
-    A thing is embedded once on each of the world's backgrounds, and the mean is taken: CLIP's mean colour is none of
+    A thing is embedded once on each of the world's backgrounds, and the mean is taken: CLIP's mean colour is not one of
     them, and on it the towers hardly tell things apart.
 
-    Raises FileNotFoundError with one sentence if the towers' weights are absent, ValueError if a phrase or a crop is
-    not of the world.
+    Raises FileNotFoundError if the towers' weights are missing, ValueError if a phrase or a crop is not the world's.
     """
     text = frozen_text(device)
     vision = models.build_vision()
@@ -140,8 +139,7 @@ def word_overlap(phrases: list[list[str]], labels: list[list[str]]) -> list[np.n
 
 
 def _on_background(crop: np.ndarray, background: tuple[float, float, float]) -> np.ndarray:
-    """The thing of a crop in the middle of a picture of the world, not enlarged: the tower knows things of their own
-    size."""
+    """The thing of a crop in the middle of a picture of the world, at its own size, as the tower was trained."""
     side = len(crop)
     if side > world.SIZE:
         raise ValueError(f"crops: expected at most Shapeland's {world.SIZE} pixels, got {side}")

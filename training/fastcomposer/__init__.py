@@ -1,12 +1,12 @@
 """Train FastComposer: `python tools/run.py training.fastcomposer --base shapeland --data FOLDER --out FOLDER`.
 
-FastComposer (Xiao et al., arXiv 2305.10431) learns to draw subjects that pictures show: a fuser puts what the vision
-tower sees of a subject into the text state of the word that names it, and the UNet learns to draw from such states.
+FastComposer (Xiao et al., arXiv 2305.10431) learns to draw the subjects of reference pictures: a fuser adds what the
+vision tower sees of a subject to the text state of its word, and the UNet learns to draw from such states.
 
---base is `shapeland`, or a folder with Stable Diffusion (1.x, 2.x, or with two text towers SDXL) in diffusers' form;
+--base is `shapeland`, or a folder with Stable Diffusion (1.x, 2.x, or with two text towers SDXL) in diffusers' format;
 --vision is then a folder with CLIP's vision tower and projection (the paper: clip-vit-large-patch14). Nothing is ever
 downloaded. --data is in the published format, which `training.data` makes. --out receives checkpoint.pt, log.csv,
-sample sheets and, at the end, the file that the node Load FastComposer reads. The same command continues a run. To use
+sample sheets and, at the end, the file that the node Load FastComposer reads. The same command resumes a run. To use
 several GPUs or machines, or to force a CPU: `accelerate launch [--cpu] tools/run.py training.fastcomposer ...`; each
 process holds a whole model (no sharded optimizers).
 
@@ -14,19 +14,19 @@ process holds a whole model (no sharded optimizers).
 constant 1e-5, and 128 pictures a step for 150 000 steps. --train lora is our variant for small machines: low-rank
 factors on the UNet's attention in place of the UNet, and the vision tower left as it is.
 
-Faults of the published program that this one does not repeat:
-- One coin for all pictures of a batch decided on masking the noise loss: here each picture has its own.
-- The constant rate ignored its warm-up, averaged weights ended the program, and checkpointing reached the frozen text
+Errors of the published program that this one does not repeat:
+- One random draw for a whole batch decided whether its noise loss is masked: here each picture has its own.
+- The constant rate ignored its warm-up, weight averaging ended the program, and checkpointing reached the frozen text
   tower alone: here all three work.
-- With fused attention no probabilities came, and the localization loss divided by zero: here the middle blocks are
-  opened one by one and all else stays fused.
-- Tall pictures had their instance map interpolated, so that edges got the ids of other segments: ids are only chosen.
-- A long caption lost its end token, and if a subject was cut off with it, all subjects moved to other words: the end
-  token stays, and a subject whose word cannot be marked becomes text.
-- A subject's place at the very beginning marked the start token, and two places behind one word shifted all pictures
-  that follow: both become text.
-- Fusing overwrote the text's own states, and pictures were prepared by the training process itself, which waited for
-  it: here states are new tensors, and --workers prepare pictures.
+- Fused attention gave no probabilities, and the localization loss divided by zero: here each of the middle blocks
+  computes them and all others stay fused.
+- Tall pictures had their instance map interpolated, so that edges got the ids of other segments: here it is not.
+- A long caption lost its end token, and if a subject was cut off with it, all subjects moved to other words: here the
+  end token stays, and a subject whose word cannot be marked becomes text.
+- A subject at the very beginning of a caption marked the start token, and two subjects after one word shifted all
+  following pictures: here both become text.
+- Fusing overwrote the text's own states, and the training process prepared the pictures itself and waited for them:
+  here states are new tensors, and --workers prepare pictures.
 - Options that ended the program or did nothing (fewest subjects, balancing, threshold) do not exist.
 """
 
@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-# What each way of training takes where the command does not say.
+# Defaults that depend on --train.
 _DEFAULTS = {
     "full": {"learning_rate": 1e-5, "average": 0.0, "vision_layers": 2},
     "lora": {"learning_rate": 3e-4, "average": 0.999, "vision_layers": 0},
@@ -43,9 +43,9 @@ _DEFAULTS = {
 
 
 def main(argv: list[str]) -> None:
-    """Run the training that the command line describes.
+    """Runs the training that the command line describes.
 
-    Raises ValueError or FileNotFoundError with one sentence that names the option at fault.
+    Raises ValueError or FileNotFoundError; the message names the option at fault.
     """
     options = _parser().parse_args(argv)
     for name, value in _DEFAULTS[options.train].items():

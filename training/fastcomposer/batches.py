@@ -1,4 +1,4 @@
-"""Batches for training: where subjects stand among a caption's tokens, and what is drawn at random for a picture."""
+"""Batches for training: the positions of subjects among a caption's tokens, and the random draws for a picture."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..signals import ignore_stop_requests
 
 
 class Draws(NamedTuple):
-    """What is drawn for each of n pictures.
+    """Random draws for each of n pictures.
 
     Attributes:
         noise: (n, C, h, w), added to the latents.
-        latent: (n, C, h, w), picks the latents from the autoencoder's distribution.
-        t: (n,), int64, the time of the noise.
-        coin: (n,), in [0, 1): below a probability the noise loss looks at the subjects alone.
+        latent: (n, C, h, w), samples the latents from the autoencoder's distribution.
+        t: (n,), int64, the timesteps of the noise.
+        coin: (n,), in [0, 1): below a probability, the noise loss is limited to the subjects.
     """
 
     noise: torch.Tensor
@@ -31,10 +31,9 @@ class Draws(NamedTuple):
 
 
 def draw(seed: int, numbers: Iterable[int], latent_shape: Sequence[int], times: int) -> Draws:
-    """The draws of the pictures with these running numbers in a training run.
+    """The draws for the pictures with these running numbers in a training run.
 
-    A picture's draws depend on the seed and its number alone, so neither an interruption nor the number of processes
-    changes them.
+    A picture's draws depend on the seed and its number alone, not on interruptions or the number of processes.
     """
     rows = []
     for number in numbers:
@@ -47,11 +46,11 @@ def draw(seed: int, numbers: Iterable[int], latent_shape: Sequence[int], times: 
 
 
 def subject_rows(vocabulary: Vocabulary, caption: str, ends: Iterable[int]) -> list[int]:
-    """For each place in a caption, in characters, the row of the token just before it; this is the token that a
+    """For each character offset in a caption, the row of the token just before it, which is the token that a
     placeholder marks at inference.
 
-    The row is 0 where there is none to mark: before the first word, inside a word, behind the last of the 77 tokens,
-    or where an earlier place has marked it.
+    The row is 0 if there is no token to mark: before the first word, inside a word, after the last of the 77 tokens, or
+    if an earlier offset has marked it.
     """
     tokens, rows = vocabulary.split(caption), []
     for end in ends:
@@ -66,13 +65,13 @@ def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[s
 
     - `tokens` (n, text towers, 77), int64
     - `rows` (n, 4), int64: see `subject_rows`
-    - `present` (n, 4), bool: which rows are of subjects; one whose token cannot be marked is text like any other
+    - `present` (n, 4), bool: which rows are subjects; one whose token cannot be marked stays plain text
     """
     batch = {name: torch.stack([item[name] for item in items]) for name in ("picture", "masks", "objects")}
     present = torch.stack([item["present"] for item in items])
     rows = torch.zeros(present.shape, dtype=torch.long)
     for i, item in enumerate(items):
-        # Towers split alike, so that a place is a row of all.
+        # All towers tokenize alike, so a row is valid for each.
         found = subject_rows(vocabularies[0], item["caption"], item["ends"][present[i]].tolist())
         rows[i, present[i]] = torch.tensor(found, dtype=torch.long)
     tokens = [[vocabulary.row(item["caption"]) for vocabulary in vocabularies] for item in items]
@@ -80,10 +79,10 @@ def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[s
 
 
 class Shares(torch.utils.data.Sampler):
-    """One process's part of all steps' pictures: `accumulate` batches of `batch` keys for each step.
+    """One process's part of the pictures of all steps: `accumulate` batches of `batch` keys for each step.
 
-    A step's pictures go to the processes batch by batch, so that N processes see in one step what one process sees that
-    accumulates N batches.
+    A step's pictures go to the processes batch by batch, so that N processes see in one step what a single process sees
+    that accumulates N batches.
     """
 
     def __init__(self, steps: EpochBatches, batch: int, accumulate: int, processes: int, process: int):
@@ -100,11 +99,11 @@ class Shares(torch.utils.data.Sampler):
                 yield keys[start : start + self.batch]
 
     def offset(self, i: int) -> int:
-        """Where batch `i` of this process begins among the pictures of a step."""
+        """Offset of batch `i` of this process among the pictures of a step."""
         return (i * self.processes + self.process) * self.batch
 
     def numbers(self) -> Iterator[int]:
-        """The running number in the run of the first picture of each batch."""
+        """The running number of the first picture of each batch."""
         for step in range(self.steps.start, self.steps.steps):
             for i in range(self.accumulate):
                 yield step * self.steps.batch + self.offset(i)
@@ -113,14 +112,14 @@ class Shares(torch.utils.data.Sampler):
 def read_batches(
     data: SubjectPictures, base: Base, shares: Shares, workers: int, device: torch.device
 ) -> Iterator[tuple[dict[str, torch.Tensor], Draws]]:
-    """Each batch of `collate` and its draws, on a device; what is drawn depends on the pictures' seed.
+    """Each batch of `collate` and its draws, on a device; the draws depend on the seed of `data`.
 
     Args:
         data: pictures.
-        base: whose vocabularies read the captions, and whose latents and times are drawn for.
+        base: its vocabularies tokenize the captions, and its latent shape and timesteps define the draws.
         shares: which pictures.
         workers: processes that read pictures; 0 reads them between steps.
-        device: of the result.
+        device: device of the result.
     """
     loader = torch.utils.data.DataLoader(
         data,
@@ -136,7 +135,7 @@ def read_batches(
 
 
 def check_subjects(data: SubjectPictures) -> None:
-    """Raises ValueError if no picture has a subject of the classes asked for."""
+    """Raises ValueError if no picture has a subject of the requested classes."""
     types = data.object_types
     found = (subject.segment.label for image_id in data.ids for subject in data.folder.matched(image_id)[1])
     if not any(types is None or label in types for label in found):

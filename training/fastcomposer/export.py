@@ -1,5 +1,5 @@
-"""The file that Load FastComposer reads: fuser, trained vision layers, and the UNet or its LoRA. A run may start from
-the fuser of such a file."""
+"""The file that Load FastComposer reads: fuser, trained vision layers, and the UNet or its LoRA. A run may start with
+the fuser in such a file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FACTORS = {".lora_A.default.weight": "lora_down", ".lora_B.default.weight": "lo
 
 
 def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) -> None:
-    """Writes trained weights, by the names of `FastComposer.trainables`, as safetensors: all under the published names
-    but the LoRA's factors, which stand as lora_unet_<diffusers' name with underscores>.lora_up.weight and the like."""
+    """Writes trained weights, named as in `FastComposer.trainables`, as safetensors. They have the published names,
+    except the factors of a LoRA: lora_unet_<diffusers' name with underscores>.lora_up.weight and so on."""
     state = {}
     for name, tensor in trained.items():
         part, _, rest = name.partition(".")
@@ -30,7 +30,7 @@ def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) 
             layer = "lora_unet_" + rest.removesuffix(ending).replace(".", "_")
             key = f"{layer}.{_FACTORS[ending]}.weight"
             if _FACTORS[ending] == "lora_down":
-                # Alpha over rank is the factors' scale, 1 as they were trained.
+                # Alpha over rank is the factors' scale, which is 1 in training.
                 state[f"{layer}.alpha"] = torch.tensor(float(len(tensor)), dtype=dtype)
         state[key] = tensor.detach().to("cpu", dtype).contiguous()
     with whole_file(path) as part:
@@ -38,9 +38,9 @@ def export(trained: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) 
 
 
 def start_from(fuser: Fuser, path: Path) -> None:
-    """Gives a fuser the weights of one in a file.
+    """Gives a fuser the weights of the one in a file.
 
-    Raises ValueError with one sentence if it is no file of weights or holds none of these widths.
+    Raises ValueError if it is not a file of weights, or holds no fuser of these widths.
     """
     wanted = f"--fuser: expected a file with a fuser of widths {fuser.text_width} and {fuser.image_width}"
     state = read_state(path, "--fuser")

@@ -1,4 +1,4 @@
-"""FastComposer as one trainable module: subjects into text states, and the losses of a batch."""
+"""FastComposer as one trainable module: fuses subjects into text states, and computes the losses of a batch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class FastComposer(nn.Module):
-    """A base model, its vision tower and a fuser; what is trained of them requires gradients, nothing else does.
+    """A base model, its vision tower and a fuser; only what is trained requires gradients.
 
     Args:
         base: its modules become this one's.
-        train: FULL is the published recipe, the whole UNet; LORA, our variant for small machines, trains low-rank
-            factors of its attention's projections instead. The fuser is trained by both.
-        rank: of the factors.
+        train: FULL is the published recipe and trains the whole UNet; LORA, our variant for small machines, trains
+            low-rank factors of its attention's projections instead. Both train the fuser.
+        rank: rank of the factors.
         vision_layers: how many of the vision tower's last layers are trained; its last norm and projection never are.
         localization: weight of the localization loss. At 0 all attention stays fused and the loss is not computed.
-        mask_probability: the share of pictures whose noise loss looks at the subjects alone.
-        seed: of the first weights of fuser and factors.
+        mask_probability: share of pictures whose noise loss is limited to the subjects.
+        seed: seed of the initial weights of fuser and factors.
 
     Raises:
         ValueError: the vision tower has fewer layers, or a number is out of its range.
@@ -76,20 +76,20 @@ class FastComposer(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def keep_frozen_in(self, dtype: torch.dtype) -> None:
-        """Stores what is not trained in half precision. The autoencoder stays as it is, for SDXL's overflows in it."""
+        """Stores what is not trained in half precision, except the autoencoder, because SDXL's overflows in it."""
         for part in (self.unet, self.towers, self.vision):
             for parameter in part.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
 
     def forward(self, batch: dict[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
-        """The losses of a batch of `collate`, `noise` and, if it has a weight, `localization` times that weight."""
+        """The losses of a batch of `collate`: `noise` and, if it has a weight, `localization` times that weight."""
         present = batch["present"]
         with torch.no_grad(), torch.autocast(draws.noise.device.type, enabled=False):
             latents = self.autoencoder.encode(batch["picture"], draws.latent)
         noisy, target = self.base.noised(latents, draws.noise, draws.t)
         states = self.states(batch["tokens"], batch["objects"], batch["rows"], present)
-        # A subject that stays text is none for the losses either.
+        # A subject that stays plain text is not one for the losses either.
         masks, masked = batch["masks"] * present[..., None, None], draws.coin < self.mask_probability
         if self.attention is None:
             return {"noise": masked_noise_loss(self.base.predict(noisy, draws.t, states), target, masks, masked)}
@@ -101,8 +101,8 @@ class FastComposer(nn.Module):
         return {"noise": noise, "localization": self.localization * located}
 
     def states(self, tokens: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> States:
-        """What the UNet is told: text states (n, 77, D) with the subjects fused into their rows and, with two towers,
-        the pooled state (n, P) of the second, which stays text.
+        """The UNet's conditioning: text states (n, 77, D) with the subjects fused into their rows and, with two towers,
+        the pooled state (n, P) of the second, which stays plain text.
 
         Args:
             tokens: (n, towers, 77).
@@ -113,8 +113,8 @@ class FastComposer(nn.Module):
             text, pooled = self.base.read(tokens)
         picture, subject = present.nonzero(as_tuple=True)
         if not len(picture):
-            # Encoder and fuser take part in every step, for processes that train together wait for all gradients; what
-            # they make of this one is dropped below.
+            # Vision tower and fuser run in every step, because processes that train together wait for all gradients;
+            # this result is discarded below.
             picture = subject = torch.zeros(1, dtype=torch.long, device=tokens.device)
         row = rows[picture, subject]
         own = text[picture, row]

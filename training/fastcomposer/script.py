@@ -1,4 +1,4 @@
-"""Training FastComposer on diffusers' models, by one process or many."""
+"""Trains FastComposer on diffusers' models, in one process or many."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(options: Namespace, file: Path) -> None:
     """Runs the training of `options` (see the package) and writes its result to `file`.
 
     Raises:
-        ValueError, FileNotFoundError: an option cannot be used; says which and why.
+        ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
     from accelerate import Accelerator
 
@@ -118,7 +118,7 @@ def _check(options: Namespace) -> None:
 
 
 def _optimizer(model: FastComposer, options: Namespace) -> torch.optim.Optimizer:
-    """The paper's AdamW; the fuser and the vision tower, which may have learnt before, have a rate of their own."""
+    """The paper's AdamW; fuser and vision tower, which may be trained already, have a learning rate of their own."""
     unet, rest = (
         [p for name, p in model.trainables.items() if name.startswith("unet.") == inside] for inside in (True, False)
     )
@@ -128,7 +128,7 @@ def _optimizer(model: FastComposer, options: Namespace) -> torch.optim.Optimizer
 
 
 def _report(options: Namespace, model: FastComposer, accelerator) -> Callable[[int], dict[str, float]]:
-    """What draws a sheet of samples, and has no numbers to tell."""
+    """A report that draws a sheet of samples and returns no values."""
     sheet = open_sheet(options.data, model, options.object_types)
 
     def report(step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Sheets of samples that show, while a run goes on, what it has learnt."""
+"""Sheets of samples that show, during a run, what it has learnt."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SCALED_TO = 128
 
 
 def open_sheet(root: Path, model: FastComposer, object_types: list[str] | None = None):
-    """A function of a path that writes a sheet there: see `draw_sheet`.
+    """A function of a path that writes a sheet there; see `draw_sheet`.
 
-    Its pictures are held out, if the data hold any out, and among these the ones with two subjects.
+    It shows held-out pictures if the data has any, first those with two subjects.
     """
     held_out = Path(root) / ID_LISTS["test"]
     names = "test" if held_out.exists() and held_out.read_text(encoding="utf-8").split() else "train"
@@ -45,8 +45,8 @@ def open_sheet(root: Path, model: FastComposer, object_types: list[str] | None =
 
 @torch.no_grad()
 def draw_sheet(model: FastComposer, batch: dict[str, torch.Tensor], path: Path) -> None:
-    """A row for each picture of the batch: its first two subjects, itself, a sample of its caption alone, and one with
-    the subjects, which the last steps see alone (delayed subject conditioning, arXiv 2305.10431, section 4.3)."""
+    """Draws a row for each picture of the batch: its first two subjects, itself, a sample of its caption alone, and one
+    whose last steps see the subjects (delayed subject conditioning, arXiv 2305.10431, section 4.3)."""
     device, base = next(model.parameters()).device, model.base
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     given = batch["tokens"], batch["objects"], batch["rows"]

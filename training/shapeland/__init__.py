@@ -1,10 +1,10 @@
 """Train Shapeland's models: `python tools/run.py training.shapeland STAGE`, the same on a CPU and a GPU.
 
 Stages, in the order in which each needs the ones before: scenes, autoencoder, decoder, clip, judge, unet. Every stage
-is deterministic by seed, keeps its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped,
+is deterministic by seed, stores its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped,
 and writes its weights to `shapeland/weights/next/` at its end. The stage `fuser` works on the shipped weights; its own
-stay in its folder, for FastComposer's training to start from. The stage `check` trains nothing: the trained UNet draws
-512 held-out captions in 50 steps, and the judge reads them.
+weights stay in its folder, and FastComposer's training can start from them. The stage `check` trains nothing: the
+trained UNet draws 512 held-out captions in 50 steps, and the judge reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STAGES = ("scenes", "autoencoder", "decoder", "clip", "judge", "unet", "fuser", 
 
 
 def main(argv: list[str]) -> None:
-    """Run the stage named by the command line."""
+    """Runs the stage that the command line names."""
     import torch
 
     parser = argparse.ArgumentParser(prog="training.shapeland", description=__doc__)

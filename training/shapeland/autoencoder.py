@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder between pictures and latents."""
+"""Stages 'autoencoder' and 'decoder': the autoencoder between pictures and latents."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from ..optimizers import adamw, warmup_cosine
 from .common import RUNS, SEED, open_scenes, pixels, psnr, rows_of, save_sheet, weights_file
 from .scenes import SHARD
 
-# Noise added to the latents while training, relative to their spread: neighbouring latents must decode alike, so that
-# what a diffusion model nearly hits still looks right.
+# Noise added to the latents in training, relative to their standard deviation: similar latents must decode alike, so
+# that the small errors of a diffusion model still look right.
 NOISE = 0.05
-# Weight of the error of turned and halved pictures, decoded from turned and halved latents (EQ-VAE, arXiv 2502.09509,
-# and arXiv 2502.14831): latents that go with the picture are smooth where it is, and easier for a diffusion model.
+# Weight of the error of rotated and halved pictures, decoded from rotated and halved latents (EQ-VAE, arXiv 2502.09509,
+# and arXiv 2502.14831): latents that transform with the picture are smooth where it is, and easier for a diffusion
+# model.
 EQUIVARIANCE = 0.5
 
 
 def moved(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pictures or latents (n, C, h, w), half of the times at half the size, else turned by one to three quarters. Equal
-    generators move both alike."""
+    """Pictures or latents (n, C, h, w), with probability 1/2 at half the size, else rotated by one to three quarter
+    turns. Generators in the same state transform both alike."""
     choice, turns = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((0, 2), (1, 4)))
     return torch.rot90(tensor, turns, (2, 3)) if choice else F.avg_pool2d(tensor, 2)
 
 
 def train_autoencoder(device: str, steps: int, shipped: bool = False) -> None:
-    """Absolute plus squared error with noisy latents, which move with the picture; writes weights whose latents have
-    mean 0 and variance 1. A run without a checkpoint starts from the shipped weights if so wished."""
+    """Trains with absolute plus squared error on noisy latents, also rotated and halved ones; writes weights whose
+    latents have mean 0 and variance 1. A run without a checkpoint starts from the shipped weights if `shipped`."""
     torch.manual_seed(SEED)
     model = Autoencoder()
     if shipped:
         model.load_state_dict(models.load("autoencoder"))
-        # Latents get their scale anew at the end.
+        # The scale of the latents is set again at the end.
         model.mean.zero_()
         model.std.fill_(1)
 
@@ -58,8 +59,8 @@ def train_autoencoder(device: str, steps: int, shipped: bool = False) -> None:
 
 
 def train_decoder(device: str, steps: int) -> None:
-    """The decoder alone goes on learning, so that latents stay as they are: it need not decode moved ones any more,
-    which cost it sharpness. Rewrites the autoencoder's weights."""
+    """Trains the decoder alone, so that latents stay as they are: it no longer has to decode transformed latents, which
+    cost it sharpness. Rewrites the autoencoder's weights."""
     torch.manual_seed(SEED)
     model = Autoencoder()
     model.load_state_dict(models.load("autoencoder", weights_file("autoencoder")))
@@ -82,8 +83,7 @@ def _errors(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _train(model: Autoencoder, name: str, loss_of, steps: int, device: str) -> torch.Tensor:
-    """Trains the model by a run in the folder `name`, leaves it with averaged weights, and returns pictures that it has
-    not seen."""
+    """Trains the model by a run in the folder `name`, leaves averaged weights in it, and returns held-out pictures."""
     data = open_scenes(4)
     model.to(device)
     run = Run(RUNS / name, model, adamw(model, 2e-3), steps, SEED, warmup_cosine(100, steps), average=0.995)

@@ -1,4 +1,4 @@
-"""Stage 2: CLIP's two towers, trained on pictures with captions and on things with phrases, then frozen."""
+"""Stage 'clip': CLIP's two towers, trained on pictures with captions and on things with phrases, then frozen."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from .scenes import MAX_WORDS, SHARD, WORDS, Scenes
 
 KINDS = ("noun", "color", "second", "pattern", "size", "across", "down")
 CLASSES = (len(world.NOUNS), len(world.COLORS), len(world.COLORS), len(world.PATTERNS), 2, 2, 2)
-# Weight of the loss over pairs, whose sum over a batch is larger than all else.
+# Weight of the loss over pairs, whose sum over a batch is larger than all other losses.
 PAIRS = 0.3
 
 
 class Clip(torch.nn.Module):
     """Both towers, trained together on whole pictures and on single things.
 
-    Pictures and captions meet in CLIP's contrastive loss. Things meet their phrases in a sigmoid loss over all pairs of
-    the batch, with the world's truth as target (a phrase is true of every thing that has what it says); this makes the
-    state of a noun's token carry the colours and pattern said of that noun and not of its neighbour.
+    Pictures and captions are compared in CLIP's contrastive loss. Things and phrases are compared in a sigmoid loss
+    over all pairs of the batch, with the world's truth as target (a phrase is true of every thing that has what it
+    says); this makes the state of a noun's token carry the colours and pattern of that noun, not of its neighbour.
 
-    Both losses are content with what tells most pairs apart: a linear map read the pattern off the noun's state in 48%
-    of phrases that say it. So linear maps, which are dropped after training, also read all that is said of a thing off
-    the states of its noun and of its phrase's last word, and all that it has off its region of the picture.
+    Both losses are low as soon as most pairs can be told apart: a linear map read the pattern from the noun's state in
+    only 48% of the phrases that give it. So linear maps, which are dropped after training, also read everything that is
+    said about a thing from the states of its noun and of its phrase's last word, and everything that it has from its
+    region of the picture.
     """
 
     def __init__(self):
@@ -54,7 +55,7 @@ class Clip(torch.nn.Module):
         vision = self.vision(batch["pixels"])
         a, b = F.normalize(text.text_embeds, dim=-1), F.normalize(vision.image_embeds, dim=-1)
         logits = self.scale.exp() * a @ b.T
-        # Equal captions are equally right for each other's picture.
+        # Equal captions are equally right for each other's pictures.
         same = (batch["tokens"][:, None] == batch["tokens"]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
         contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
@@ -69,7 +70,7 @@ class Clip(torch.nn.Module):
         picture = batch["present"].nonzero()[:, 0]
         region = torch.einsum("np,npc->nc", weight, vision.last_hidden_state[:, 1:][picture])
         region = self.vision.vision_model.post_layernorm(region)
-        # Where a thing stands is said behind its noun, of which the noun's token knows nothing.
+        # A thing's position is named after its noun, where the noun's token cannot attend.
         before = torch.where(torch.arange(len(KINDS), device=said.device) < KINDS.index("across"), said, -1)
         read = {
             "noun_state": reading_loss(self.noun_map(noun), before),
@@ -84,8 +85,8 @@ class Clip(torch.nn.Module):
 
 
 def reading_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Sum over `KINDS` of the mean cross-entropy between logits (n, sum of `CLASSES`) and truth (n, 7), where that is
-    not negative."""
+    """Sum over `KINDS` of the mean cross-entropy between logits (n, sum of `CLASSES`) and truth (n, 7), where the truth
+    is not negative."""
     total = torch.zeros((), device=logits.device)
     for part, target in zip(logits.float().split(CLASSES, 1), truth.unbind(1), strict=True):
         known = target >= 0
@@ -95,12 +96,12 @@ def reading_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def phrase_is_true(said: torch.Tensor, have: torch.Tensor) -> torch.Tensor:
-    """(n, m) truth of what phrase i says (n, 7: see `KINDS`; -1 unsaid) of thing j (m, 7; -2 where no word is true)."""
+    """(n, m): whether phrase i (`said` (n, 7), -1 if unsaid) is true of thing j (`have` (m, 7), -2 if no word is)."""
     return ((said[:, None] == have[None]) | (said[:, None] < 0)).all(-1)
 
 
 _COLOR_WORDS = np.array([w in world.COLORS for w in WORDS])
-# By the number of what they say beside noun and colours.
+# By index in KINDS, for everything but noun and colours.
 _OTHER_WORDS = {
     kind: np.array([w in words for w in WORDS])
     for kind, words in enumerate((world.PATTERNS, world.SIZES, world.ACROSS, world.DOWN), KINDS.index("pattern"))
@@ -108,12 +109,12 @@ _OTHER_WORDS = {
 
 
 def last_words(describes: np.ndarray) -> np.ndarray:
-    """Index (n, 3) of the last word that describes each thing; 0 where there is none."""
+    """Index (n, 3) of the last word that describes each thing; 0 if there is none."""
     return np.where(describes > 0, np.arange(describes.shape[2]), 0).max(2).astype(np.int64)
 
 
 def places_of(data: Scenes, rows: np.ndarray) -> np.ndarray:
-    """Indices (n, 3, 3) of the words that are true of each thing's size and place, -2 where none is."""
+    """Indices (n, 3, 3) of the words that are true of each thing's size and position, -2 if none is."""
     place, counts = data.take("place", rows), (data.take("noun", rows) >= 0).sum(1)
     found = np.full(place.shape, -2, np.int64)
     for row, count in enumerate(counts):
@@ -124,7 +125,7 @@ def places_of(data: Scenes, rows: np.ndarray) -> np.ndarray:
 
 
 def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.Tensor]:
-    """Pictures, tokens and the truth about each thing: what its phrase says and what it has."""
+    """Pictures, tokens and the truth about each thing: what its phrase says, and what it has."""
     words, noun, describes = (data.take(k, rows) for k in ("words", "noun", "describes"))
     have = np.concatenate([noun[..., None], data.take("color", rows), places_of(data, rows)], -1).astype(np.int64)
     described = np.where(describes > 0, words[:, None], 0)
@@ -138,7 +139,7 @@ def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.T
     regions = np.stack([(cells == i + 1).mean((2, 4)).reshape(-1, 64) for i in range(3)], 1)
     covered = regions.sum(-1, keepdims=True)
     return {
-        # Attention is causal: the padding behind the longest caption changes nothing before it.
+        # Attention is causal: the padding after the longest caption changes nothing before it.
         "tokens": tokens(words, device)[:, : MAX_WORDS + 2],
         "pixels": normalize((pixels(data.take("image", rows), device) + 1) / 2),
         "noun_at": torch.from_numpy(data.take("noun_word", rows).astype(np.int64) + 1).to(device),
@@ -151,7 +152,8 @@ def clip_batch(data: Scenes, rows: np.ndarray, device: str) -> dict[str, torch.T
 
 
 def train_clip(device: str, steps: int, shipped: bool = False) -> None:
-    """CLIP's towers; writes both files. A run without a checkpoint starts from the shipped weights if so wished."""
+    """Trains CLIP's towers and writes both files. Without a checkpoint, a run starts from the shipped weights if
+    `shipped`."""
     shards = 4
     data = open_scenes(shards)
     torch.manual_seed(SEED)

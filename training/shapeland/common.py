@@ -15,7 +15,7 @@ from ...shapeland.autoencoder import Autoencoder
 from . import scenes as scene_files
 
 RUNS = Path("runs/shapeland")
-# What the stages make and read. It takes the shipped weights' place when the last of them is done.
+# Weights that the stages write and read. They replace the shipped weights when all stages are done.
 WEIGHTS = models.WEIGHTS / "next"
 SEED = 0
 # The last shard is held out: no stage trains on it.
@@ -23,12 +23,12 @@ SHARDS = 8
 
 
 def weights_file(name: str) -> Path:
-    """Where the stages keep the weights of a part."""
+    """Where the stages store the weights of a part."""
     return WEIGHTS / models.FILES[name].name
 
 
 def open_scenes(shards: int = SHARDS) -> scene_files.Scenes:
-    """The pictures on disk, drawn first where they are missing."""
+    """The pictures on disk; missing ones are drawn first."""
     scene_files.draw(RUNS / "scenes", shards, SEED)
     return scene_files.Scenes(RUNS / "scenes", shards)
 
@@ -39,7 +39,7 @@ def _order(epoch: int, count: int) -> np.ndarray:
 
 
 def rows_of(step: int, batch: int, count: int) -> np.ndarray:
-    """The pictures of a step: a fresh permutation of `count` rows per epoch, read in order."""
+    """The rows of the pictures of a step: all `count` rows in a new random order per epoch, read in sequence."""
     start = step * batch
     parts, need = [], batch
     while need:
@@ -51,12 +51,12 @@ def rows_of(step: int, batch: int, count: int) -> np.ndarray:
 
 
 def pixels(images: np.ndarray, device: str) -> torch.Tensor:
-    """uint8 pictures (n, H, W, 3) as float tensor (n, 3, H, W) in [-1, 1]."""
+    """Pictures (n, H, W, 3), uint8, as a float tensor (n, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def save_sheet(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int = 2) -> None:
-    """Write pictures (n, 3, H, W) in [-1, 1] as one PNG sheet."""
+    """Writes pictures (n, 3, H, W) in [-1, 1] as one PNG sheet."""
     from PIL import Image
 
     n, _, h, w = pictures.shape
@@ -69,16 +69,16 @@ def save_sheet(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int 
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over all pixels together."""
+    """Peak signal-to-noise ratio, in dB, of pictures in [-1, 1], over all pixels together."""
     return float(10 * torch.log10(4.0 / (a - b).square().mean()))
 
 
-# While training, a token is its index in `scene_files.WORDS`: 0 stands for the end token, which also pads.
+# In training, a token is its index in `scene_files.WORDS`; 0 is the end token, which also pads.
 START = len(scene_files.WORDS)
 
 
 def tokens(words: np.ndarray | torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """Word rows (n, MAX_WORDS) as compact token rows (n, 77): start, the words, end and padding."""
+    """Word rows (n, MAX_WORDS) as compact token rows (n, 77): start token, the words, end tokens as padding."""
     row = torch.zeros(len(words), models.TOKENS, dtype=torch.long, device=device)
     row[:, 0] = START
     row[:, 1 : 1 + words.shape[1]] = torch.as_tensor(words, device=device)
@@ -86,7 +86,7 @@ def tokens(words: np.ndarray | torch.Tensor, device: str | torch.device) -> torc
 
 
 def word_tokens() -> torch.Tensor:
-    """CLIP's token id of each compact token, from the host's tokenizer.
+    """CLIP's token id of each compact token, from ComfyUI's tokenizer.
 
     Raises ValueError if a word is not one token.
     """
@@ -104,10 +104,10 @@ def word_tokens() -> torch.Tensor:
 
 
 def compact_text(path: Path | None = None) -> torch.nn.Module:
-    """The shipped text tower over compact tokens, or that of the file `path`. Words that are not in the file have the
-    mean of those that are, as in `models.load`."""
+    """The shipped text tower over compact tokens, or the one in the file `path`. Words that are not in the file have
+    the mean of those that are, as in `models.load`."""
     state, table = models.load("text", path), "text_model.embeddings.token_embedding.weight"
-    # The file lists its tokens in the order of compact ones; words are only ever appended.
+    # The file lists its tokens in the order of the compact ones; words are only ever appended.
     ids = load_file(path or models.FILES["text"])["token_ids"].long()
     rows = state[table][ids]
     absent = rows.mean(0).expand(START + 1 - len(rows), -1)
@@ -118,17 +118,17 @@ def compact_text(path: Path | None = None) -> torch.nn.Module:
 
 
 def build_compact_text():
-    """The text tower over the world's words alone."""
+    """The text tower with the world's words as its only tokens."""
     return models.build_text(START + 1, START, end=0)
 
 
 def frozen_autoencoder(device: str, path: Path | None = None) -> Autoencoder:
-    """The shipped autoencoder, or that of the file `path`, for evaluation."""
+    """The shipped autoencoder, or the one in the file `path`, for inference."""
     model = Autoencoder()
     model.load_state_dict(models.load("autoencoder", path))
     return model.eval().requires_grad_(False).to(device)
 
 
 def frozen_text(device: str, path: Path | None = None) -> torch.nn.Module:
-    """The shipped text tower, or that of the file `path`, over compact tokens (see `tokens`)."""
+    """The shipped text tower, or the one in the file `path`, over compact tokens (see `tokens`), for inference."""
     return compact_text(path).eval().requires_grad_(False).to(device)

@@ -1,8 +1,8 @@
-"""Stage 5: a fuser that says what a picture shows, from which FastComposer's training on Shapeland starts.
+"""Stage 'fuser': a fuser that adds what a picture shows to a noun's state, to start FastComposer's training from.
 
-The towers were trained on the same things, so the way from a picture of a thing to a word that says its looks needs no
-UNet: the state of a noun that nothing is said of and the picture of its thing shall give the state that the noun has
-behind the words for the thing's colours and pattern.
+The towers were trained on the same things, so mapping a picture of a thing to the words for its looks needs no UNet:
+given the state of a noun without attributes and the picture of its thing, the fuser learns to give the state that the
+noun has after the words for the thing's colours and pattern.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _LEAST_PIXELS = 20
 
 
 def said_and_bare(data: Scenes, rows: np.ndarray, base: Base) -> dict[str, torch.Tensor]:
-    """Captions of pictures with the looks of every thing and with none, and each thing that can be seen.
+    """Captions of pictures with the looks of every thing and with none, and each thing that is visible.
 
     Returns:
-        `said` and `bare` (n, towers, 77), tokens; per thing `picture` (m,), its row among them, `said_row` and
-        `bare_row` (m,), the row of its noun's token, and `object` (m, 3, r, r) in [0, 1], its crop.
+        `said` and `bare` (n, towers, 77), tokens; per thing `picture` (m,), the index of its picture; `said_row` and
+        `bare_row` (m,), the row of its noun's token; and `object` (m, 3, r, r) in [0, 1], its crop.
     """
     fields = zip(*(data.take(k, rows) for k in ("image", "label", "noun", "color", "background")), strict=True)
     vocabulary, side = base.vocabularies[0], base.vision.config.image_size
@@ -52,7 +52,7 @@ def said_and_bare(data: Scenes, rows: np.ndarray, base: Base) -> dict[str, torch
                 continue
             segment = Segment(number + 1, box_of(mask), world.NOUNS[thing[0]])
             found["picture"].append(i)
-            # Each word is one token, behind the start token.
+            # Each word is one token, after the start token.
             found["said_row"].append(said_at[number] + 1)
             found["bare_row"].append(bare_at[number] + 1)
             found["object"].append(plain_object(subject_crop(image, ids, segment, generator), side))
@@ -60,7 +60,7 @@ def said_and_bare(data: Scenes, rows: np.ndarray, base: Base) -> dict[str, torch
 
 
 def train_fuser(device: str, steps: int) -> None:
-    """Writes fuser.safetensors into the run's folder, and tells how much of what words add to a noun's state the fuser
+    """Writes fuser.safetensors into the run's folder, and prints how much of what words add to a noun's state the fuser
     finds in held-out pictures."""
     data = open_scenes()
     base = open_base("shapeland")

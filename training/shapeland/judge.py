@@ -1,4 +1,4 @@
-"""Stage 3: the judge, trained and measured on ground truth alone."""
+"""Stage 'judge': the judge, trained and measured on ground truth alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = 4096
 
 
 def draw_pairs(count: int, seed: int) -> list[tuple[world.Picture, world.Picture]]:
-    """Pairs of pictures whose first mention has one identity but another noun: identity apart from silhouette."""
+    """Pairs of pictures whose first things have one identity but different nouns: identity apart from silhouette."""
     pairs = []
     for i in range(count):
         rng = np.random.default_rng((seed, 7, i))
@@ -63,15 +63,15 @@ def things_of(data: Scenes, rows: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """InfoNCE between unit vectors a (n, d) and b (n, d): row i of one belongs to row i of the other."""
+    """InfoNCE loss between unit vectors a (n, d) and b (n, d), in which row i of one matches row i of the other."""
     logits = a.float() @ b.float().T / TEMPERATURE
     target = torch.arange(len(a), device=a.device)
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
 def train_judge(device: str, steps: int, shipped: bool = False) -> None:
-    """Segmentation, centres, attributes and identity in one run; writes weights and `report.json`. A run without a
-    checkpoint starts from the shipped weights if so wished."""
+    """Trains segmentation, centres, attributes and identity in one run; writes weights and `report.json`. A run without
+    a checkpoint starts from the shipped weights if `shipped`."""
     data = open_scenes(4)
     torch.manual_seed(SEED)
     judge = Judge()
@@ -85,7 +85,7 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
     def loss_of(step, generator):
         rows = rows_of(step, 24, 3 * SHARD)
         pictures = torch.from_numpy(data.take("image", rows)).permute(0, 3, 1, 2).float() / 255
-        # Generated pictures are never as clean as drawn ones: learn to read through a little noise and blur.
+        # Generated pictures are never as clean as drawn ones, so the judge learns to read with a little noise and blur.
         pictures = (pictures + 0.03 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
         if step % 4 == 0:
             pictures = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -127,11 +127,13 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
 
 @torch.no_grad()
 def measure(judge: Judge, data: Scenes, rows: np.ndarray, device: str) -> dict[str, float]:
-    """The judge against held-out truth.
+    """Measures the judge on held-out pictures.
 
-    Shares of things whose noun, both colours and pattern are read right among those found (matched by mask, at least
-    half in common), `found` and `false` per true thing, whole pictures with all nouns right (`pictures`), mean mask
-    IoU, and `auc`: how surely two things of one identity and different noun are closer than two of different identity.
+    Returns the shares of things whose noun, both colours and pattern are read correctly among those found (matched by
+    mask, with an IoU of at least 0.5); `found` and `false` readings per true thing; the share of `pictures` with all
+    nouns right; the mean mask `iou`; `auc`, how often two things with one identity and different nouns are more similar
+    than two with different identities; the mean similarities `same` and `other` of such pairs; and `twins`, that of two
+    things with one noun in one picture.
     """
     right = {"noun": 0, "color": 0, "second": 0, "pattern": 0}
     found = seen = true = whole = 0

@@ -1,4 +1,4 @@
-"""What the UNet is trained on, on the device that trains: latents, captions and the truth about each thing."""
+"""The UNet's training data, on the device that trains: latents, captions and the truth about each thing."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class SceneBatch:
         latents: (n, 8, 16, 16), of unit variance.
         words: (n, MAX_WORDS) int64, see `scenes.WORDS`.
         cells: (n, 3, 16, 16), the share of each latent cell that each thing covers.
-        classes: (n, 3, 4) int64, noun, colour, second colour and pattern of each thing, -1 where there is none.
+        classes: (n, 3, 4) int64, noun, colour, second colour and pattern of each thing, -1 if there is none.
         describes: (n, 3, 77), 1 where a token describes the thing.
-        named: (n, 3, 16, 16), as `cells`, of all things that are named by the thing's noun together.
-        present: (n, 3), 1 where there is a thing.
+        named: (n, 3, 16, 16), like `cells`, for all things together that the caption names with the thing's noun.
+        present: (n, 3), 1 if there is a thing.
     """
 
     latents: torch.Tensor
@@ -45,7 +45,7 @@ class SceneBatch:
 
 
 def covered(label: np.ndarray) -> torch.Tensor:
-    """How many pixels (n, 3, h, w) uint8 of each latent cell each thing of `label` (n, H, W) covers."""
+    """How many pixels of each latent cell each thing of `label` (n, H, W) covers: (n, 3, h, w), uint8."""
     n, height, width = label.shape
     blocks = label.reshape(n, height // FACTOR, FACTOR, width // FACTOR, FACTOR)
     return torch.from_numpy(np.stack([(blocks == i + 1).sum((2, 4), dtype=np.uint8) for i in range(3)], 1))
@@ -53,7 +53,7 @@ def covered(label: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def encoded(data: Scenes, autoencoder: Autoencoder, folder: Path, device: str) -> torch.Tensor:
-    """Latents (pictures, 8, 16, 16) of all shards as fp16, encoded once and kept in `folder`, a file per shard."""
+    """Latents (pictures, 8, 16, 16) of all shards in fp16, encoded once and stored in `folder`, one file per shard."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for shard, images in enumerate(data.shards("image")):
@@ -70,7 +70,7 @@ def encoded(data: Scenes, autoencoder: Autoencoder, folder: Path, device: str) -
 class LatentScenes:
     """The pictures of all shards, held in memory in compact form.
 
-    `trained` is how many of them are trained on; the last shard is held out.
+    `trained` is the number of pictures to train on; the last shard is held out.
     """
 
     def __init__(self, data: Scenes, latents: torch.Tensor, device: str):
@@ -88,7 +88,7 @@ class LatentScenes:
         cells = self._cells[rows].float() / _PIXELS
         shared = (noun_word[:, :, None] == noun_word[:, None]) & present[:, None]
         marks = torch.zeros(len(rows), 3, models.TOKENS, device=rows.device)
-        # The start token stands before the first word.
+        # The start token comes before the first word.
         marks[:, :, 1 : 1 + describes.shape[2]] = describes.float()
         return SceneBatch(
             self._latents[rows].float(),

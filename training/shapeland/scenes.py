@@ -1,4 +1,4 @@
-"""Shapeland pictures on disk: shards of pictures with their ground truth, drawn once and mapped into memory."""
+"""Shapeland pictures on disk: shards of pictures with their ground truth, drawn once and memory-mapped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARD = 8192
 MAX_WORDS = 40
 _FIELDS = {
     "image": (np.uint8, (world.SIZE, world.SIZE, 3)),
-    # 0 is background, i + 1 thing i: where it is the most visible one.
+    # 0 is the background, i + 1 is thing i where it covers most of a pixel.
     "label": (np.uint8, (world.SIZE, world.SIZE)),
     "noun": (np.int8, (3,)),
     "color": (np.int8, (3, 3)),
@@ -62,7 +62,7 @@ def _draw_shard(folder: Path, seed: int, shard: int) -> None:
 
 
 def draw(folder: Path, shards: int, seed: int, workers: int | None = None) -> None:
-    """Draw the shards that are not in `folder` yet, on `workers` cores (all by default); the same seed gives the same
+    """Draws the shards that are not in `folder` yet, on `workers` cores (all by default); the same seed gives the same
     pictures on any machine."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [s for s in range(shards) if not (folder / f"{s:04d}.done").exists()]
@@ -85,7 +85,7 @@ class Scenes:
         self.count = shards * SHARD
 
     def shards(self, name: str) -> list[np.ndarray]:
-        """Field `name` of all pictures, shard by shard."""
+        """Field `name` of all pictures, one array per shard."""
         return self._maps[name]
 
     def whole(self, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Stage 5: the UNet, by v-prediction on frozen latents and a frozen text tower."""
+"""Stage 'unet': the UNet, trained with v-prediction on frozen latents and a frozen text tower."""
 
 from __future__ import annotations
 
@@ -33,46 +33,46 @@ from .latents import LatentScenes, SceneBatch, encoded
 from .scenes import MAX_WORDS, WORDS
 
 UNCONDITIONAL = 0.1
-# A share of the training on top of even noise levels goes to the steps at which silhouettes are decided. Measured on a
-# half-trained model by finishing true pictures from step t: nouns were right in 97% of them from 359, 94% from 559, 78%
-# from 719, 64% from 839, 56% from 959. The last hundred steps belong to it: there it is decided how many things stand
+# A share of the samples has the timesteps at which silhouettes are decided; the others have uniform ones. Measured on a
+# half-trained model by finishing true pictures from timestep t: nouns were right in 97% of them from 359, 94% from 559,
+# 78% from 719, 64% from 839, 56% from 959. The last hundred timesteps are included: they decide how many things are
 # where.
 SHAPING, SHAPING_SHARE = (500, 1000), 0.6
 # The noise level at which a thing is half hidden.
 HIDDEN_FROM = 6.0
-# Weight of the reading loss: what the features of the UNet know about the things that are being drawn. Its gradient is
+# Weight of the reading loss: what the features of the UNet tell about the things that are being drawn. Its gradient is
 # nearly orthogonal to the denoising loss's (measured: cosine 0.01 to 0.09) and must stay a small part of the whole.
 READ = 0.02
 # Weight of the localization loss at the start of the run and after `LOCALIZE_PICTURES` pictures.
 LOCALIZE, LOCALIZE_LATER, LOCALIZE_PICTURES = 0.5, 0.1, 320_000
-# Learning rate, the share of the steps at the end over which it falls to nothing, and how long averages reach back: a
-# longer one lags behind the fall (measured: 61.7% of nouns where the last weights had 65.6%).
+# Learning rate, the share of the steps at the end over which it falls to almost zero, and the share of the average that
+# a step keeps: a longer average lags behind the fall (measured: 61.7% of nouns right, 65.6% with the last weights).
 LEARNING_RATE, DECAY, AVERAGE = 1e-3, 0.3, 0.99
-# Whose cross-attention the localization loss looks at: those of 8x8 and 16x16 cells.
+# Blocks whose cross-attention the localization loss uses: those with 8x8 and 16x16 cells.
 OPENED = ("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3")
-# At which times, and on how many held-out pictures, the report says what captions are worth.
+# Timesteps, and number of held-out pictures, at which the report measures what captions contribute.
 GAIN_TIMES, GAIN_PICTURES = (150, 500, 700, 850, 970), 128
 
 
 def noise_levels(device: str) -> torch.Tensor:
-    """alpha-bar (1000,) of Stable Diffusion's schedule."""
+    """alpha-bar (1000,) of Stable Diffusion's noise schedule."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(**models.SCHEDULE).alphas_cumprod.to(device)
 
 
 def visibility(alpha: torch.Tensor) -> torch.Tensor:
-    """How well a thing can be made out at alpha-bar `alpha`, 0..1: where noise hides the layout there is no place to
-    point at yet. A thing covers some tens of cells of 8 channels, so it stands out far beyond its cells' own noise."""
+    """How visible a thing is at alpha-bar `alpha`, 0..1: where noise hides the layout, there is no place to attend to
+    yet. A thing covers dozens of cells with 8 channels, so it is visible in far more noise than a single cell is."""
     level = (1 - alpha) / alpha
     return 1 / (1 + level / HIDDEN_FROM**2)
 
 
 class Readers(torch.nn.Module):
-    """Linear maps that read nouns, colours and patterns off the UNet's features while it is trained.
+    """Linear maps that read nouns, colours and patterns from the UNet's features during training.
 
-    After REPA (arXiv 2410.06940), which asks features for what a pretrained encoder says of the picture; here the world
-    itself knows. The maps are dropped after training.
+    As in REPA (arXiv 2410.06940), which trains features to tell what a pretrained encoder sees in the picture; here the
+    world itself knows. The maps are dropped after training.
     """
 
     CLASSES = (len(world.NOUNS) + 1, len(world.COLORS), len(world.COLORS), len(world.PATTERNS))
@@ -84,8 +84,8 @@ class Readers(torch.nn.Module):
     def loss(self, features: list[torch.Tensor], cells: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of the four readings.
 
-        `features` (n, c, h, w) one per map; `cells` (n, 3, 16, 16) the share of each cell that a thing covers;
-        `classes` (n, 3, 4) noun, colour, second colour and pattern of each thing, -1 where there is none.
+        `features` (n, c, h, w), one per map; `cells` (n, 3, 16, 16), the share of each cell that a thing covers;
+        `classes` (n, 3, 4), noun, colour, second colour and pattern of each thing, -1 if there is none.
         """
         total = torch.zeros((), device=cells.device)
         for layer, feature in zip(self.maps, features, strict=True):
@@ -102,7 +102,7 @@ class Readers(torch.nn.Module):
 
 
 class _UNetWithReaders(torch.nn.Module):
-    """The UNet and its readers as one module, so that one run keeps and updates both."""
+    """The UNet and its readers as one module, so that one run stores and updates both."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ class _UNetWithReaders(torch.nn.Module):
 
     @property
     def read_blocks(self) -> tuple[torch.nn.Module, ...]:
-        """Whose output the readers read."""
+        """The blocks whose output the readers read."""
         return self.unet.up_blocks[1], self.unet.up_blocks[2]
 
 
@@ -121,9 +121,9 @@ def unet_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class _Objective:
-    """The losses of a step: of noisy latents of some pictures, with their captions and all that is true.
+    """The losses of a training step.
 
-    Of several objectives each takes its `part` (number, of how many) of a step's batch, and has a replica of its own.
+    With several objectives, each takes its `part` (index, count) of a step's batch and has a replica of the model.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class _Objective:
     def noised(
         self, batch: SceneBatch, t: torch.Tensor, unconditional: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The latents with noise of times t (n,), the v that is to be predicted, and the text states of captions that
+        """The latents with the noise of timesteps t (n,), the v to predict, and the text states of the captions, which
         are empty for the `unconditional` (n,)."""
         x = batch.latents
         noise = torch.randn(x.shape, generator=generator).to(x.device)
@@ -155,7 +155,7 @@ class _Objective:
         return a * x + s * noise, a * noise - s * x, context
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The parts of the loss of one step."""
+        """The losses of one step, by name."""
         first, parts = self.part
         rows = rows_of(step, self.batch_size, self.data.trained)[first::parts]
         batch = self.data.take(rows)
@@ -177,7 +177,7 @@ class _Objective:
 
     @torch.no_grad()
     def gains(self, unet) -> dict[str, float]:
-        """By which part of it captions lower the loss of held-out pictures at some times."""
+        """The share by which captions lower the loss of held-out pictures, at each of GAIN_TIMES."""
         batch = self.data.take(self.data.trained + np.arange(GAIN_PICTURES))
         found = {}
         for time in GAIN_TIMES:
@@ -199,8 +199,8 @@ def train_unet(
     shipped: bool = False,
     seconds: float = float("inf"),
 ) -> None:
-    """v-prediction with localization and reading; keeps averaged weights, judges samples on the way. A run without a
-    checkpoint starts from the shipped weights if so wished, else from nothing."""
+    """Trains with v-prediction, localization and reading losses; keeps averaged weights and has the judge score samples
+    during the run. A run without a checkpoint starts from the shipped weights if `shipped`, else from random ones."""
     torch.manual_seed(SEED)
     model, text = _UNetWithReaders(), frozen_text(device, weights_file("text"))
     unet = model.unet
@@ -208,12 +208,13 @@ def train_unet(
         unet.load_state_dict(models.load("unet"))
     model.to(device)
     if torch.device(device).type != "cpu":
-        # On a processor the other layout is faster (measured: 2.25 s a step for 2.55 s).
+        # On a CPU the other layout is faster (measured: 2.25 s a step instead of 2.55 s).
         unet.to(memory_format=torch.channels_last)
     decay = max(1, int(DECAY * steps))
 
     def schedule(step):
-        # Constant, then linear to nothing: a run can be continued from any step before its fall by taking more steps.
+        # Constant, then linear to almost zero: a run can be extended from any step before its fall by taking more
+        # steps.
         return min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
 
     outside = "unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"
@@ -236,20 +237,20 @@ def train_unet(
 
 
 def check_unet(device: str) -> None:
-    """Prints what the judge says of 512 held-out captions that the trained UNet draws, and keeps it in `check.json`."""
+    """Has the trained UNet draw 512 held-out captions, prints the judge's scores, and writes them to `check.json`."""
     found = evaluate(models.load("unet", weights_file("unet")), RUNS / "check.png", device, pictures=512, steps=50)
     (RUNS / "check.json").write_text(json.dumps(found))
     print(found)
 
 
 def held_out_scenes(count: int) -> list[tuple[list[world.Mention], str]]:
-    """Captions of scenes that no training picture shows: what they mention, and the text."""
+    """Mentions and captions of scenes that no training picture shows."""
     scenes = [world.random_scene(np.random.default_rng((SEED, 10_000, i)), recipe=world.NEXT) for i in range(count)]
     return [(world.parse_caption(s.caption)[0], s.caption) for s in scenes]
 
 
 def _ready(state: dict[str, torch.Tensor], device: str):
-    """A UNet of these weights, for evaluation."""
+    """A UNet with these weights, for inference."""
     unet = models.build_unet(models.NEXT_UNET_CONFIG).to(device)
     unet.load_state_dict(state)
     return unet.eval().to(memory_format=torch.channels_last)
@@ -259,7 +260,7 @@ def _ready(state: dict[str, torch.Tensor], device: str):
 def evaluate(
     state: dict[str, torch.Tensor], sheet: Path, device: str, pictures: int, steps: int, guidance: float = 4.0
 ) -> dict[str, float]:
-    """Draw held-out captions with the UNet `state`, let the judge read them, save a sheet of the first 64."""
+    """Draws held-out captions with the UNet weights `state`, saves a sheet of the first 64, returns their scores."""
     unet = _ready(state, device)
     text = frozen_text(device, weights_file("text"))
     autoencoder = frozen_autoencoder(device, weights_file("autoencoder"))
