@@ -20,6 +20,8 @@ MARKER = "@subject"
 
 SUBJECT_ROWS = "conceptloom_subject_rows"
 """Key in a conditioning's options: the indices of the text rows that carry a subject."""
+GAMMA = "conceptloom_gamma"
+"""Key in a conditioning's options: the factor of these rows, for text states that are computed while sampling."""
 
 # Any word that the tokenizer keeps as one token will do. There are several, because a prompt may contain some.
 _STAND_INS = ("zebra", "violin", "tornado", "pretzel", "glacier", "walnut", "lobster", "piano")

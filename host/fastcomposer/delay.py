@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from comfy.patcher_extension import WrappersMP
 
 from ...samplers.switching import NEAREST, boundary_sigma, first_subject_step
+from ..model.unprepared import NeedsPreparedModel
 
 TAG = "conceptloom_delay"
 _PERCENTS = ("start_percent", "end_percent", "clip_start_percent", "clip_end_percent")
@@ -61,16 +62,10 @@ class _Part:
     late: bool
 
 
-class _NeedsPreparedModel:
-    """Placeholder for an unknown noise level. A comparison raises ValueError, because the MODEL was not `prepared`."""
-
-    def _refuse(self, _):
-        raise ValueError(
-            "Delayed Subject Conditioning: model: expected one from Load FastComposer in the sampler, for it tells the "
-            "conditioning when to switch, got another (connect yours to Load FastComposer's input)."
-        )
-
-    __lt__ = __gt__ = _refuse
+_UNPREPARED = NeedsPreparedModel(
+    "Delayed Subject Conditioning: model: expected one from Load FastComposer in the sampler, for it tells the "
+    "conditioning when to switch, got another (connect yours to Load FastComposer's input)."
+)
 
 
 def delayed(early: list, late: list, delay: Delay) -> list:
@@ -88,7 +83,7 @@ def delayed(early: list, late: list, delay: Delay) -> list:
         for tensor, extras in conditioning:
             if TAG in extras:
                 raise ValueError(f"{name}: expected a conditioning that does not switch yet, got a delayed one")
-            waiting = {TAG: _Part(delay, is_late), "timestep_start": _NeedsPreparedModel()}
+            waiting = {TAG: _Part(delay, is_late), "timestep_start": _UNPREPARED}
             entries.append([tensor, {**extras, **waiting}])
     if delay.always_second is None:
         return entries

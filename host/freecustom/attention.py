@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from ...attention import mrsa
 from ...subjects.masks import binarize, check_aspect, same_aspect
+from ...subjects.pictures import fit
 from ...subjects.subject import Subject
 from ..advice import advise, executing_node
 from ..model.families import family_of, network_of
@@ -233,14 +233,6 @@ def reference_size(image: Sequence[int], target: tuple[int, int]) -> tuple[int, 
         return tuple(target)
     ratio, area = image[0] / image[1], target[0] * target[1]
     return max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
-
-
-def fit(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes a picture (H, W, 3) to (h, w, 3) with antialiasing."""
-    planes = image.movedim(-1, 0)[None].float()
-    if tuple(planes.shape[-2:]) != size:
-        planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    return planes[0].movedim(0, -1)
 
 
 class Missed:

@@ -22,7 +22,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...samplers.fusion import FUSION, STAGE, combine, shares
 from ..advice import executing_node, inform
 from ..model.patching import NEGATIVE, POSITIVE, ROLE_TAG, SIDES, TEXT
-from ..words import SUBJECT_ROWS
+from ..words import GAMMA, SUBJECT_ROWS
 
 NAME = "Fusion Guider"
 KEY = "conceptloom_fusion_guider"
@@ -209,12 +209,13 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
 
 def weakened(conditioning: list, gamma: float) -> list:
-    """A copy in which text states that carry a subject are multiplied by gamma; all else is kept."""
+    """A copy in which text states that carry a subject are multiplied by gamma. The rest is kept."""
     found = []
     for states, extras in conditioning:
         if rows := extras.get(SUBJECT_ROWS):
             states = states.clone()
             states[:, list(rows)] *= gamma
+            extras = {**extras, GAMMA: gamma}
         found.append([states, extras])
     return found
 

@@ -90,7 +90,7 @@ def read(dtype):
 
 
 def fitted(dtype):
-    from conceptloom.host.freecustom.attention import fit
+    from conceptloom.subjects.pictures import fit
 
     return fit(picture().to(dtype), (16, 24))
 

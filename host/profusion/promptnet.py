@@ -1,0 +1,343 @@
+"""PromptNet in ComfyUI: a conditioning in which a word follows the latents that are being sampled.
+
+The word of a subject is replaced by the vectors S* that PromptNet makes of the subject's picture, of the current
+latents and of their timestep (ProFusion, arXiv 2305.13579, section 3.1). They enter in front of the text encoder, so
+both networks run when S* changes. The conditioning carries what that takes, and a MODEL that is `prepared` computes
+the text states whenever the UNet is evaluated, for any sampler and guider.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...encoders.files import read
+from ...encoders.promptnet import PromptNet, heads_of
+from ...subjects.pictures import cover
+from ...subjects.subject import Subject
+from ..model.files import load_state
+from ..model.unprepared import NeedsPreparedModel
+from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, locate, stand_in
+
+TAG = "conceptloom_promptnet"
+EVERY_EVALUATION, EVERY_STEP, ONCE = "every evaluation", "every step", "once"
+UPDATES = (EVERY_EVALUATION, EVERY_STEP, ONCE)
+
+_UNPREPARED = NeedsPreparedModel(
+    "PromptNet Encode: model: expected one from Load PromptNet in the sampler, which makes the subject's word, got "
+    "another (connect yours to Load PromptNet's input)."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPromptNet:
+    """A PromptNet in a model patcher, so that ComfyUI manages its memory."""
+
+    patcher: Any
+
+    @property
+    def module(self) -> PromptNet:
+        """The network."""
+        return self.patcher.model
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A subject as PromptNet takes it.
+
+    Attributes:
+        image: (H, W, 3), values 0..1.
+        tokens: (t, V), the vision tower's last hidden states of it.
+    """
+
+    image: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """What a conditioning carries: where its subjects' words are, and what makes them.
+
+    Attributes:
+        promptnet: the network.
+        clip: the text encoder.
+        vae: encodes the subjects' pictures, at the size that is sampled.
+        rows: tokens of the chunks of the prompt, as ComfyUI has them.
+        places: (chunk, index) of each subject's word.
+        subjects: one for each place.
+        update: one of UPDATES.
+    """
+
+    promptnet: LoadedPromptNet
+    clip: Any
+    vae: Any
+    rows: tuple[tuple[tuple[Any, float], ...], ...]
+    places: tuple[tuple[int, int], ...]
+    subjects: tuple[Seen, ...]
+    update: str
+
+
+def load(path: str) -> LoadedPromptNet:
+    """Loads a PromptNet from safetensors or from a file of torch.
+
+    Raises:
+        ValueError: the file is no PromptNet, or not whole.
+    """
+    heads = heads_of(read(path).metadata)
+    device = comfy.model_management.text_encoder_device()
+    half = comfy.model_management.should_use_fp16(device)
+    settings = {"dtype": torch.float16 if half else torch.float32}
+    return wrap(PromptNet.from_state(load_state(path), heads, comfy.ops.manual_cast, **settings))
+
+
+def wrap(net: PromptNet) -> LoadedPromptNet:
+    """A network in a patcher."""
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        net,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return LoadedPromptNet(patcher)
+
+
+def encode(
+    promptnet: LoadedPromptNet,
+    clip,
+    clip_vision,
+    vae,
+    prompt: str,
+    subjects: Sequence[Subject],
+    marker: str = MARKER,
+    update: str = EVERY_EVALUATION,
+) -> tuple[list, list]:
+    """The prompt's conditioning as plain text, and with each subject's word replaced by what PromptNet sees.
+
+    Args:
+        prompt: with the marker after each subject's word, or with the noun of each.
+        update: when S* is made anew.
+
+    Raises:
+        ValueError: a place cannot be found, or one of the models does not fit the PromptNet.
+    """
+    if not subjects:
+        raise ValueError("subjects: expected at least one subject, got none")
+    plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], marker)
+    text = clip.encode_from_tokens_scheduled(clip.tokenize(plain))
+    tokenizer = getattr(clip.tokenizer, clip.tokenizer.clip)
+    _, word = stand_in(tokenizer, plain)
+    held, ends = _with_stand_ins(plain, ends, [subject.noun for subject in subjects], word)
+    tokens, places = locate(clip, held, ends)
+    if len(tokens) > 1:
+        raise ValueError(f"clip: expected a single text encoder, as Stable Diffusion 1 and 2 have, got {len(tokens)}")
+    (rows,) = tokens.values()
+    config = promptnet.module.config
+    _check_width("clip", "text encoder", tokenizer.embedding_size, config.context_width)
+    seen = tuple(_seen(clip_vision, subject, config.vision_width) for subject in subjects)
+    words = Words(
+        promptnet,
+        clip,
+        vae,
+        tuple(tuple((token, weight) for token, weight in row) for row in rows),
+        tuple((place.chunk, place.index) for place in places),
+        seen,
+        update,
+    )
+    shown = [
+        [states, {**extras, TAG: words, "timestep_start": _UNPREPARED, SUBJECT_ROWS: tuple(p.row for p in places)}]
+        for states, extras in clip.encode_from_tokens_scheduled(tokens)
+    ]
+    return text, shown
+
+
+def _with_stand_ins(prompt: str, ends: Sequence[int], nouns: Sequence[str], word: str) -> tuple[str, list[int]]:
+    """The prompt with the words that end at `ends` replaced by a word of one token, and where each of these ends."""
+    text, found, done = "", {}, 0
+    for i in sorted(range(len(ends)), key=ends.__getitem__):
+        before, noun = prompt[done : ends[i]].rstrip(), nouns[i]
+        own = before.casefold().endswith(noun.casefold())
+        said = len(noun) if own else len(re.search(r"[\w'-]*$", before)[0])
+        text += before[: len(before) - said] + word
+        found[i], done = len(text), ends[i]
+    return text + prompt[done:], [found[i] for i in range(len(ends))]
+
+
+def _seen(clip_vision, subject: Subject, width: int) -> Seen:
+    tokens = clip_vision.encode_image(subject.image[None])["last_hidden_state"][0]
+    _check_width("clip_vision", "vision tower", tokens.shape[-1], width)
+    return Seen(subject.image, tokens)
+
+
+def _check_width(name: str, what: str, width: int, expected: int) -> None:
+    if width != expected:
+        raise ValueError(f"{name}: expected the {what} of width {expected} of this PromptNet, got one of width {width}")
+
+
+def prepared(model):
+    """Returns a clone of the MODEL that makes the subjects' words of such conditionings, and is otherwise the same."""
+    model = model.clone()
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.CALC_COND_BATCH, _calc_cond_batch)):
+        model.remove_wrappers_with_key(kind, TAG)
+        model.add_wrapper_with_key(kind, TAG, wrapper)
+    return model
+
+
+def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    guider = executor.class_obj
+    found = {id(entry[TAG]): entry[TAG] for entries in guider.conds.values() for entry in entries if TAG in entry}
+    if not found:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    patcher = guider.model_patcher
+    runs = {key: WordRun(words, patcher.model, noise) for key, words in found.items()}
+    for name, entries in guider.conds.items():
+        guider.conds[name] = [_with_run(entry, runs) if TAG in entry else entry for entry in entries]
+    # ComfyUI then loads them together with the UNet, and keeps them in memory while it samples.
+    needed = {id(p): p for words in found.values() for p in (words.promptnet.patcher, words.clip.patcher)}
+    patcher.set_additional_models(TAG, list(needed.values()))
+    try:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        patcher.remove_additional_models(TAG)
+
+
+def _with_run(entry: dict, runs: dict[int, WordRun]) -> dict:
+    kept = {name: value for name, value in entry.items() if value is not _UNPREPARED}
+    return {**kept, TAG: runs[id(entry[TAG])]}
+
+
+def _calc_cond_batch(executor, model, conds, x, timestep, options):
+    return executor(model, [_written(entries, x, timestep) for entries in conds], x, timestep, options)
+
+
+def _written(entries: list[dict] | None, x: torch.Tensor, timestep: torch.Tensor) -> list[dict] | None:
+    """Conditionings with the text states of this evaluation."""
+    if entries is None or not any(TAG in entry for entry in entries):
+        return entries
+    found = []
+    for entry in entries:
+        if TAG in entry:
+            states = entry[TAG].states(entry["model_conds"]["c_crossattn"].cond, x, timestep, entry.get(GAMMA, 1.0))
+            entry = {**entry, "model_conds": {**entry["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(states)}}
+        found.append(entry)
+    return found
+
+
+class WordRun:
+    """One sampling with a PromptNet's words.
+
+    Args:
+        words: the content of the conditioning.
+        model: ComfyUI's BaseModel.
+        noise: (B, C, h, w), with the size of the latents.
+
+    Raises:
+        ValueError: the latents are of another kind than the PromptNet's, or too small for it.
+    """
+
+    def __init__(self, words: Words, model, noise: torch.Tensor):
+        self.words, self.model = words, model
+        config, size = words.promptnet.module.config, tuple(noise.shape[-2:])
+        factor = words.vae.spacial_compression_encode()
+        if noise.shape[1] != config.latent_channels:
+            raise ValueError(
+                f"PromptNet Encode: promptnet: expected one for latents of {noise.shape[1]} channels, got one for "
+                f"{config.latent_channels}"
+            )
+        if min(size) < config.region_side:
+            raise ValueError(
+                f"PromptNet Encode: latent: expected at least {config.region_side * factor} pixels on each side for "
+                f"this PromptNet, got {size[1] * factor} x {size[0] * factor}"
+            )
+        pixels = torch.stack([cover(seen.image, (size[0] * factor, size[1] * factor)) for seen in words.subjects])
+        self.references = model.process_latent_in(words.vae.encode(pixels))
+        self.tokens = torch.stack([seen.tokens for seen in words.subjects])
+        self.count = (size[0] // config.region_side) * (size[1] // config.region_side)
+        self._kept: tuple[float, dict[int, torch.Tensor]] | None = None
+
+    def states(self, text: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Text states (B, T, D) for the latents x (B, C, h, w) at a noise level (B,).
+
+        Args:
+            text: (1 or B, T, D), states of the prompt with a plain word for each subject.
+            gamma: factor of the rows that carry subjects.
+        """
+        sigma = float(timestep[0])
+        fresh = self._kept is None or self._kept[0] != sigma or len(next(iter(self._kept[1].values()))) != len(x)
+        if self.words.update == EVERY_EVALUATION or self._kept is None or (fresh and self.words.update == EVERY_STEP):
+            self._kept = (sigma, self._encoded(x, timestep))
+        states = text.expand(len(x), -1, -1).clone()
+        length = len(self.words.rows[0])
+        for chunk, found in self._kept[1].items():
+            states[:, chunk * length : (chunk + 1) * length] = found.to(states)
+            if gamma != 1:
+                states[:, [chunk * length + index for index in self._carriers(chunk)]] *= gamma
+        return states
+
+    def _encoded(self, x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Text states (B, tokens, D) of each chunk of the prompt that has subjects."""
+        words, batch = self.words, len(x)
+        vectors = self._vectors(x, timestep)
+        clip, model = words.clip, words.clip.cond_stage_model
+        model.reset_clip_options()
+        if clip.layer_idx is not None:
+            model.set_clip_options({"layer": clip.layer_idx})
+        model.set_clip_options({"execution_device": clip.patcher.load_device})
+        encoder = getattr(model, model.clip)
+        positions = encoder.transformer.text_model.embeddings.position_embedding.weight
+        found = {}
+        for chunk in {chunk for chunk, _ in words.places}:
+            row, carriers = self._row(chunk), self._carriers(chunk)
+            rows = [list(row) for _ in range(batch)]
+            for index, vector in zip(carriers, self._of_chunk(vectors, chunk), strict=True):
+                # ComfyUI adds the position to every token; published weights make a token that has it already.
+                placed = vector - positions[index].to(vector)
+                for b in range(batch):
+                    rows[b][index] = (placed[b], row[index][1])
+            states = encoder([[token for token, _ in one] for one in rows])[0]
+            weights = torch.tensor([weight for _, weight in row])
+            if (weights != 1).any():
+                (empty,) = clip.tokenize("").values()
+                neutral = encoder([[token for token, _ in empty[0]]])[0]
+                states = neutral + (states - neutral) * weights.to(states)[:, None]
+            found[chunk] = states
+        return found
+
+    def _vectors(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """S* (subjects, B, n, D)."""
+        net, batch = self.words.promptnet.module, len(x)
+        device, dtype = x.device, net.conv_in.weight.dtype
+        sampling = self.model.model_sampling
+        noisy = sampling.calculate_input(timestep, x).to(dtype)
+        many = len(self.words.subjects)
+        made = net(
+            self.references.to(device, dtype).repeat_interleave(batch, 0),
+            noisy.repeat(many, 1, 1, 1),
+            sampling.timestep(timestep).repeat(many),
+            self.tokens.to(device, dtype).repeat_interleave(batch, 0),
+        )
+        return made.float().unflatten(0, (many, batch))
+
+    def _row(self, chunk: int) -> list[tuple[Any, float]]:
+        """Tokens of a chunk with a place for each vector; as many are dropped at its end."""
+        here = {index for c, index in self.words.places if c == chunk}
+        row = self.words.rows[chunk]
+        spread = [one for i, one in enumerate(row) for _ in range(self.count if i in here else 1)]
+        return spread[: len(row)]
+
+    def _carriers(self, chunk: int) -> list[int]:
+        """The places of all vectors of a chunk in `_row`, from left to right."""
+        here = sorted(index for c, index in self.words.places if c == chunk)
+        return [index + number * (self.count - 1) + r for number, index in enumerate(here) for r in range(self.count)]
+
+    def _of_chunk(self, vectors: torch.Tensor, chunk: int) -> list[torch.Tensor]:
+        """The vectors (B, D) of a chunk in the order of `_carriers`."""
+        here = sorted((index, j) for j, (c, index) in enumerate(self.words.places) if c == chunk)
+        return [vectors[j, :, r] for _, j in here for r in range(self.count)]
