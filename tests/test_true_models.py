@@ -14,20 +14,26 @@ from PIL import Image
 from safetensors.torch import save_file
 from true_models import fastcomposer_state, kohya_lora, write_checkpoint
 
-SIDE = 128
+SIDE = 64
 NAMES = {"sd15": "v1-5-pruned-emaonly-fp16.safetensors", "sdxl": "sd_xl_base_1.0.safetensors"}
 TWO_LORAS = {"sd15": "concept_weaver_sd15_two_loras", "sdxl": "concept_weaver_sdxl"}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(server, host, request):
-    """Puts a checkpoint where the server finds it, for all tests that want it, and takes it away again."""
+    """Puts a checkpoint where the server finds it, for all tests that need it, and takes it away again. Until then
+    the server keeps it loaded."""
     path = server.base / "models" / "checkpoints" / NAMES[request.param]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(request.param, path)
     yield request.param
-    server.request("/free", json.dumps({"unload_models": True, "free_memory": True}).encode())
+    forget(server)
     path.unlink()
+
+
+def forget(server):
+    """Models of true size must not stay in memory."""
+    server.request("/free", json.dumps({"unload_models": True, "free_memory": True}).encode())
 
 
 @pytest.mark.parametrize("checkpoint", list(NAMES), indirect=True)
@@ -35,18 +41,6 @@ def test_workflow_runs_on_a_file_of_true_shapes(checkpoint, server):
     log, picture = draw(server, f"freecustom_{checkpoint}")
     assert "missing" not in log.lower(), [line for line in log.splitlines() if "missing" in line.lower()]
     assert "2 reference passes" in log
-    assert picture.std() > 1
-
-
-@pytest.mark.parametrize("checkpoint", ["sd15"], indirect=True)
-def test_fastcomposer_runs_on_the_published_layout(checkpoint, server):
-    path = server.base / "models" / "fastcomposer" / "pytorch_model.bin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(fastcomposer_state(), path)
-    try:
-        _, picture = draw(server, "fastcomposer_sd15")
-    finally:
-        path.unlink()
     assert picture.std() > 1
 
 
@@ -64,6 +58,19 @@ def test_concept_weaver_runs_with_two_loras(checkpoint, server):
         for file in files:
             file.unlink()
     assert "left out" not in log
+    assert picture.std() > 1
+
+
+@pytest.mark.parametrize("checkpoint", ["sd15"], indirect=True)
+def test_fastcomposer_runs_on_the_published_layout(checkpoint, server):
+    path = server.base / "models" / "fastcomposer" / "pytorch_model.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(fastcomposer_state(), path)
+    try:
+        _, picture = draw(server, "fastcomposer_sd15")
+    finally:
+        path.unlink()
+        forget(server)
     assert picture.std() > 1
 
 
@@ -94,11 +101,7 @@ def draw(server, name, change=lambda api: api):
         if node["class_type"] == "ConceptLoomDrawScene":
             node["inputs"]["size"] = SIDE
     before = len(server.log_text())
-    try:
-        run = server.run(api)
-    finally:
-        # Models of true size must not stay among what the server remembers.
-        server.request("/free", b'{"free_memory": true}')
+    run = server.run(api)
     # Previews of cached nodes come after the picture.
     saved = [picture for picture in run.pictures if picture.saved]
     picture = Image.open(io.BytesIO(saved[-1].data)).convert("RGB")

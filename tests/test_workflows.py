@@ -22,8 +22,12 @@ UI_FILES = sorted(FOLDER.glob("*.json"))
 API_FILES = sorted((FOLDER / "api").glob("*.json"))
 
 
-SHORT_TRAINING = {"ConceptLoomTrainConcept": {"steps": 6, "class_pictures": 2, "preview_every": 2}}
-"""The whole one takes minutes; `dev.py demo` runs it."""
+SHORT = {
+    "ConceptLoomTrainConcept": {"steps": 6, "class_pictures": 2, "preview_every": 2},
+    "ConceptLoomDDIMInversion": {"steps": 15},
+    "KSampler": {"steps": 12},
+}
+"""Inputs by node type with which templates run here; `dev.py demo` runs them as they are."""
 
 
 def each(files: list[Path], folder: str):
@@ -74,7 +78,7 @@ def test_api_workflow_runs(file, server, object_info):
     if absent:
         pytest.skip(f"the server has no {', '.join(absent)}")
     for node in api.values():
-        node["inputs"] |= SHORT_TRAINING.get(node["class_type"], {})
+        node["inputs"] |= SHORT.get(node["class_type"], {})
     run = server.run(api)
     assert run.named("progress_text") == [], "a template gives no warning"
     assert run.pictures
@@ -269,7 +273,7 @@ def test_training_in_the_graph_shows_its_progress(server):
     before = files()
     api = read(FOLDER / "api" / "train_concept_shapeland.json")
     number, node = next((n, node) for n, node in api.items() if node["class_type"] == "ConceptLoomTrainConcept")
-    node["inputs"] |= {**SHORT_TRAINING[node["class_type"]], "seed": 5}
+    node["inputs"] |= {**SHORT[node["class_type"]], "seed": 5}
     run = server.run(api)
     told = [data for data in run.named("progress") if data["node"] == number]
     # The model's own drawing of the class and of previews counts in the same node, with bars of its own lengths.
