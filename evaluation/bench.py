@@ -122,7 +122,7 @@ def evaluations(rig: Rig, session: Session, flops_per_row: float) -> dict[str, f
     return counts
 
 
-def measure(rig: Rig, names: list[str], arch: str) -> list[Cost]:
+def measure_costs(rig: Rig, names: list[str], arch: str) -> list[Cost]:
     """Measures plain sampling and the systems; one row per variant.
 
     Args:
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
             for session in sessions_of(name, rig)
             for variant, budget in session.budgets.items()
         }
-        rows = measure(rig, names, options.arch)
+        rows = measure_costs(rig, names, options.arch)
         facts = "".join(f"\n- {fact}" for name in names for fact in facts_of(name, rig))
     where = f"{torch.get_num_threads()} threads of a CPU" if options.device == "cpu" else torch.cuda.get_device_name()
     # A section per choice of systems, so that measuring one does not replace the others' figures.

@@ -83,18 +83,18 @@ def compare(
             variants = list(drawn)
             drawn["truth"] = case.draw(count, [reference.identity for reference in case.references])
             drawn["unrelated"] = case.draw(count, None)
-            measure(studio, case, drawn, chance, values, more)
+            add_metrics(studio, case, drawn, chance, values, more)
             cases += [case.seed] * count
             if first < SHEET_CASES * per_case:
                 seen = {name: drawn[name][0] for name in shown or variants}
                 sheet.append(SheetRow(case.prompt, tuple(r.image for r in case.references), seen))
             tell(f"{system}, {subjects} subjects: {first + count} of {pictures} pictures in {len(variants)} variants")
         compared = [name for name in variants if name != "default"]
-        rows += metrics.rows_of(system, subjects, values, cases, compared)
+        rows += metrics.report_rows(system, subjects, values, cases, compared)
     return rows, sheet
 
 
-def measure(
+def add_metrics(
     studio: Studio,
     case: Case,
     drawn: dict[str, torch.Tensor],

@@ -175,7 +175,7 @@ RANGES = {
 """Smallest and largest value of each metric; structure is `templates.structure`."""
 
 
-def rows_of(
+def report_rows(
     system: str,
     subjects: int,
     values: dict[str, dict[str, list[float]]],

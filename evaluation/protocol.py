@@ -55,6 +55,9 @@ def read_runs(file: Path) -> list[Drawn]:
             f'{file}: expected a list of {{"picture", "prompt", "references"}}, got {error!r} while reading it'
         ) from error
     absent = [path for run in runs for path in (run.picture, *run.references) if not path.is_file()]
+    alone = next((run.picture.name for run in runs if not run.references), None)
+    if alone is not None:
+        raise ValueError(f"{file}: expected at least one reference for each picture, got none for {alone}")
     if absent or not runs:
         raise ValueError(f"{file}: expected pictures, got {f'none at {absent[0]}' if absent else 'an empty list'}")
     return runs

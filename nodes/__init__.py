@@ -2,12 +2,36 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import concepts, fastcomposer, freecustom, inversion, masks, shapeland, subjects, training, weaver
+from . import (
+    concepts,
+    fastcomposer,
+    freecustom,
+    fusion_sampling,
+    inversion,
+    masks,
+    profusion,
+    shapeland,
+    subjects,
+    training,
+    weaver,
+)
 from .types import Node
 
 NODES: list[type[Node]] = [
     node
-    for module in (subjects, freecustom, fastcomposer, training, concepts, masks, inversion, weaver, shapeland)
+    for module in (
+        subjects,
+        freecustom,
+        fastcomposer,
+        training,
+        concepts,
+        masks,
+        inversion,
+        weaver,
+        profusion,
+        fusion_sampling,
+        shapeland,
+    )
     for node in module.NODES
 ]
 

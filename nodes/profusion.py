@@ -1,152 +1,181 @@
-"""Nodes of ProFusion: guidance by several conditionings, and the sampler that fuses them."""
+"""Nodes of PromptNet: load it, encode prompts with its words, and make variants of a subject for its fine-tuning."""
 
 from __future__ import annotations
 
-import comfy.samplers
+import folder_paths
 from comfy_api.latest import io
 
-from ..host.model.window import Window
-from ..host.profusion.guider import NAME, FusionGuider, Guidance
-from ..host.profusion.sampler import fusion_sampler
-from .types import Node, growing, in_order
+from ..host.profusion import promptnet as words
+from ..host.words import MARKER
+from ..subjects.masks import as_mask
+from ..subjects.variants import Motion, make_variants
+from .types import (
+    Node,
+    PromptNetSocket,
+    gather_subjects,
+    one_picture,
+    own_places,
+    preview,
+    register_folder,
+    subject_inputs,
+)
 
 CATEGORY = "ConceptLoom/ProFusion"
+FOLDER = "promptnet"
+
+register_folder(FOLDER, *own_places(FOLDER))
 
 
-class FusionGuiderNode(Node):
+class LoadPromptNet(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        subject = io.Conditioning.Input(
-            "subject",
-            tooltip="The whole prompt with one subject in it: an embedding, a trained concept or a fused word, or "
-            "the plain prompt with a hook or a patch on the model. Conditioning (Set Mask) gives the subject a region.",
-        )
         return io.Schema(
-            node_id="ConceptLoomFusionGuider",
-            display_name=NAME,
+            node_id="ConceptLoomLoadPromptNet",
+            display_name="Load PromptNet",
             category=CATEGORY,
-            description="Guides by the text and by each subject at a scale of its own, for Fusion Sampler and any "
-            "other sampler. For embeddings, LoRAs, IP-Adapters, trained concepts and every other subject that is a "
-            "conditioning (ProFusion).",
-            search_aliases=["ProFusion", "composable diffusion", "identity", "likeness", "LoRA", "ip adapter", "cfg"],
+            description="Loads a PromptNet, which makes a word for a picture (ProFusion), and prepares the model for "
+            "its words.",
+            search_aliases=["ProFusion", "PromptNet", "encoder", "textual inversion", "E4T", "identity"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A patch on it that shows subjects does so in their conditionings alone."
+                    "model",
+                    tooltip="The model that the PromptNet was trained with: Stable Diffusion 2 for those "
+                    "in the published form.",
                 ),
-                io.Conditioning.Input(
-                    "text", tooltip="The same prompt without subjects, each replaced by its class: a person, a cat."
-                ),
-                io.Conditioning.Input("negative", tooltip="The negative prompt; an empty one is published."),
-                growing("subjects", subject, "One conditioning for each subject."),
-                io.Float.Input(
-                    "subject_scale",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance towards each subject: more is more likeness. The strength of a conditioning "
-                    "multiplies it.",
-                ),
-                io.Float.Input(
-                    "text_scale",
-                    default=5.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance towards the text: more follows the prompt better.",
-                ),
-                io.Float.Input(
-                    "fusion_scale",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance towards the subjects in the fusion stage of Fusion Sampler.",
-                ),
-                io.Float.Input(
-                    "gamma",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Strength of the subject's word in the fusion stage. Lower it if the text is ignored. For "
-                    "conditionings whose subject is in a word: from Fuse Subjects, for example.",
-                ),
-                io.Boolean.Input(
-                    "reuse_differences",
-                    default=False,
-                    advanced=True,
-                    tooltip="Evaluates text and negative once per step instead of twice. Faster, and not the same.",
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file in models/promptnet, in the published names.",
                 ),
             ],
-            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
+            outputs=[
+                io.Model.Output(tooltip="The same model, which makes the words of PromptNet Encode while it samples."),
+                PromptNetSocket.Output("promptnet", tooltip="For PromptNet Encode."),
+            ],
         )
 
     @classmethod
-    def execute(
-        cls, model, text, negative, subjects, subject_scale, text_scale, fusion_scale, gamma, reuse_differences
-    ) -> io.NodeOutput:
-        found = in_order(subjects, "subjects", "the prompt with the subject, from CLIP Text Encode for example")
-        guidance = Guidance(text_scale, subject_scale, fusion_scale, gamma, reuse_differences)
-        return io.NodeOutput(FusionGuider(model, text, negative, found, guidance))
+    def execute(cls, model, file) -> io.NodeOutput:
+        return io.NodeOutput(words.prepared(model), words.load(folder_paths.get_full_path_or_raise(FOLDER, file)))
 
 
-class FusionSampler(Node):
+class PromptNetEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ConceptLoomFusionSampler",
-            display_name="Fusion Sampler",
+            node_id="ConceptLoomPromptNetEncode",
+            display_name="PromptNet Encode",
             category=CATEGORY,
-            description="Puts a fusion stage before each step of a sampler: the subjects are drawn in, part of the "
-            "noise is renewed, and the step then refines the picture towards text and subjects. For Fusion Guider.",
-            search_aliases=["ProFusion", "identity", "likeness", "renoise", "restart", "two stage"],
+            description="Encodes a prompt twice: as plain text, and with each subject's word replaced by what "
+            "PromptNet makes of its picture, anew while the picture is sampled. One photo is enough; a photo of a "
+            "person needs that person's consent.",
+            search_aliases=["ProFusion", "photo", "identity", "face", "likeness", "textual inversion", "prompt"],
             inputs=[
-                io.Sampler.Input(
-                    "sampler",
-                    optional=True,
-                    tooltip="Makes the steps; euler, as published, without one. Samplers that look back at earlier "
-                    "steps run each like their first.",
+                PromptNetSocket.Input("promptnet", tooltip="From Load PromptNet."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                io.ClipVision.Input(
+                    "clip_vision", tooltip="The vision tower: CLIP ViT-H/14 for PromptNets in the published form."
                 ),
-                io.Int.Input(
-                    "fusion_steps",
-                    default=1,
-                    min=0,
-                    max=10,
-                    tooltip="Fusion stages before each step. 0 is guidance alone, in which conditions are independent.",
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                subject_inputs(
+                    "The subjects, in the order of their words in the prompt. Their whole pictures are seen."
                 ),
-                io.Float.Input(
-                    "eta",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="How much of the noise each fusion stage renews; 0 turns the stage off.",
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default=f"a person {MARKER} in Ghibli style",
+                    tooltip="Put the marker after each subject's word, which is replaced. Without any, each subject "
+                    "replaces the word that is its noun.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule fusion begins.",
+                io.Combo.Input(
+                    "update",
+                    options=list(words.UPDATES),
+                    default=words.EVERY_EVALUATION,
+                    tooltip="When the word is made anew. every evaluation: as published. every step: once for both "
+                    "stages of Fusion Sampler. once: at the first evaluation, which costs nothing afterwards.",
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule fusion ends. Each step without it saves its evaluations.",
+                io.String.Input(
+                    "marker",
+                    default=MARKER,
+                    advanced=True,
+                    tooltip="The word that marks subjects. It is taken out before the text is encoded.",
                 ),
             ],
-            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with ddim_uniform as published.")],
+            outputs=[
+                io.Conditioning.Output("text_only", tooltip="The prompt alone: the text of Fusion Guider."),
+                io.Conditioning.Output(
+                    "subject",
+                    tooltip="The prompt with the subjects, for Fusion Guider or a sampler. Sample with the model of "
+                    "Load PromptNet.",
+                ),
+            ],
         )
 
     @classmethod
-    def execute(cls, fusion_steps, eta, start_percent, end_percent, sampler=None) -> io.NodeOutput:
-        base = comfy.samplers.sampler_object("euler") if sampler is None else sampler
-        return io.NodeOutput(fusion_sampler(base, fusion_steps, eta, Window(start_percent, end_percent)))
+    def execute(cls, promptnet, clip, clip_vision, vae, subjects, prompt, update, marker) -> io.NodeOutput:
+        found = gather_subjects(subjects)
+        return io.NodeOutput(*words.encode(promptnet, clip, clip_vision, vae, prompt, found, marker, update))
 
 
-NODES: list[type[Node]] = [FusionGuiderNode, FusionSampler]
+class AugmentSubject(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoomAugmentSubject",
+            display_name="Augment Subject",
+            category=CATEGORY,
+            description="Makes variants of a subject's only photo: cut out, moved, turned and made smaller. An "
+            "inpainting model fills the hole, and training on them learns the subject without its background "
+            "(ProFusion).",
+            search_aliases=["ProFusion", "augmentation", "variants", "affine", "cut out", "training data"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Image.Input("image", tooltip="One photo; its middle square is used."),
+                io.Mask.Input("mask", tooltip="White on the subject, in the shape of the photo."),
+                io.Int.Input("count", default=8, min=1, max=256, tooltip="Number of variants."),
+                io.Int.Input("size", default=512, min=64, max=2048, step=8, tooltip="Side of the variants in pixels."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Seed of the variants.",
+                ),
+                io.Float.Input(
+                    "smallest", default=0.6, min=0.1, max=2.0, step=0.05, tooltip="Smallest size of the subject."
+                ),
+                io.Float.Input(
+                    "largest", default=1.0, min=0.1, max=2.0, step=0.05, tooltip="Largest size of the subject."
+                ),
+                io.Float.Input(
+                    "translate",
+                    default=0.2,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Largest shift, as a share of the side.",
+                ),
+                io.Float.Input(
+                    "degrees", default=10.0, min=0.0, max=180.0, step=1.0, tooltip="Largest angle, to both sides."
+                ),
+                io.Boolean.Input(
+                    "flip", default=True, tooltip="Mirrors half of them; off for what has a left and a right."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The variants, black outside of the subject."),
+                io.Mask.Output(display_name="hole", tooltip="White where an inpainting model has to paint."),
+                io.Mask.Output(display_name="masks", tooltip="White on the subject."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, mask, count, size, seed, smallest, largest, translate, degrees, flip) -> io.NodeOutput:
+        motion = Motion(degrees, translate, smallest, largest, flip)
+        made = make_variants(one_picture(image)[..., :3], as_mask(mask), count, size, seed, motion)
+        return io.NodeOutput(*made, ui=preview(cls, made.images[0]))
+
+
+NODES: list[type[Node]] = [LoadPromptNet, PromptNetEncode, AugmentSubject]

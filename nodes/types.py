@@ -18,6 +18,7 @@ PREVIEW_SIDE = 256
 
 SubjectSocket = io.Custom("CONCEPTLOOM_SUBJECT")
 FuserSocket = io.Custom("CONCEPTLOOM_FUSER")
+PromptNetSocket = io.Custom("CONCEPTLOOM_PROMPTNET")
 ShareRecordSocket = io.Custom("CONCEPTLOOM_SHARE_RECORD")
 ConceptSocket = io.Custom("CONCEPTLOOM_CONCEPT")
 ConceptPromptsSocket = io.Custom("CONCEPTLOOM_CONCEPT_PROMPTS")

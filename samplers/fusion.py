@@ -173,7 +173,8 @@ def sample_fusion(
 
 
 def shares(scales: Sequence[torch.Tensor | float]) -> list[torch.Tensor | float]:
-    """w_j: each scale as a part of their sum; 0 where that is 0. Scales are numbers, or maps (..., h, w)."""
+    """w_j: each scale as a part of their sum. Scales are numbers above 0, or maps (..., h, w); where all maps are 0, so
+    are the parts."""
     total = sum(scales)
     if not isinstance(total, torch.Tensor):
         return [scale / total for scale in scales]

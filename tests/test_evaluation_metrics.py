@@ -129,7 +129,7 @@ class TestRows:
     }
 
     def test_have_the_documented_form_and_paired_leads(self):
-        rows = metrics.rows_of("freecustom", 2, self.values, [0, 1], ["plain"])
+        rows = metrics.report_rows("freecustom", 2, self.values, [0, 1], ["plain"])
         assert all(
             set(row.as_json()) == {"system", "variant", "subjects", "metric", "mean", "low", "high", "n"}
             for row in rows
@@ -150,7 +150,7 @@ class TestRows:
         assert (lead.low, lead.high) == pytest.approx((0.7, 0.7))
 
     def test_the_table_marks_what_differs_from_the_default(self):
-        table = report_table(metrics.rows_of("freecustom", 2, self.values, [0, 1], ["plain"]))
+        table = report_table(metrics.report_rows("freecustom", 2, self.values, [0, 1], ["plain"]))
         header, _, default, plain = table.splitlines()
         assert header.split() == ["|", "subjects", "|", "variant", "|", "identity", "|", "prompt", "|", "pictures", "|"]
         assert "0.150*" in plain and "0.500 " in plain and "*" not in default

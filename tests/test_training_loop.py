@@ -248,9 +248,9 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_every_picture_is_seen_once_an_epoch():
-    from conceptloom.training.shapeland.common import rows_of
+    from conceptloom.training.shapeland.common import step_rows
 
-    seen = np.concatenate([rows_of(step, 7, 20) for step in range(20)])
+    seen = np.concatenate([step_rows(step, 7, 20) for step in range(20)])
     for epoch in seen.reshape(7, 20):
         assert sorted(epoch) == list(range(20))
     assert not np.array_equal(seen[:20], seen[20:40])

@@ -212,6 +212,7 @@ class FreeCustom:
             self._latents[size] = [latents[i] for i in range(len(self.references))]
             while len(self._latents) > LATENT_SIZES_KEPT:
                 self._latents.popitem(last=False)
+        self._latents.move_to_end(size)
         return self._latents[size]
 
 

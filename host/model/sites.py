@@ -6,6 +6,7 @@ family names its blocks, and how a handler is installed in them, is defined only
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -207,10 +208,10 @@ def parse_numbers(text: str, name: str) -> frozenset[int]:
     """
     numbers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.strip().isdigit() or (last and not last.strip().isdigit()):
+        found = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        if not found:
             raise ValueError(f'{name}: expected numbers such as "10-15" or "3, 7-9", got {text!r}')
-        numbers.update(range(int(first), int(last or first) + 1))
+        numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
     if not numbers:
         raise ValueError(f"{name}: expected rising ranges, got {text!r}")
     return frozenset(numbers)

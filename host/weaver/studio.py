@@ -139,6 +139,8 @@ def loss_picture(losses: Sequence[float], width: int = 512, height: int = 256) -
 
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
+    if not losses:  # resumed after its last step
+        return torch.ones(height, width, 3)
     values = torch.tensor(losses)
     window = max(1, len(values) // 20)
     padded = torch.cat((values[:1].expand(window - 1), values))

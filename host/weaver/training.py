@@ -85,7 +85,8 @@ def train(
         trainer.run(report, folder)
         concept = trainer.concept()
         if folder:
-            shutil.rmtree(folder)
+            # A file that another program holds open must not cost the concept.
+            shutil.rmtree(folder, ignore_errors=True)
         return concept
 
 

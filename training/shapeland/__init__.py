@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
             options.device,
             options.steps or 60000,
             options.batch_size,
-            options.lanes or (min(os.cpu_count(), max(1, options.batch_size // 8)) if options.device == "cpu" else 1),
+            options.lanes
+            or (min(os.cpu_count() or 1, max(1, options.batch_size // 8)) if options.device == "cpu" else 1),
             options.compile,
             options.from_shipped,
             60 * options.minutes,

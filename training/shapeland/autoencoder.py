@@ -10,7 +10,7 @@ from ...shapeland import models
 from ...shapeland.autoencoder import Autoencoder
 from ..loop import Run
 from ..optimizers import adamw, warmup_cosine
-from .common import RUNS, SEED, open_scenes, pixels, psnr, rows_of, save_sheet, weights_file
+from .common import RUNS, SEED, open_scenes, pixels, psnr, step_rows, save_sheet, weights_file
 from .scenes import SHARD
 
 # Noise added to the latents in training, relative to their standard deviation: similar latents must decode alike, so
@@ -95,7 +95,7 @@ def _train(model: Autoencoder, name: str, loss_of, steps: int, device: str) -> t
         return {"psnr": round(psnr(y, held_out), 3)}
 
     def step_loss(step, generator):
-        return loss_of(pixels(data.take("image", rows_of(step, 16, 3 * SHARD)), device), generator)
+        return loss_of(pixels(data.take("image", step_rows(step, 16, 3 * SHARD)), device), generator)
 
     run.train(step_loss, 50, report=report, report_every=250)
     model.load_state_dict(run.best_state())

@@ -17,7 +17,7 @@ from .common import (
     compact_text,
     open_scenes,
     pixels,
-    rows_of,
+    step_rows,
     tokens,
     weights_file,
     word_tokens,
@@ -166,7 +166,7 @@ def train_clip(device: str, steps: int, shipped: bool = False) -> None:
     held_out = clip_batch(data, np.arange(3 * SHARD, 3 * SHARD + 256), device)
 
     def loss_of(step, _generator):
-        return model(clip_batch(data, rows_of(step, 64, 3 * SHARD), device))
+        return model(clip_batch(data, step_rows(step, 64, 3 * SHARD), device))
 
     def report(_step):
         return {f"held_out_{k}": round(float(v), 4) for k, v in model(held_out).items()}

@@ -38,7 +38,7 @@ def _order(epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((SEED, epoch)).permutation(count)
 
 
-def rows_of(step: int, batch: int, count: int) -> np.ndarray:
+def step_rows(step: int, batch: int, count: int) -> np.ndarray:
     """The rows of the pictures of a step: all `count` rows in a new random order per epoch, read in sequence."""
     start = step * batch
     parts, need = [], batch

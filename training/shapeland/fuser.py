@@ -21,7 +21,7 @@ from ..data.dataset import plain_object, subject_crop
 from ..data.folder import Segment, box_of
 from ..loop import Run
 from ..optimizers import adamw, warmup_cosine
-from .common import RUNS, SEED, open_scenes, rows_of
+from .common import RUNS, SEED, open_scenes, step_rows
 from .scenes import SHARD, Scenes
 
 BATCH, HELD_OUT = 64, 512
@@ -77,7 +77,7 @@ def train_fuser(device: str, steps: int) -> None:
         return own, base.vision(normalize(batch["object"])).image_embeds, target
 
     def loss_of(step: int, _generator: torch.Generator) -> dict[str, torch.Tensor]:
-        own, embeds, target = seen(rows_of(step, BATCH, data.count - SHARD))
+        own, embeds, target = seen(step_rows(step, BATCH, data.count - SHARD))
         return {"squared": (fuser(own, embeds) - target).square().mean()}
 
     held_out = seen(np.arange(data.count - SHARD, data.count - SHARD + HELD_OUT))

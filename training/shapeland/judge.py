@@ -12,7 +12,7 @@ from ...shapeland import models, world
 from ...shapeland.judge import Judge, crop_thing
 from ..loop import Run
 from ..optimizers import adamw, warmup_cosine
-from .common import RUNS, SEED, open_scenes, rows_of, weights_file
+from .common import RUNS, SEED, open_scenes, step_rows, weights_file
 from .scenes import SHARD, Scenes
 
 TEMPERATURE = 0.1
@@ -83,7 +83,7 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
     grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy"))
 
     def loss_of(step, generator):
-        rows = rows_of(step, 24, 3 * SHARD)
+        rows = step_rows(step, 24, 3 * SHARD)
         pictures = torch.from_numpy(data.take("image", rows)).permute(0, 3, 1, 2).float() / 255
         # Generated pictures are never as clean as drawn ones, so the judge learns to read with a little noise and blur.
         pictures = (pictures + 0.03 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
@@ -116,17 +116,17 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
         }
 
     def report(_step):
-        return measure(judge, data, np.arange(3 * SHARD, 3 * SHARD + 1024), device)
+        return measure_accuracy(judge, data, np.arange(3 * SHARD, 3 * SHARD + 1024), device)
 
     run.train(loss_of, 50, report=report, report_every=400)
     judge.load_state_dict(run.best_state())
     models.save("judge", judge.state_dict(), weights_file("judge"))
-    result = measure(judge, data, np.arange(3 * SHARD, 4 * SHARD), device)
+    result = measure_accuracy(judge, data, np.arange(3 * SHARD, 4 * SHARD), device)
     (run.folder / "report.json").write_text(json.dumps(result, indent=1))
 
 
 @torch.no_grad()
-def measure(judge: Judge, data: Scenes, rows: np.ndarray, device: str) -> dict[str, float]:
+def measure_accuracy(judge: Judge, data: Scenes, rows: np.ndarray, device: str) -> dict[str, float]:
     """Measures the judge on held-out pictures.
 
     Returns the shares of things whose noun, both colours and pattern are read correctly among those found (matched by

@@ -24,7 +24,7 @@ from .common import (
     frozen_autoencoder,
     frozen_text,
     open_scenes,
-    rows_of,
+    step_rows,
     save_sheet,
     tokens,
     weights_file,
@@ -157,7 +157,7 @@ class _Objective:
     def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The losses of one step, by name."""
         first, parts = self.part
-        rows = rows_of(step, self.batch_size, self.data.trained)[first::parts]
+        rows = step_rows(step, self.batch_size, self.data.trained)[first::parts]
         batch = self.data.take(rows)
         unconditional, shaping, level = torch.rand(3, len(rows), generator=generator)
         unconditional = (unconditional < UNCONDITIONAL).to(self.alphas.device)
