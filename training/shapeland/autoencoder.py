@@ -10,7 +10,7 @@ from ...shapeland import models
 from ...shapeland.autoencoder import Autoencoder
 from ..loop import Run
 from ..optimizers import adamw, warmup_cosine
-from .common import RUNS, SEED, open_scenes, pixels, psnr, step_rows, save_sheet, weights_file
+from .common import RUNS, SEED, open_scenes, pixels, psnr, save_sheet, step_rows, weights_file
 from .scenes import SHARD
 
 # Noise added to the latents in training, relative to their standard deviation: similar latents must decode alike, so

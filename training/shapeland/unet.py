@@ -24,8 +24,8 @@ from .common import (
     frozen_autoencoder,
     frozen_text,
     open_scenes,
-    step_rows,
     save_sheet,
+    step_rows,
     tokens,
     weights_file,
 )
