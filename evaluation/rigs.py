@@ -14,6 +14,7 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
+import comfy.samplers
 import comfy.supported_models
 import torch
 
@@ -184,6 +185,15 @@ class Rig:
             empty,
             disable_pbar=True,
             seed=seed,
+        )
+
+    def sample_with(self, guider, sampler, seed: int) -> torch.Tensor:
+        """Samples one picture with a guider and a SAMPLER along the same schedule, and returns its latent."""
+        empty = torch.zeros(1, self.vae.latent_channels, self.plan.side, self.plan.side)
+        sampling = self.model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, SCHEDULER, self.plan.steps)
+        return guider.sample(
+            comfy.sample.prepare_noise(empty, seed), empty, sampler, sigmas, disable_pbar=True, seed=seed
         )
 
     def subjects(self, count: int) -> list[Subject]:

@@ -67,6 +67,11 @@ def fusion(partition: str) -> tuple[str, dict]:
     return f"{PREFIX}MultiConceptFusion", inputs
 
 
+def promptnet_encode(**changes: Any) -> dict:
+    inputs = {"promptnet": ["promptnet", 1], "clip": ["world", 1], "vae": ["world", 2], "clip_vision": ["world", 3]}
+    return {**inputs, "subjects.subject0": ["star", 0], "prompt": "a star", **changes}
+
+
 def masks(*names: str, **changes: Any) -> tuple[str, dict]:
     return f"{PREFIX}ConceptMasks", {**{f"masks.mask{i}": [name, 0] for i, name in enumerate(names)}, **changes}
 
@@ -153,6 +158,11 @@ PARTS: dict[str, tuple[str, dict]] = {
     "plugs": plug("inversions"),
     "fusion": fusion("partition"),
     "wide fusion": fusion("wide partition"),
+    "dpm_fast": ("KSamplerSelect", {"sampler_name": "dpm_fast"}),
+    "small canvas": ("EmptyLatentImage", {"width": 32, "height": 32, "batch_size": 1}),
+    "promptnet": (f"{PREFIX}LoadPromptNet", {"model": ["world", 0], "file": "tiny.safetensors"}),
+    "narrow promptnet": (f"{PREFIX}LoadPromptNet", {"model": ["world", 0], "file": "narrow.safetensors"}),
+    "promptnet words": (f"{PREFIX}PromptNetEncode", promptnet_encode()),
 }
 """Nodes that rows link to, by name: class and inputs."""
 
@@ -191,6 +201,16 @@ GOOD: dict[str, dict] = {
         "size": 64,
         "steps": 1,
     },
+    "FusionGuider": {
+        "model": ["world", 0],
+        "text": ["words", 0],
+        "negative": ["words", 0],
+        "subjects.subject0": ["words", 0],
+    },
+    "FusionSampler": {},
+    "LoadPromptNet": PARTS["promptnet"][1],
+    "PromptNetEncode": promptnet_encode(),
+    "AugmentSubject": {"image": ["picture", 0], "mask": ["white", 0], "size": 64},
     "DrawScene": {},
     "ReadPicture": {"image": ["picture", 0]},
     "KSampler": sampled()[1],
@@ -484,6 +504,54 @@ ROWS = [
         "masks: mask 1: expected one that shows the concept, got an empty one",
     ),
     Row("TrainConcept", {"masks": ["not finite masks", 1]}, "masks: mask 1: expected finite values"),
+    Row("FusionGuider", {"subjects.subject0": None}, "subjects: expected at least one, got none; connect the prompt"),
+    Row(
+        "FusionGuider",
+        {"subject_scale": 0.0, "text_scale": 0.0},
+        "subject_scale: expected more than 0 here or in text_scale, got 0 in both",
+    ),
+    Row(
+        "FusionSampler",
+        {"start_percent": 0.8, "end_percent": 0.2},
+        "start_percent: expected at most end_percent (0.2), got 0.8",
+    ),
+    Row(
+        "FusionSampler",
+        {"sampler": ["dpm_fast", 0]},
+        "sampler: expected one that can run a single step, such as euler or heun, got dpm_fast",
+    ),
+    Row("PromptNetEncode", {"subjects.subject0": None}, "subjects: expected at least one, got none"),
+    Row("PromptNetEncode", {"prompt": "a house"}, "prompt: expected @subject after each subject's word, or the noun"),
+    Row(
+        "PromptNetEncode",
+        {"prompt": "a star @subject and a heart @subject"},
+        "prompt: expected one @subject per subject, got 2 for 1 subjects",
+    ),
+    Row("PromptNetEncode", {"marker": "a:b"}, "marker: expected a word without spaces, colons, parentheses"),
+    Row(
+        "PromptNetEncode",
+        {"promptnet": ["narrow promptnet", 1]},
+        "clip: expected the text encoder of width 64 of this PromptNet, got one of width 128",
+    ),
+    Row(
+        "KSampler",
+        {"positive": ["promptnet words", 1]},
+        "PromptNet Encode: model: expected one from Load PromptNet in the sampler, which makes the subject's word, got "
+        "another (connect yours to Load PromptNet's input)",
+    ),
+    Row(
+        "KSampler",
+        {
+            "model": ["promptnet", 0],
+            "positive": ["promptnet words", 1],
+            "latent_image": ["small canvas", 0],
+        },
+        "PromptNet Encode: latent: expected at least 64 pixels on each side for this PromptNet, got 32 x 32",
+    ),
+    Row("AugmentSubject", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
+    Row("AugmentSubject", {"mask": ["wide", 0]}, "mask: expected the picture's size 64 x 64, got 96 x 64"),
+    Row("AugmentSubject", {"mask": ["black", 0]}, "mask: expected white on the subject in the middle square"),
+    Row("AugmentSubject", {"smallest": 1.5}, "smallest: expected a scale from 0 to largest (1), without 0, got 1.5"),
     Row("DrawScene", {"description": "a red unicorn"}, "description - Shapeland does not know the word 'unicorn'"),
 ]
 
@@ -525,8 +593,24 @@ def told(server, workflow: dict) -> str:
     raise TimeoutError(f"{number} did not end")
 
 
+@pytest.fixture(scope="module")
+def promptnets(server):
+    """Small PromptNets with random weights, one of them of another width than Shapeland's text."""
+    from conceptloom.encoders.promptnet import PromptNet, PromptNetConfig
+    from safetensors.torch import save_file
+
+    folder = server.base / "models" / "promptnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, width in (("tiny", 128), ("narrow", 64)):
+        config = PromptNetConfig(
+            (32,) * 4, (2,) * 4, latent_channels=8, vision_width=128, context_width=width, region=2
+        )
+        net = PromptNet(config)
+        save_file(net.state_dict(), folder / f"{name}.safetensors", net.metadata())
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.node}-{row.sentence[:40]}")
-def test_the_client_gets_the_sentence(row, server, object_info):
+def test_the_client_gets_the_sentence(row, server, promptnets, object_info):
     ours = PREFIX + row.node
     node = object_info.get(ours)
     inputs = {**GOOD[row.node], **row.changes}
@@ -550,6 +634,7 @@ LOADERS = {
     "LoadConcept": ("concepts", "file", {}),
     "LoadFastComposer": ("fastcomposer", "file", {}),
     "ConvertFastComposer": ("fastcomposer", "file", {}),
+    "LoadPromptNet": ("promptnet", "file", {}),
     "LoadSegmenter": ("sams", "sam", {"kind": "boxes + SAM", "kind.boxes": ["box", 0]}),
 }
 """Of each node that reads weights: the folder in models, the input that names the file, and other inputs."""
@@ -561,7 +646,7 @@ def test_a_broken_file_is_told_by_what_it_seems_to_be(loader, kind, server):
     content, what = BROKEN[kind]
     place, field, more = LOADERS[loader]
     folder = server.base / "models" / place
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     names = [f"{kind}.{ending}" for ending in ("safetensors", "bin", "pt")]
     for name in names:
         (folder / name).write_bytes(content)

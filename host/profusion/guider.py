@@ -20,7 +20,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...samplers.fusion import FUSION, STAGE, combine, shares
-from ..advice import executing_node, inform
+from ..advice import advise, executing_node, inform
 from ..model.patching import NEGATIVE, POSITIVE, ROLE_TAG, SIDES, TEXT
 from ..words import GAMMA, SUBJECT_ROWS
 
@@ -145,6 +145,12 @@ class FusionGuider(comfy.samplers.CFGGuider):
     def _fuse(self, coverage: dict, x, timestep, options) -> torch.Tensor:
         """D_f."""
         reuse, scale = self.guidance.reuse, self.guidance.fusion_scale
+        if scale <= 1:
+            advise(
+                NAME,
+                f"a fusion_scale of {scale:g} fuses the subjects without guidance, which loses them; 3 to 7 is usual",
+                self.node,
+            )
         subjects = [_weakened(j) if _weakened(j) in self.conds else _subject(j) for j in coverage]
         with_text = reuse and self.guidance.text_scale > 0
         with_negative = reuse or _is_needed(scale, options)

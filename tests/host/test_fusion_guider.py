@@ -366,6 +366,21 @@ def test_a_flow_model_is_fused_as_a_flow(toy, draw, guide, subject):
     assert not close(made, draw(guide(subject(), model=model), sigmas=sigmas), 1e-3)
 
 
+class TestAdvice:
+    def test_fusion_without_guidance_is_said_once(self, draw, guide, subject, caplog):
+        draw(guide(subject(), fusion_scale=1.0), fusion())
+        assert sum("fuses the subjects without guidance" in r.message for r in caplog.records) >= 1
+        caplog.clear()
+        draw(guide(subject(), fusion_scale=1.0))
+        draw(guide(subject()), fusion())
+        assert not caplog.records
+
+    def test_the_evaluations_are_said(self, draw, guide, subject, caplog):
+        with caplog.at_level("INFO"):
+            draw(guide(subject()), fusion())
+        assert f"{5 * STEPS} UNet evaluations in {STEPS} steps, 2.50 times those of plain guidance" in caplog.text
+
+
 class TestRefusals:
     def test_no_subject(self, guide):
         with pytest.raises(ValueError, match="subjects: expected at least one"):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from workflow_builder import Workflow
 
-from . import concept_training, concept_weaver, fastcomposer, freecustom, structure
+from . import concept_training, concept_weaver, fastcomposer, freecustom, profusion, structure
 
 WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **freecustom.WORKFLOWS,
@@ -14,4 +14,5 @@ WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **concept_weaver.WORKFLOWS,
     **concept_training.WORKFLOWS,
     **structure.WORKFLOWS,
+    **profusion.WORKFLOWS,
 }
