@@ -20,12 +20,11 @@ The weights may be maps, for subjects that each have a region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import trange
 
 STAGE = "conceptloom_stage"
 """Name in `model_options` under which the model is told the stage that it is evaluated for."""
@@ -130,6 +129,7 @@ def sample_fusion(
     levels: Levels,
     noise_sampler: NoiseSampler,
     share: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float] = lambda _x, _sigma: 1.0,
+    progress: Callable[..., Iterable[int]] | None = None,
 ) -> torch.Tensor:
     """Samples with a fusion stage before each step of another sampler.
 
@@ -143,6 +143,8 @@ def sample_fusion(
         noise_sampler: (sigma, following) to standard normal noise of the shape of x; fusion draws first in each step.
         share: (latents, sigma) to where fusion acts, see `renew`; at the number 0 the stage is left out.
 
+        progress: (steps, disable=...) to the numbers of the steps, with a bar on the console; None shows none.
+
     Returns:
         (B, C, ...), the latents of the last level.
     """
@@ -150,7 +152,8 @@ def sample_fusion(
     options = extra_args.pop("model_options", {})
     stages = {stage: {**extra_args, "model_options": {**options, STAGE: stage}} for stage in (FUSION, REFINEMENT)}
     rows = x.new_ones(len(x))
-    for i in trange(len(sigmas) - 1, disable=disable):
+    count = len(sigmas) - 1
+    for i in range(count) if progress is None else progress(count, disable=disable):
         sigma, following = sigmas[i], sigmas[i + 1]
         for _ in range(fusion.repeats_at(float(sigma))):
             here = share(x, sigma)

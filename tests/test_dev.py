@@ -359,3 +359,20 @@ class TestCommands:
         )
         assert result.returncode == 1
         assert result.stderr.startswith("dev.py: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({}, {}),
+        (
+            {"PYTHONDONTWRITEBYTECODE": "1"},
+            {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(dev.WORK / "pycache")},
+        ),
+        ({"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": "theirs"}, {}),
+    ],
+)
+def test_modules_are_compiled_once_and_nothing_is_written_beside_them(given, changed):
+    environ = dict(given)
+    dev.cache_bytecode(environ)
+    assert environ == given | changed

@@ -97,7 +97,7 @@ def test_a_mention_takes_no_more_things_than_it_names():
 def test_report_says_what_is_there_and_how_alike():
     text = report.describe([[reading(1, embedding=3)], []], [reading(0, embedding=3)])
     assert text.splitlines() == ["picture 1: red and orange striped star, 90% sure, 1.00 alike", "picture 2: nothing"]
-    with pytest.raises(ValueError, match="reference shows no thing"):
+    with pytest.raises(ValueError, match="reference: expected a picture with a thing of Shapeland"):
         report.describe([[reading(1)]], [])
 
 

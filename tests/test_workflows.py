@@ -23,9 +23,9 @@ API_FILES = sorted((FOLDER / "api").glob("*.json"))
 
 
 SHORT = {
-    "ConceptLoomTrainConcept": {"steps": 6, "class_pictures": 2, "preview_every": 2},
-    "ConceptLoomDDIMInversion": {"steps": 15},
-    "KSampler": {"steps": 12},
+    "ConceptLoomTrainConcept": {"steps": 4, "class_pictures": 2, "preview_every": 4},
+    "ConceptLoomDDIMInversion": {"steps": 12},
+    "KSampler": {"steps": 10},
 }
 """Inputs by node type with which templates run here; `dev.py demo` runs them as they are."""
 
@@ -277,7 +277,7 @@ def test_training_in_the_graph_shows_its_progress(server):
     run = server.run(api)
     told = [data for data in run.named("progress") if data["node"] == number]
     # The model's own drawing of the class and of previews counts in the same node, with bars of its own lengths.
-    assert [data["value"] for data in told if data["max"] == 6] == [1, 2, 3, 4, 5, 6]
+    assert [data["value"] for data in told if data["max"] == 4] == [1, 2, 3, 4]
     assert run.pictures
     assert len(files()) == len(before) + 1
 

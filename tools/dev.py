@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from environment import ROOT, WORK, Problem, absent_weights, prepare, say
@@ -108,6 +109,13 @@ def evaluate(command: str, arguments: list[str]) -> int:
     return subprocess.run([*runner, *arguments], cwd=ROOT, env=environ).returncode
 
 
+def cache_bytecode(environ: MutableMapping[str, str]) -> None:
+    """Lets child processes cache compiled modules in .host/ if Python is told not to write bytecode next to its files.
+    Without a cache, importing torch and ComfyUI takes ten seconds longer in every process."""
+    if environ.get("PYTHONDONTWRITEBYTECODE") and not environ.get("PYTHONPYCACHEPREFIX"):
+        environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(WORK / "pycache")}
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; the arguments after test, eval and bench are passed on."""
     description, _, rest = __doc__.partition("\n")
@@ -126,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Runs one command and returns its exit code."""
+    cache_bytecode(os.environ)
     options, rest = parser().parse_known_args(argv)
     if options.command in ("demo", "serve") and rest:
         parser().error(f"unknown arguments: {' '.join(rest)}")

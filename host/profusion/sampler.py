@@ -6,7 +6,7 @@ import inspect
 
 import comfy.samplers
 import torch
-from comfy.k_diffusion.sampling import default_noise_sampler
+from comfy.k_diffusion.sampling import default_noise_sampler, trange
 from comfy.model_sampling import CONST
 
 from ...samplers.fusion import Fusion, Levels, sample_fusion
@@ -59,6 +59,7 @@ def fusion_sampler(base, repeats: int, eta: float, window: Window):
             levels=levels_of(sampling),
             noise_sampler=noise_sampler,
             share=guider.share if isinstance(guider, FusionGuider) else everywhere,
+            progress=trange,
         )
 
     return comfy.samplers.KSAMPLER(fusion, inpaint_options=base.inpaint_options)

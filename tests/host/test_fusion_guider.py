@@ -13,7 +13,7 @@ def draw(toy):
     import comfy.sample
     import comfy.samplers
 
-    def run(guider, sampler=None, size=(16, 16), batch=1, seed=3, latent=None, mask=None, sigmas=None, callback=None):
+    def run(guider, sampler=None, size=(8, 8), batch=1, seed=3, latent=None, mask=None, sigmas=None, callback=None):
         toy.rows.clear()
         latent = torch.zeros(batch, 4, *size) if latent is None else latent
         noise = comfy.sample.prepare_noise(torch.zeros_like(latent), seed)
@@ -91,7 +91,7 @@ class TestReductions:
                 assert torch.equal(draw(guide(absent), sampler), expected)
         assert torch.equal(draw(guide(subject(), subject_scale=0.0), fusion(1, 0.0)), expected)
 
-    @pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "dpm_2", "dpmpp_2s_ancestral", "lcm"])
+    @pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "dpmpp_2s_ancestral"])
     def test_without_fusion_every_sampler_is_the_hosts(self, draw, guide, subject, name):
         expected = draw(guide(subject()), base(name))
         made = draw(guide(subject()), fusion(0, sampler=name))
@@ -230,9 +230,9 @@ class TestEquations:
     def test_regions_act_where_they_are(self, toy, draw, guide, subject, plain):
         """What is not covered by a subject follows the text alone, if the model sees each place by itself."""
         sigmas = torch.tensor([3.0, 0.0])
-        made = draw(guide(subject(mask=half())), sigmas=sigmas)
-        assert close(made[..., 8:], draw(plain(), sigmas=sigmas)[..., 8:])
-        assert not close(made[..., :8], draw(plain(), sigmas=sigmas)[..., :8], 1e-2)
+        made, text = (draw(one, size=(16, 16), sigmas=sigmas) for one in (guide(subject(mask=half())), plain()))
+        assert close(made[..., 8:], text[..., 8:])
+        assert not close(made[..., :8], text[..., :8], 1e-2)
 
 
 class TestCompany:
@@ -399,8 +399,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="sampler: expected one that can run a single step"):
             fusion(sampler=name)
 
-    @pytest.mark.parametrize(
-        "name", ["lms", "deis", "dpmpp_2m_sde", "dpmpp_sde", "euler_cfg_pp", "seeds_3", "sa_solver"]
-    )
+    @pytest.mark.parametrize("name", ["lms", "dpmpp_2m_sde", "dpmpp_sde", "euler_cfg_pp", "sa_solver"])
     def test_samplers_that_look_back_or_have_noise_of_their_own_run_step_by_step(self, draw, guide, subject, name):
         assert torch.isfinite(draw(guide(subject()), fusion(sampler=name), sigmas=torch.tensor([5.0, 1.0, 0.0]))).all()

@@ -22,20 +22,17 @@ def models(host, toy_type):
     return toys
 
 
-@pytest.fixture(params=["EPS", "V_PREDICTION"])
+@pytest.fixture
 def toy(request, models):
-    """One of the models, in inference mode as under the host."""
+    """The toy of v-prediction, or the one that `of_both` names, in inference mode as under the host."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
-        yield models[request.param]
+        yield models[getattr(request, "param", "V_PREDICTION")]
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def v_toy(models):
-    with torch.inference_mode():
-        yield models["V_PREDICTION"]
+of_both = pytest.mark.parametrize("toy", ["EPS", "V_PREDICTION"], indirect=True)
 
 
 def picture(size=(16, 16), batch=1, seed=5):
@@ -73,6 +70,7 @@ def distance(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@of_both
 def test_euler_is_the_hosts_flipped_sigmas_with_its_euler_bit_by_bit(toy):
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import FlipSigmas
@@ -84,11 +82,13 @@ def test_euler_is_the_hosts_flipped_sigmas_with_its_euler_bit_by_bit(toy):
     assert torch.equal(found.sigmas, sigmas) and found.source.trajectory.sigmas == tuple(flipped.tolist())
 
 
+@of_both
 def test_reconstruction_is_the_hosts_euler_of_the_noise_bit_by_bit(toy):
     found = invert(toy, picture())
     assert torch.equal(found.reconstruction["samples"], host_euler(toy, found.noise, found.sigmas))
 
 
+@of_both
 def test_the_hosts_sampler_nodes_give_the_picture_back(toy):
     from comfy_extras import nodes_custom_sampler as sampling
 
@@ -115,6 +115,7 @@ def test_the_hosts_sampler_nodes_give_the_picture_back(toy):
     assert distance(found.noise["samples"], latent["samples"]) > 0.1
 
 
+@of_both
 def test_refinements_bring_the_picture_closer(toy):
     pnp, one, four = (invert(toy, picture(), refinements=k).error for k in (0, 1, 4))
     assert four < one < pnp and four < 0.1 * pnp
@@ -140,14 +141,14 @@ def test_each_evaluation_has_one_row_and_progress_counts_both_ways(toy):
     assert seen == [(i, (1, 4, 16, 16), 2 * STEPS) for i in range(2 * STEPS)]
 
 
-def test_pictures_of_a_batch_are_inverted_as_if_alone(v_toy):
+def test_pictures_of_a_batch_are_inverted_as_if_alone(toy):
     size = (13, 9)
     latents = picture(size, 2)
-    context = torch.cat([v_toy.positive[0][0], v_toy.negative[0][0]])
-    both = invert(v_toy, latents, conditioning=[[context, {}]])
+    context = torch.cat([toy.positive[0][0], toy.negative[0][0]])
+    both = invert(toy, latents, conditioning=[[context, {}]])
     errors = []
     for i in (0, 1):
-        alone = invert(v_toy, {"samples": latents["samples"][i : i + 1]}, conditioning=[[context[i : i + 1], {}]])
+        alone = invert(toy, {"samples": latents["samples"][i : i + 1]}, conditioning=[[context[i : i + 1], {}]])
         assert distance(both.noise["samples"][i : i + 1], alone.noise["samples"]) < 1e-4
         errors.append(alone.error)
     assert both.error == pytest.approx(max(errors), rel=1e-2)
@@ -208,36 +209,36 @@ BAD_INPUTS = [
 
 
 @pytest.mark.parametrize(("changes", "sentence"), BAD_INPUTS)
-def test_bad_input_gets_its_sentence_before_anything_is_computed(v_toy, changes, sentence):
-    v_toy.rows.clear()
+def test_bad_input_gets_its_sentence_before_anything_is_computed(toy, changes, sentence):
+    toy.rows.clear()
     with pytest.raises(ValueError) as caught:
-        invert(v_toy, changes.pop("latent", picture()), **changes)
-    assert sentence in str(caught.value) and not v_toy.rows
+        invert(toy, changes.pop("latent", picture()), **changes)
+    assert sentence in str(caught.value) and not toy.rows
 
 
-def test_models_of_another_kind_get_their_sentence(v_toy, monkeypatch):
+def test_models_of_another_kind_get_their_sentence(toy, monkeypatch):
     import comfy.model_sampling
     from conceptloom.host.structure.inversion import invert as run
 
     class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
         pass
 
-    flow = v_toy.model.clone()
+    flow = toy.model.clone()
     flow.add_object_patch("model_sampling", Flow())
     with pytest.raises(ValueError, match="model: expected one of noise or v prediction"):
-        run(flow, picture(), v_toy.positive, STEPS, SCHEDULER)
-    monkeypatch.setitem(v_toy.base.model_config.unet_config, "in_channels", 9)
+        run(flow, picture(), toy.positive, STEPS, SCHEDULER)
+    monkeypatch.setitem(toy.base.model_config.unet_config, "in_channels", 9)
     with pytest.raises(ValueError, match="model: expected one that sees 4 channels, the picture alone, got one of 9"):
-        run(v_toy.model, picture(), v_toy.positive, STEPS, SCHEDULER)
+        run(toy.model, picture(), toy.positive, STEPS, SCHEDULER)
 
 
-def test_the_node(v_toy, caplog):
+def test_the_node(toy, caplog):
     from conceptloom.nodes.inversion import NODES
 
     node, _ = NODES
     widgets = {i.id: i.default for i in node.GET_SCHEMA().inputs if hasattr(i, "default")}
     assert widgets["steps"] == 50 and widgets["scheduler"] == SCHEDULER and widgets["mode"] == "pnp"
-    inputs = {"model": v_toy.model, "latent": picture(), "conditioning": v_toy.positive, **widgets, "steps": STEPS}
+    inputs = {"model": toy.model, "latent": picture(), "conditioning": toy.positive, **widgets, "steps": STEPS}
     noise, source, sigmas, reconstruction, error = node.execute(**inputs).args
     assert noise["samples"].shape == reconstruction["samples"].shape == (1, 4, 16, 16)
     assert len(sigmas) == STEPS + 1 and source.error == error < 0.15 and not caplog.records
