@@ -59,6 +59,9 @@ SET_WIDGETS = """values => {
             node.widgets.find(widget => widget.name === name).value = value
 }"""
 
+INFORMATION = "UNet evaluations in"
+"""Part of a text on a node that is good to know, and no advice."""
+
 TROUBLE = "[data-testid=error-overlay], [data-testid^=error-group-], [data-testid=missing-node-card]"
 
 
@@ -194,7 +197,8 @@ def seen_trouble(page) -> list[str]:
             .filter(widget => widget.name === '$$node-text-preview')
             .map(widget => `${node.type}: ${widget.value}`))"""
     )
-    return shown + [f"marked red: {kind}" for kind in red] + [f"advised: {text}" for text in advised]
+    advised = [f"advised: {text}" for text in advised if INFORMATION not in text]
+    return shown + [f"marked red: {kind}" for kind in red] + advised
 
 
 def press_run(page, problems: list[str]) -> int:
