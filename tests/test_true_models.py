@@ -67,7 +67,7 @@ def test_fusion_sampling_runs_with_a_lora_on_one_conditioning(checkpoint, server
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(kohya_lora(checkpoint, 0), file)
     try:
-        log, picture = draw(server, "fusion_sampling_lora_sd15")
+        log, picture = draw(server, "profusion_lora_sd15")
     finally:
         file.unlink()
     # Two steps of two and three conditionings; those with the LoRA have weights of their own, and so calls.

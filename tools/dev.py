@@ -26,8 +26,8 @@ from pathlib import Path
 from environment import ROOT, WORK, Problem, absent_weights, prepare, say
 from hostserver import HostServer, PromptError, check_port
 
-SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver")
-PLANNED = ("profusion", "composer")
+SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver", "profusion")
+PLANNED = ("composer",)
 SERVER_MODULES = ["torch", "torchvision", "aiohttp", "einops", "safetensors"]
 MODULE_OF = {"eval": "report", "bench": "bench"}
 

@@ -42,13 +42,18 @@ alike."""
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
     """Measures the curve over alpha and the ablation; arguments as in `compare`."""
     vision = load_clip_vision()
-    parts = {"": _load(FILE, studio, vision), "no_localization": _load(UNLOCALIZED, studio, vision)}
+    parts = {"": load_parts(FILE, studio, vision), "no_localization": load_parts(UNLOCALIZED, studio, vision)}
     draw = partial(draw_variants, studio, parts)
     rows, shown = compare(SYSTEM, studio, SUBJECTS, pictures, chance, tell, draw, SHOWN)
     return Report(rows, explain(chance) + ABOUT, contact_sheet(shown), {"alpha": curve(rows)})
 
 
-def _load(file: Path, studio: Studio, vision) -> files.Parts:
+def load_parts(file: Path, studio: Studio, vision) -> files.Parts:
+    """Loads FastComposer's weights for Shapeland.
+
+    Raises:
+        FileNotFoundError: they are missing.
+    """
     if not file.exists():
         raise FileNotFoundError(f"FastComposer's weights for Shapeland are not at {file}: see shapeland/README.md.")
     return files.load(str(file), studio.model, studio.clip, vision)

@@ -29,14 +29,14 @@ def schedule(flow: Workflow, model, steps: int, side: int, seed: int) -> dict:
 
 
 def shapeland(flow: Workflow) -> None:
-    """A drawn subject by plain guidance and by fusion sampling, with one seed."""
+    """Two drawn subjects by plain guidance and by fusion sampling, with one seed."""
     base, parts = load(flow)
     flow.note(
         "## Likeness and prompt at once\n"
         "**Fusion Guider** moves towards the text and towards the subject, each at a scale of its own. **Fusion "
         "Sampler** draws the subject in before each step and renews a part of the noise, so that the picture can move "
         "to where both agree.\n\n"
-        "Press **Run**. The subject comes from FastComposer here; an embedding, a LoRA or an IP-Adapter works the same "
+        "Press **Run**. The subjects come from FastComposer here. An embedding, a LoRA or an IP-Adapter works the same "
         "way.",
         column=0,
     )
@@ -48,11 +48,17 @@ def shapeland(flow: Workflow) -> None:
         "- `gamma`: lower it if the text is ignored",
         column=0,
     )
+    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
     star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
     encoded = flow.add(
         "ConceptLoomSubjectEncoder",
-        {"clip_vision": parts["CLIP_VISION"], "subjects": [star[1][0]], "background": "noise", "crop": True},
-        column=2,
+        {
+            "clip_vision": parts["CLIP_VISION"],
+            "subjects": [house[1][0], star[1][0]],
+            "background": "noise",
+            "crop": True,
+        },
+        column=3,
     )
     fused = flow.add(
         "ConceptLoomFuseSubjects",
@@ -60,7 +66,7 @@ def shapeland(flow: Workflow) -> None:
             "clip": parts["CLIP"],
             "fuser": parts["fuser"],
             "subjects": [encoded[0]],
-            "prompt": "a star @subject on a navy background",
+            "prompt": "a house @subject and a star @subject on a navy background",
         },
         column=3,
     )
@@ -72,7 +78,7 @@ def shapeland(flow: Workflow) -> None:
         "CFGGuider",
         {"model": parts["MODEL"], "positive": fused["subject"], "negative": negative[0], "cfg": 4.0},
         column=4,
-        title="Plain guidance by the subject",
+        title="Plain guidance by the subjects",
     )
     guider = flow.add(
         "ConceptLoomFusionGuider",
@@ -81,10 +87,9 @@ def shapeland(flow: Workflow) -> None:
             "text": fused["text_only"],
             "negative": negative[0],
             "subjects": [fused["subject"]],
-            "subject_scale": 3.0,
-            "text_scale": 1.0,
+            "subject_scale": 4.0,
+            "text_scale": 3.0,
             "fusion_scale": 4.0,
-            "gamma": 1.0,
         },
         column=4,
     )
@@ -94,14 +99,18 @@ def shapeland(flow: Workflow) -> None:
         sampled(flow, plain, euler[0], shared, base["VAE"], "Plain guidance (same seed)"),
         sampled(flow, guider, fusion[0], shared, base["VAE"], "Fusion sampling"),
     ]
-    judged = flow.add("ConceptLoomReadPicture", {"image": pictures[-1], "reference": star[0][0]}, column=6)
-    flow.add("PreviewAny", {"source": judged[1]}, column=7, title="The judge: how much each thing looks like the star")
+    judged = flow.add("ConceptLoomReadPicture", {"image": pictures[-1], "reference": house[0][0]}, column=6)
+    flow.add("PreviewAny", {"source": judged[1]}, column=7, title="The judge: how much each thing looks like the house")
     enlarged(
-        flow, stitched(flow, [star[0][0], *pictures]), 6.0, "Reference, plain, fusion", "conceptloom/fusion_sampling"
+        flow,
+        stitched(flow, [house[0][0], star[0][0], *pictures]),
+        6.0,
+        "References, plain, fusion",
+        "conceptloom/profusion",
     )
-    enlarged(flow, pictures[-1], 6.0, "Fusion sampling", "conceptloom/fusion_sampling")
-    flow.group("1. Subject", [*star, encoded])
-    flow.group("2. Prompt with the subject", [fused, negative])
+    enlarged(flow, pictures[-1], 6.0, "Fusion sampling", "conceptloom/profusion")
+    flow.group("1. Subjects", [*house, *star])
+    flow.group("2. Prompt with the subjects", [encoded, fused, negative])
     flow.group("3. Guidance and sampler", [plain, guider, euler, fusion])
 
 
@@ -148,13 +157,13 @@ def lora_sd15(flow: Workflow) -> None:
     fusion = flow.add("ConceptLoomFusionSampler", column=3)
     shared = schedule(flow, base["MODEL"], 30, 512, 1)
     picture = sampled(flow, guider, fusion[0], shared, base["VAE"], "Fusion sampling")
-    flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/fusion_sampling"}, column=7)
+    flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/profusion"}, column=7)
     flow.group("1. The subject's LoRA", [hooks, hooked])
     flow.group("2. Prompts", [subject, text, negative])
     flow.group("3. Guidance and sampler", [guider, fusion])
 
 
 WORKFLOWS = {
-    "fusion_sampling_shapeland": shapeland,
-    "fusion_sampling_lora_sd15": lora_sd15,
+    "profusion_fastcomposer_shapeland": shapeland,
+    "profusion_lora_sd15": lora_sd15,
 }

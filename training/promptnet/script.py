@@ -1,0 +1,189 @@
+"""Trains PromptNet on diffusers' models, in one process or many."""
+
+from __future__ import annotations
+
+import multiprocessing
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ...encoders.files import read_state, whole_file
+from ...encoders.promptnet import PREFIX, PromptNet, PromptNetConfig
+from ..base import Base, open_base
+from ..loop import Run
+from ..optimizers import warmup
+from ..options import check_least
+from ..shapeland.common import save_sheet
+from ..signals import Stopped
+from .model import PromptNetTraining
+from .pictures import Things, collate, read_batches, shares_of
+
+SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 5.0
+_SCALED_TO = 128
+_LEAST = {
+    **{"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1, "sheet_every": 0},
+    **{"learning_rate": 0, "l2": 0, "region_channels": 1},
+}
+
+
+def train(options: Namespace, file: Path) -> None:
+    """Runs the training of `options` (see the package) and writes its result to `file`.
+
+    Raises:
+        ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
+    """
+    from accelerate import Accelerator
+
+    check_least(options, _LEAST)
+    if not 0 <= options.average < 1:
+        raise ValueError(f"--average: expected a share from 0 up to but not 1, got {options.average}")
+    if options.workers and "fork" not in multiprocessing.get_all_start_methods():
+        # A spawned process could not import this pack, which has no importable name of its own.
+        raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {options.workers}")
+    base = open_base(options.base, options.vision, options.resolution)
+    data = Things(options.data, options.caption, base.resolution, options.seed)
+    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
+    config = config_of(base, options.channels, options.region_channels)
+    model = PromptNetTraining(base, config, options.l2, options.seed)
+    if options.start:
+        start_from(model.promptnet, options.start)
+    if options.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.unet.train()
+    pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
+    kind = {"base": options.base, "channels": list(config.channels), "pictures": len(data), "caption": options.caption}
+    kind |= {"seed": options.seed, "pictures a step": pictures_a_step}
+    weights = list(model.promptnet.parameters())
+    optimizer = torch.optim.AdamW(weights, options.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    schedule = warmup(options.warmup)
+    run = Run(options.out, model, optimizer, options.steps, options.seed, schedule, options.average, accelerator, kind)
+
+    def loader(step: int):
+        shares = shares_of(data, options, pictures_a_step, step, (accelerator.num_processes, accelerator.process_index))
+        return read_batches(data, base, shares, options.workers, accelerator.device)
+
+    try:
+        run.train(
+            lambda batch, _generator: run.module(batch),
+            options.log_every,
+            loader,
+            _report(options, model, data, accelerator) if options.sheet_every else None,
+            options.sheet_every,
+            save_seconds=60 * options.save_minutes,
+        )
+    except Stopped as stopped:
+        accelerator.print(stopped)
+        return
+    if accelerator.is_main_process:
+        export(model.promptnet, run.best_state(), file)
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def config_of(base: Base, channels: list[int] | None = None, region_channels: int = 128) -> PromptNetConfig:
+    """The architecture for a base: its UNet's, or with other channels, and one vector at the base's resolution.
+
+    Raises:
+        ValueError: the number of levels is not the UNet's, or a width does not suit.
+    """
+    unet, levels = base.unet.config, len(base.unet.config.block_out_channels)
+    chosen = tuple(channels or unet.block_out_channels)
+    if len(chosen) != levels or any(width < 32 or width % 32 for width in chosen):
+        raise ValueError(f"--channels: expected {levels} multiples of 32, got {' '.join(map(str, chosen))}")
+    heads = unet.attention_head_dim  # diffusers' name for the number of heads
+    heads = (heads,) * levels if isinstance(heads, int) else tuple(heads)
+    side = base.latent_shape[-1]
+    return PromptNetConfig(
+        channels=chosen,
+        heads=heads,
+        attention=tuple(kind.startswith("CrossAttn") for kind in unet.down_block_types),
+        layers=unet.layers_per_block,
+        latent_channels=unet.in_channels,
+        vision_width=base.vision.config.hidden_size,
+        context_width=base.towers[0].config.hidden_size,
+        region=side // 2 ** (levels - 1),
+        region_channels=region_channels,
+        linear_projection=bool(unet.use_linear_projection),
+    )
+
+
+def start_from(net: PromptNet, path: Path) -> None:
+    """Gives a PromptNet the weights of the one in a file.
+
+    Raises:
+        ValueError: the file holds no PromptNet of this architecture.
+    """
+    try:
+        found = PromptNet.from_state(read_state(path, "--start"), net.config.heads)
+    except ValueError as error:
+        raise ValueError(f"--start: expected a PromptNet of this architecture, got {path.name} ({error})") from error
+    if found.config != net.config:
+        raise ValueError(f"--start: expected a PromptNet of this architecture, got {path.name} with {found.config}")
+    net.load_state_dict(found.state_dict())
+
+
+def export(net: PromptNet, state: dict[str, torch.Tensor], file: Path) -> None:
+    """Writes the PromptNet of a training's weights in fp16, as Load PromptNet reads it."""
+    own = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    with whole_file(file) as part:
+        save_file(
+            {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in own.items()},
+            part,
+            net.metadata(),
+        )
+
+
+def _report(
+    options: Namespace, model: PromptNetTraining, data: Things, accelerator
+) -> Callable[[int], dict[str, float]]:
+    rows = range(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
+    batch = collate([data[row, 0] for row in rows], model.base.vocabularies[0])
+
+    def report(step: int) -> dict[str, float]:
+        with accelerator.autocast():
+            draw_sheet(model, batch, options.out / f"samples_{step:07d}.png")
+        return {}
+
+    return report
+
+
+@torch.no_grad()
+def draw_sheet(model: PromptNetTraining, batch: dict[str, torch.Tensor], path: Path) -> None:
+    """Draws a row for each picture of a batch: the reference, the picture itself, and two samples of its caption."""
+    device, base = next(model.parameters()).device, model.base
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    count = len(batch["target"])
+    seen = model.see(batch["reference"], torch.zeros(count, *base.latent_shape, device=device))
+    empty = base.vocabularies[0].row("")
+    nothing = model.tower(torch.tensor([empty] * count, device=device)).last_hidden_state.float(), None
+    rows = [batch["reference"], batch["target"]]
+    for seed in range(2):
+        latents = sample(model, batch, seen, nothing, seed)
+        rows.append(model.autoencoder.decode(latents))
+    pictures = torch.stack(rows, 1).flatten(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_sheet(pictures, path, columns=len(rows), scale=max(1, _SCALED_TO // base.resolution))
+
+
+@torch.no_grad()
+def sample(model: PromptNetTraining, batch: dict[str, torch.Tensor], seen, nothing, seed: int) -> torch.Tensor:
+    """DDIM latents with guidance, whose word follows the latents in every step."""
+    from diffusers import DDIMScheduler
+
+    base, device = model.base, batch["tokens"].device
+    scheduler = DDIMScheduler.from_config(
+        base.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
+    scheduler.set_timesteps(SHEET_STEPS)
+    count = len(batch["tokens"])
+    x = torch.randn(count, *base.latent_shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    for t in scheduler.timesteps:
+        times = t.to(device).expand(count)
+        states = model.read(batch["tokens"], batch["place"], model.words(seen, x, times))
+        without, with_word = base.predict(x, times, nothing), base.predict(x, times, states)
+        x = scheduler.step(torch.lerp(without, with_word, GUIDANCE), t, x).prev_sample
+    return x
