@@ -30,15 +30,15 @@ SYSTEM = "profusion"
 SUBJECTS = (1, 2)
 STEPS, SCHEDULER = 25, "ddim_uniform"
 CFG = 4.0
-SCALES = {"subject_scale": 2.0, "text_scale": 2.0, "fusion_scale": 3.0, "gamma": 1.0}
+SCALES = {"subject_scale": 4.0, "text_scale": 3.0, "fusion_scale": 4.0, "gamma": 0.6}
 
 # Per variant: fusion steps, window, and what is changed of the scales.
 FUSED: dict[str, tuple[int, Window, dict]] = {
     "default": (1, Window(), {}),
     "composable": (0, Window(), {}),
     "fusion_m2": (2, Window(), {}),
-    "strong": (1, Window(), {"subject_scale": 4.0, "text_scale": 3.0, "fusion_scale": 4.0}),
-    "gamma_0.6": (1, Window(), {"gamma": 0.6}),
+    "weak": (1, Window(), {"subject_scale": 2.0, "text_scale": 2.0, "fusion_scale": 3.0}),
+    "gamma_1": (1, Window(), {"gamma": 1.0}),
     "late": (1, Window(0.4, 1.0), {}),
     "reuse": (1, Window(), {"reuse": True}),
 }
@@ -47,10 +47,10 @@ SHOWN = ("default", "plain", "cfg", "composable", "mrsa_cfg", "mrsa_fusion")
 ABOUT = """
 
 Subjects are FastComposer's, and for *mrsa_cfg* and *mrsa_fusion* FreeCustom's. *plain* and *cfg* are plain guidance by
-the text and by the subjects. *default* is fusion sampling with the scales 2 for subjects and text, 3 in the fusion
-stage, and gamma 1. The others change one thing: *composable* has no fusion stage, *fusion_m2* two, *strong* the scales
-4, 3 and 4, *gamma_0.6* weakens the subjects' words in the fusion stage, *late* has that stage in the last 60 percent of
-the schedule, and *reuse* evaluates text and negative prompt once per step."""
+the text and by the subjects. *default* is fusion sampling with the scales 4 for subjects, 3 for text, 4 in the fusion
+stage, and gamma 0.6. The others change one thing: *composable* has no fusion stage, *fusion_m2* two, *weak* the scales
+2, 2 and 3, *gamma_1* leaves the subjects' words as they are in the fusion stage, *late* has that stage in the last 60
+percent of the schedule, and *reuse* evaluates text and negative prompt once per step."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:

@@ -73,7 +73,7 @@ def shapeland(flow: Workflow) -> None:
     negative = flow.add(
         "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
     )
-    shared = schedule(flow, parts["MODEL"], 25, 64, 3)
+    shared = schedule(flow, parts["MODEL"], 25, 64, 0)
     plain = flow.add(
         "CFGGuider",
         {"model": parts["MODEL"], "positive": fused["subject"], "negative": negative[0], "cfg": 4.0},

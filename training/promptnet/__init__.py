@@ -1,7 +1,7 @@
 """Train PromptNet: `python tools/run.py training.promptnet --base shapeland --data FOLDER --out FOLDER`.
 
-PromptNet (ProFusion, Zhou et al., arXiv 2305.13579) learns to make the embedding of a word for what a picture shows. The
-UNet and both towers stay as they are; the loss is that of the UNet's own training, with the word in the caption.
+PromptNet (ProFusion, Zhou et al., arXiv 2305.13579) learns to make the embedding of a word for what a picture shows.
+The UNet and both towers stay as they are; the loss is that of the UNet's own training, with the word in the caption.
 
 --base is `shapeland`, or a folder with Stable Diffusion 1.x or 2.x in diffusers' format; --vision is then a folder with
 CLIP's vision tower (published: CLIP ViT-H/14). Nothing is ever downloaded. --data is a folder with pictures; captions
