@@ -37,5 +37,5 @@ def _session(rig: Rig, count: int) -> Session:
         }
 
     # Two conditionings in the fusion stage and three in refinement, where plain guidance has two, for one subject.
-    budgets = {"default": 2.5, "reuse": 2.0, "range": 1.6} if count == 1 else {"default": 3.5, "reuse": 3.0}
+    budgets = {"default": 2.5, "range": 1.6} if count == 1 else {"default": 3.5}
     return Session(count, begin, budgets)
