@@ -14,6 +14,7 @@ import torch
 from .bench import sessions_of
 from .benches import Session
 from .meters import ResidentPeak
+from .quiet import without_warnings
 from .rigs import PLANS, Rig
 
 
@@ -32,7 +33,7 @@ def growth(session: Session) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     """Prints the growth of one session as JSON."""
     system, arch, subjects = argv
-    with torch.inference_mode():
+    with torch.inference_mode(), without_warnings():
         rig = Rig.build(PLANS[arch, "cpu"])
         chosen = next(s for s in sessions_of(system, rig) if s.subjects == int(subjects))
         print(json.dumps(growth(chosen)))
