@@ -9,7 +9,7 @@ from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
 from test_workflow_tools import weave
-from test_workflows import SHORT
+from test_workflows import short_inputs
 from workflow_format import BYPASSED, MUTED, to_api
 
 TEMPLATES = sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if "shapeland" in file.stem.lower())
@@ -42,10 +42,11 @@ def test_template(frontends, template, renderer, tmp_path):
     if absent_weights():
         pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
     runs = renderer == "nodes2" or template == RICHEST
-    seen = frontends[renderer].visit(PACK, template, tmp_path / "seen.png", runs, SHORT)
+    api = json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
+    seen = frontends[renderer].visit(PACK, template, tmp_path / "seen.png", runs, short_inputs(api))
     assert seen.problems == []
     assert bool(seen.pictures) == runs
-    assert seen.api == json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
+    assert seen.api == api
 
 
 class TestToyTemplate:

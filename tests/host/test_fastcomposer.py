@@ -351,7 +351,7 @@ def test_switch_is_exact_on_every_scheduler(toy, trace, scheduler):
     for steps, switch in ((4, 1), (8, 7)):
         positive = delayed(*two_conditionings(toy), plan(step=switch))
         count = len(sigmas_of(toy, scheduler, steps)) - 1
-        toy.sample(model, steps=steps, scheduler=scheduler, positive=positive)
+        toy.sample(model, steps=steps, scheduler=scheduler, positive=positive, size=(8, 8))
         assert [found for _, found, _ in seen] == [["text"]] * switch + [["subject"]] * (count - switch)
         seen.clear()
 
