@@ -13,9 +13,7 @@ from ..host.freecustom import bank, job
 from ..host.freecustom.shares import ALL
 from ..host.model import sites
 from ..host.model.window import Window
-from .types import ADVISES_LATER, Node, ShareRecordSocket, gather_subjects, subject_inputs
-
-CUSTOM_BLOCKS = "custom list"
+from .types import ADVISES_LATER, CUSTOM_BLOCKS, Node, ShareRecordSocket, gather_subjects, subject_inputs, window_inputs
 
 NOTHING_RECORDED = (
     "nothing recorded; sample with the model of Record Attention Share, which comes after "
@@ -64,21 +62,9 @@ class MultiReferenceSelfAttention(Node):
                     "stage: 6 alone, texture; the finest of SDXL. All blocks: much copying, little freedom. Custom "
                     "list: layers by number.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="References are seen from this part of sampling on.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="References are seen up to this part of sampling. Ending at 0.6 to 0.8 is faster and "
+                *window_inputs(
+                    "References are seen from this part of sampling on.",
+                    "References are seen up to this part of sampling. Ending at 0.6 to 0.8 is faster and "
                     "leaves the last details to the prompt.",
                 ),
                 io.Float.Input(

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..host.model.window import Window
 from ..host.profusion.guider import NAME, FusionGuider, Guidance
 from ..host.profusion.sampler import fusion_sampler
-from .types import Node, growing, in_order
+from .types import Node, growing, in_order, window_inputs
 
 CATEGORY = "ConceptLoom/ProFusion"
 
@@ -123,21 +123,9 @@ class FusionSampler(Node):
                     step=0.05,
                     tooltip="How much of the noise each fusion stage renews; 0 turns the stage off.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule fusion begins.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule fusion ends. Each step without it saves its evaluations.",
+                *window_inputs(
+                    "Where in the schedule fusion begins.",
+                    "Where in the schedule fusion ends. Each step without it saves its evaluations.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with ddim_uniform as published.")],

@@ -16,6 +16,9 @@ from ..subjects.subject import Subject
 
 PREVIEW_SIDE = 256
 
+CUSTOM_BLOCKS = "custom list"
+"""Choice of blocks by their numbers."""
+
 SubjectSocket = io.Custom("CONCEPTLOOM_SUBJECT")
 FuserSocket = io.Custom("CONCEPTLOOM_FUSER")
 PromptNetSocket = io.Custom("CONCEPTLOOM_PROMPTNET")
@@ -85,6 +88,14 @@ def subject_inputs(tooltip: str) -> io.Autogrow.Input:
     """Any number of SUBJECT inputs, each with one or more subjects."""
     one = SubjectSocket.Input("subject", tooltip="A subject from Reference Subject, or several from Concept Collage.")
     return growing("subjects", one, tooltip)
+
+
+def window_inputs(start: str, end: str) -> list[io.Input]:
+    """The inputs start_percent and end_percent, with their tooltips."""
+    return [
+        io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+        for name, default, tooltip in (("start_percent", 0.0, start), ("end_percent", 1.0, end))
+    ]
 
 
 def gather_subjects(subjects: io.Autogrow.Type, source: str = "Reference Subject") -> list[Subject]:

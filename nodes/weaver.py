@@ -10,10 +10,18 @@ from ..host.structure import plugandplay
 from ..host.weaver import fusion
 from ..host.weaver import prompts as concept_prompts
 from .concepts import as_concepts, one_concept
-from .types import ADVISES_LATER, ConceptPromptsSocket, ConceptSocket, Node, PartitionSocket, TrajectorySocket
+from .types import (
+    ADVISES_LATER,
+    CUSTOM_BLOCKS,
+    ConceptPromptsSocket,
+    ConceptSocket,
+    Node,
+    PartitionSocket,
+    TrajectorySocket,
+    window_inputs,
+)
 
 CATEGORY = "ConceptLoom/Concept Weaver"
-CUSTOM_BLOCKS = "custom list"
 
 
 class ConceptPrompts(Node):
@@ -171,21 +179,9 @@ class MultiConceptFusion(Node):
                     tooltip="Lambda: how far to move away from what the base model alone would draw. 0 is off; much of "
                     "it burns colours.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Concepts are seen from this part of sampling on; before, the plain prompt draws.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Concepts are seen up to this part of sampling.",
+                *window_inputs(
+                    "Concepts are seen from this part of sampling on; before, the plain prompt draws.",
+                    "Concepts are seen up to this part of sampling.",
                 ),
                 io.Combo.Input(
                     "mode",
