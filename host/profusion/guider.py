@@ -144,7 +144,10 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _fuse(self, coverage: dict, x, timestep, options) -> torch.Tensor:
         """D_f."""
-        reuse, scale = self.guidance.reuse, self.guidance.fusion_scale
+        scale, reuse = self.guidance.fusion_scale, self.guidance.reuse and _covers_all(coverage)
+        if self.guidance.reuse and not reuse:
+            # Where there is no subject, there is no estimate of the new latents that differences could be added to.
+            advise(NAME, "reuse_differences is off, because the subjects do not cover the whole picture", self.node)
         if scale <= 1:
             advise(
                 NAME,
@@ -193,7 +196,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _guided(self, mixed, negative, scale: float, x, timestep, options) -> torch.Tensor:
         """Guidance by the host, so that whatever else acts on it has its say."""
-        sides = [self.conds[POSITIVE], self.conds[NEGATIVE]]
+        sides = [self.conds[POSITIVE], None if negative is None else self.conds[NEGATIVE]]
         # What was not evaluated is 0 to the host.
         pair = [mixed, torch.zeros_like(mixed) if negative is None else negative]
         for change in options.get("sampler_pre_cfg_function", ()):
@@ -253,6 +256,12 @@ def _is_needed(scale: float, options: dict) -> bool:
 def _holds(entry: dict, sigma: float) -> bool:
     """Whether a conditioning's range of the schedule includes a noise level."""
     return entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf)
+
+
+def _covers_all(coverage: dict[int, torch.Tensor | float]) -> bool:
+    """Whether there is a subject at every place."""
+    total = sum(coverage.values())
+    return not torch.is_tensor(total) or bool((total > 0).all())
 
 
 def _strongest(entries: Sequence[dict], x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

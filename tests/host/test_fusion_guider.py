@@ -375,6 +375,15 @@ class TestAdvice:
         draw(guide(subject()), fusion())
         assert not caplog.records
 
+    def test_differences_are_reused_only_where_subjects_cover_the_picture(self, toy, draw, guide, subject, caplog):
+        part = subject(mask=half())
+        made = draw(guide(part, reuse=True), fusion())
+        assert sum("the subjects do not cover the whole picture" in r.message for r in caplog.records) >= 1
+        assert torch.equal(made, draw(guide(part), fusion()))
+        caplog.clear()
+        draw(guide(part, subject("another", mask=half(False)), reuse=True), fusion())
+        assert not caplog.records and toy.rows == [4, 2] * STEPS
+
     def test_the_evaluations_are_said(self, draw, guide, subject, caplog):
         with caplog.at_level("INFO"):
             draw(guide(subject()), fusion())
