@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -20,11 +21,10 @@ import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...encoders.files import read
+from ...encoders.files import read, state_of
 from ...encoders.promptnet import PromptNet, heads_of
 from ...subjects.pictures import cover
 from ...subjects.subject import Subject
-from ..model.files import load_state
 from ..model.unprepared import NeedsPreparedModel
 from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, locate, stand_in
 
@@ -92,11 +92,11 @@ def load(path: str) -> LoadedPromptNet:
     Raises:
         ValueError: the file is no PromptNet, or not whole.
     """
-    heads = heads_of(read(path).metadata)
-    device = comfy.model_management.text_encoder_device()
-    half = comfy.model_management.should_use_fp16(device)
+    value, metadata = read(path)
+    half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
     settings = {"dtype": torch.float16 if half else torch.float32}
-    return wrap(PromptNet.from_state(load_state(path), heads, comfy.ops.manual_cast, **settings))
+    state = state_of(value, Path(path), "file")
+    return wrap(PromptNet.from_state(state, heads_of(metadata), comfy.ops.manual_cast, **settings))
 
 
 def wrap(net: PromptNet) -> LoadedPromptNet:
@@ -260,7 +260,7 @@ class WordRun:
         self.references = model.process_latent_in(words.vae.encode(pixels))
         self.tokens = torch.stack([seen.tokens for seen in words.subjects])
         self.count = (size[0] // config.region_side) * (size[1] // config.region_side)
-        self._kept: tuple[float, dict[int, torch.Tensor]] | None = None
+        self._kept: tuple[tuple | None, dict[int, torch.Tensor]] | None = None
 
     def states(self, text: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, gamma: float) -> torch.Tensor:
         """Text states (B, T, D) for the latents x (B, C, h, w) at a noise level (B,).
@@ -269,10 +269,9 @@ class WordRun:
             text: (1 or B, T, D), states of the prompt with a plain word for each subject.
             gamma: factor of the rows that carry subjects.
         """
-        sigma = float(timestep[0])
-        fresh = self._kept is None or self._kept[0] != sigma or len(next(iter(self._kept[1].values()))) != len(x)
-        if self.words.update == EVERY_EVALUATION or self._kept is None or (fresh and self.words.update == EVERY_STEP):
-            self._kept = (sigma, self._encoded(x, timestep))
+        key = {EVERY_STEP: (float(timestep[0]), len(x)), ONCE: (None, len(x))}.get(self.words.update)
+        if key is None or self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._encoded(x, timestep))
         states = text.expand(len(x), -1, -1).clone()
         length = len(self.words.rows[0])
         for chunk, found in self._kept[1].items():
