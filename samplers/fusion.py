@@ -128,7 +128,7 @@ def sample_fusion(
     fusion: Fusion,
     levels: Levels,
     noise_sampler: NoiseSampler,
-    share: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float] = lambda _x, _sigma: 1.0,
+    share: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float] | None = None,
     progress: Callable[..., Iterable[int]] | None = None,
 ) -> torch.Tensor:
     """Samples with a fusion stage before each step of another sampler.
@@ -141,8 +141,8 @@ def sample_fusion(
         base: a sampler of the same signature, run for one step at a time.
         base_options: keyword arguments of it.
         noise_sampler: (sigma, following) to standard normal noise of the shape of x; fusion draws first in each step.
-        share: (latents, sigma) to where fusion acts, see `renew`; at the number 0 the stage is left out.
-
+        share: (latents, sigma) to where fusion acts, see `renew`; at the number 0 the stage is left out. None means
+            everywhere.
         progress: (steps, disable=...) to the numbers of the steps, with a bar on the console; None shows none.
 
     Returns:
@@ -152,11 +152,11 @@ def sample_fusion(
     options = extra_args.pop("model_options", {})
     stages = {stage: {**extra_args, "model_options": {**options, STAGE: stage}} for stage in (FUSION, REFINEMENT)}
     rows = x.new_ones(len(x))
-    count = len(sigmas) - 1
+    count, repeats = len(sigmas) - 1, [fusion.repeats_at(sigma) for sigma in sigmas.tolist()]
     for i in range(count) if progress is None else progress(count, disable=disable):
         sigma, following = sigmas[i], sigmas[i + 1]
-        for _ in range(fusion.repeats_at(float(sigma))):
-            here = share(x, sigma)
+        for _ in range(repeats[i]):
+            here = 1.0 if share is None else share(x, sigma)
             if not isinstance(here, torch.Tensor) and here == 0:
                 break
             denoised = model(x, sigma * rows, **stages[FUSION])

@@ -192,7 +192,14 @@ def test_sampler_with_a_perfect_model_gives_the_picture():
 
     empty = torch.zeros(2, models.TOKENS, models.WIDTH), None
     out = sample(
-        perfect, models.SCHEDULE, (2, 8, 16, 16), empty, lambda i: (empty[0] + i, None), steps=10, guidance=3.0, seed=0
+        perfect,
+        models.SCHEDULE,
+        (2, 8, 16, 16),
+        empty,
+        lambda i, *_: (empty[0] + i, None),
+        steps=10,
+        guidance=3.0,
+        seed=0,
     )
     assert torch.allclose(out, target.expand(2, -1, -1, -1), atol=1e-3)
     assert told == [[0, 0, i, i] for i in range(10)]
@@ -208,7 +215,9 @@ def test_guidance_goes_beyond_what_the_text_says():
         return (a * x - latent) / s
 
     empty, text = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
-    out = sample(predict, models.SCHEDULE, (1, 8, 2, 2), (empty, None), lambda _: (text, None), 1, guidance=3.0, seed=0)
+    out = sample(
+        predict, models.SCHEDULE, (1, 8, 2, 2), (empty, None), lambda *_: (text, None), 1, guidance=3.0, seed=0
+    )
     assert torch.allclose(out, torch.full((1, 8, 2, 2), 4.0), atol=1e-4)
 
 

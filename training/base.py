@@ -127,7 +127,7 @@ class Base:
     def sample(
         self,
         unconditional: States,
-        conditional: Callable[[int], States],
+        conditional: Callable[[int, torch.Tensor, torch.Tensor], States],
         count: int,
         steps: int,
         guidance: float,

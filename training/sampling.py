@@ -17,7 +17,7 @@ def sample(
     schedule: Mapping[str, Any],
     shape: tuple[int, int, int, int],
     unconditional: States,
-    conditional: Callable[[int], States],
+    conditional: Callable[[int, torch.Tensor, torch.Tensor], States],
     steps: int,
     guidance: float,
     seed: int,
@@ -29,7 +29,7 @@ def sample(
         schedule: configuration of the model's diffusers scheduler.
         shape: (n, C, h, w) of the latents.
         unconditional: states of n empty texts.
-        conditional: step, counted from 0 -> states of its n texts.
+        conditional: (step, counted from 0; latents; timestep (n,)) -> states of the step's n texts.
         steps: number of sampling steps.
         guidance: guidance scale; 1 uses the conditional prediction alone.
         seed: seed of the noise, which is drawn on the CPU.
@@ -44,7 +44,8 @@ def sample(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     for i, t in enumerate(scheduler.timesteps):
         both = tuple(
-            None if a is None else torch.cat((a, b)) for a, b in zip(unconditional, conditional(i), strict=True)
+            None if a is None else torch.cat((a, b))
+            for a, b in zip(unconditional, conditional(i, x, t.to(device).expand(len(x))), strict=True)
         )
         without, with_text = predict(torch.cat((x, x)), t.to(device), both).chunk(2)
         x = scheduler.step(without + guidance * (with_text - without), t, x).prev_sample

@@ -30,6 +30,7 @@ _AREA = "conceptloom_area"
 """Entry of a subject's conditioning: its area, taken from the host, which would evaluate the area alone and give all
 other sides a part of the same area."""
 _REGION = ("mask", "mask_strength", "strength", "uuid")
+_RANGE = {"timestep_start", "timestep_end"}
 _CONTROL = ("control", "control_apply_to_uncond")
 
 
@@ -208,8 +209,10 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _coverage(self, x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor | float]:
         """Of each subject that is seen at this noise level how strong it is where: a map (n, 1, h, w), or a number."""
-        sigma = float(timestep[0])
-        entries = {j: [e for e in self.conds[_subject(j)] if _holds(e, sigma)] for j in range(self.count)}
+        entries = {j: self.conds[_subject(j)] for j in range(self.count)}
+        if any(_RANGE & entry.keys() for held in entries.values() for entry in held):
+            sigma = float(timestep[0])
+            entries = {j: [entry for entry in held if _holds(entry, sigma)] for j, held in entries.items()}
         key = (x.shape, *(entry["uuid"] for held in entries.values() for entry in held))
         if key not in self._covered:
             maps = {j: _strongest(held, x, timestep) for j, held in entries.items() if held}

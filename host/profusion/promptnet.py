@@ -260,7 +260,8 @@ class WordRun:
         self.references = model.process_latent_in(words.vae.encode(pixels))
         self.tokens = torch.stack([seen.tokens for seen in words.subjects])
         self.count = (size[0] // config.region_side) * (size[1] // config.region_side)
-        self._kept: tuple[tuple | None, dict[int, torch.Tensor]] | None = None
+        self._kept: tuple[tuple, dict[int, torch.Tensor]] | None = None
+        self._neutral: torch.Tensor | None = None
 
     def states(self, text: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, gamma: float) -> torch.Tensor:
         """Text states (B, T, D) for the latents x (B, C, h, w) at a noise level (B,).
@@ -269,8 +270,9 @@ class WordRun:
             text: (1 or B, T, D), states of the prompt with a plain word for each subject.
             gamma: factor of the rows that carry subjects.
         """
-        key = {EVERY_STEP: (float(timestep[0]), len(x)), ONCE: (None, len(x))}.get(self.words.update)
-        if key is None or self._kept is None or self._kept[0] != key:
+        update = self.words.update
+        key = (float(timestep[0]) if update == EVERY_STEP else None, len(x))
+        if update == EVERY_EVALUATION or self._kept is None or self._kept[0] != key:
             self._kept = (key, self._encoded(x, timestep))
         states = text.expand(len(x), -1, -1).clone()
         length = len(self.words.rows[0])
@@ -303,9 +305,10 @@ class WordRun:
             states = encoder([[token for token, _ in one] for one in rows])[0]
             weights = torch.tensor([weight for _, weight in row])
             if (weights != 1).any():
-                (empty,) = clip.tokenize("").values()
-                neutral = encoder([[token for token, _ in empty[0]]])[0]
-                states = neutral + (states - neutral) * weights.to(states)[:, None]
+                if self._neutral is None:
+                    (empty,) = clip.tokenize("").values()
+                    self._neutral = encoder([[token for token, _ in empty[0]]])[0]
+                states = self._neutral + (states - self._neutral) * weights.to(states)[:, None]
             found[chunk] = states
         return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 import comfy.samplers
-import torch
 from comfy.k_diffusion.sampling import default_noise_sampler, trange
 from comfy.model_sampling import CONST
 
@@ -58,7 +57,7 @@ def fusion_sampler(base, repeats: int, eta: float, window: Window):
             fusion=Fusion(repeats, eta, here.highest, here.lowest),
             levels=levels_of(sampling),
             noise_sampler=noise_sampler,
-            share=guider.share if isinstance(guider, FusionGuider) else everywhere,
+            share=guider.share if isinstance(guider, FusionGuider) else None,
             progress=trange,
         )
 
@@ -69,11 +68,6 @@ def levels_of(sampling) -> Levels:
     """What noise levels mean to a model with this model_sampling."""
     flow = isinstance(sampling, CONST)
     return Levels(flow, float(sampling.sigma_min), getattr(sampling, "noise_scale", 1.0) if flow else 1.0)
-
-
-def everywhere(_x: torch.Tensor, _sigma: torch.Tensor) -> float:
-    """The share of a guider without regions."""
-    return 1.0
 
 
 def _shown(name: str) -> str:

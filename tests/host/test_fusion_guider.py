@@ -367,7 +367,7 @@ def test_a_flow_model_is_fused_as_a_flow(toy, draw, guide, subject):
 
 
 class TestAdvice:
-    def test_fusion_without_guidance_is_said_once(self, draw, guide, subject, caplog):
+    def test_fusion_without_guidance_is_said(self, draw, guide, subject, caplog):
         draw(guide(subject(), fusion_scale=1.0), fusion())
         assert sum("fuses the subjects without guidance" in r.message for r in caplog.records) >= 1
         caplog.clear()

@@ -120,8 +120,8 @@ def lora_sd15(flow: Workflow) -> None:
     flow.note(
         "## A LoRA that leaves the prompt its say\n"
         "The LoRA acts on one conditioning alone, by a hook. **Fusion Guider** guides towards that subject and towards "
-        "the plain text at two scales, and **Fusion Sampler** brings both together: a LoRA that has learnt too much of "
-        "its training pictures follows the prompt again.\n\n"
+        "the plain text at two scales, and **Fusion Sampler** brings both together. It is meant for a LoRA that has "
+        "learnt too much of its training pictures and ignores the prompt.\n\n"
         "Choose your LoRA in **Create Hook LoRA**, write its trigger word into *Prompt with the subject*, and the same "
         "prompt with the plain class word into *Text*.",
         column=0,

@@ -150,7 +150,7 @@ class Learner(torch.nn.Module):
             n, seed = min(at_once, count - start), self.recipe.seed + start
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                 states, unconditional = self.states([caption] * n), self.states([""] * n)
-                parts.append(self.base.sample(unconditional, lambda _, s=states: s, n, STEPS, GUIDANCE, seed))
+                parts.append(self.base.sample(unconditional, lambda *_, s=states: s, n, STEPS, GUIDANCE, seed))
         return torch.cat(parts)
 
     def states(self, captions: Sequence[str]) -> States:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..base import open_base
 from ..data.dataset import EpochBatches, SubjectPictures
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import check_least
+from ..options import check_average, check_least, check_workers
 from ..signals import Stopped
 from .batches import Shares, check_subjects, read_batches
 from .export import export, start_from
@@ -110,11 +109,8 @@ def train(options: Namespace, file: Path) -> None:
 
 def _check(options: Namespace) -> None:
     check_least(options, _LEAST)
-    if not 0 <= options.average < 1:
-        raise ValueError(f"--average: expected a share from 0 up to but not 1, got {options.average}")
-    if options.workers and "fork" not in multiprocessing.get_all_start_methods():
-        # A spawned process could not import this pack, which has no importable name of its own.
-        raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {options.workers}")
+    check_average(options.average)
+    check_workers(options.workers)
 
 
 def _optimizer(model: FastComposer, options: Namespace) -> torch.optim.Optimizer:

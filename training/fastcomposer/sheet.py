@@ -57,7 +57,7 @@ def draw_sheet(model: FastComposer, batch: dict[str, torch.Tensor], path: Path) 
     switch, count = round((1 - ALPHA) * STEPS), len(unconditional[0])
 
     def drawn(late):
-        latents = base.sample(unconditional, lambda i: text if i < switch else late, count, STEPS, GUIDANCE, seed=0)
+        latents = base.sample(unconditional, lambda i, *_: text if i < switch else late, count, STEPS, GUIDANCE, seed=0)
         return model.autoencoder.decode(latents)
 
     plain, composed = drawn(text), drawn(subjects)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from ...encoders.promptnet import PREFIX, PromptNet, PromptNetConfig
 from ..base import Base, open_base
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import check_least
+from ..options import check_average, check_least, check_workers
+from ..sampling import States
 from ..shapeland.common import save_sheet
 from ..signals import Stopped
 from .model import PromptNetTraining
@@ -38,11 +38,8 @@ def train(options: Namespace, file: Path) -> None:
     from accelerate import Accelerator
 
     check_least(options, _LEAST)
-    if not 0 <= options.average < 1:
-        raise ValueError(f"--average: expected a share from 0 up to but not 1, got {options.average}")
-    if options.workers and "fork" not in multiprocessing.get_all_start_methods():
-        # A spawned process could not import this pack, which has no importable name of its own.
-        raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {options.workers}")
+    check_average(options.average)
+    check_workers(options.workers)
     base = open_base(options.base, options.vision, options.resolution)
     data = Things(options.data, options.caption, base.resolution, options.seed)
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
@@ -161,29 +158,13 @@ def draw_sheet(model: PromptNetTraining, batch: dict[str, torch.Tensor], path: P
     empty = base.vocabularies[0].row("")
     nothing = model.tower(torch.tensor([empty] * count, device=device)).last_hidden_state.float(), None
     rows = [batch["reference"], batch["target"]]
+
+    def states(_step: int, x: torch.Tensor, t: torch.Tensor) -> States:
+        return model.read(batch["tokens"], batch["place"], model.words(seen, x, t))
+
     for seed in range(2):
-        latents = sample(model, batch, seen, nothing, seed)
+        latents = base.sample(nothing, states, count, SHEET_STEPS, GUIDANCE, seed)
         rows.append(model.autoencoder.decode(latents))
     pictures = torch.stack(rows, 1).flatten(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_sheet(pictures, path, columns=len(rows), scale=max(1, _SCALED_TO // base.resolution))
-
-
-@torch.no_grad()
-def sample(model: PromptNetTraining, batch: dict[str, torch.Tensor], seen, nothing, seed: int) -> torch.Tensor:
-    """DDIM latents with guidance, whose word follows the latents in every step."""
-    from diffusers import DDIMScheduler
-
-    base, device = model.base, batch["tokens"].device
-    scheduler = DDIMScheduler.from_config(
-        base.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-    )
-    scheduler.set_timesteps(SHEET_STEPS)
-    count = len(batch["tokens"])
-    x = torch.randn(count, *base.latent_shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    for t in scheduler.timesteps:
-        times = t.to(device).expand(count)
-        states = model.read(batch["tokens"], batch["place"], model.words(seen, x, times))
-        without, with_word = base.predict(x, times, nothing), base.predict(x, times, states)
-        x = scheduler.step(torch.lerp(without, with_word, GUIDANCE), t, x).prev_sample
-    return x

@@ -283,7 +283,7 @@ def evaluate(
         shape, unconditional = (len(context), CHANNELS, 16, 16), (empty.expand_as(context), None)
         with bfloat16_where_fast(device):
             x = sample(
-                predict, models.SCHEDULE, shape, unconditional, lambda _, c=context: (c, None), steps, guidance, start
+                predict, models.SCHEDULE, shape, unconditional, lambda *_, c=context: (c, None), steps, guidance, start
             )
         drawn = autoencoder.decode(x).clamp(-1, 1)
         sheets.append(drawn)
