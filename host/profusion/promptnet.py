@@ -26,7 +26,8 @@ from ...encoders.promptnet import PromptNet, heads_of
 from ...subjects.pictures import cover
 from ...subjects.subject import Subject
 from ..model.unprepared import NeedsPreparedModel
-from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, locate, stand_in
+from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, stand_in
+from .spliced import Slots, SplicedText, slots_of
 
 TAG = "conceptloom_promptnet"
 EVERY_EVALUATION, EVERY_STEP, ONCE = "every evaluation", "every step", "once"
@@ -71,17 +72,15 @@ class Words:
         promptnet: the network.
         clip: the text encoder.
         vae: encodes the subjects' pictures, at the size that is sampled.
-        rows: tokens of the chunks of the prompt, as ComfyUI has them.
-        places: (chunk, index) of each subject's word.
-        subjects: one for each place.
+        slots: of the prompt, in the places of the subjects' words.
+        subjects: one for each slot.
         update: one of UPDATES.
     """
 
     promptnet: LoadedPromptNet
     clip: Any
     vae: Any
-    rows: tuple[tuple[tuple[Any, float], ...], ...]
-    places: tuple[tuple[int, int], ...]
+    slots: Slots
     subjects: tuple[Seen, ...]
     update: str
 
@@ -131,31 +130,34 @@ def encode(
     if not subjects:
         raise ValueError("subjects: expected at least one subject, got none")
     plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], marker)
+    tokenizer = checked_tokenizer(promptnet, clip)
     text = clip.encode_from_tokens_scheduled(clip.tokenize(plain))
-    tokenizer = getattr(clip.tokenizer, clip.tokenizer.clip)
     _, word = stand_in(tokenizer, plain)
     held, ends = _with_stand_ins(plain, ends, [subject.noun for subject in subjects], word)
-    tokens, places = locate(clip, held, ends)
-    if len(tokens) > 1:
-        raise ValueError(f"clip: expected a single text encoder, as Stable Diffusion 1 and 2 have, got {len(tokens)}")
-    (rows,) = tokens.values()
-    config = promptnet.module.config
-    _check_width("clip", "text encoder", tokenizer.embedding_size, config.context_width)
-    seen = tuple(_seen(clip_vision, subject, config.vision_width) for subject in subjects)
-    words = Words(
-        promptnet,
-        clip,
-        vae,
-        tuple(tuple((token, weight) for token, weight in row) for row in rows),
-        tuple((place.chunk, place.index) for place in places),
-        seen,
-        update,
-    )
-    shown = [
-        [states, {**extras, TAG: words, "timestep_start": _UNPREPARED, SUBJECT_ROWS: tuple(p.row for p in places)}]
+    seen = tuple(look(promptnet, clip_vision, subject.image) for subject in subjects)
+    return text, conditioning(promptnet, clip, vae, held, ends, seen, update)
+
+
+def conditioning(
+    promptnet: LoadedPromptNet,
+    clip,
+    vae,
+    prompt: str,
+    ends: Sequence[int],
+    subjects: Sequence[Seen],
+    update: str = EVERY_EVALUATION,
+) -> list:
+    """The conditioning of a prompt whose words that end at `ends`, of one token each, are those of the subjects.
+
+    Raises:
+        ValueError: a place cannot be found.
+    """
+    slots, tokens = slots_of(clip, prompt, ends)
+    words = Words(promptnet, clip, vae, slots, tuple(subjects), update)
+    return [
+        [states, {**extras, TAG: words, "timestep_start": _UNPREPARED, SUBJECT_ROWS: slots.states_rows}]
         for states, extras in clip.encode_from_tokens_scheduled(tokens)
     ]
-    return text, shown
 
 
 def _with_stand_ins(prompt: str, ends: Sequence[int], nouns: Sequence[str], word: str) -> tuple[str, list[int]]:
@@ -170,10 +172,29 @@ def _with_stand_ins(prompt: str, ends: Sequence[int], nouns: Sequence[str], word
     return text + prompt[done:], [found[i] for i in range(len(ends))]
 
 
-def _seen(clip_vision, subject: Subject, width: int) -> Seen:
-    tokens = clip_vision.encode_image(subject.image[None])["last_hidden_state"][0]
-    _check_width("clip_vision", "vision tower", tokens.shape[-1], width)
-    return Seen(subject.image, tokens)
+def checked_tokenizer(promptnet: LoadedPromptNet, clip):
+    """The tokenizer of a CLIP's only text encoder.
+
+    Raises:
+        ValueError: it has several, or one of another width than the PromptNet's vectors.
+    """
+    names = list(clip.tokenize(""))
+    if len(names) > 1:
+        raise ValueError(f"clip: expected a single text encoder, as Stable Diffusion 1 and 2 have, got {len(names)}")
+    tokenizer = getattr(clip.tokenizer, f"clip_{names[0]}")
+    _check_width("clip", "text encoder", tokenizer.embedding_size, promptnet.module.config.context_width)
+    return tokenizer
+
+
+def look(promptnet: LoadedPromptNet, clip_vision, image: torch.Tensor) -> Seen:
+    """A picture (H, W, 3) as a PromptNet takes it.
+
+    Raises:
+        ValueError: the vision tower does not fit the PromptNet.
+    """
+    tokens = clip_vision.encode_image(image[None])["last_hidden_state"][0]
+    _check_width("clip_vision", "vision tower", tokens.shape[-1], promptnet.module.config.vision_width)
+    return Seen(image, tokens)
 
 
 def _check_width(name: str, what: str, width: int, expected: int) -> None:
@@ -259,9 +280,9 @@ class WordRun:
         pixels = torch.stack([cover(seen.image, (size[0] * factor, size[1] * factor)) for seen in words.subjects])
         self.references = model.process_latent_in(words.vae.encode(pixels))
         self.tokens = torch.stack([seen.tokens for seen in words.subjects])
-        self.count = (size[0] // config.region_side) * (size[1] // config.region_side)
+        regions = (size[0] // config.region_side) * (size[1] // config.region_side)
+        self.text = SplicedText(words.clip, words.slots, regions)
         self._kept: tuple[tuple, dict[int, torch.Tensor]] | None = None
-        self._neutral: torch.Tensor | None = None
 
     def states(self, text: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, gamma: float) -> torch.Tensor:
         """Text states (B, T, D) for the latents x (B, C, h, w) at a noise level (B,).
@@ -273,73 +294,40 @@ class WordRun:
         update = self.words.update
         key = (float(timestep[0]) if update == EVERY_STEP else None, len(x))
         if update == EVERY_EVALUATION or self._kept is None or self._kept[0] != key:
-            self._kept = (key, self._encoded(x, timestep))
-        states = text.expand(len(x), -1, -1).clone()
-        length = len(self.words.rows[0])
-        for chunk, found in self._kept[1].items():
-            states[:, chunk * length : (chunk + 1) * length] = found.to(states)
-            if gamma != 1:
-                states[:, [chunk * length + index for index in self._carriers(chunk)]] *= gamma
-        return states
-
-    def _encoded(self, x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Text states (B, tokens, D) of each chunk of the prompt that has subjects."""
-        words, batch = self.words, len(x)
-        vectors = self._vectors(x, timestep)
-        clip, model = words.clip, words.clip.cond_stage_model
-        model.reset_clip_options()
-        if clip.layer_idx is not None:
-            model.set_clip_options({"layer": clip.layer_idx})
-        model.set_clip_options({"execution_device": clip.patcher.load_device})
-        encoder = getattr(model, model.clip)
-        positions = encoder.transformer.text_model.embeddings.position_embedding.weight
-        found = {}
-        for chunk in {chunk for chunk, _ in words.places}:
-            row, carriers = self._row(chunk), self._carriers(chunk)
-            rows = [list(row) for _ in range(batch)]
-            for index, vector in zip(carriers, self._of_chunk(vectors, chunk), strict=True):
-                # ComfyUI adds the position to every token; published weights make a token that has it already.
-                placed = vector - positions[index].to(vector)
-                for b in range(batch):
-                    rows[b][index] = (placed[b], row[index][1])
-            states = encoder([[token for token, _ in one] for one in rows])[0]
-            weights = torch.tensor([weight for _, weight in row])
-            if (weights != 1).any():
-                if self._neutral is None:
-                    (empty,) = clip.tokenize("").values()
-                    self._neutral = encoder([[token for token, _ in empty[0]]])[0]
-                states = self._neutral + (states - self._neutral) * weights.to(states)[:, None]
-            found[chunk] = states
-        return found
+            self._kept = (key, self.text.encode(self._vectors(x, timestep)))
+        return self.text.write(text, self._kept[1], gamma)
 
     def _vectors(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """S* (subjects, B, n, D)."""
-        net, batch = self.words.promptnet.module, len(x)
-        device, dtype = x.device, net.conv_in.weight.dtype
-        sampling = self.model.model_sampling
-        noisy = sampling.calculate_input(timestep, x).to(dtype)
-        many = len(self.words.subjects)
-        made = net(
-            self.references.to(device, dtype).repeat_interleave(batch, 0),
-            noisy.repeat(many, 1, 1, 1),
-            sampling.timestep(timestep).repeat(many),
-            self.tokens.to(device, dtype).repeat_interleave(batch, 0),
+        batch, many = len(x), len(self.words.subjects)
+        made = vectors_of(
+            self.words.promptnet.module,
+            self.model.model_sampling,
+            self.references.repeat_interleave(batch, 0),
+            self.tokens.repeat_interleave(batch, 0),
+            x.repeat(many, 1, 1, 1),
+            timestep.repeat(many),
         )
-        return made.float().unflatten(0, (many, batch))
+        return made.unflatten(0, (many, batch))
 
-    def _row(self, chunk: int) -> list[tuple[Any, float]]:
-        """Tokens of a chunk with a place for each vector; as many are dropped at its end."""
-        here = {index for c, index in self.words.places if c == chunk}
-        row = self.words.rows[chunk]
-        spread = [one for i, one in enumerate(row) for _ in range(self.count if i in here else 1)]
-        return spread[: len(row)]
 
-    def _carriers(self, chunk: int) -> list[int]:
-        """The places of all vectors of a chunk in `_row`, from left to right."""
-        here = sorted(index for c, index in self.words.places if c == chunk)
-        return [index + number * (self.count - 1) + r for number, index in enumerate(here) for r in range(self.count)]
+def vectors_of(
+    net: PromptNet,
+    sampling,
+    references: torch.Tensor,
+    tokens: torch.Tensor,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+) -> torch.Tensor:
+    """S* (B, n, D) for latents that are being sampled.
 
-    def _of_chunk(self, vectors: torch.Tensor, chunk: int) -> list[torch.Tensor]:
-        """The vectors (B, D) of a chunk in the order of `_carriers`."""
-        here = sorted((index, j) for j, (c, index) in enumerate(self.words.places) if c == chunk)
-        return [vectors[j, :, r] for _, j in here for r in range(self.count)]
+    Args:
+        net: on their device.
+        sampling: the model's `model_sampling`.
+        references: (B, C, h, w), the pictures' latents.
+        tokens: (B, t, V), the vision tower's last hidden states of the pictures.
+        x: (B, C, h, w) at the noise levels `sigma` (B,).
+    """
+    dtype = net.conv_in.weight.dtype
+    noisy, timestep = sampling.calculate_input(sigma, x).to(dtype), sampling.timestep(sigma)
+    return net(references.to(x.device, dtype), noisy, timestep, tokens.to(x.device, dtype)).float()

@@ -1,9 +1,7 @@
 """Trains a concept in ComfyUI, on a copy of the model, through the same sites as in sampling.
 
 The model's own weights are frozen. At every cross-attention layer the concept's part is added to keys and values, as
-Multi-Concept Fusion does later. Autograd cannot use parameters that ComfyUI created in inference mode.
-Therefore the UNet and the text encoder are copied, and the copies are released when training ends, whether or not it
-succeeds.
+Multi-Concept Fusion does later.
 """
 
 from __future__ import annotations
@@ -11,12 +9,9 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import MethodType
 
-import comfy.clip_model
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sampler_helpers
@@ -38,6 +33,7 @@ from ...training.concepts.learner import (
 from ...training.concepts.pictures import Pictures, called, name_of
 from ...training.loop import Run
 from ..model import passes
+from ..model.copies import trainable_copies
 from ..model.families import family_of, network_of
 from ..model.patching import POSITIVE
 from ..model.sites import CROSS, AttentionCall
@@ -79,7 +75,7 @@ def train(
         ValueError: an input cannot be used.
     """
     name = check(vae, class_word, placeholder, recipe, side)
-    with torch.inference_mode(False), torch.enable_grad(), _copies(model, clip) as (patcher, text):
+    with torch.inference_mode(False), torch.enable_grad(), trainable_copies(model, clip) as (patcher, text):
         trainer = _Trainer(patcher, text, pictures, name, recipe, side, prior)
         trainer.encode(vae)
         trainer.run(report, folder)
@@ -100,58 +96,6 @@ def check(vae, class_word: str, placeholder: str, recipe: Recipe, side: int) -> 
     if side % factor or side < factor:
         raise ValueError(f"size: expected a multiple of {factor} for this VAE, got {side}")
     return name_of(class_word, placeholder, recipe)
-
-
-@contextmanager
-def _copies(model, clip):
-    """Loads copies of a MODEL and a CLIP that autograd can use, for the duration of the context."""
-    for given, what in ((model, "model"), (clip.patcher, "clip")):
-        if given.cached_patcher_init is None:
-            raise ValueError(
-                f"{what}: expected one from the host's own loaders, got one that cannot be loaded a second time"
-            )
-    network_of(model.model, CROSS)
-    patched = next((name for name in model.object_patches if name.startswith("diffusion_model")), None)
-    if patched:
-        raise ValueError(
-            f"model: expected one whose layers are its checkpoint's, got one with another node's patch of {patched}, "
-            "which would not be of the copy that is trained on; connect the model ahead of that node"
-        )
-    # The fresh patchers are kept too: without a model's first patcher, ComfyUI reports a memory leak at every load.
-    (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
-    text = clip.clone()
-    text.patcher = text_patcher
-    text.cond_stage_model = text.patcher.model
-    training = comfy.model_management.in_training
-    comfy.model_management.in_training = True
-    try:
-        for one in (patcher, text.patcher):
-            one.model.requires_grad_(False)
-        for layer in text.cond_stage_model.modules():
-            if isinstance(layer, comfy.clip_model.CLIPLayer):
-                layer.forward = MethodType(_out_of_place, layer)
-        yield patcher, text
-    finally:
-        comfy.model_management.in_training = training
-        for layer in text.cond_stage_model.modules():
-            # A bound method on its layer is a reference cycle, which would keep the copy until garbage collection.
-            layer.__dict__.pop("forward", None)
-        for one in (patcher, text.patcher):
-            comfy.model_management.unload_model_and_clones(one)
-
-
-def _copy(patcher) -> tuple:
-    """Copies a patcher onto a newly loaded model; returns the copy, and the patcher that the new model came with."""
-    factory, arguments, *index = patcher.cached_patcher_init
-    fresh = factory(*arguments, disable_dynamic=True)
-    fresh = fresh[index[0]] if index else fresh
-    return patcher.clone(force_deepcopy=True, model_override=fresh.get_clone_model_override()), fresh
-
-
-def _out_of_place(layer, x, mask=None, optimized_attention=None):
-    """Forward pass of a text encoder's layer. ComfyUI's own adds in place, which autograd does not allow."""
-    x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
-    return x + layer.mlp(layer.layer_norm2(x))
 
 
 class _Trainer:

@@ -57,6 +57,7 @@ class TestConcept:
         pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
         import comfy.model_management
         from conceptloom.encoders.concept_texts import Name
+        from conceptloom.host.model.copies import trainable_copies
         from conceptloom.host.weaver import training as concept_training
         from conceptloom.host.weaver.weights import Weights
         from conceptloom.shapeland import models
@@ -82,7 +83,7 @@ class TestConcept:
         losses = learner(x0, masks, captions, noise, t)
         sum(losses.values()).backward()
         pictures = Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
-        with torch.inference_mode(False), torch.enable_grad(), concept_training._copies(model, clip) as (patcher, text):
+        with torch.inference_mode(False), torch.enable_grad(), trainable_copies(model, clip) as (patcher, text):
             trainer = concept_training._Trainer(patcher, text, pictures, name, recipe, 64, None)
             trainer.weights.load_state_dict(learner.weights.state_dict())
             comfy.model_management.load_models_gpu(trainer.patchers)
@@ -101,6 +102,7 @@ class TestConcept:
         """The trainer's denoised latents are those of Multi-Concept Fusion with the concept over the whole picture."""
         import comfy.model_management
         from conceptloom.encoders.concept_texts import Name
+        from conceptloom.host.model.copies import trainable_copies
         from conceptloom.host.weaver import training as concept_training
         from conceptloom.host.weaver.fusion import FusionSettings, PromptedConcept, apply
         from conceptloom.host.weaver.prompts import encode_text
@@ -110,7 +112,7 @@ class TestConcept:
 
         model, clip, _ = parts
         seen = {}
-        with torch.inference_mode(False), torch.enable_grad(), concept_training._copies(model, clip) as (patcher, text):
+        with torch.inference_mode(False), torch.enable_grad(), trainable_copies(model, clip) as (patcher, text):
             pictures = Pictures([torch.zeros(64, 64, 3)], [None], ["a {}"])
             name = Name("star", "<new1>")
             trainer = concept_training._Trainer(patcher, text, pictures, name, Recipe(), 64, None)
@@ -280,7 +282,7 @@ def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):
 
 
 def test_the_loss_is_drawn(host):
-    from conceptloom.host.weaver.studio import loss_picture
+    from conceptloom.host.progress import loss_picture
 
     falling = loss_picture([1 / (i + 1) for i in range(100)])
     assert falling.shape == (256, 512, 3)

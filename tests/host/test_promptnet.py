@@ -118,7 +118,7 @@ class TestSplice:
         """Two regions side by side make two vectors."""
         _, shown = encode(shapeland, promptnet, "a star on a navy background")
         run = run_of(shapeland, shown)
-        run.count = 2
+        run.text.count = 2
         vectors(placed(shapeland, "red", 2), placed(shapeland, "house", 3))
         states = run.states(shown[0][0], torch.zeros(1, 8, SIDE, SIDE), torch.ones(1), 1.0)
         torch.testing.assert_close(
@@ -136,8 +136,11 @@ class TestSplice:
         long = "a (star:1.3) and " + "a red ball and " * 20 + "a (cup:0.8) on a navy background"
         _, shown = encode(shapeland, promptnet, long, [subject("star"), subject("cup", 1)])
         words = shown[0][1]["conceptloom_promptnet"]
-        assert [chunk for chunk, _ in words.places] == [0, 1]
-        made = [placed(shapeland, "fish", words.places[0][1]), placed(shapeland, "moon", words.places[1][1])]
+        assert [chunk for chunk, _ in words.slots.places] == [0, 1]
+        made = [
+            placed(shapeland, "fish", words.slots.places[0][1]),
+            placed(shapeland, "moon", words.slots.places[1][1]),
+        ]
         monkeypatch.setattr(
             PromptNet,
             "forward",

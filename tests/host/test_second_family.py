@@ -381,8 +381,9 @@ class TestRefusals:
     def test_systems_that_need_other_sites_refuse_it_by_name(self, toy, system):
         from conceptloom.encoders.concepts import Concept, Delta
         from conceptloom.host.fastcomposer import files
+        from conceptloom.host.model.copies import trainable_copies
         from conceptloom.host.structure import plugandplay
-        from conceptloom.host.weaver import concepts, fusion, training
+        from conceptloom.host.weaver import concepts, fusion
 
         concept = Concept("dog", {"middle.0.0": {"k": Delta((torch.ones(2, 4),))}})
         prompted, partition = fusion.PromptedConcept(concept, toy.positive), torch.stack([torch.ones(8, 8)] * 2)
@@ -395,7 +396,7 @@ class TestRefusals:
             "load concept": lambda: concepts.load_concept(
                 toy.model, {"lora_unet_x_attn2_to_k.lora_up.weight": torch.ones(2, 1)}
             ),
-            "train concept": lambda: training._copies(copied, clip).__enter__(),
+            "train concept": lambda: trainable_copies(copied, clip).__enter__(),
             "fastcomposer": lambda: files._with_lora(toy.model, {"x.lora_up.weight": torch.ones(2, 1)}),
         }
         with pytest.raises(ValueError, match=f"^model: expected one of the families {self.UNETS}, got Z-Image$"):

@@ -1,8 +1,7 @@
 """What is trained for a concept, and the loss: the same in ComfyUI's node and in the script.
 
 Custom Diffusion (arXiv 2212.04488) trains the matrices that compute keys and values from the text, and the embedding of
-a new word; everything else stays. Here all differences are in units of the weight that they change, so that one
-learning rate fits models of any width: at 0.001 a step moves an entry by a thousandth of its matrix's root mean square.
+a new word; everything else stays.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 
 from ...encoders.concept_texts import Name
 from ...encoders.concepts import Concept, Delta
+from ..differences import Differences, typical_size
 from .augment import NONE
 
 BOTH = ("k", "v")
@@ -46,7 +46,7 @@ class Recipe:
     seed: int = 0
 
 
-class ConceptWeights(torch.nn.Module):
+class ConceptWeights(Differences):
     """The differences that are trained, whole or as factors, and the new word.
 
     Args:
@@ -59,21 +59,13 @@ class ConceptWeights(torch.nn.Module):
     def __init__(
         self, layers: Mapping[str, Mapping[str, torch.Tensor]], tokens: Mapping[str, torch.Tensor], rank: int, seed: int
     ):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.scales: dict[str, float] = {}
-        self.keys = {_name(key, part): (key, part) for key, parts in layers.items() for part in BOTH if part in parts}
-        self.up, self.down, self.word = (torch.nn.ParameterDict() for _ in range(3))
-        for name, (key, part) in self.keys.items():
-            weight = layers[key][part]
-            self.scales[name] = _rms(weight)
-            rows, columns = weight.shape
-            self.up[name] = torch.nn.Parameter(torch.zeros(rows, rank or columns))
-            if rank:
-                self.down[name] = torch.nn.Parameter(torch.randn(rank, columns, generator=generator) / rank**0.5)
+        parts = {f"{key}.{part}": (key, part) for key, found in layers.items() for part in BOTH if part in found}
+        super().__init__({name: layers[key][part] for name, (key, part) in parts.items()}, rank, seed)
+        self.parts = parts
+        self.word = torch.nn.ParameterDict()
         self.starts = {encoder: start.detach().float().clone() for encoder, start in tokens.items()}
+        self.sizes = {encoder: typical_size(start) for encoder, start in self.starts.items()}
         for encoder, start in self.starts.items():
-            self.scales[encoder] = _rms(start)
             self.word[encoder] = torch.nn.Parameter(torch.zeros_like(start))
 
     def addition(self, key: str, part: str, context: torch.Tensor) -> torch.Tensor:
@@ -81,25 +73,18 @@ class ConceptWeights(torch.nn.Module):
 
         The first token is the same in every prompt and teaches nothing: its part is kept, but has no gradient.
         """
-        name = _name(key, part)
-        x = context.float() * self.scales[name]
-        if name in self.down:
-            x = x @ self.down[name].mT
-        x = x @ self.up[name].mT
-        return torch.cat((x[:, :1].detach(), x[:, 1:]), 1).to(context.dtype)
+        added = self.output(f"{key}.{part}", context)
+        return torch.cat((added[:, :1].detach(), added[:, 1:]), 1)
 
     def tokens(self) -> dict[str, torch.Tensor]:
         """The embedding of the new word per text encoder, (n, d)."""
-        device = next(iter(self.up.values())).device
-        return {e: start.to(device) + self.scales[e] * self.word[e] for e, start in self.starts.items()}
+        return {e: self.starts[e].to(word.device) + self.sizes[e] * word for e, word in self.word.items()}
 
     def deltas(self) -> dict[str, dict[str, Delta]]:
         """The differences in the form that a concept has them."""
         found: dict[str, dict[str, Delta]] = {}
-        for name, (key, part) in self.keys.items():
-            up = self.up[name].detach() * self.scales[name]
-            factors = (up, self.down[name].detach()) if name in self.down else (up,)
-            found.setdefault(key, {})[part] = Delta(factors)
+        for name, (key, part) in self.parts.items():
+            found.setdefault(key, {})[part] = Delta(self.factors(name))
         return found
 
     def concept(self, name: Name, source: str) -> Concept:
@@ -224,11 +209,3 @@ def draw_batch(
 def latent_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """A picture's mask (H, W), averaged to the size (h, w) of its latent."""
     return F.adaptive_avg_pool2d(mask[None, None], size)[0, 0]
-
-
-def _name(key: str, part: str) -> str:
-    return f"{key}_{part}".replace(".", "_")
-
-
-def _rms(weight: torch.Tensor) -> float:
-    return float(weight.detach().float().square().mean().sqrt()) or 1.0

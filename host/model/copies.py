@@ -1,0 +1,75 @@
+"""Copies of a MODEL and a CLIP for training in ComfyUI.
+
+Autograd cannot use parameters that ComfyUI created in inference mode. Therefore the diffusion model and the text
+encoder are loaded a second time, and released when the training ends, whether or not it succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import comfy.clip_model
+import comfy.model_management
+
+from .families import network_of
+from .sites import CROSS
+
+
+@contextmanager
+def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
+    """Copies of a MODEL and a CLIP that autograd can use, a model patcher and a CLIP, for the duration of the context.
+
+    Raises:
+        ValueError: one of them cannot be loaded a second time, or is of an unknown family, or another node has replaced
+            parts of it.
+    """
+    for given, what in ((model, "model"), (clip.patcher, "clip")):
+        if given.cached_patcher_init is None:
+            raise ValueError(
+                f"{what}: expected one from the host's own loaders, got one that cannot be loaded a second time"
+            )
+    network_of(model.model, CROSS)
+    patched = next((name for name in model.object_patches if name.startswith("diffusion_model")), None)
+    if patched:
+        raise ValueError(
+            f"model: expected one whose layers are its checkpoint's, got one with another node's patch of {patched}, "
+            "which would not be of the copy that is trained on; connect the model ahead of that node"
+        )
+    # The fresh patchers are kept too: without a model's first patcher, ComfyUI reports a memory leak at every load.
+    (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
+    text = clip.clone()
+    text.patcher = text_patcher
+    text.cond_stage_model = text.patcher.model
+    training = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        for one in (patcher, text.patcher):
+            one.model.requires_grad_(False)
+        for layer in text.cond_stage_model.modules():
+            if isinstance(layer, comfy.clip_model.CLIPLayer):
+                layer.forward = MethodType(_out_of_place, layer)
+        yield patcher, text
+    finally:
+        comfy.model_management.in_training = training
+        for layer in text.cond_stage_model.modules():
+            # A bound method on its layer is a reference cycle, which would keep the copy until garbage collection.
+            layer.__dict__.pop("forward", None)
+        for one in (patcher, text.patcher):
+            comfy.model_management.unload_model_and_clones(one)
+
+
+def _copy(patcher) -> tuple:
+    """Copies a patcher onto a newly loaded model; returns the copy, and the patcher that the new model came with."""
+    factory, arguments, *index = patcher.cached_patcher_init
+    fresh = factory(*arguments, disable_dynamic=True)
+    fresh = fresh[index[0]] if index else fresh
+    return patcher.clone(force_deepcopy=True, model_override=fresh.get_clone_model_override()), fresh
+
+
+def _out_of_place(layer, x, mask=None, optimized_attention=None):
+    """Forward pass of a text encoder's layer. ComfyUI's own adds in place, which autograd does not allow."""
+    x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
+    return x + layer.mlp(layer.layer_norm2(x))
