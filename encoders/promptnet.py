@@ -14,12 +14,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+
+from .files import whole_file
 
 UNUSED = ("residual_projections", "mid_residual_projection")
 """How the names of tensors begin that nothing reads."""
@@ -199,9 +203,16 @@ class PromptNet(nn.Module):
         net.load_state_dict(state)
         return net.eval().requires_grad_(False)
 
-    def metadata(self) -> dict[str, str]:
-        """What a file of the weights must say beside them."""
-        return {HEADS: ",".join(map(str, self.config.heads))}
+
+def save(net: PromptNet, file: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Writes a PromptNet in fp16 as safetensors, with its own weights or others of its architecture."""
+    state = net.state_dict() if state is None else state
+    with whole_file(file) as part:
+        save_file(
+            {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()},
+            part,
+            {HEADS: ",".join(map(str, net.config.heads))},
+        )
 
 
 def heads_of(metadata: Mapping[str, str]) -> tuple[int, ...] | None:

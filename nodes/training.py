@@ -10,8 +10,7 @@ from comfy_api.latest import io
 from ..host.weaver import studio
 from ..training.concepts.augment import AUGMENTATIONS, NONE
 from ..training.concepts.learner import Recipe
-from ..training.concepts.pictures import Pictures
-from .types import ConceptSocket, Node, preview
+from .types import ConceptSocket, Node, preview, training_pictures
 
 
 class TrainConcept(Node):
@@ -148,16 +147,11 @@ class TrainConcept(Node):
         **recipe,
     ) -> io.NodeOutput:
         checkpoints = Path(folder_paths.get_output_directory()) / "concept_training" if keep_checkpoint else None
-        pictures = Pictures(
-            list(images[..., :3]),
-            [None] * len(images) if masks is None else list(masks),
-            [line.strip() for line in captions.splitlines() if line.strip()],
-        )
         concept, loss, report = studio.train_with_progress(
             model,
             clip,
             vae,
-            pictures,
+            training_pictures(images, masks, captions),
             class_word,
             placeholder,
             Recipe(**recipe),

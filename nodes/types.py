@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..host.advice import withdraw_earlier
 from ..subjects.subject import Subject
+from ..training.concepts.pictures import Pictures
 
 PREVIEW_SIDE = 256
 
@@ -136,6 +137,19 @@ def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
         given = f"a batch of {len(image)}" if image.ndim == 4 else f"a tensor of shape {tuple(image.shape)}"
         raise ValueError(f"{name}: expected one picture, got {given}")
     return image[0]
+
+
+def training_pictures(images: torch.Tensor, masks: torch.Tensor | None, captions: str) -> Pictures:
+    """The pictures (n, H, W, C) of a training with their masks, and a caption on each line of `captions`.
+
+    Raises:
+        ValueError: masks or captions do not fit.
+    """
+    return Pictures(
+        list(images[..., :3]),
+        [None] * len(images) if masks is None else list(masks),
+        [line.strip() for line in captions.splitlines() if line.strip()],
+    )
 
 
 def preview(node: type[io.ComfyNode], picture: torch.Tensor) -> ui.PreviewImage:

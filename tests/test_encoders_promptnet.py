@@ -3,7 +3,7 @@ names and shapes."""
 
 import pytest
 import torch
-from conceptloom.encoders.promptnet import PREFIX, PromptNet, PromptNetConfig, heads_of, initial_state
+from conceptloom.encoders.promptnet import PREFIX, PromptNet, PromptNetConfig, initial_state
 from torch.nn import functional as F
 
 TINY = {
@@ -140,7 +140,7 @@ class TestWeights:
         net = tiny().float()
         unused = {"residual_projections.0.weight": torch.ones(1), "mid_residual_projection_2.weight": torch.ones(1)}
         state = {prefix + key: value for key, value in (net.state_dict() | unused).items()}
-        loaded = PromptNet.from_state(state, heads_of(net.metadata()))
+        loaded = PromptNet.from_state(state, net.config.heads)
         assert loaded.config == net.config and not any(p.requires_grad for p in loaded.parameters())
         with torch.no_grad():
             given = [part.float() if part.is_floating_point() else part for part in inputs()]

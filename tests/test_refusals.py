@@ -72,6 +72,12 @@ def promptnet_encode(**changes: Any) -> dict:
     return {**inputs, "subjects.subject0": ["star", 0], "prompt": "a star", **changes}
 
 
+def fine_tuning(**changes: Any) -> dict:
+    inputs = {"model": ["promptnet", 0], "promptnet": ["promptnet", 1], "images": ["pictures", 0], "size": 64}
+    models = {"clip": ["world", 1], "vae": ["world", 2], "clip_vision": ["world", 3]}
+    return {**inputs, **models, "captions": "a {}", "steps": 1, "batch_size": 1, **changes}
+
+
 def masks(*names: str, **changes: Any) -> tuple[str, dict]:
     return f"{PREFIX}ConceptMasks", {**{f"masks.mask{i}": [name, 0] for i, name in enumerate(names)}, **changes}
 
@@ -211,6 +217,8 @@ GOOD: dict[str, dict] = {
     "LoadPromptNet": PARTS["promptnet"][1],
     "PromptNetEncode": promptnet_encode(),
     "AugmentSubject": {"image": ["picture", 0], "mask": ["white", 0], "size": 64},
+    "FineTunePromptNet": fine_tuning(),
+    "SavePromptNet": {"promptnet": ["promptnet", 1]},
     "DrawScene": {},
     "ReadPicture": {"image": ["picture", 0]},
     "KSampler": sampled()[1],
@@ -491,7 +499,11 @@ ROWS = [
     Row(
         "TrainConcept", {"captions": "a {}\na {}"}, "captions: expected one line, or one for each of 3 pictures, got 2"
     ),
-    Row("TrainConcept", {"captions": "a star"}, "captions: expected {} exactly once, where the concept is meant, got"),
+    Row(
+        "TrainConcept",
+        {"captions": "a star"},
+        "captions: expected {} exactly once, in the place of its word, got",
+    ),
     Row("TrainConcept", {"masks": ["two masks", 1]}, "masks: expected one for each of 3 pictures, got 2"),
     Row(
         "TrainConcept",
@@ -501,7 +513,7 @@ ROWS = [
     Row(
         "TrainConcept",
         {"masks": ["black", 0], "images": ["picture", 0]},
-        "masks: mask 1: expected one that shows the concept, got an empty one",
+        "masks: mask 1: expected white on what is learnt, got an empty one",
     ),
     Row("TrainConcept", {"masks": ["not finite masks", 1]}, "masks: mask 1: expected finite values"),
     Row("FusionGuider", {"subjects.subject0": None}, "subjects: expected at least one, got none; connect the prompt"),
@@ -552,6 +564,25 @@ ROWS = [
     Row("AugmentSubject", {"mask": ["wide", 0]}, "mask: expected the picture's size 64 x 64, got 96 x 64"),
     Row("AugmentSubject", {"mask": ["black", 0]}, "mask: expected white on the subject in the middle square"),
     Row("AugmentSubject", {"smallest": 1.5}, "smallest: expected a scale from 0 to largest (1), without 0, got 1.5"),
+    Row("FineTunePromptNet", {"size": 512 - 64 + 1}, "size: expected a multiple of 32, at least 64, got 449"),
+    Row(
+        "FineTunePromptNet",
+        {"captions": "a star"},
+        "captions: expected {} exactly once, in the place of its word, got",
+    ),
+    Row("FineTunePromptNet", {"captions": ""}, "captions: expected one line, or one for each of 3 pictures, got 0"),
+    Row("FineTunePromptNet", {"masks": ["two masks", 1]}, "masks: expected one for each of 3 pictures, got 2"),
+    Row(
+        "FineTunePromptNet",
+        {"masks": ["two empty masks", 1], "images": ["picture", 0]},
+        "masks: expected one for each of 1 pictures, got 2",
+    ),
+    Row(
+        "FineTunePromptNet",
+        {"promptnet": ["narrow promptnet", 1]},
+        "clip: expected the text encoder of width 64 of this PromptNet, got one of width 128",
+    ),
+    Row("SavePromptNet", {"filename": "a/b"}, "filename: expected a name without folders or any of"),
     Row("DrawScene", {"description": "a red unicorn"}, "description - Shapeland does not know the word 'unicorn'"),
 ]
 
@@ -596,8 +627,7 @@ def told(server, workflow: dict) -> str:
 @pytest.fixture(scope="module")
 def promptnets(server):
     """Small PromptNets with random weights, one of them of another width than Shapeland's text."""
-    from conceptloom.encoders.promptnet import PromptNet, PromptNetConfig
-    from safetensors.torch import save_file
+    from conceptloom.encoders.promptnet import PromptNet, PromptNetConfig, save
 
     folder = server.base / "models" / "promptnet"
     folder.mkdir(parents=True, exist_ok=True)
@@ -605,8 +635,7 @@ def promptnets(server):
         config = PromptNetConfig(
             (32,) * 4, (2,) * 4, latent_channels=8, vision_width=128, context_width=width, region=2
         )
-        net = PromptNet(config)
-        save_file(net.state_dict(), folder / f"{name}.safetensors", net.metadata())
+        save(PromptNet(config), folder / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.node}-{row.sentence[:40]}")

@@ -209,3 +209,53 @@ class TestScript:
             ValueError, match="--start: expected a PromptNet of this architecture, got other.safetensors"
         ):
             run(folder, tmp_path / "out", "--steps", "1", "--start", str(tmp_path / "other.safetensors"))
+
+
+class TestFineTuning:
+    def test_every_picture_is_seen_before_one_returns_and_references_are_drawn_apart(self):
+        from conceptloom.training.promptnet.finetuning import draw_step
+
+        def draw(seed, pictures=5, size=8):
+            return draw_step(pictures, size, (2, 3, 3), 1000, torch.Generator().manual_seed(seed), torch.device("cpu"))
+
+        drawn = [draw(seed) for seed in range(200)]
+        for one in drawn:
+            for numbers in (one.targets, one.references):
+                assert sorted(numbers[:5]) == list(range(5)) and len(set(numbers[5:])) == 3
+            assert one.noise.shape == (8, 2, 3, 3) and one.times.min() >= 0 and one.times.max() < 1000
+        own = sum(t == r for one in drawn for t, r in zip(one.targets, one.references, strict=True)) / (200 * 8)
+        assert 0.15 < own < 0.25, "a reference is the target itself in one of five"
+        assert draw(3).targets == drawn[3].targets and torch.equal(draw(3).noise, drawn[3].noise)
+        assert draw(0, pictures=1, size=2).references == [0, 0]
+
+    @pytest.mark.parametrize("rank", [0, 2])
+    def test_a_step_changes_weights_by_a_share_of_their_size(self, rank):
+        """AdamW's first step is its learning rate, whatever the gradient."""
+        from conceptloom.encoders.promptnet import PromptNetConfig
+        from conceptloom.training.promptnet.finetuning import FineTuning, Tuned, lora_state
+
+        torch.manual_seed(0)
+        layers = {"a.to_q": torch.randn(6, 4) * 10, "a.to_k": torch.randn(6, 4) * 0.1}
+        recipe = FineTuning(learning_rate=0.01, rank=rank)
+        tuned = Tuned(PromptNet(PromptNetConfig((32,) * 2, (2,) * 2, (True, False), region=2)), layers, recipe)
+        before = {name: p.detach().clone() for name, p in tuned.promptnet.named_parameters()}
+        optimizer = tuned.optimizer(recipe)
+        sum((p * torch.randn_like(p)).sum() for p in tuned.parameters()).backward()
+        optimizer.step()
+        for name, p in tuned.promptnet.named_parameters():
+            size = max(0.01, float(before[name].square().mean().sqrt()))
+            moved = (p.detach() - before[name] * (1 - 0.01 * 0.01 * size)).abs()
+            torch.testing.assert_close(moved, torch.full_like(moved, 0.01 * size), rtol=0.02, atol=1e-7)
+        state = lora_state(tuned.differences, "diffusion_model.", torch.float32)
+        for name, weight in layers.items():
+            size, key = float(weight.square().mean().sqrt()), f"diffusion_model.{name}"
+            if rank:
+                up, down = state[f"{key}.lora_up.weight"], state[f"{key}.lora_down.weight"]
+                assert float(state[f"{key}.alpha"]) == rank
+                torch.testing.assert_close(up.abs(), torch.full_like(up, 0.01 * size), rtol=1e-3, atol=0)
+                x = torch.randn(3, 4)
+                torch.testing.assert_close(tuned.differences.output(name, x), x @ (up @ down).mT)
+            else:
+                found = state[f"{key}.diff"]
+                torch.testing.assert_close(found.abs(), torch.full_like(found, 0.01 * size), rtol=1e-3, atol=0)
+        assert len(state) == len(layers) * (3 if rank else 1)

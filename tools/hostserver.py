@@ -195,12 +195,18 @@ class HostServer:
         return json.loads(self.request(path))
 
     def submit(self, workflow: dict, client_id: str = PACK) -> str:
-        """Queues a workflow in API format and returns its id; raises PromptError if the server refuses it."""
+        """Queues a workflow in API format and returns its id; raises PromptError if the server refuses it or one of its
+        outputs, which the server would leave out."""
         body = json.dumps({"prompt": workflow, "client_id": client_id}).encode()
         try:
-            return json.loads(self.request("/prompt", body))["prompt_id"]
+            answer = self.request("/prompt", body).decode()
         except urllib.error.HTTPError as error:
             raise PromptError(refusal(error.read().decode("utf-8", "replace"))) from None
+        accepted = json.loads(answer)
+        if accepted.get("node_errors"):
+            self.request("/queue", json.dumps({"delete": [accepted["prompt_id"]]}).encode())
+            raise PromptError(refusal(answer))
+        return accepted["prompt_id"]
 
     def result(self, prompt_id: str) -> dict | None:
         """The history entry of a finished workflow, None while it waits or runs; raises PromptError if it failed."""

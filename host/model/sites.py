@@ -140,6 +140,9 @@ class CrossAttentionFamily(Family, Protocol):
     def layer(self, key: str, part: str) -> str:
         """Name of the linear layer that computes a part (of `encoders.concepts.PARTS`) of a site's cross-attention."""
 
+    def projections(self, network: torch.nn.Module) -> tuple[str, ...]:
+        """Names of the linear layers that compute queries, keys and values of all attention, to text or not."""
+
     def diffusers_names(self, model) -> Mapping[str, str]:
         """Maps diffusers' weight names to the names of the weights in a BaseModel's diffusion model."""
 

@@ -186,6 +186,13 @@ def checked_tokenizer(promptnet: LoadedPromptNet, clip):
     return tokenizer
 
 
+def check_channels(promptnet: LoadedPromptNet, channels: int) -> None:
+    """Raises ValueError if a PromptNet does not take latents of so many channels."""
+    own = promptnet.module.config.latent_channels
+    if channels != own:
+        raise ValueError(f"promptnet: expected one for latents of {channels} channels, got one for {own}")
+
+
 def look(promptnet: LoadedPromptNet, clip_vision, image: torch.Tensor) -> Seen:
     """A picture (H, W, 3) as a PromptNet takes it.
 
@@ -267,11 +274,10 @@ class WordRun:
         self.words, self.model = words, model
         config, size = words.promptnet.module.config, tuple(noise.shape[-2:])
         factor = words.vae.spacial_compression_encode()
-        if noise.shape[1] != config.latent_channels:
-            raise ValueError(
-                f"PromptNet Encode: promptnet: expected one for latents of {noise.shape[1]} channels, got one for "
-                f"{config.latent_channels}"
-            )
+        try:
+            check_channels(words.promptnet, noise.shape[1])
+        except ValueError as error:
+            raise ValueError(f"PromptNet Encode: {error}") from error
         if min(size) < config.region_side:
             raise ValueError(
                 f"PromptNet Encode: latent: expected at least {config.region_side * factor} pixels on each side for "

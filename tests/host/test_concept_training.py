@@ -236,13 +236,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="captions: expected one line, or one for each of 3 pictures, got 2"):
             Pictures([image] * 3, [None] * 3, ["a {}"] * 2)
         for mask, sentence in (
-            (torch.zeros(64, 64), "masks: mask 2: expected one that shows the concept, got an empty one"),
+            (torch.zeros(64, 64), "masks: mask 2: expected white on what is learnt, got an empty one"),
             (torch.ones(64, 96), r"masks: mask 2: expected the shape of the picture \(64x64\), got 96x64"),
             (torch.full((64, 64), float("nan")), "masks: mask 2: expected finite values"),
         ):
             with pytest.raises(ValueError, match=sentence):
                 Pictures([image] * 2, [None, mask], ["a {}"])
-        with pytest.raises(ValueError, match="exactly once, where the concept is meant, got 'a star'"):
+        with pytest.raises(ValueError, match="exactly once, in the place of its word, got 'a star'"):
             Pictures([image], [None], ["a star"])
 
     def test_a_model_whose_layers_another_node_replaces(self, parts):

@@ -339,11 +339,11 @@ class TestRefusals:
 
 
 def test_a_file_is_loaded_with_its_heads(host, tmp_path):
+    from conceptloom.encoders.promptnet import save
     from conceptloom.host.profusion.promptnet import load
-    from safetensors.torch import save_file
 
-    net = network(heads=(4, 4, 2, 2))
-    save_file({f"promptnet.{k}": v for k, v in net.state_dict().items()}, tmp_path / "net.safetensors", net.metadata())
+    net = network(heads=(4, 4, 2, 2)).half().float()
+    save(net, tmp_path / "net.safetensors", {f"promptnet.{k}": v for k, v in net.state_dict().items()})
     loaded = load(str(tmp_path / "net.safetensors")).module
     assert loaded.config == net.config
     given = torch.randn(2, 1, 8, 16, 16), torch.tensor([5]), torch.randn(1, 65, 128)

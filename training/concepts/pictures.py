@@ -40,19 +40,24 @@ class Pictures:
             raise ValueError("images: expected at least one picture, got none")
         if len(self.masks) != len(self.images):
             raise ValueError(f"masks: expected one for each of {len(self.images)} pictures, got {len(self.masks)}")
-        for number, (image, mask) in enumerate(zip(self.images, self.masks, strict=True), 1):
+        for number, (image, mask) in enumerate(self.pairs, 1):
             if mask is not None:
                 shown = as_mask(mask, f"masks: mask {number}")
                 check_aspect(shown, tuple(image.shape[:2]), f"masks: mask {number}")
                 if not shown.any():
-                    raise ValueError(f"masks: mask {number}: expected one that shows the concept, got an empty one")
+                    raise ValueError(f"masks: mask {number}: expected white on what is learnt, got an empty one")
         if len(self.captions) not in (1, len(self.images)):
             raise ValueError(
                 f"captions: expected one line, or one for each of {len(self.images)} pictures, got {len(self.captions)}"
             )
         for caption in self.captions:
             if caption.count("{}") != 1:
-                raise ValueError(f"captions: expected {{}} exactly once, where the concept is meant, got {caption!r}")
+                raise ValueError(f"captions: expected {{}} exactly once, in the place of its word, got {caption!r}")
+
+    @property
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Each image with its mask."""
+        return list(zip(self.images, self.masks, strict=True))
 
     def views(self, recipe: Recipe, side: int) -> list[tuple[View, str]]:
         """The views (side, side) that a training sees, with their captions."""
@@ -61,7 +66,7 @@ class Pictures:
         generator = torch.Generator().manual_seed(recipe.seed)
         views = []
         for _ in range(times):
-            for i, (image, mask) in enumerate(zip(self.images, self.masks, strict=True)):
+            for i, (image, mask) in enumerate(self.pairs):
                 view = augment(image, mask, side, recipe.augmentation, generator)
                 views.append((view, view.prefix + self.captions[i % len(self.captions)]))
         return views

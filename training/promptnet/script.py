@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from ...encoders.files import read_state, whole_file
-from ...encoders.promptnet import PREFIX, PromptNet, PromptNetConfig
+from ...encoders.files import read_state
+from ...encoders.promptnet import PREFIX, PromptNet, PromptNetConfig, save
 from ..base import Base, open_base
 from ..loop import Run
 from ..optimizers import warmup
@@ -125,13 +124,7 @@ def start_from(net: PromptNet, path: Path) -> None:
 
 def export(net: PromptNet, state: dict[str, torch.Tensor], file: Path) -> None:
     """Writes the PromptNet of a training's weights in fp16, as Load PromptNet reads it."""
-    own = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-    with whole_file(file) as part:
-        save_file(
-            {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in own.items()},
-            part,
-            net.metadata(),
-        )
+    save(net, file, {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)})
 
 
 def _report(

@@ -9,7 +9,12 @@ from functools import partial
 
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer, SpatialVideoTransformer
+from comfy.ldm.modules.attention import (
+    BasicTransformerBlock,
+    CrossAttention,
+    SpatialTransformer,
+    SpatialVideoTransformer,
+)
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
 from ..sites import CROSS, RESIDUAL, SELF, AttentionCall, Handler, Site, host_attention
@@ -123,6 +128,11 @@ class UNetFamily:
         """See `sites.CrossAttentionFamily`; the names are those of CompVis and of LoRA files."""
         path, number, depth = _place(key)
         return f"{_CONTAINERS[path].format(number)}.transformer_blocks.{depth}.attn2.{_PARTS[part]}"
+
+    def projections(self, network: torch.nn.Module) -> tuple[str, ...]:
+        """See `sites.CrossAttentionFamily`."""
+        attention = [name for name, module in network.named_modules() if isinstance(module, CrossAttention)]
+        return tuple(f"{name}.{_PARTS[part]}" for name in attention for part in "qkv")
 
     def diffusers_names(self, model) -> Mapping[str, str]:
         """See `sites.CrossAttentionFamily`."""
