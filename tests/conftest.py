@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "tools"))
 
 from hostserver import HostServer, Picture  # noqa: E402
 from run import alias_pack, open_host  # noqa: E402
+from templates import STAND_INS  # noqa: E402
 
 alias_pack()
 
@@ -172,7 +173,7 @@ def server(host_path, toy_folder, tmp_path_factory):
         base,
         cpu=True,
         log=base / "server.log",
-        more_packs={"toy": toy_folder},
+        more_packs={"toy": toy_folder, **STAND_INS},
         options=("--cache-lru", "1000"),
     ) as running:
         yield running

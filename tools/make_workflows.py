@@ -27,7 +27,7 @@ from environment import ROOT, WORK, Problem, choose_host, say
 from hostserver import HostServer, PromptError
 from PIL import Image, ImageOps
 from run import alias_pack
-from templates import WORKFLOWS
+from templates import STAND_INS, WORKFLOWS
 from workflow_builder import Workflow
 from workflow_format import to_api, ui_problems
 
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
     base = WORK / "make_workflows"
     base.mkdir(parents=True, exist_ok=True)
     host = choose_host(os.environ)
-    with HostServer(Path(sys.executable), host.path, base, log=base / "server.log") as server:
+    with HostServer(Path(sys.executable), host.path, base, log=base / "server.log", more_packs=STAND_INS) as server:
         info = server.get("/object_info")
         for name, describe in WORKFLOWS.items():
             if not parts or any(part.lower() in name.lower() for part in parts):

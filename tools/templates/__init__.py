@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from workflow_builder import Workflow
 
@@ -16,3 +17,6 @@ WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **structure.WORKFLOWS,
     **profusion.WORKFLOWS,
 }
+
+STAND_INS = {"comfyui_ipadapter_plus": Path(__file__).parent / "ipadapter_nodes"}
+"""Packs with the interface of other packs' nodes in a workflow, under the ids of those packs."""

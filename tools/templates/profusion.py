@@ -163,7 +163,54 @@ def lora_sd15(flow: Workflow) -> None:
     flow.group("3. Guidance and sampler", [guider, fusion])
 
 
+def ipadapter_sd15(flow: Workflow) -> None:
+    """A subject that an IP-Adapter sees in one picture."""
+    base = flow.add("CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, column=0, models=[SD15])
+    flow.note(
+        "## An IP-Adapter that leaves the prompt its say\n"
+        "Needs the pack **ComfyUI_IPAdapter_plus** and its models. The adapter acts on the *subject* of **Fusion "
+        "Guider** alone, and the plain text is guided towards beside it, at a scale of its own. **Fusion Sampler** "
+        "brings both together.\n\n"
+        "The picture is drawn here; replace **Draw Scene** by **Load Image** with yours. A photo of a person needs "
+        "that person's consent.",
+        column=0,
+    )
+    flow.note(
+        "### When it does not work\n"
+        "- The prompt is ignored: raise `text_scale`, or lower `subject_scale`\n"
+        "- The subject is not alike: raise `subject_scale`, then `weight` of **IPAdapter**\n"
+        "- Colours burn: lower all three scales together, or `fusion_steps` 0\n"
+        "- Two subjects: a second **IPAdapter** with its `attn_mask`, on the same model",
+        column=0,
+    )
+    drawn = {"description": "a red striped ball on a white background", "seed": 3, "identity_seed": 2, "size": 512}
+    photo = flow.add("ConceptLoomDrawScene", drawn, column=1, title="Picture of the subject")
+    loader = flow.add("IPAdapterUnifiedLoader", {"model": base["MODEL"], "preset": "PLUS (high strength)"}, column=1)
+    adapted = flow.add(
+        "IPAdapter",
+        {"model": loader["model"], "ipadapter": loader["ipadapter"], "image": photo[0], "weight": 0.8},
+        column=2,
+    )
+    text = flow.add(
+        "CLIPTextEncode", {"clip": base["CLIP"], "text": "a photo of a ball on a beach"}, column=2, title="Prompt"
+    )
+    negative = flow.add("CLIPTextEncode", {"clip": base["CLIP"], "text": NEGATIVE}, column=2, title="Negative prompt")
+    guider = flow.add(
+        "ConceptLoomFusionGuider",
+        {"model": adapted[0], "text": text[0], "negative": negative[0], "subjects": [text[0]]},
+        column=3,
+    )
+    fusion = flow.add("ConceptLoomFusionSampler", column=3)
+    shared = schedule(flow, adapted[0], 30, 512, 1)
+    picture = sampled(flow, guider, fusion[0], shared, base["VAE"], "Fusion sampling")
+    flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/profusion"}, column=7)
+    flow.group("1. The subject's IP-Adapter", [photo, loader, adapted])
+    flow.group("2. Prompts", [text, negative])
+    flow.group("3. Guidance and sampler", [guider, fusion])
+
+
 WORKFLOWS = {
     "profusion_fastcomposer_shapeland": shapeland,
+    "profusion_ipadapter_sd15": ipadapter_sd15,
     "profusion_lora_sd15": lora_sd15,
 }
