@@ -16,7 +16,7 @@ from conceptloom.shapeland import models, world
 from conceptloom.training.base import open_base
 from conceptloom.training.open_attention import OpenAttention
 from conceptloom.training.sampling import sample
-from conceptloom.training.shapeland import autoencoder, clip, fuser, latents, scenes, unet
+from conceptloom.training.shapeland import autoencoder, clip, fuser, latents, promptnet, scenes, unet
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,36 @@ def test_a_fuser_learns_what_words_would_say_and_leaves_a_file_to_start_from(dat
     monkeypatch.setattr(fuser, "open_scenes", lambda: data)
     for name, value in {"SHARD": 16, "HELD_OUT": 16, "BATCH": 16, "RUNS": tmp_path}.items():
         monkeypatch.setattr(fuser, name, value)
-    fuser.train_fuser("cpu", 80)
+    fuser.train_fuser("cpu", 40)
     assert float(re.search(r"([\d.]+)% of what words add", capsys.readouterr().out)[1]) > 50
     taught = split(load_file(tmp_path / "fuser" / "fuser.safetensors"))[FUSER]
     assert Fuser.from_state(taught).text_width == models.WIDTH
+
+
+def test_a_words_place_and_what_it_has_to_say(data):
+    """Rows of the caption without looks are paired with those of the same words in the caption with them."""
+    base = open_base("shapeland")
+    rows = promptnet.single_things(data, 0, 48)
+    assert 5 < len(rows) < 48
+    asked = promptnet.Said(data, rows, base, "cpu")
+    tokens = fuser.said_and_bare(data, rows, base)
+    seen = 0
+    for index, bare, said in zip(*asked.rows_bare, asked.rows_said[1], strict=True):
+        kept = tokens["picture"][index]
+        assert tokens["bare"][kept, 0, bare] == tokens["said"][kept, 0, said]
+        seen += 1
+    assert seen == len(asked.states) and seen > 3 * len(asked.pictures)
+    assert all(scenes.WORDS[asked.bare[i, at]] in world.NOUNS for i, at in enumerate(asked.place))
+
+
+def test_promptnet_learns_what_words_would_say(data, tmp_path, monkeypatch, capsys):
+    from conceptloom.encoders.files import read
+    from conceptloom.encoders.promptnet import PromptNet, heads_of
+
+    monkeypatch.setattr(promptnet, "open_scenes", lambda: data)
+    for name, value in {"SHARD": 16, "HELD_OUT": 16, "BATCH": 8, "RUNS": tmp_path, "CHANNELS": [32] * 4}.items():
+        monkeypatch.setattr(promptnet, name, value)
+    promptnet.train_promptnet("cpu", 16)
+    assert float(re.search(r"([\d.]+)% of what words for looks", capsys.readouterr().out)[1]) > 10
+    value, metadata = read(tmp_path / "promptnet" / "promptnet.safetensors")
+    assert PromptNet.from_state(value, heads_of(metadata)).config.context_width == models.WIDTH

@@ -2,6 +2,7 @@
 the reader against pixels."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -1086,3 +1087,29 @@ def test_impossible_options_are_named(shapeland):
     ):
         with pytest.raises(ValueError, match=error):
             dataset.SubjectPictures(shapeland.root, **options)
+
+
+def test_each_thing_is_drawn_in_its_own_folder(tmp_path):
+    from conceptloom.training.data import things
+
+    things.things_folder(tmp_path, 3, 2, seed=5)
+    again = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*.*"))}
+    assert len(again) == 3 * 2 * 2
+    (tmp_path / "000001" / "1.png").unlink()
+    things.things_folder(tmp_path, 3, 2, seed=5)
+    assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*.*"))} == again
+    for text in tmp_path.rglob("*.txt"):
+        assert re.fullmatch(r"a \{\} on a \w+ background\n", text.read_text())
+
+    # The same colours in both pictures of a thing, and others in those of another.
+    def colors(thing):
+        found = []
+        for number in range(2):
+            with Image.open(tmp_path / thing / f"{number}.png") as opened:
+                pixels = np.asarray(opened.convert("RGB")).reshape(-1, 3) // 32
+            values, counts = np.unique(pixels, axis=0, return_counts=True)
+            found.append({tuple(value) for value, count in zip(values, counts, strict=True) if count > 40})
+        return found[0] & found[1]
+
+    shared = [colors(f"{thing:06d}") for thing in range(3)]
+    assert all(shared) and not shared[0] & shared[1] & shared[2]

@@ -2,9 +2,9 @@
 
 Stages, in the order in which each needs the ones before: scenes, autoencoder, decoder, clip, judge, unet. Every stage
 is deterministic by seed, stores its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped,
-and writes its weights to `shapeland/weights/next/` at its end. The stage `fuser` works on the shipped weights; its own
-weights stay in its folder, and FastComposer's training can start from them. The stage `check` trains nothing: the
-trained UNet draws 512 held-out captions in 50 steps, and the judge reads them.
+and writes its weights to `shapeland/weights/next/` at its end. The stages `fuser` and `promptnet` work on the shipped
+weights; their own weights stay in their folders, for FastComposer's and PromptNet's training to start from. The stage
+`check` trains nothing: the trained UNet draws 512 held-out captions in 50 steps, and the judge reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 
-STAGES = ("scenes", "autoencoder", "decoder", "clip", "judge", "unet", "fuser", "check")
+STAGES = ("scenes", "autoencoder", "decoder", "clip", "judge", "unet", "fuser", "promptnet", "check")
 
 
 def main(argv: list[str]) -> None:
@@ -55,6 +55,10 @@ def main(argv: list[str]) -> None:
         from .fuser import train_fuser
 
         train_fuser(options.device, options.steps or 600)
+    elif options.stage == "promptnet":
+        from .promptnet import train_promptnet
+
+        train_promptnet(options.device, options.steps or 1500)
     elif options.stage == "check":
         from .unet import check_unet
 
