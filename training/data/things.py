@@ -14,8 +14,8 @@ from .folder import in_batches, work_through
 
 
 def things_folder(root: Path, count: int, pictures: int, seed: int) -> None:
-    """Draws things 0 to `count` - 1 of `seed`, each in a folder of its own: `pictures` pictures with other places, sizes
-    and backgrounds, and captions with {} for the thing. Folders that are complete stay."""
+    """Draws things 0 to `count` - 1 of `seed`, each in a folder of its own: `pictures` pictures with other places and
+    backgrounds, and captions with {} for the thing. Folders that are complete stay."""
     root = Path(root)
 
     def missing() -> Iterator[str]:
