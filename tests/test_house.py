@@ -14,12 +14,33 @@ BELOW = {
     "subjects": {"subjects"},
     "attention": {"attention", "subjects"},
     "samplers": {"samplers"},
+    "compositions": {"compositions", "subjects", "encoders"},
     "encoders": {"encoders", "subjects"},
     "shapeland": {"shapeland", "encoders"},
-    "training": {"training", "attention", "subjects", "samplers", "encoders", "shapeland"},
-    "host": {"host", "training", "attention", "subjects", "samplers", "encoders", "shapeland"},
-    "nodes": {"nodes", "host", "training", "attention", "subjects", "samplers", "encoders", "shapeland"},
-    "evaluation": {"evaluation", "host", "training", "attention", "subjects", "samplers", "encoders", "shapeland"},
+    "training": {"training", "attention", "subjects", "samplers", "encoders", "compositions", "shapeland"},
+    "host": {"host", "training", "attention", "subjects", "samplers", "encoders", "compositions", "shapeland"},
+    "nodes": {
+        "nodes",
+        "host",
+        "training",
+        "attention",
+        "subjects",
+        "samplers",
+        "encoders",
+        "compositions",
+        "shapeland",
+    },
+    "evaluation": {
+        "evaluation",
+        "host",
+        "training",
+        "attention",
+        "subjects",
+        "samplers",
+        "encoders",
+        "compositions",
+        "shapeland",
+    },
 }
 """What the files of a folder may import of ours."""
 
@@ -76,7 +97,7 @@ def test_types(tmp_path):
     """Of the floor that knows torch alone, as the oldest Python that we promise sees them."""
     ty = shutil.which("ty", path=Path(sys.executable).parent)
     (tmp_path / "conceptloom").symlink_to(ROOT, target_is_directory=True)
-    folders = [f"conceptloom/{folder}" for folder in ("attention", "subjects", "samplers", "encoders")]
+    folders = [f"conceptloom/{folder}" for folder in ("attention", "subjects", "samplers", "encoders", "compositions")]
     options = ("--python", sys.prefix, "--python-version", "3.10", "--output-format", "concise")
     made = subprocess.run([ty, "check", *folders, *options], cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr

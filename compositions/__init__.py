@@ -1,0 +1,1 @@
+"""Compositions: a picture taken apart into eight representations, and what is done with them (Composer)."""
