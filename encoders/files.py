@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,6 +240,19 @@ def checked_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"folder: expected one that can be written, got {folder} ({error.strerror})") from error
+
+
+def free_file(folder: Path, name: str, ending: str = ".safetensors") -> Path:
+    """A file in a folder that does not exist yet: `name` with the ending, or with a number in between. The folder is
+    created.
+
+    Raises:
+        ValueError: the name cannot be used, or the folder cannot be written.
+    """
+    name = checked_name(name)
+    checked_folder(folder)
+    names = (f"{name} {number}" if number > 1 else name for number in count(1))
+    return next(file for one in names if not (file := folder / f"{one}{ending}").exists())
 
 
 @contextmanager

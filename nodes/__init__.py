@@ -3,13 +3,18 @@
 from comfy_api.latest import ComfyExtension
 
 from . import (
+    composing,
+    compositions,
     concepts,
     fastcomposer,
+    finetuning,
     freecustom,
     fusion_sampling,
     inversion,
     masks,
+    palettes,
     profusion,
+    representations,
     shapeland,
     subjects,
     training,
@@ -29,7 +34,12 @@ NODES: list[type[Node]] = [
         inversion,
         weaver,
         profusion,
+        finetuning,
         fusion_sampling,
+        compositions,
+        composing,
+        palettes,
+        representations,
         shapeland,
     )
     for node in module.NODES

@@ -29,6 +29,9 @@ ConceptPromptsSocket = io.Custom("CONCEPTLOOM_CONCEPT_PROMPTS")
 PartitionSocket = io.Custom("CONCEPTLOOM_PARTITION")
 DetectionsSocket = io.Custom("CONCEPTLOOM_DETECTIONS")
 SegmenterSocket = io.Custom("CONCEPTLOOM_SEGMENTER")
+CompositionSocket = io.Custom("CONCEPTLOOM_COMPOSITION")
+PaletteSocket = io.Custom("CONCEPTLOOM_PALETTE")
+InstancesSocket = io.Custom("CONCEPTLOOM_INSTANCES")
 TrajectorySocket = io.Custom("CONCEPTLOOM_TRAJECTORY")
 
 

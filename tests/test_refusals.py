@@ -168,13 +168,32 @@ PARTS: dict[str, tuple[str, dict]] = {
     "small canvas": ("EmptyLatentImage", {"width": 32, "height": 32, "batch_size": 1}),
     "promptnet": (f"{PREFIX}LoadPromptNet", {"model": ["world", 0], "file": "tiny.safetensors"}),
     "narrow promptnet": (f"{PREFIX}LoadPromptNet", {"model": ["world", 0], "file": "narrow.safetensors"}),
+    "composition": (f"{PREFIX}DecomposeImage", {"image": ["picture", 0], "mask": ["left half", 0]}),
+    "wide composition": (f"{PREFIX}DecomposeImage", {"image": ["wide picture", 0], "take_palette": False}),
+    "wide picture": ("EmptyImage", {"width": 96, "height": 64, "batch_size": 1, "color": 255}),
+    "narrow": solid(32),
+    "left half": (
+        "MaskComposite",
+        {"destination": ["black", 0], "source": ["narrow", 0], "x": 0, "y": 0, "operation": "add"},
+    ),
+    "two pictures": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 2, "color": 255}),
+    "collage": (
+        f"{PREFIX}ConceptCollage",
+        {"context": ["picture", 0], "subjects.subject0": ["star", 0], "subjects.subject1": ["heart", 0]},
+    ),
+    "palette": (f"{PREFIX}Palette", {"image": ["picture", 0]}),
+    "other palette": (f"{PREFIX}Palette", {"image": ["picture", 0], "table": "180 colors"}),
+    "other composition": (
+        f"{PREFIX}DecomposeImage",
+        {"image": ["picture", 0], "palette": ["other palette", 0], "take_sketch": False, "take_intensity": False},
+    ),
     "promptnet words": (f"{PREFIX}PromptNetEncode", promptnet_encode()),
 }
 """Nodes that rows link to, by name: class and inputs."""
 
 GOOD: dict[str, dict] = {
     "ReferenceSubject": PARTS["star"][1],
-    "ConceptCollage": {"context": ["picture", 0], "subjects.subject0": ["star", 0], "subjects.subject1": ["heart", 0]},
+    "ConceptCollage": PARTS["collage"][1],
     "MultiReferenceSelfAttention": PARTS["free"][1],
     "RecordAttentionShare": PARTS["recorder"][1],
     "AttentionShare": {"record": ["recorder", 1], "latent": ["recorded", 0], "image": ["picture", 0]},
@@ -219,14 +238,31 @@ GOOD: dict[str, dict] = {
     "AugmentSubject": {"image": ["picture", 0], "mask": ["white", 0], "size": 64},
     "FineTunePromptNet": fine_tuning(),
     "SavePromptNet": {"promptnet": ["promptnet", 1]},
+    "DecomposeImage": {"image": ["picture", 0]},
+    "DecomposeSubject": {"subject": ["star", 0]},
+    "CompositionSubject": {"composition": ["composition", 0]},
+    "PickRepresentations": {"composition": ["composition", 0], "sketch": True},
+    "MergeCompositions": {"composition1": ["composition", 0], "composition2": ["composition", 0]},
+    "AlignComposition": {"composition": ["composition", 0]},
+    "InterpolateCompositions": {"composition1": ["composition", 0], "composition2": ["composition", 0]},
+    "InspectComposition": {"composition": ["composition", 0]},
+    "SaveComposition": {"composition": ["composition", 0]},
+    "LoadComposition": {},
+    "Palette": {"image": ["picture", 0]},
+    "PaletteToImage": {"palette": ["palette", 0]},
+    "Sketch": {"image": ["picture", 0]},
+    "InstanceMap": {"masks": ["white", 0]},
+    "Intensity": {"image": ["picture", 0]},
+    "RegionMask": {"image": ["picture", 0], "mask": ["left half", 0]},
+    "LumaMerge": {"light": ["picture", 0], "color": ["picture", 0]},
     "DrawScene": {},
     "ReadPicture": {"image": ["picture", 0]},
     "KSampler": sampled()[1],
 }
 """Inputs with which each node runs, but for the defaults."""
 
-NOTHING_TO_REFUSE = {"LoadShapeland"}
-"""Takes nothing."""
+NOTHING_TO_REFUSE = {"LoadShapeland", "AlignComposition", "InspectComposition", "Intensity", "PaletteToImage"}
+"""Take nothing, or whatever the host lets through."""
 
 
 class Row(NamedTuple):
@@ -583,6 +619,56 @@ ROWS = [
         "clip: expected the text encoder of width 64 of this PromptNet, got one of width 128",
     ),
     Row("SavePromptNet", {"filename": "a/b"}, "filename: expected a name without folders or any of"),
+    Row("DecomposeImage", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
+    Row("DecomposeImage", {"image": ["not finite", 0]}, "image: expected finite values, got NaN or infinity"),
+    Row(
+        "DecomposeImage",
+        {"sketch": ["wide picture", 0]},
+        "sketch: expected the shape of the picture (64x64), got 96x64",
+    ),
+    Row("DecomposeImage", {"mask": ["white", 0]}, "mask: expected white on a part of the picture, got one that covers"),
+    Row("DecomposeSubject", {"subject": ["collage", 2]}, "subject: expected one subject, got 2"),
+    Row(
+        "CompositionSubject",
+        {},
+        "composition: expected one with instances, got one without; connect Decompose Image with them",
+    ),
+    Row(
+        "PickRepresentations", {"start_percent": 0.8, "end_percent": 0.2}, "start_percent: expected at most end_percent"
+    ),
+    Row("MergeCompositions", {}, "composition2: expected representations that composition1 does not have, got palette"),
+    Row(
+        "MergeCompositions",
+        {"composition2": ["wide composition", 0], "policy": "first"},
+        "composition2: expected the canvas of composition1, 64 x 64, got 96 x 64; connect Align Composition",
+    ),
+    Row("InterpolateCompositions", {"shares": "half"}, "shares: expected numbers from 0 to 1 such as 0.5, got 'half'"),
+    Row("InterpolateCompositions", {"shares": "0, 2"}, "shares: expected numbers from 0 to 1 such as 0.5, got '0, 2'"),
+    Row(
+        "InterpolateCompositions",
+        {"composition2": ["other composition", 0]},
+        "palette: expected one over the same table and sigma (156 colors, 10), got 180 colors, 10",
+    ),
+    Row("SaveComposition", {"filename": ""}, "filename: expected a name, got an empty text"),
+    Row("Palette", {"image": None}, "image: expected a picture, or colors such as #ff8000, got neither"),
+    Row("Palette", {"colors": "#ff8000, blue"}, "colors: expected entries such as #ff8000 or #ff8000 3, got 'blue'"),
+    Row("Palette", {"mask": ["black", 0]}, "mask: expected white on some pixels that are not transparent, got none"),
+    Row("Palette", {"mask": ["wide", 0]}, "mask: expected the picture's size 64 x 64, got 96 x 64"),
+    Row("Sketch", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
+    Row("InstanceMap", {"nouns": "star, heart"}, "nouns: expected one for each of 1 masks, got 2"),
+    Row(
+        "InstanceMap", {"masks": ["two empty masks", 1]}, "masks: expected white on each thing, got an empty mask for 1"
+    ),
+    Row(
+        "RegionMask",
+        {"mask": ["black", 0]},
+        "mask: expected white on a part of the picture, got one that covers nothing",
+    ),
+    Row("RegionMask", {"mask": ["wide", 0]}, "mask: expected the picture's size 64 x 64, got 96 x 64"),
+    Row("LumaMerge", {"color": ["wide picture", 0]}, "color: expected the size of light, 64 x 64, got 96 x 64"),
+    Row(
+        "LumaMerge", {"light": ["pictures", 0], "color": ["two pictures", 0]}, "color: expected one picture or 3, as in"
+    ),
     Row("DrawScene", {"description": "a red unicorn"}, "description - Shapeland does not know the word 'unicorn'"),
 ]
 
@@ -663,6 +749,7 @@ LOADERS = {
     "LoadConcept": ("concepts", "file", {}),
     "LoadFastComposer": ("fastcomposer", "file", {}),
     "ConvertFastComposer": ("fastcomposer", "file", {}),
+    "LoadComposition": ("compositions", "file", {}),
     "LoadPromptNet": ("promptnet", "file", {}),
     "LoadSegmenter": ("sams", "sam", {"kind": "boxes + SAM", "kind.boxes": ["box", 0]}),
 }

@@ -1,6 +1,9 @@
 """The pack in a real server: it loads, and a workflow can be run and followed over HTTP."""
 
+import io
+
 from hostserver import PACK
+from PIL import Image
 
 
 def test_pack_loads(server):
@@ -92,3 +95,93 @@ def test_promptnet_is_fine_tuned_saved_and_drawn_with_the_hosts_lora_nodes(serve
             1
         ]["options"]
     ), "what was saved can be loaded"
+
+
+def test_compositions_are_taken_apart_combined_and_kept(server):
+    """Sketch and instances of one picture, colours and meaning of another, on a larger canvas."""
+
+    def ours(kind, **inputs):
+        return {"class_type": f"ConceptLoom{kind}", "inputs": inputs}
+
+    def decomposed(picture, **inputs):
+        options = {"take_palette": True, "take_sketch": True, "take_intensity": True}
+        more = {"intensity_weights": "Rec. 601", "depth_is_distance": False, "caption": ""}
+        return ours("DecomposeImage", image=[picture, 0], **{**options, **more, **inputs})
+
+    def picked(composition, *names):
+        every = ("caption", "semantics", "palette", "sketch", "instances", "depth", "intensity", "mask")
+        window = {"strength": 0.5, "start_percent": 0.0, "end_percent": 1.0}
+        return ours("PickRepresentations", composition=[composition, 0], **{n: n in names for n in every}, **window)
+
+    scene = {"identity_seed": 0, "size": 64}
+    workflow = {
+        "world": ours("LoadShapeland"),
+        "star": ours("DrawScene", description="a star on a navy background", seed=1, **scene),
+        "house": ours("DrawScene", description="a house on a mint background", seed=2, **scene),
+        "map": ours("InstanceMap", masks=["star", 1], nouns="star", coding="composition"),
+        "edges": ours("Sketch", image=["star", 0], method="canny", polarity="auto", simplify=True, stroke=1),
+        "colors": ours(
+            "Palette", image=["house", 0], colors="#ff8000", color_share=0.2, table="156 colors", sigma=10.0
+        ),
+        "strip": ours("PaletteToImage", palette=["colors", 0], width=96, height=64, layout="tiles", count=8, seed=1),
+        "region": ours("RegionMask", image=["star", 0], mask=["star", 1], grow=2),
+        "grey": ours("Intensity", image=["house", 0], weights="mean"),
+        "one": decomposed(
+            "star",
+            sketch=["edges", 0],
+            instances=["map", 0],
+            mask=["region", 1],
+            depth=["grey", 0],
+            caption="a star on a navy background",
+        ),
+        "two": decomposed("house", clip_vision=["world", 3], palette=["colors", 0]),
+        "shape": picked("one", "sketch", "instances", "mask", "depth", "caption"),
+        "look": picked("two", "semantics", "palette"),
+        "both": ours("MergeCompositions", composition1=["shape", 0], composition2=["look", 0], policy="refuse"),
+        "large": ours("AlignComposition", composition=["both", 0], width=96, height=96, fit="pad"),
+        "way": ours(
+            "InterpolateCompositions",
+            composition1=["one", 0],
+            composition2=["two", 0],
+            shares="0, 0.5, 1",
+            local_from="second",
+        ),
+        "seen": ours("InspectComposition", composition=["large", 0]),
+        "steps": ours("InspectComposition", composition=["way", 0]),
+        "kept": ours("SaveComposition", composition=["large", 0], filename="two pictures"),
+        "thing": ours("CompositionSubject", composition=["one", 0], noun="star", weight=1.0),
+        "again": ours("DecomposeSubject", subject=["thing", 0], clip_vision=["world", 3]),
+        "recoloured": ours("LumaMerge", light=["star", 0], color=["house", 0], mode="CIELab", strength=1.0),
+        **{
+            f"show {name}": {"class_type": "PreviewImage", "inputs": {"images": [name, 0]}}
+            for name in ("strip", "recoloured")
+        },
+        "end": ours("InspectComposition", composition=["again", 0]),
+    }
+    run = server.run(workflow)
+    shown = [picture.node for picture in run.pictures]
+    assert {"seen", "steps", "end", "show strip", "show recoloured", "both"} <= set(shown)
+    assert shown.count("steps") == 3, "what follows runs once for each share"
+    (said,) = run.entry["outputs"]["kept"]["text"]
+    assert said.splitlines()[1:] == [
+        "caption: a star on a navy background; strength 0.5",
+        "semantics: 128 numbers and tokens; strength 0.5",
+        *[line for line in said.splitlines() if line.startswith("palette: ")],
+        "sketch: 96 x 96; strength 0.5",
+        "instances: star; strength 0.5",
+        "depth: 96 x 96; strength 0.5",
+        *[line for line in said.splitlines() if line.startswith("mask: ")],
+    ]
+    file = "two pictures.safetensors"
+    assert said.startswith(f"compositions/{file}: ")
+    read = server.run(
+        {
+            "read": ours("LoadComposition", file=file),
+            "seen": ours("InspectComposition", composition=["read", 0]),
+        }
+    )
+    one, other = (
+        Image.open(io.BytesIO(next(p.data for p in each.pictures if p.node == "seen"))).convert("RGB")
+        for each in (run, read)
+    )
+    assert one.tobytes() == other.tobytes(), "the file holds all that the sheet shows"

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import comfy.sampler_helpers
 import comfy.sd
 import torch
 
-from ...encoders.files import checked_folder, checked_name
+from ...encoders.files import free_file
 from ...encoders.promptnet import PromptNet, save
 from ...training.concepts.augment import NONE, View, augment
 from ...training.concepts.learner import Example, latent_mask, masked_error, prediction_weight
@@ -265,9 +264,6 @@ def save_promptnet(promptnet: words.LoadedPromptNet, folder: Path, filename: str
     Raises:
         ValueError: the filename cannot be used, or the folder cannot be written.
     """
-    filename = checked_name(filename)
-    checked_folder(folder)
-    names = (f"{filename} {number}" if number > 1 else filename for number in count(1))
-    file = next(file for name in names if not (file := folder / f"{name}.safetensors").exists())
+    file = free_file(folder, filename)
     save(promptnet.module, file)
     return f"{folder.name}/{file.name}: {file.stat().st_size / 2**20:.1f} MiB"
