@@ -153,16 +153,15 @@ def pick(
         ValueError: a number is out of its range.
     """
     if not strength:
-        return replace(composition, parts={})
+        return Composition(composition.size)
     chosen = set(names)
-    return replace(
-        composition,
-        parts={
-            name: Part(part.value, strength, start_percent, end_percent)
-            for name, part in composition.parts.items()
-            if name in chosen
-        },
-    )
+    parts = {
+        name: Part(part.value, strength, start_percent, end_percent)
+        for name, part in composition.parts.items()
+        if name in chosen
+    }
+    # Without its maps, nothing needs the picture any more.
+    return Composition(composition.size, parts, composition.picture if chosen & set(LOCAL) & set(parts) else None)
 
 
 def merge(first: Composition, second: Composition, policy: str = REFUSE) -> Composition:
@@ -190,11 +189,11 @@ def merge(first: Composition, second: Composition, policy: str = REFUSE) -> Comp
         )
     parts = {**first.parts, **second.parts} if policy == SECOND else {**second.parts, **first.parts}
     holder = second if local[1] and not local[0] else first
-    other = first if holder is second else second
-    picture = holder.picture
-    if picture is None and other.size == holder.size:
-        picture = other.picture
-    return Composition(holder.size, parts, picture)
+    # Things are cut out of the picture in which they were found.
+    shown = next(
+        (one for one in (first, second) if INSTANCES in parts and parts[INSTANCES] is one.parts.get(INSTANCES)), holder
+    )
+    return Composition(holder.size, parts, shown.picture if shown.size == holder.size else None)
 
 
 def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> Composition:
@@ -212,7 +211,7 @@ def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> C
     if size == composition.size:
         return composition
     parts = {
-        name: replace(part, value=_aligned(part.value, size, fit)) if name in LOCAL else part
+        name: replace(part, value=_aligned(name, part.value, size, fit)) if name in LOCAL else part
         for name, part in composition.parts.items()
     }
     picture = None if composition.picture is None else _fitted(composition.picture, size, fit, "bilinear")
@@ -258,7 +257,7 @@ def _between_captions(first: Caption, second: Caption, share: float) -> Caption:
 _BETWEEN = {CAPTION: _between_captions, SEMANTICS: between, PALETTE: Palette.mixed}
 
 
-def _aligned(value: Any, size: tuple[int, int], fit: str) -> Any:
+def _aligned(name: str, value: Any, size: tuple[int, int], fit: str) -> Any:
     """A local representation on another canvas."""
     if isinstance(value, InstanceMap):
         labels = _fitted(value.labels[..., None].float(), size, fit, "nearest-exact", fill=0.0)
@@ -267,7 +266,7 @@ def _aligned(value: Any, size: tuple[int, int], fit: str) -> Any:
         # What a canvas has more than the picture is to be drawn.
         mask = _fitted(value.mask[..., None], size, fit, "nearest-exact", fill=1.0)
         return Region(_fitted(value.image, size, fit, "bilinear"), mask[..., 0])
-    return _fitted(value[..., None], size, fit, "bilinear")[..., 0]
+    return _fitted(value[..., None], size, fit, "bilinear", fill=0.0 if name == SKETCH else None)[..., 0]
 
 
 def _fitted(planes: torch.Tensor, size: tuple[int, int], fit: str, mode: str, fill: float | None = None):

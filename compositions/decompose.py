@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..subjects.masks import same_aspect
+from ..subjects.masks import fit_mask, same_aspect
 from ..subjects.pictures import fit
 from ..subjects.subject import Subject
 from .composition import (
@@ -28,7 +28,7 @@ from .intensity import intensity as intensity_of
 from .palette import Palette, palette_of_picture
 from .region import Region
 from .semantics import Semantics
-from .sketch import as_sketch
+from .sketch import AUTO, as_sketch
 
 
 def decompose(
@@ -37,6 +37,7 @@ def decompose(
     semantics: Semantics | None = None,
     palette: Palette | None = None,
     sketch: torch.Tensor | None = None,
+    polarity: str = AUTO,
     instances: InstanceMap | None = None,
     depth: torch.Tensor | None = None,
     intensity: str | None = None,
@@ -49,7 +50,8 @@ def decompose(
     Args:
         caption: what the picture shows; empty for no caption.
         semantics, palette, instances: see their classes.
-        sketch: (H', W', C), strokes of any polarity.
+        sketch: (H', W', C), strokes.
+        polarity: of the sketch, see `sketch.as_sketch`.
         depth: (H', W', C), larger where it is near; with `depth_is_distance` where it is far.
         intensity: the name of its weights, of `intensity.WEIGHTS`; None for no intensity.
         mask: (H', W'), 1 where the picture is to be drawn anew.
@@ -60,7 +62,7 @@ def decompose(
     if not torch.isfinite(image).all():
         raise ValueError("image: expected finite values, got NaN or infinity")
     image, size = image[..., :3].float().clamp(0, 1), (image.shape[0], image.shape[1])
-    given = {SKETCH: sketch, DEPTH: depth, MASK: mask, INSTANCES: None if instances is None else instances.labels}
+    given = {SKETCH: sketch, DEPTH: depth, INSTANCES: None if instances is None else instances.labels}
     for name, map_ in given.items():
         if map_ is not None and not same_aspect(map_.shape, size):
             raise ValueError(
@@ -70,12 +72,15 @@ def decompose(
         CAPTION: Caption(((caption.strip(), 1.0),)) if caption.strip() else None,
         SEMANTICS: semantics,
         PALETTE: palette,
-        SKETCH: None if sketch is None else as_sketch(fit(sketch[..., :3], size)),
+        SKETCH: None if sketch is None else as_sketch(fit(sketch[..., :3], size), polarity),
         INSTANCES: None if instances is None else _fit_labels(instances, size),
         DEPTH: None if depth is None else normalized_depth(fit_plane(depth, size), depth_is_distance),
         INTENSITY: None if intensity is None else intensity_of(image, WEIGHTS[intensity]),
-        MASK: None if mask is None else Region(image, fit_plane(mask[..., None], size)),
+        MASK: None if mask is None else Region(image, fit_mask(mask, size)),
     }
+    for name, what in ((SKETCH, "strokes"), (DEPTH, "near and far")):
+        if parts[name] is not None and not parts[name].any():
+            raise ValueError(f"{name}: expected a picture with {what}, got one that is the same everywhere")
     return Composition(size, {name: Part(value) for name, value in parts.items() if value is not None}, image)
 
 
@@ -85,7 +90,7 @@ def decompose_subject(subject: Subject, semantics: Semantics | None = None, sigm
     size = tuple(subject.image.shape[:2])
     mask = torch.ones(size)
     if subject.mask is not None:
-        mask = fit(subject.mask[..., None].expand(-1, -1, 3), size)[..., 0]
+        mask = fit_mask(subject.mask, size)
     parts = {
         CAPTION: Part(Caption(((subject.prompt, 1.0),))),
         PALETTE: Part(palette_of_picture(subject.image, mask, sigma=sigma)),
@@ -107,6 +112,8 @@ def subject_of(composition: Composition, noun: str, weight: float = 3.0) -> Subj
         what = "a picture" if composition.picture is None else "instances"
         raise ValueError(f"composition: expected one with {what}, got one without; connect Decompose Image with them")
     noun = noun.strip() or (instances.names[0] if instances.names else "")
+    if not noun:
+        raise ValueError("noun: expected the name of a thing, got an empty text for one that has none")
     numbers = [number for number, name in enumerate(instances.names) if name.lower() == noun.lower()]
     if not numbers:
         known = ", ".join(name for name in instances.names if name) or "none with a name"

@@ -52,7 +52,9 @@ def save(composition: Composition, file: Path) -> None:
         "parts": json.dumps(about),
     }
     with whole_file(file) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, part, metadata
+        )
 
 
 def load(path: Path | str, name: str = "file") -> Composition:

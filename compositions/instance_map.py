@@ -18,7 +18,7 @@ OWN, ADE20K, GREYS = "composition", "ADE20K", "greys"
 CODINGS = (OWN, ADE20K, GREYS)
 _GOLDEN, _SATURATION, _VALUES = 0.61803, 0.75, (1.0, 0.8, 0.6)
 _SYNONYMS = {
-    "person": ("man", "woman", "boy", "girl", "child", "people"),
+    "person": ("man", "men", "woman", "women", "boy", "girl", "child", "children", "people"),
     "animal": ("dog", "cat", "horse", "cow", "sheep", "bird", "bear", "elephant", "zebra", "giraffe", "fish"),
     "bicycle": ("bike",),
     "minibike": ("motorcycle", "motorbike"),
@@ -99,7 +99,8 @@ def coded(instances: InstanceMap, coding: str = OWN) -> torch.Tensor:
         return levels[instances.labels.long()][..., None].expand(-1, -1, 3).contiguous()
     colors = [(0.0, 0.0, 0.0), *(_ade_color(name) for name in names)]
     if coding == OWN:
-        earlier = [names[:i].count(name) for i, name in enumerate(names)]
+        kinds = list(map(_kind, names))
+        earlier = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
         hsv = torch.tensor(
             [
                 [class_number(name) * _GOLDEN % 1, _SATURATION, _VALUES[nth % len(_VALUES)]]
@@ -115,7 +116,11 @@ def coded(instances: InstanceMap, coding: str = OWN) -> torch.Tensor:
 
 def class_number(name: str) -> int:
     """The number of a noun, the same on every machine."""
-    return zlib.crc32(name.strip().lower().encode())
+    return zlib.crc32(_kind(name).encode())
+
+
+def _kind(name: str) -> str:
+    return name.strip().lower()
 
 
 @cache
@@ -145,8 +150,8 @@ def _ade_color(name: str) -> tuple[float, float, float]:
 
 def _seams(instances: InstanceMap) -> torch.Tensor:
     """Pixels (H, W), boolean, whose neighbour to the right or below is another thing of the same noun."""
-    kinds = {name: i + 1 for i, name in enumerate(dict.fromkeys(instances.names))}
-    kind_of = torch.tensor([0, *(kinds[name] for name in instances.names)])
+    kinds = {kind: i + 1 for i, kind in enumerate(dict.fromkeys(map(_kind, instances.names)))}
+    kind_of = torch.tensor([0, *(kinds[_kind(name)] for name in instances.names)])
     labels = instances.labels.long()
     seams = torch.zeros_like(labels, dtype=torch.bool)
     for dim in (0, 1):

@@ -16,6 +16,7 @@ from functools import cache
 
 import torch
 
+from ..subjects.masks import fit_mask
 from .color import hsv_to_srgb, srgb_to_lab
 
 TABLES = {"156 colors": 4, "180 colors": 5}
@@ -111,21 +112,18 @@ def palette_of_picture(
 
     Args:
         image: (H, W, 3) or, with alpha, (H, W, 4), in [0, 1]; pixels with alpha below 0.5 do not count.
-        mask: (H, W), above 0.5 where pixels count.
+        mask: (H', W') in the picture's shape, above 0.5 where pixels count.
         table, sigma: see `Palette`.
 
     Raises:
-        ValueError: no pixel counts, or the mask has another size.
+        ValueError: no pixel counts, or the mask has another shape.
     """
     step = max(image.shape[0] // _MOST_SIDE + 1, 1), max(image.shape[1] // _MOST_SIDE + 1, 1)
     counted = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
     if image.shape[-1] == 4:
         counted = image[..., 3] >= 0.5
     if mask is not None:
-        if mask.shape != counted.shape:
-            size, given = (" x ".join(map(str, reversed(one.shape))) for one in (counted, mask))
-            raise ValueError(f"mask: expected the picture's size {size}, got {given}")
-        counted = counted & (mask.to(image.device) > 0.5)
+        counted = counted & (fit_mask(mask, counted.shape).to(image.device) > 0.5)
     strided = counted[:: step[0], :: step[1]]
     # A small region may lie between the pixels that are read.
     pixels = image[:: step[0], :: step[1], :3][strided] if strided.any() else image[..., :3][counted]

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 AUTO, WHITE_ON_BLACK, BLACK_ON_WHITE = "auto", "white on black", "black on white"
 POLARITIES = (AUTO, WHITE_ON_BLACK, BLACK_ON_WHITE)
 _FINE, _COARSE, _LEAST_EDGE = 0.5, 5.0, 32 / 255
-_LEAST_SPECK = 0.0002
-"""Smaller strokes are removed; share of the picture."""
+_LEAST_SPECK = 0.02
+"""Strokes of fewer pixels are removed; share of the picture's shorter side."""
 
 
 def as_sketch(image: torch.Tensor, polarity: str = AUTO) -> torch.Tensor:
@@ -67,7 +67,7 @@ def simplified(sketch: torch.Tensor, threshold: float = 0.5, width: int = 1) -> 
     labels, count = ndimage.label(strokes, ndimage.generate_binary_structure(2, 2))
     if count:
         sizes = ndimage.sum_labels(strokes, labels, range(count + 1))
-        strokes &= sizes[labels] >= _LEAST_SPECK * strokes.size
+        strokes &= sizes[labels] >= _LEAST_SPECK * min(strokes.shape)
     thin = _thinned(torch.from_numpy(strokes))
     side = 2 * width - 1
     return F.max_pool2d(thin.float()[None, None], side, 1, width - 1)[0, 0].to(sketch.device)

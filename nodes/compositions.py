@@ -13,8 +13,9 @@ from ..compositions.intensity import DEFAULT_WEIGHTS, WEIGHTS
 from ..compositions.palette import palette_of_picture
 from ..compositions.semantics import Semantics
 from ..compositions.sheet import contact_sheet
-from ..compositions.sketch import contours
+from ..compositions.sketch import AUTO, WHITE_ON_BLACK, contours
 from ..encoders.files import free_file
+from ..subjects.masks import as_mask
 from ..subjects.subject import MAX_WEIGHT
 from .types import (
     CompositionSocket,
@@ -80,7 +81,7 @@ class DecomposeImage(Node):
                     "depth_is_distance",
                     default=False,
                     advanced=True,
-                    tooltip="The connected depth is larger where it is far, in any unit.",
+                    tooltip="The connected depth is a distance in any unit, above 0: larger where it is far.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision", optional=True, tooltip="A vision tower, for the semantics (meaning and style)."
@@ -117,19 +118,20 @@ class DecomposeImage(Node):
         picture = one_picture(image)
         if palette is None and take_palette:
             palette = palette_of_picture(picture)
-        drawn = None if sketch is None else one_picture(sketch, "sketch")
-        if drawn is None and take_sketch:
-            drawn = contours(picture)[..., None]
+        drawn, polarity = None if sketch is None else one_picture(sketch, "sketch"), AUTO
+        if drawn is None and take_sketch and (own := contours(picture)).any():
+            drawn, polarity = own[..., None].expand(-1, -1, 3), WHITE_ON_BLACK
         found = decompose(
             picture,
             caption,
             look(clip_vision, picture),
             palette,
             drawn,
+            polarity,
             instances,
             None if depth is None else one_picture(depth, "depth"),
             intensity_weights if take_intensity else None,
-            None if mask is None else one_picture(mask[..., None], "mask")[..., 0],
+            None if mask is None else as_mask(mask),
             depth_is_distance,
         )
         return io.NodeOutput(found, str(found), ui=preview(cls, contact_sheet(found)))

@@ -98,8 +98,8 @@ class PaletteToImage(Node):
             node_id="ConceptLoomPaletteToImage",
             display_name="Palette to Image",
             category=CATEGORY,
-            description="A picture of a palette's main colours with their areas: a reference for the host's "
-            "ColorTransfer, or a hint for color adapters that says nothing about places.",
+            description="A picture of a palette's main colours with their areas: a reference for "
+            "Transfer Color, or a hint for color adapters that says nothing about places.",
             search_aliases=["Composer", "color reference", "color strip", "voronoi", "color transfer"],
             inputs=[
                 PaletteSocket.Input("palette", tooltip="From Palette."),
@@ -142,8 +142,12 @@ class LumaMerge(Node):
             search_aliases=["Composer", "recolor", "colorize", "luminance", "LAB", "color blend"],
             has_intermediate_output=True,
             inputs=[
-                io.Image.Input("light", tooltip="Pictures whose lightness is kept."),
-                io.Image.Input("color", tooltip="Pictures whose colours are taken; one for all, or as many."),
+                io.Image.Input(
+                    "light", tooltip="Pictures whose lightness is kept; one for all, or as many as in color."
+                ),
+                io.Image.Input(
+                    "color", tooltip="Pictures whose colours are taken; one for all, or as many as in light."
+                ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),

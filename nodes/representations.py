@@ -9,7 +9,7 @@ from ..compositions.instance_map import CODINGS, OWN, coded, instance_map
 from ..compositions.intensity import DEFAULT_WEIGHTS, WEIGHTS, intensity
 from ..compositions.region import Region, grown
 from ..subjects.instances import read_nouns
-from ..subjects.masks import as_mask
+from ..subjects.masks import as_mask, fit_mask
 from .types import DetectionsSocket, InstancesSocket, Node, one_picture, preview
 
 CATEGORY = "ConceptLoom/Composer"
@@ -89,7 +89,7 @@ class InstanceMap(Node):
                 io.String.Input(
                     "nouns",
                     default="",
-                    tooltip='What they show, in their order: "cup, table". Not needed with detections.',
+                    tooltip='What they show, in their order: "cup, table". Detections say it themselves.',
                 ),
                 io.Combo.Input(
                     "coding",
@@ -178,7 +178,8 @@ class RegionMask(Node):
 
     @classmethod
     def execute(cls, image, mask, grow) -> io.NodeOutput:
-        found = Region(one_picture(image)[..., :3], grown(as_mask(mask), grow))
+        picture = one_picture(image)[..., :3]
+        found = Region(picture, grown(fit_mask(as_mask(mask), picture.shape[:2]), grow))
         return io.NodeOutput(found.shown[None], found.mask[None], ui=preview(cls, found.shown))
 
 

@@ -63,6 +63,18 @@ def check_aspect(mask: torch.Tensor, size: Sequence[int], name: str = "mask", la
         )
 
 
+def fit_mask(mask: torch.Tensor, size: Sequence[int], name: str = "mask") -> torch.Tensor:
+    """A mask (H', W') at the size (H, W) of its picture.
+
+    Raises:
+        ValueError: as in `check_aspect`.
+    """
+    check_aspect(mask, size, name)
+    if tuple(mask.shape) == tuple(size):
+        return mask
+    return F.interpolate(mask[None, None].float(), tuple(size), mode="bilinear", antialias=True)[0, 0]
+
+
 def binarize(mask: torch.Tensor | None, threshold: float, size: Sequence[int] = (1, 1)) -> torch.Tensor:
     """Makes a mask (H, W) boolean: true where it is at least `threshold`. None becomes true everywhere on `size`.
 

@@ -2,10 +2,12 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conceptloom.compositions import composition as compositions
 from conceptloom.compositions import files, sketch
 from conceptloom.compositions.color import lab_to_srgb, srgb_to_lab
@@ -132,8 +134,9 @@ class TestPalette:
         assert palette_of_picture(large, small).distance(red) < 1e-6, "a region between the pixels that are read"
         with pytest.raises(ValueError, match="mask: expected white on some pixels that are not transparent, got none"):
             palette_of_picture(image, torch.zeros(16, 8))
-        with pytest.raises(ValueError, match="mask: expected the picture's size 8 x 16, got 8 x 8"):
+        with pytest.raises(ValueError, match=r"mask: expected the shape of the picture \(8x16\), got 8x8"):
             palette_of_picture(image, torch.ones(8, 8))
+        assert palette_of_picture(image, F.interpolate(mask[None, None], scale_factor=4)[0, 0]).distance(red) == 0
 
     def test_picked_colors_are_a_picture_of_them(self):
         colors, shares = read_colors("#f00, #0000ff 3;")
@@ -209,6 +212,11 @@ class TestSketch:
         wide = sketch.simplified(drawn, width=3)
         assert 4 <= wide[:, 40].sum() <= 6
         assert not sketch.simplified(torch.zeros(32, 32)).any()
+
+    def test_a_long_thin_stroke_is_no_speck(self):
+        drawn = torch.zeros(512, 512)
+        drawn[200, 100:200] = 1
+        assert sketch.simplified(drawn)[200].sum() > 90
 
     def test_canny_finds_the_border_of_a_square(self):
         pytest.importorskip("kornia", reason="kornia is not installed (pip install kornia)")
@@ -390,6 +398,9 @@ class TestComposition:
         small = whole((16, 16))
         with pytest.raises(ValueError, match="canvas of composition1, 48 x 32, got 16 x 16; connect Align Composition"):
             merge(sketch_of, pick(small, [DEPTH]))
+        # Things are cut out of the picture in which they were found.
+        assert merge(pick(given, [SKETCH]), pick(other, [INSTANCES])).picture is other.picture
+        assert pick(given, [PALETTE]).picture is None
         # Global representations have no canvas.
         assert (
             merge(pick(small, [PALETTE]), sketch_of).size == merge(sketch_of, pick(small, [PALETTE])).size == (32, 48)
@@ -408,6 +419,7 @@ class TestComposition:
             # 64 x 43 of the picture, with 10 rows of canvas above it and 11 below.
             assert found[MASK].mask[0].all() and not found[INSTANCES].labels[0].any()
             torch.testing.assert_close(found[INTENSITY][0], found[INTENSITY][10], rtol=0, atol=1e-6)
+            assert not found[SKETCH][:10].any(), "strokes do not go on"
         assert align(given, given.size) is given
         odd = align(given, (49, 65), fit)
         assert odd.size == compositions.size_of(odd[DEPTH]) == (49, 65)
@@ -442,6 +454,11 @@ class TestComposition:
         for name in NAMES[1:]:
             for own, read in zip(tensors(given[name]), tensors(found[name]), strict=True):
                 torch.testing.assert_close(own, read, rtol=0, atol=1e-7)
+        shared = given.picture
+        files.save(
+            replace(given, parts={**given.parts, MASK: Part(Region(shared, given[MASK].mask))}), tmp_path / "two"
+        )
+        assert torch.equal(files.load(tmp_path / "two")[MASK].image, shared)
         files.save(Composition((8, 8)), tmp_path / "empty.safetensors")
         assert not files.load(tmp_path / "empty.safetensors").parts
 

@@ -653,7 +653,7 @@ ROWS = [
     Row("Palette", {"image": None}, "image: expected a picture, or colors such as #ff8000, got neither"),
     Row("Palette", {"colors": "#ff8000, blue"}, "colors: expected entries such as #ff8000 or #ff8000 3, got 'blue'"),
     Row("Palette", {"mask": ["black", 0]}, "mask: expected white on some pixels that are not transparent, got none"),
-    Row("Palette", {"mask": ["wide", 0]}, "mask: expected the picture's size 64 x 64, got 96 x 64"),
+    Row("Palette", {"mask": ["wide", 0]}, "mask: expected the shape of the picture (64x64), got 96x64, which would"),
     Row("Sketch", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
     Row("InstanceMap", {"nouns": "star, heart"}, "nouns: expected one for each of 1 masks, got 2"),
     Row(
@@ -664,7 +664,15 @@ ROWS = [
         {"mask": ["black", 0]},
         "mask: expected white on a part of the picture, got one that covers nothing",
     ),
-    Row("RegionMask", {"mask": ["wide", 0]}, "mask: expected the picture's size 64 x 64, got 96 x 64"),
+    Row("RegionMask", {"mask": ["wide", 0]}, "mask: expected the shape of the picture (64x64), got 96x64, which would"),
+    Row(
+        "DecomposeImage", {"depth": ["picture", 0]}, "depth: expected a picture with near and far, got one that is the"
+    ),
+    Row(
+        "DecomposeImage",
+        {"sketch": ["picture", 0]},
+        "sketch: expected a picture with strokes, got one that is the same",
+    ),
     Row("LumaMerge", {"color": ["wide picture", 0]}, "color: expected the size of light, 64 x 64, got 96 x 64"),
     Row(
         "LumaMerge", {"light": ["pictures", 0], "color": ["two pictures", 0]}, "color: expected one picture or 3, as in"

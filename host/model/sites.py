@@ -153,6 +153,22 @@ class CrossAttentionFamily(Family, Protocol):
         """Name of the module that contains `layer` and has an input (B, C, h, w) with its token grid, or None."""
 
 
+class EncoderFamily(Family, Protocol):
+    """A family whose models have a timestep embedding and an encoder of several levels, from fine to coarse."""
+
+    def levels(self, network: torch.nn.Module) -> tuple[tuple[int, int], ...]:
+        """Of each level the number of its last block, and the channels of that block's output."""
+
+    def with_additions(self, executor, features, *args, **kwargs) -> torch.Tensor:
+        """Calls ComfyUI's executor of a diffusion model's forward pass with `features` (of
+        `encoders.composer_adapter.Features`, n rows) added to it.
+
+        Args:
+            executor: calls the model, with all further arguments.
+            features: see above.
+        """
+
+
 def sees_whole(x: torch.Tensor, rows: int, grid: tuple[int, int] | None) -> bool:
     """Whether the input or output of a layer, tokens (B, L, C) or a feature map (B, C, h, w), holds all `rows` of the
     batch and all positions of the token grid: other nodes (HyperTile, token merging) pass only parts to a layer."""

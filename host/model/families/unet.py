@@ -138,6 +138,40 @@ class UNetFamily:
         """See `sites.CrossAttentionFamily`."""
         return comfy.utils.unet_to_diffusers(model.model_config.unet_config)
 
+    def levels(self, network: torch.nn.Module) -> tuple[tuple[int, int], ...]:
+        """See `sites.EncoderFamily`."""
+        found, last = [], (0, 0)
+        for number, block in enumerate(network.input_blocks):
+            branches = [module for module in block if isinstance(module, ResBlock)]
+            if any(isinstance(module, Downsample) for module in block) or any(branch.updown for branch in branches):
+                found.append(last)
+            elif branches:
+                last = number, branches[-1].out_channels
+        return (*found, last)
+
+    def with_additions(self, executor, features, x, timesteps, context, y, control, transformer_options, **kwargs):
+        """See `sites.EncoderFamily`."""
+        options = transformer_options.copy()
+        patches = options["patches"] = options.get("patches", {}).copy()
+        network = executor.class_obj
+        blocks = {-1: 0, **{level: number for level, (number, _) in enumerate(self.levels(network))}}
+        added = {blocks[level]: value for level, value in features.levels.items()}
+
+        def to_level(h, told):
+            value = added.get(told["block"][1]) if told["block"][0] == "input" else None
+            return h if value is None else h + _of_size(value, h)
+
+        def to_time(embedding, _channels, _told):
+            return embedding + features.time.to(embedding)
+
+        if added:
+            patches["input_block_patch"] = [*patches.get("input_block_patch", []), to_level]
+        if features.time is not None:
+            patches["emb_patch"] = [*patches.get("emb_patch", []), to_time]
+        if features.tokens is not None:
+            context = torch.cat([context, features.tokens.to(context)], 1)
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
     def sees_places(self, network: torch.nn.Module, layer: str) -> bool:
         """See `sites.CrossAttentionFamily`."""
         try:
@@ -173,6 +207,13 @@ def _blocks(unet: UNetModel) -> Iterable[tuple[str, int, int | None, torch.nn.Mo
     for number, block in enumerate(unet.output_blocks):
         yield "output", number, stage, block
         stage += any(isinstance(part, (Upsample, Downsample)) for part in block)
+
+
+def _of_size(value: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """A feature map (n, C, h', w') at the size of another one: odd sizes are rounded where an area is cut out."""
+    if value.shape[-2:] != h.shape[-2:]:
+        value = torch.nn.functional.interpolate(value.float(), h.shape[-2:], mode="nearest-exact")
+    return value.to(h)
 
 
 def _branches(block: torch.nn.Module) -> list[ResBlock]:

@@ -1,0 +1,311 @@
+"""The Composer adapter: from the representations of a composition to what a UNet takes.
+
+Composer (Huang et al., arXiv 2302.09778) trains a whole UNet with its conditions: global ones are added to the timestep
+embedding and to the text tokens, local ones are brought to the latent's size, summed and joined to its input. Its
+weights were never published. This adapter keeps the conditions and leaves a published UNet as it is: what the paper
+concatenates to the input is added behind the first convolution here, which is the same function (a convolution of two
+inputs is the sum of two convolutions), and at every level of the encoder, because a UNet that is not trained follows a
+sum at its input alone too little.
+
+One that is absent adds exactly nothing, and its tokens are not there: attention is changed by tokens of zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from .files import read, state_of, whole_file
+
+LOCAL_CHANNELS = {"sketch": 1, "instances": 3, "depth": 1, "intensity": 1, "mask": 4}
+"""Local representations, and the channels of their maps."""
+SENTENCE, SEMANTICS, PALETTE = "caption", "semantics", "palette"
+WITH_TOKENS = (SEMANTICS, PALETTE)
+INPUT, LEVELS = "input", "levels"
+MODES = (LEVELS, INPUT)
+FORMAT, VERSION = "conceptloom_composer_adapter", 1
+_SUPPORT = 4
+"""Cells of a map per cell of the latent, along one side, in front of the stacks' last two convolutions."""
+
+
+@dataclass(frozen=True)
+class ComposerAdapterConfig:
+    """The architecture of an adapter. The defaults fit Stable Diffusion 1.5 with CLIP ViT-L/14.
+
+    Attributes:
+        levels: channels of the UNet's encoder levels, from fine to coarse.
+        context_width: of the text states.
+        sentence_width: of the caption's pooled embedding; 0 for none.
+        semantics_width: of the image embedding.
+        colors: entries of the palette's table.
+        table: hash of that table's colours.
+        tokens: that semantics and palette each add to the text states.
+        local_width: channels of the summed maps.
+        body: channels of the levels of the network behind them; empty in mode INPUT.
+        mode: LEVELS adds to every level of the encoder, INPUT behind the first convolution alone, as the paper does.
+        base: the model that the adapter is for, in words.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+
+    levels: tuple[int, ...] = (320, 640, 1280, 1280)
+    context_width: int = 768
+    sentence_width: int = 768
+    semantics_width: int = 768
+    colors: int = 156
+    table: str = ""
+    tokens: int = 4
+    local_width: int = 64
+    body: tuple[int, ...] = (80, 160, 320, 320)
+    mode: str = LEVELS
+    base: str = ""
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.mode == LEVELS and len(self.body) != len(self.levels):
+            raise ValueError(f"body: expected a width for each of {len(self.levels)} levels, got {len(self.body)}")
+
+    @property
+    def time_width(self) -> int:
+        """Width of the timestep embedding."""
+        return 4 * self.levels[0]
+
+
+def table_hash(colors: torch.Tensor) -> str:
+    """What a palette's table (K, 3) is told by."""
+    return hashlib.sha256(colors.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """The representations of n compositions, as an adapter takes them.
+
+    Attributes:
+        globals: SENTENCE, SEMANTICS and PALETTE by name, (n, width) each, with unit variance per coordinate but for the
+            sentence, which stays as it is.
+        maps: local representations by name, (n, c, H, W), see LOCAL_CHANNELS.
+        strengths: of each representation, (n,), or 1 where it is not here. 0 leaves one out of a row.
+    """
+
+    globals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    maps: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    strengths: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def strength(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The strengths (n,) of a representation, for its tensor."""
+        return self.strengths.get(name, torch.ones(len(like))).to(like)
+
+
+class Features(NamedTuple):
+    """What an adapter gives to a UNet.
+
+    Attributes:
+        time: (n, T), added to the timestep embedding; None for nothing.
+        tokens: (n, k, D), which follow the text states; None for none.
+        kept: (n, k), boolean: whether a row has a token; None if all have all.
+        levels: (n, C, h, w) by the number of an encoder level, added to its output; -1 is the first convolution.
+    """
+
+    time: torch.Tensor | None
+    tokens: torch.Tensor | None
+    kept: torch.Tensor | None
+    levels: dict[int, torch.Tensor]
+
+
+class ComposerAdapter(nn.Module):
+    """See the module.
+
+    Args:
+        config: the architecture.
+        operations: provides Linear and Conv2d; torch.nn, or ComfyUI's, which cast weights.
+        settings: keyword arguments of these layers (device, dtype).
+    """
+
+    def __init__(self, config: ComposerAdapterConfig | None = None, operations: Any = nn, **settings):
+        super().__init__()
+        self.config = config = config or ComposerAdapterConfig()
+
+        def perceptron(width: int, out: int, inner: int) -> nn.Sequential:
+            layers = operations.Linear(width, inner, **settings), operations.Linear(inner, out, **settings)
+            return nn.Sequential(layers[0], nn.SiLU(), layers[1])
+
+        def conv(channels: int, out: int, kernel: int = 3, stride: int = 1, bias: bool = True):
+            return operations.Conv2d(channels, out, kernel, stride, kernel // 2, bias=bias, **settings)
+
+        widths = {SENTENCE: config.sentence_width, SEMANTICS: config.semantics_width, PALETTE: config.colors}
+        widths = {name: width for name, width in widths.items() if width}
+        self.add = nn.ModuleDict({n: perceptron(w, config.time_width, config.time_width) for n, w in widths.items()})
+        self.tokens = nn.ModuleDict(
+            {
+                name: perceptron(widths[name], config.tokens * config.context_width, config.context_width)
+                for name in WITH_TOKENS
+            }
+        )
+        self.stacks = nn.ModuleDict(
+            {name: _Stack(channels, config.local_width, conv) for name, channels in LOCAL_CHANNELS.items()}
+        )
+        if config.mode == INPUT:
+            self.out = conv(config.local_width, config.levels[0], bias=False)
+        else:
+            before = (config.local_width, *config.body)
+            self.body = nn.ModuleList(
+                _BodyLevel(before[i], width, conv, halved=i > 0) for i, width in enumerate(config.body)
+            )
+            self.outs = nn.ModuleList(
+                conv(width, channels, 1, bias=False) for width, channels in zip(config.body, config.levels, strict=True)
+            )
+        # A new adapter changes nothing but by its tokens.
+        for layer in (*(one[-1] for one in self.add.values()), *self._last):
+            for weight in layer.parameters():
+                nn.init.zeros_(weight)
+
+    @property
+    def _last(self) -> tuple[nn.Module, ...]:
+        return (self.out,) if self.config.mode == INPUT else tuple(self.outs)
+
+    def forward(self, given: Conditions, size: tuple[int, int]) -> Features:
+        """What the representations of compositions add to a UNet.
+
+        Args:
+            given: see `Conditions`.
+            size: (h, w) of the latents.
+        """
+        return Features(self._time(given), *self._tokens(given), self._levels(given, size))
+
+    def _time(self, given: Conditions) -> torch.Tensor | None:
+        parts = [
+            self.add[name](value) * given.strength(name, value)[:, None]
+            for name, value in given.globals.items()
+            if name in self.add
+        ]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _tokens(self, given: Conditions) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        parts, kept = [], []
+        for name in WITH_TOKENS:
+            if name in given.globals:
+                value = given.globals[name]
+                strength = given.strength(name, value)
+                found = self.tokens[name](value).unflatten(-1, (self.config.tokens, -1))
+                parts.append(found * strength[:, None, None])
+                kept.append((strength > 0)[:, None].expand(-1, self.config.tokens))
+        if not parts:
+            return None, None
+        there = torch.cat(kept, 1)
+        return torch.cat(parts, 1), None if there.all() else there
+
+    def _levels(self, given: Conditions, size: tuple[int, int]) -> dict[int, torch.Tensor]:
+        parts = []
+        for name, value in given.maps.items():
+            strength = given.strength(name, value)[:, None, None, None]
+            parts.append(self.stacks[name](torch.nan_to_num(value), size) * strength)
+        if not parts:
+            return {}
+        h = sum(parts[1:], parts[0])
+        if self.config.mode == INPUT:
+            return {-1: self.out(h)}
+        # A row without a map has no sum to go on from: its levels are nothing, whatever the biases of the body.
+        rows = torch.stack([given.strength(name, value) > 0 for name, value in given.maps.items()]).any(0)
+        found = {}
+        for i, (level, out) in enumerate(zip(self.body, self.outs, strict=True)):
+            h = level(h)
+            found[i] = out(h) * rows.to(h)[:, None, None, None]
+        return found
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, torch.Tensor], config: ComposerAdapterConfig, operations: Any = nn, **settings
+    ) -> ComposerAdapter:
+        """An adapter with the weights `state`.
+
+        Raises:
+            ValueError: weights are missing, unknown, or do not fit the architecture.
+        """
+        net = cls(config, operations, **settings)
+        own = {key: value.shape for key, value in net.state_dict().items()}
+        wrong = next((key for key in {**own, **state} if own.get(key) != getattr(state.get(key), "shape", None)), None)
+        if wrong is not None:
+            there = tuple(state[wrong].shape) if wrong in state else "nothing"
+            raise ValueError(f"file: expected {own.get(wrong) and tuple(own[wrong])} for {wrong}, got {there}")
+        net.load_state_dict(state)
+        return net.eval().requires_grad_(False)
+
+
+class _Stack(nn.Module):
+    """The convolutions of one local representation."""
+
+    def __init__(self, channels: int, width: int, conv):
+        super().__init__()
+        self.first, self.second, self.third = (
+            conv(channels, 4 * width),
+            conv(4 * width, 4 * width, stride=2),
+            conv(4 * width, width, stride=2),
+        )
+
+    def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(n, width, h, w) for maps (n, c, H, W) of any size."""
+        h = F.silu(self.first(x))
+        h = F.adaptive_avg_pool2d(h, (_SUPPORT * size[0], _SUPPORT * size[1]))
+        return self.third(F.silu(self.second(h)))
+
+
+class _BodyLevel(nn.Module):
+    """Two residual blocks at the size of one encoder level."""
+
+    def __init__(self, channels: int, width: int, conv, halved: bool):
+        super().__init__()
+        self.halved = halved
+        self.enter = conv(channels, width, 1)
+        self.blocks = nn.ModuleList(nn.ModuleList([conv(width, width), conv(width, width)]) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.halved:
+            # As a convolution with stride 2 counts cells: an odd size is rounded up.
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        x = self.enter(x)
+        for first, second in self.blocks:
+            x = x + second(F.silu(first(F.silu(x))))
+        return x
+
+
+def save(net: ComposerAdapter, file: Path, state: Mapping[str, torch.Tensor] | None = None, **about: str) -> None:
+    """Writes an adapter in fp16 as safetensors, with its own weights or others of its architecture. `about` is kept as
+    metadata beside it."""
+    state = net.state_dict() if state is None else state
+    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(asdict(net.config)), **about}
+    with whole_file(file) as part:
+        save_file(
+            {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()}, part, metadata
+        )
+
+
+def load(path: Path | str, operations: Any = nn, **settings) -> ComposerAdapter:
+    """Reads an adapter.
+
+    Raises:
+        ValueError: the file is none, not whole, or of a newer version.
+    """
+    value, metadata = read(path)
+    name = Path(path).name
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"file: expected a Composer adapter, got {name}, which is another kind of file")
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(f"file: expected version {VERSION} of the format, got {name} with {metadata.get('version')}")
+    try:
+        given = json.loads(metadata["config"])
+        given = {key: tuple(one) if isinstance(one, list) else one for key, one in given.items()}
+        config = ComposerAdapterConfig(**given)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"file: expected a whole Composer adapter, got {name} ({error})") from error
+    return ComposerAdapter.from_state(state_of(value, Path(path), "file"), config, operations, **settings)

@@ -1,0 +1,1 @@
+"""Composer in ComfyUI: conditionings with compositions, and what consumes single representations today."""

@@ -1,0 +1,296 @@
+"""The Composer adapter in ComfyUI: a conditioning carries a composition, and a prepared MODEL adds what it says.
+
+The adapter runs once per sampling, for each set of representations that act together; what it gives is added to the
+conditioning's own rows, whatever else is in the batch. Where no representation acts, the call is the host's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...compositions.composition import CAPTION, Caption, Composition
+from ...compositions.inputs import check_fits, conditions_of
+from ...encoders.composer_adapter import ComposerAdapter, Conditions, Features
+from ...encoders.composer_adapter import load as read_adapter
+from ..model.families import family_of, network_of
+from ..model.sites import CROSS
+from ..model.unprepared import NeedsPreparedModel
+from ..model.window import Window
+
+TAG = "conceptloom_composer"
+
+_UNPREPARED = NeedsPreparedModel(
+    "Composer Conditioning: model: expected one from Load Composer Adapter in the sampler, got another (connect yours "
+    "to Load Composer Adapter's input)."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter in a model patcher, so that ComfyUI manages its memory."""
+
+    patcher: Any
+
+    @property
+    def module(self) -> ComposerAdapter:
+        """The network."""
+        return self.patcher.model
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """What a conditioning carries.
+
+    Attributes:
+        adapter: makes features of the composition.
+        composition: what acts, with strengths and parts of the schedule.
+        sentence: (1, D), the caption's pooled embedding, or None.
+    """
+
+    adapter: LoadedAdapter
+    composition: Composition
+    sentence: torch.Tensor | None
+
+
+def load(path: str, model) -> LoadedAdapter:
+    """Loads an adapter for a MODEL.
+
+    Raises:
+        ValueError: the file is no adapter, or one for another model.
+    """
+    half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
+    settings = {"dtype": torch.float16 if half else torch.float32}
+    return wrap(checked(read_adapter(path, comfy.ops.manual_cast, **settings), model))
+
+
+def checked(net: ComposerAdapter, model) -> ComposerAdapter:
+    """The adapter, if it fits a MODEL.
+
+    Raises:
+        ValueError: it does not, or the model's family has no encoder with levels.
+    """
+    network = network_of(model.model, CROSS)
+    family, config = family_of(network), net.config
+    own = family.text_width(model.model), tuple(channels for _, channels in family.levels(network))
+    if own != (config.context_width, config.levels):
+        wanted = config.base or f"text width {config.context_width} and levels {config.levels}"
+        raise ValueError(
+            f"model: expected one for this adapter ({wanted}), got {family.architecture(own[0])} with levels {own[1]}"
+        )
+    return net
+
+
+def wrap(net: ComposerAdapter) -> LoadedAdapter:
+    """A network in a patcher."""
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        net,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return LoadedAdapter(patcher)
+
+
+def encode(adapter: LoadedAdapter, clip, composition: Composition, conditioning: list | None = None) -> list:
+    """The conditioning of a composition.
+
+    Args:
+        clip: encodes its caption; an absent one is the empty prompt.
+        conditioning: used in place of the caption.
+
+    Raises:
+        ValueError: the adapter does not understand the composition.
+    """
+    check_fits(composition, adapter.module.config)
+    own = conditioning is None
+    caption = composition.get(CAPTION) or Caption((("", 1.0),))
+    entries = encode_caption(clip, caption) if own else conditioning
+    found = []
+    for states, extras in entries:
+        pooled = extras.get("pooled_output") if own and CAPTION in composition else None
+        carried = Composed(adapter, composition, pooled)
+        found.append([states, {**extras, TAG: carried, "timestep_start": _UNPREPARED}])
+    return found
+
+
+def encode_caption(clip, caption: Caption) -> list:
+    """The conditioning of a caption; of a mixture the weighted mean of the text states, as ComfyUI averages prompts."""
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text, _ in caption.texts]
+    if len(encoded) == 1:
+        return encoded[0]
+    length = max(entries[0][0].shape[1] for entries in encoded)
+    (empty,) = clip.encode_from_tokens_scheduled(clip.tokenize(""))[:1]
+    states, pooled = 0, 0
+    for (_, share), entries in zip(caption.texts, encoded, strict=True):
+        own = entries[0][0]
+        missing = (length - own.shape[1]) // empty[0].shape[1]
+        states = states + share * torch.cat([own, *[empty[0]] * missing], 1)
+        if entries[0][1].get("pooled_output") is not None:
+            pooled = pooled + share * entries[0][1]["pooled_output"]
+    extras = dict(encoded[0][0][1])
+    if torch.is_tensor(pooled):
+        extras["pooled_output"] = pooled
+    return [[states, extras]]
+
+
+def prepared(model):
+    """Returns a clone of the MODEL that adds what compositions in conditionings say, and is otherwise the same."""
+    model = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, _outer_sample),
+        (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
+        (WrappersMP.DIFFUSION_MODEL, _diffusion_model),
+    ):
+        model.remove_wrappers_with_key(kind, TAG)
+        model.add_wrapper_with_key(kind, TAG, wrapper)
+    return model
+
+
+def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    guider = executor.class_obj
+    found = {id(entry[TAG]): entry[TAG] for entries in guider.conds.values() for entry in entries if TAG in entry}
+    if not found:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    if noise.ndim != 4:
+        raise ValueError(f"Composer Conditioning: latent: expected pictures, got a latent of {noise.ndim} dimensions")
+    runs = {key: ComposedRun(composed, guider.model_patcher.model, noise) for key, composed in found.items()}
+    for name, entries in guider.conds.items():
+        guider.conds[name] = [
+            {**{key: value for key, value in entry.items() if value is not _UNPREPARED}, TAG: runs[id(entry[TAG])]}
+            if TAG in entry
+            else entry
+            for entry in entries
+        ]
+    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def _calc_cond_batch(executor, model, conds, x, timestep, options):
+    return executor(model, [_written(entries, timestep) for entries in conds], x, timestep, options)
+
+
+def _written(entries: list[dict] | None, timestep: torch.Tensor) -> list[dict] | None:
+    """Conditionings with what acts on them at this noise level."""
+    if entries is None or not any(TAG in entry for entry in entries):
+        return entries
+    found = []
+    for entry in entries:
+        features = entry[TAG].at(float(timestep[0])) if TAG in entry else None
+        if features is not None:
+            entry = {**entry, "model_conds": {**entry["model_conds"], TAG: FeaturesCond(features)}}
+        found.append(entry)
+    return found
+
+
+def _diffusion_model(executor, *args, **kwargs):
+    features = kwargs.pop(TAG, None)
+    if features is None:
+        return executor(*args, **kwargs)
+    return family_of(executor.class_obj).with_additions(executor, features, *args, **kwargs)
+
+
+class ComposedRun:
+    """One sampling with a composition.
+
+    Args:
+        composed: the content of the conditioning.
+        model: ComfyUI's BaseModel.
+        noise: (B, C, h, w), with the size of the latents.
+    """
+
+    def __init__(self, composed: Composed, model, noise: torch.Tensor):
+        self.composed, self.size = composed, tuple(noise.shape[-2:])
+        self.windows = {
+            name: Window(part.start_percent, part.end_percent).levels(model.model_sampling)
+            for name, part in composed.composition.parts.items()
+        }
+        self._kept: dict[tuple[str, ...], Features | None] = {}
+
+    def at(self, sigma: float) -> Features | None:
+        """What is added at a noise level (n = 1), or None where nothing acts."""
+        active = tuple(name for name, levels in self.windows.items() if sigma in levels)
+        if active not in self._kept:
+            self._kept[active] = self._features(active)
+        return self._kept[active]
+
+    @torch.no_grad()
+    def _features(self, active: Sequence[str]) -> Features | None:
+        composed = self.composed
+        parts = {name: part for name, part in composed.composition.parts.items() if name in active}
+        acting = Composition(composed.composition.size, parts)
+        given = conditions_of(acting, composed.sentence)
+        if not given.globals and not given.maps:
+            return None
+        comfy.model_management.load_models_gpu([composed.adapter.patcher])
+        device = composed.adapter.patcher.load_device
+        features = composed.adapter.module(_moved(given, device), self.size)
+        return features if features.time is not None or features.tokens is not None or features.levels else None
+
+
+def _moved(given: Conditions, device: torch.device) -> Conditions:
+    return Conditions(
+        *(
+            {name: value.to(device) for name, value in one.items()}
+            for one in (given.globals, given.maps, given.strengths)
+        )
+    )
+
+
+class FeaturesCond(comfy.conds.CONDRegular):
+    """`Features` of one conditioning (n = 1) as an input of a model call: repeated for the batch, cropped with the area
+    of the conditioning, and joined with those of other conditionings of the same kind."""
+
+    def process_cond(self, batch_size: int, area=None, **_) -> FeaturesCond:
+        """The features for a call of `batch_size` pictures on an area (h, w, y, x) of the latent."""
+        time, tokens, _kept, levels = self.cond
+        levels = {level: _cropped(value, level, area) for level, value in levels.items()}
+        rows = Features(
+            None if time is None else time.expand(batch_size, -1),
+            None if tokens is None else tokens.expand(batch_size, -1, -1),
+            None,
+            {level: value.expand(batch_size, -1, -1, -1) for level, value in levels.items()},
+        )
+        return FeaturesCond(rows)
+
+    def can_concat(self, other) -> bool:
+        """Whether both hold the same kinds of features in the same shapes."""
+        return isinstance(other, FeaturesCond) and _shapes(self.cond) == _shapes(other.cond)
+
+    def concat(self, others) -> Features:
+        """All rows in one."""
+        every = [self.cond, *(other.cond for other in others)]
+        time, tokens, _, levels = self.cond
+        return Features(
+            None if time is None else torch.cat([one.time for one in every]),
+            None if tokens is None else torch.cat([one.tokens for one in every]),
+            None,
+            {level: torch.cat([one.levels[level] for one in every]) for level in levels},
+        )
+
+    def size(self) -> list[int]:
+        """For ComfyUI's estimate of memory: no input of its own grows with it."""
+        return [1]
+
+
+def _shapes(features: Features) -> tuple:
+    time, tokens, _, levels = features
+    return (
+        time is None,
+        None if tokens is None else tokens.shape[1:],
+        {level: tuple(value.shape[1:]) for level, value in levels.items()},
+    )
+
+
+def _cropped(value: torch.Tensor, level: int, area) -> torch.Tensor:
+    if area is None:
+        return value
+    height, width, y, x = area
+    step = 2 ** max(0, level)
+    return value[:, :, y // step : -(-(y + height) // step), x // step : -(-(x + width) // step)]

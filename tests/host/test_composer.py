@@ -1,0 +1,302 @@
+"""The Composer adapter on a UNet with SD 1.5's topology: exact absence, sums, areas, ranges and guidance."""
+
+import pytest
+import torch
+
+SIDE = 128
+"""Of the pictures of compositions, for latents of 16 cells."""
+
+
+@pytest.fixture(scope="module")
+def toy(toy_type):
+    return toy_type()
+
+
+def make_adapter(trained=True, **changes):
+    from conceptloom.compositions.palette import table_colors
+    from conceptloom.encoders.composer_adapter import ComposerAdapter, ComposerAdapterConfig, table_hash
+    from conceptloom.host.composer.adapter import wrap
+
+    config = {
+        "levels": (32, 64, 128, 128),
+        "context_width": 64,
+        "sentence_width": 1280,
+        "semantics_width": 16,
+        "table": table_hash(table_colors("156 colors")),
+        "local_width": 8,
+        "body": (8, 16, 16, 16),
+    }
+    torch.manual_seed(0)
+    net = ComposerAdapter(ComposerAdapterConfig(**{**config, **changes})).eval().requires_grad_(False)
+    if trained:
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    return wrap(net)
+
+
+@pytest.fixture(scope="module")
+def adapter(host):
+    return make_adapter()
+
+
+def composition(*names, seed=0, size=(SIDE, SIDE)):
+    """A composition with some representations, or all of them."""
+    from conceptloom.compositions import composition as c
+    from conceptloom.compositions.instance_map import instance_map
+    from conceptloom.compositions.palette import palette_of_picture
+    from conceptloom.compositions.region import Region
+    from conceptloom.compositions.semantics import Semantics
+
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(*size, 3, generator=generator)
+    mask = torch.zeros(size)
+    mask[16:80, 16:80] = 1
+    values = {
+        c.CAPTION: c.Caption((("a dog and a hat", 1.0),)),
+        c.SEMANTICS: Semantics(torch.randn(16, generator=generator)),
+        c.PALETTE: palette_of_picture(image),
+        c.SKETCH: (torch.rand(size, generator=generator) > 0.9).float(),
+        c.INSTANCES: instance_map(mask[None], ["dog"]),
+        c.DEPTH: torch.rand(size, generator=generator),
+        c.INTENSITY: image.mean(-1),
+        c.MASK: Region(image, mask),
+    }
+    return c.Composition(size, {n: c.Part(v) for n, v in values.items() if not names or n in names})
+
+
+def encode(toy, adapter, given, conditioning=None):
+    from conceptloom.host.composer.adapter import encode
+
+    return encode(adapter, toy.clip, given, conditioning)
+
+
+@pytest.fixture
+def model(toy):
+    from conceptloom.host.composer.adapter import prepared
+
+    return prepared(toy.model)
+
+
+LOCALS = ("sketch", "instances", "depth", "intensity", "mask")
+
+
+class TestNothing:
+    def test_a_prepared_model_is_the_host_without_a_composition(self, toy, model):
+        assert torch.equal(toy.sample(model), toy.sample())
+
+    def test_a_composition_of_nothing_but_a_caption_is_its_prompt(self, toy, adapter, model):
+        """But for the sentence, which the adapter adds to the timestep embedding."""
+        without = make_adapter(sentence_width=0)
+        found = toy.sample(model, positive=encode(toy, without, composition("caption")))
+        assert torch.equal(found, toy.sample())
+        sentence = toy.sample(model, positive=encode(toy, adapter, composition("caption")))
+        assert not torch.equal(sentence, found)
+
+    def test_a_new_adapter_adds_nothing_but_tokens(self, toy, model):
+        new = make_adapter(trained=False)
+        positive = encode(toy, new, composition("caption", *LOCALS))
+        assert torch.equal(estimate(model, positive, *point()), estimate(toy.model, toy.positive, *point()))
+
+    def test_nothing_is_left_behind(self, toy, adapter, model):
+        before = toy.sample()
+        toy.sample(model, positive=encode(toy, adapter, composition()))
+        assert torch.equal(toy.sample(), before)
+
+
+class TestEffect:
+    def test_each_representation_changes_the_picture(self, toy, adapter, model):
+        plain = toy.sample()
+        pictures = {"all": toy.sample(model, positive=encode(toy, adapter, composition()))}
+        for name in ("semantics", "palette", *LOCALS):
+            positive = encode(toy, adapter, composition("caption", name))
+            pictures[name] = toy.sample(model, positive=positive)
+        far = [float((a - b).norm()) for a in pictures.values() for b in pictures.values() if a is not b]
+        assert min(far) > 0 and all(not torch.equal(one, plain) for one in pictures.values())
+
+    def test_the_call_is_the_unet_with_the_adapters_sums(self, toy, adapter, model):
+        """The estimate of one call against hooks on the layers themselves."""
+        from conceptloom.compositions.inputs import conditions_of
+
+        given = composition()
+        positive = encode(toy, adapter, given)
+        seen = estimate(model, positive, *point())
+        network = toy.base.diffusion_model
+        features = adapter.module(conditions_of(given, positive[0][1]["pooled_output"]), (16, 16))
+        hooks = [network.time_embed.register_forward_hook(lambda _, __, out: out + features.time)]
+        for block, level in ((2, 0), (5, 1), (8, 2), (11, 3)):
+            hook = network.input_blocks[block][-1].register_forward_hook(
+                lambda _, __, out, level=level: out + features.levels[level]
+            )
+            hooks.append(hook)
+        try:
+            longer = [[torch.cat([positive[0][0], features.tokens], 1), {}]]
+            expected = estimate(toy.model, longer, *point())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+
+    def test_the_negatives_rows_are_the_hosts_own(self, toy, adapter, model):
+        """In two calls, for its states are shorter; and in one where both have a composition of the same kind."""
+        positive = encode(toy, adapter, composition())
+        toy.sample(model, positive=positive, steps=1)
+        assert toy.rows == [1, 1]
+        negative = encode(toy, adapter, composition(seed=4), toy.negative)
+        both = toy.sample(model, positive=positive, negative=negative, steps=1)
+        assert toy.rows == [2]
+        one, other = (estimate(model, side, *point()) for side in (positive, negative))
+        # Euler's only step from the first level to 0 ends at the guided estimate.
+        assert not torch.equal(one, other) and torch.isfinite(both).all()
+
+    def test_guidance_between_equal_compositions_is_none(self, toy, adapter, model):
+        positive = encode(toy, adapter, composition())
+        pictures = [toy.sample(model, positive=positive, negative=positive, cfg=cfg) for cfg in (2.0, 7.0)]
+        torch.testing.assert_close(*pictures, rtol=0, atol=1e-4)
+
+    def test_a_part_of_the_schedule(self, toy, adapter, model):
+        from conceptloom.compositions.composition import merge, pick
+
+        whole = composition("depth")
+        half = pick(whole, ["depth"], 1.0, 0.5, 1.0)
+        calls = {}
+        for name, given in (("whole", whole), ("half", half), ("none", pick(whole, ["depth"], 0))):
+            calls[name] = estimate(model, encode(toy, adapter, given, toy.positive), *point(10.0))
+            calls[f"{name} late"] = estimate(model, encode(toy, adapter, given, toy.positive), *point(0.3))
+        plain = {s: estimate(toy.model, toy.positive, *point(s)) for s in (10.0, 0.3)}
+        assert torch.equal(calls["half"], plain[10.0]) and torch.equal(calls["none"], plain[10.0])
+        assert torch.equal(calls["half late"], calls["whole late"])
+        assert not torch.equal(calls["whole late"], plain[0.3])
+        both = merge(half, composition("palette"))
+        early, late = (estimate(model, encode(toy, adapter, both, toy.positive), *point(s)) for s in (10.0, 0.3))
+        palette = encode(toy, adapter, composition("palette"), toy.positive)
+        assert torch.equal(early, estimate(model, palette, *point(10.0)))
+        assert not torch.equal(late, estimate(model, palette, *point(0.3)))
+
+    def test_an_area_gets_its_part_of_the_maps(self, toy, adapter, model):
+        """The left half of a latent with its area alone is a latent of that size with the left half of the maps."""
+        given = composition(*LOCALS)
+        sides = {"height": 16, "width": 8, "y": 0, "x": 0}
+        area = (sides["height"], sides["width"], sides["y"], sides["x"])
+        entries = [[states, {**extras, "area": area}] for states, extras in encode(toy, adapter, given, toy.positive)]
+        x, sigma = point()
+        left = estimate(model, entries, x, sigma)[..., :8]
+        features = adapter.module
+        seen = []
+        handle = features.register_forward_hook(lambda _, __, out: seen.append(out))
+        try:
+            estimate(model, encode(toy, adapter, given, toy.positive), x, sigma)
+        finally:
+            handle.remove()
+        network, hooks = toy.base.diffusion_model, []
+        for block, level in ((2, 0), (5, 1), (8, 2), (11, 3)):
+            cut = seen[0].levels[level][..., : 8 // 2**level]
+            hooks.append(network.input_blocks[block][-1].register_forward_hook(lambda _, __, out, cut=cut: out + cut))
+        try:
+            expected = estimate(toy.model, toy.positive, x[..., :8], sigma)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        torch.testing.assert_close(left, expected, rtol=0, atol=1e-4)
+
+    def test_batches_and_odd_sizes(self, toy, adapter, model):
+        given = composition(size=(SIDE, SIDE))
+        from conceptloom.compositions.composition import align
+
+        odd = encode(toy, adapter, align(given, (104, 136)))
+        assert torch.isfinite(toy.sample(model, positive=odd, size=(13, 17))).all()
+        positive = encode(toy, adapter, given)
+        x, sigma = point(batch=3)
+        together = estimate(model, positive, x, sigma)
+        for i in range(3):
+            torch.testing.assert_close(
+                together[i : i + 1], estimate(model, positive, x[i : i + 1], sigma), atol=1e-4, rtol=0
+            )
+
+    def test_loading_it_twice_does_not_add_twice(self, toy, adapter, model):
+        from conceptloom.host.composer.adapter import prepared
+
+        positive = encode(toy, adapter, composition())
+        assert torch.equal(toy.sample(prepared(model), positive=positive), toy.sample(model, positive=positive))
+
+    def test_it_runs_once_in_a_sampling(self, toy, adapter, model):
+        runs = []
+        handle = adapter.module.register_forward_hook(lambda *_: runs.append(1))
+        try:
+            toy.sample(model, positive=encode(toy, adapter, composition()), steps=4)
+        finally:
+            handle.remove()
+        assert len(runs) == 1
+
+
+def point(sigma=3.0, batch=1):
+    """Latents at a noise level."""
+    return torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(2)) * sigma, torch.tensor([sigma])
+
+
+def estimate(model, positive, x, sigma):
+    """What a MODEL predicts of x at a noise level, in a sampling."""
+    import comfy.samplers
+
+    found, guider = [], comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, positive)
+    guider.set_cfg(1.0)
+
+    def once(denoise, x, sigmas, extra_args, **_):
+        found.append(denoise(given, sigma.expand(len(given)), **extra_args))
+        return x
+
+    given = x
+    guider.sample(x, torch.zeros_like(x), comfy.samplers.KSAMPLER(once), torch.tensor([float(sigma), 0.0]))
+    return found[0]
+
+
+class TestCaptions:
+    def test_a_mixture_is_the_mean_of_its_texts(self, toy):
+        from conceptloom.compositions.composition import Caption
+        from conceptloom.host.composer.adapter import encode_caption
+
+        a, b = (toy.clip.encode_from_tokens_scheduled(text)[0] for text in ("a dog", "a hat"))
+        ((states, extras),) = encode_caption(toy.clip, Caption((("a dog", 0.25), ("a hat", 0.75))))
+        torch.testing.assert_close(states, 0.25 * a[0] + 0.75 * b[0])
+        torch.testing.assert_close(extras["pooled_output"], 0.25 * a[1]["pooled_output"] + 0.75 * b[1]["pooled_output"])
+        long = "a hat " + "and a hat " * 8
+        ((states, _),) = encode_caption(toy.clip, Caption((("a dog", 0.5), (long, 0.5))))
+        empty = toy.clip.encode_from_tokens_scheduled("")[0][0]
+        torch.testing.assert_close(
+            states, (torch.cat([a[0], empty], 1) + toy.clip.encode_from_tokens_scheduled(long)[0][0]) / 2
+        )
+
+    def test_a_conditioning_stands_in_for_the_caption(self, toy, adapter):
+        found = encode(toy, adapter, composition(), toy.positive)
+        assert torch.equal(found[0][0], toy.positive[0][0])
+
+
+class TestRefusals:
+    def test_a_model_that_is_not_prepared(self, toy, adapter):
+        with pytest.raises(ValueError, match="Composer Conditioning: model: expected one from Load Composer Adapter"):
+            toy.sample(positive=encode(toy, adapter, composition()))
+
+    def test_what_the_adapter_does_not_understand(self, toy):
+        from conceptloom.compositions.palette import palette_of_picture
+
+        with pytest.raises(ValueError, match="composition: expected semantics of width 8 for this adapter, got 16"):
+            encode(toy, make_adapter(semantics_width=8), composition())
+        with pytest.raises(
+            ValueError, match="composition: expected a palette of 156 colors for this adapter, got one of"
+        ):
+            encode(toy, make_adapter(table="another"), composition())
+        other = composition("depth").with_part("palette", palette_of_picture(torch.rand(8, 8, 3), None, "180 colors"))
+        with pytest.raises(
+            ValueError, match="expected a palette of 156 colors for this adapter, got one of 180 colors"
+        ):
+            encode(toy, make_adapter(table=""), other)
+
+    def test_another_model(self, toy):
+        from conceptloom.host.composer.adapter import checked
+
+        assert checked(make_adapter().module, toy.model)
+        for changes in ({"context_width": 768}, {"levels": (320, 640, 1280, 1280)}):
+            with pytest.raises(
+                ValueError, match="model: expected one for this adapter .*, got a model of text width 64"
+            ):
+                checked(make_adapter(**changes).module, toy.model)
