@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from . import (
+    composer,
     composing,
     compositions,
     concepts,
@@ -38,6 +39,7 @@ NODES: list[type[Node]] = [
         fusion_sampling,
         compositions,
         composing,
+        composer,
         palettes,
         representations,
         shapeland,

@@ -300,3 +300,49 @@ class TestRefusals:
                 ValueError, match="model: expected one for this adapter .*, got a model of text width 64"
             ):
                 checked(make_adapter(**changes).module, toy.model)
+
+
+class TestGuidance:
+    def test_it_is_the_papers_formula(self, toy, adapter, model):
+        """w eps(c2) + (1 - w) eps(c1), for estimates as well."""
+        from conceptloom.host.composer.guidance import guider_between
+
+        one, two = composition("caption", "depth"), composition("caption", "depth", "palette")
+        x, sigma = point()
+        alone = [estimate(model, encode(toy, adapter, given), x, sigma) for given in (one, two)]
+
+        def guided(scale):
+            import comfy.samplers
+
+            found = []
+
+            def once(denoise, _x, sigmas, extra_args, **_):
+                found.append(denoise(x, sigma, **extra_args))
+                return x
+
+            guider = guider_between(model, adapter, toy.clip, one, two, scale)
+            guider.sample(x, torch.zeros_like(x), comfy.samplers.KSAMPLER(once), torch.tensor([3.0, 0.0]))
+            return found[0]
+
+        torch.testing.assert_close(guided(1.0), alone[1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(guided(0.0), alone[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(guided(3.0), 3 * alone[1] - 2 * alone[0], rtol=0, atol=1e-4)
+
+    def test_an_edit_without_a_change_is_the_reconstruction(self, toy, adapter, model):
+        from conceptloom.host.composer.guidance import edit
+
+        latent = {
+            "samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5)),
+            "batch_index": [0, 1],
+        }
+        source = encode(toy, adapter, composition())
+        target = encode(toy, adapter, composition("caption", "depth", seed=3))
+
+        def edited(target, **changes):
+            return edit(model, latent, source, target, toy.negative, 6, "ddim_uniform", **changes)
+
+        same, other = edited(source), edited(target)
+        assert same.latent["batch_index"] == [0, 1] and same.error == other.error
+        far = [float((one.latent["samples"] - same.reconstruction["samples"]).norm()) for one in (same, other)]
+        assert far[0] < 1e-2 * far[1]
+        assert not torch.equal(edited(target, cfg=4.0).latent["samples"], other.latent["samples"])
