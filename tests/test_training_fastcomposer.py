@@ -23,8 +23,9 @@ from conceptloom.training import fastcomposer  # noqa: E402
 from conceptloom.training.base import Vocabulary, _splitter, open_base  # noqa: E402
 from conceptloom.training.data.dataset import EpochBatches, SubjectPictures  # noqa: E402
 from conceptloom.training.data.shapeland import one_by_one, shapeland_folder  # noqa: E402
+from conceptloom.training.draws import Shares, draw  # noqa: E402
 from conceptloom.training.fastcomposer import script, sheet  # noqa: E402
-from conceptloom.training.fastcomposer.batches import Shares, collate, draw, subject_rows  # noqa: E402
+from conceptloom.training.fastcomposer.batches import collate, subject_rows  # noqa: E402
 from conceptloom.training.fastcomposer.export import export  # noqa: E402
 from conceptloom.training.fastcomposer.model import FULL, LORA, FastComposer  # noqa: E402
 from conceptloom.training.loop import CHECKPOINT, LOG  # noqa: E402

@@ -49,7 +49,7 @@ def model(base):
 
 
 def batch_of(base, folder, rows=(0, 2)):
-    from conceptloom.training.fastcomposer.batches import draw
+    from conceptloom.training.draws import draw
 
     data = Things(folder, "a {}", base.resolution)
     draws = draw(0, range(len(rows)), base.latent_shape, base.times)

@@ -106,8 +106,11 @@ class Base:
         seen = [tower(tokens[:, i], output_hidden_states=True) for i, tower in enumerate(self.towers)]
         return torch.cat([s.hidden_states[-2].float() for s in seen], -1), seen[-1].text_embeds.float()
 
-    def predict(self, noisy: torch.Tensor, t: torch.Tensor, states: States) -> torch.Tensor:
-        """The UNet's prediction (n, C, h, w) in fp32."""
+    def predict(
+        self, noisy: torch.Tensor, t: torch.Tensor, states: States, attended: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The UNet's prediction (n, C, h, w) in fp32; `attended` (n, tokens) is False for text states that it must not
+        see."""
         context, pooled = states
         added = None
         if pooled is not None:
@@ -115,7 +118,7 @@ class Base:
             # Original size, crop offset and target size, as for a picture that was neither resized nor cropped.
             sizes = torch.tensor([[side, side, 0, 0, side, side]], device=noisy.device).expand(len(noisy), -1)
             added = {"text_embeds": pooled, "time_ids": sizes}
-        return self.unet(noisy, t, context, added_cond_kwargs=added).sample.float()
+        return self.unet(noisy, t, context, added_cond_kwargs=added, encoder_attention_mask=attended).sample.float()
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents with the noise of timesteps t (n,), and the UNet's prediction target."""

@@ -1,10 +1,11 @@
-"""Checks that the training command lines share."""
+"""Options of the training command lines, and checks that they share."""
 
 from __future__ import annotations
 
 import multiprocessing
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from pathlib import Path
 
 
 def check_least(options: Namespace, least: Mapping[str, float]) -> None:
@@ -26,3 +27,60 @@ def check_workers(workers: int) -> None:
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         # A spawned process could not import this pack, which has no importable name of its own.
         raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {workers}")
+
+
+RUN_LEAST = {"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1, "sheet_every": 0}
+"""The least values of the options of `add_run`, for `check_least`."""
+
+
+def add_base(parser: ArgumentParser, data: str) -> None:
+    """Adds the options that name the model, the pictures (which `data` describes) and the run's folder."""
+    add = parser.add_argument
+    add("--base", required=True, metavar="shapeland|FOLDER", help="the model to train for")
+    add("--vision", type=Path, metavar="FOLDER", help="the vision tower, with a folder as --base")
+    add("--data", type=Path, required=True, metavar="FOLDER", help=data)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the run's own folder")
+
+
+def add_run(parser: ArgumentParser, export: str, steps: int, batch_size: int) -> None:
+    """Adds the options of a run; `export` is the name of the file that it writes at its end."""
+    add = parser.add_argument
+    add("--steps", type=int, default=steps, help="train to this step (default: %(default)s)")
+    add("--batch-size", type=int, default=batch_size, help="pictures of a process at a time (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="batches of a process in a step (default: %(default)s)")
+    add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
+    add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
+    add("--warmup", type=int, default=0, help="steps in which learning rates rise (default: %(default)s)")
+    add("--resolution", type=int, help="of pictures, in pixels (default: the base's own)")
+    add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    add("--workers", type=int, default=0, help="processes that prepare pictures (default: %(default)s)")
+    add("--save-minutes", type=float, default=10.0, help="between checkpoints (default: %(default)s)")
+    add("--log-every", type=int, default=100, help="steps (default: %(default)s)")
+    add("--sheet-every", type=int, default=1000, help="steps between sample sheets; 0 for none (default: %(default)s)")
+    add("--export", type=Path, metavar="FILE", help=f"what to write at the end (default: OUT/{export})")
+
+
+def export_file(options: Namespace, name: str) -> Path:
+    """What a run writes at its end.
+
+    Raises:
+        ValueError: it is not named as safetensors.
+    """
+    file = options.export or options.out / name
+    if file.suffix != ".safetensors":
+        raise ValueError(f"--export: expected a name that ends in .safetensors, got {file.name}")
+    return file
+
+
+def accelerator_of(options: Namespace):
+    """accelerate's `Accelerator` for the options of `add_run`.
+
+    Raises:
+        ValueError: the device cannot compute in the requested precision.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
+    return accelerator

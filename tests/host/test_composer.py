@@ -250,6 +250,48 @@ def estimate(model, positive, x, sigma):
     return found[0]
 
 
+def test_the_trained_adapter_is_the_sampled_one(host):
+    """diffusers' UNet with the training's hooks against ComfyUI's, of one composition with all representations."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
+    from conceptloom.compositions.composition import CAPTION, SEMANTICS, Caption
+    from conceptloom.compositions.inputs import conditions_of, local_map
+    from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS
+    from conceptloom.host import shapeland
+    from conceptloom.host.composer.adapter import checked, encode, prepared, wrap
+    from conceptloom.nodes.compositions import look
+    from conceptloom.training.base import open_base
+    from conceptloom.training.composer.model import ComposerTraining, config_of
+
+    base = open_base("shapeland")
+    training = ComposerTraining(base, config_of(base, "levels", 8, 8)).eval()
+    for p in training.adapter.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    caption, t = "a star on a navy background", 600
+    with torch.inference_mode():
+        model, clip, vision = shapeland.load_model(), shapeland.load_clip(), shapeland.load_clip_vision()
+        checked(training.adapter, model)
+        given = composition(*LOCALS, "palette", size=(64, 64))
+        given = given.with_part(CAPTION, Caption(((caption, 1.0),))).with_part(
+            SEMANTICS, look(vision, given["mask"].image)
+        )
+        positive = encode(wrap(training.adapter), clip, given)
+        sigma = model.model.model_sampling.sigma(torch.tensor([float(t)]))
+        x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(2)) * sigma
+        sampled = estimate(prepared(model), positive, x, sigma)
+        plain = estimate(model, clip.encode_from_tokens_scheduled(clip.tokenize(caption)), x, sigma)
+
+        batch = {name: local_map(name, given[name]) for name in LOCAL_CHANNELS}
+        batch |= {"target": given["mask"].image.movedim(-1, 0)[None] * 2 - 1, "kept": torch.ones(1, 8)}
+        batch["palette"] = conditions_of(given).globals["palette"]
+        states, sentences = training.read(torch.tensor([[base.vocabularies[0].row(caption)]]))
+        features = training.adapter(training.conditions(batch, sentences), (16, 16))
+        noisy = x / (1 + sigma**2).sqrt()
+        v = training.predict(noisy, torch.tensor([t]), states, features)
+        trained = x / (1 + sigma**2) - v * sigma / (1 + sigma**2).sqrt()
+    far = float((plain - sampled).norm())
+    assert far > 0.5 and float((trained - sampled).norm()) < 2e-3 * far
+
+
 class TestCaptions:
     def test_a_mixture_is_the_mean_of_its_texts(self, toy):
         from conceptloom.compositions.composition import Caption

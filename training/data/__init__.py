@@ -17,7 +17,8 @@ release the program that makes it; this one follows section 5.1 of the paper. Ea
                                       image_ids.txt, image_ids_train.txt, image_ids_test.txt
   shapeland  nothing                  all of them, drawn, with the ground truth in place of what models find
 
-The stage 'things' draws pictures of Shapeland in the form that training.promptnet reads: a folder for each thing.
+The stage 'things' draws pictures of Shapeland in the form that training.promptnet reads, a folder for each thing; the
+stage 'compositions' draws them in the form that training.composer reads.
 
 An offset is the number of the caption's characters up to the end of the phrase. The caption of <id>.phrases.json may
 differ from <id>.caption.txt: "two women" becomes "a woman and a woman", one phrase each. x2 and y2 of a box are
@@ -47,6 +48,10 @@ def main(argv: list[str]) -> None:
         from .shapeland import shapeland_folder
 
         shapeland_folder(options.root, options.count, options.seed, not options.without_looks)
+    elif options.stage == "compositions":
+        from .compositions import compositions_folder
+
+        compositions_folder(options.root, options.count, options.seed)
     elif options.stage == "things":
         from .things import things_folder
 
@@ -127,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--count", type=_positive, required=True, help="how many pictures")
     one.add_argument("--seed", type=int, default=0, help="which pictures (default: %(default)s)")
     one.add_argument("--without-looks", action="store_true", help="captions name things by their nouns alone")
+    one = stage("compositions", "Pictures of Shapeland with instances and depth for the training of Composer.")
+    one.add_argument("--count", type=_positive, required=True, help="how many pictures")
+    one.add_argument("--seed", type=int, default=0, help="which pictures (default: %(default)s)")
     one = stage("things", "Pictures of Shapeland's things for PromptNet's training, a folder for each thing.")
     one.add_argument("--count", type=_positive, required=True, help="how many things")
     one.add_argument("--pictures", type=_positive, default=4, help="of each thing (default: %(default)s)")

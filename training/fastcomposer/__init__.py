@@ -35,6 +35,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..options import add_base, add_run, export_file
+
 # Defaults that depend on --train.
 _DEFAULTS = {
     "full": {"learning_rate": 1e-5, "average": 0.0, "vision_layers": 2},
@@ -51,9 +53,7 @@ def main(argv: list[str]) -> None:
     for name, value in _DEFAULTS[options.train].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    file = options.export or options.out / "fastcomposer.safetensors"
-    if file.suffix != ".safetensors":
-        raise ValueError(f"--export: expected a name that ends in .safetensors, got {file.name}")
+    file = export_file(options, "fastcomposer.safetensors")
     from .script import train
 
     train(options, file)
@@ -63,23 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="training.fastcomposer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_base(parser, "pictures in the published format")
     add = parser.add_argument
-    add("--base", required=True, metavar="shapeland|FOLDER", help="the model to train on")
-    add("--vision", type=Path, metavar="FOLDER", help="the vision tower, with a folder as --base")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="pictures in the published format")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="the run's own folder")
     add("--train", choices=tuple(_DEFAULTS), default="full", help="what is trained (default: %(default)s)")
     add("--rank", type=int, default=16, help="of the LoRA (default: %(default)s)")
     add("--vision-layers", type=int, help="the vision tower's last layers to train (default: full 2, lora 0)")
     add("--fuser", type=Path, metavar="FILE", help="a file with the fuser to start from (default: a random one)")
-    add("--steps", type=int, default=150_000, help="train to this step (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="pictures of a process at a time (default: %(default)s)")
-    add("--accumulate", type=int, default=1, help="batches of a process in a step (default: %(default)s)")
-    add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
-    add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
     add("--learning-rate", type=float, help="constant after --warmup (default: full 1e-5, lora 3e-4)")
     add("--fuser-learning-rate", type=float, help="of fuser and vision tower (default: --learning-rate)")
-    add("--warmup", type=int, default=0, help="steps in which learning rates rise (default: %(default)s)")
     add("--average", type=float, help="of the weights, per step; 0 for none (default: full 0, lora 0.999)")
     add("--localization", type=float, default=1e-3, help="weight of its loss; 0 for none (default: %(default)s)")
     add("--mask-loss-probability", type=float, default=0.5, help="of minding the subjects alone (default: %(default)s)")
@@ -87,12 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--object-appear", type=float, default=0.9, help="share of subjects that are seen (default: %(default)s)")
     add("--object-types", nargs="+", metavar="CLASS", help="classes that count as subjects, such as person")
     add("--no-augmentation", action="store_true", help="show pictures and subjects as they are")
-    add("--resolution", type=int, help="of pictures, in pixels (default: the base's own)")
-    add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
-    add("--workers", type=int, default=0, help="processes that prepare pictures (default: %(default)s)")
-    add("--save-minutes", type=float, default=10.0, help="between checkpoints (default: %(default)s)")
-    add("--log-every", type=int, default=100, help="steps (default: %(default)s)")
-    add("--sheet-every", type=int, default=1000, help="steps between sample sheets; 0 for none (default: %(default)s)")
-    add("--export", type=Path, metavar="FILE", help="what to write at the end (default: OUT/fastcomposer.safetensors)")
+    add_run(parser, "fastcomposer.safetensors", 150_000, 16)
     add("--export-precision", choices=("fp16", "fp32"), default="fp16", help="of that file (default: %(default)s)")
     return parser

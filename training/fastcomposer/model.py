@@ -10,9 +10,9 @@ from ...attention.localization import localization_loss, masked_noise_loss, mean
 from ...encoders.clip_pixels import normalize
 from ...encoders.fuser import Fuser, fuse_rows
 from ..base import Base
+from ..draws import Draws
 from ..open_attention import OpenAttention, middle_blocks
 from ..sampling import States
-from .batches import Draws
 
 FULL, LORA = "full", "lora"
 _ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -9,21 +9,19 @@ from pathlib import Path
 import torch
 
 from ..base import open_base
-from ..data.dataset import EpochBatches, SubjectPictures
+from ..data.dataset import SubjectPictures
+from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import check_average, check_least, check_workers
+from ..options import RUN_LEAST, accelerator_of, check_average, check_least, check_workers
 from ..signals import Stopped
-from .batches import Shares, check_subjects, read_batches
+from .batches import check_subjects, read_batches
 from .export import export, start_from
 from .model import LORA, FastComposer
 from .sheet import open_sheet
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_LEAST = {
-    **{"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1, "sheet_every": 0},
-    **{"learning_rate": 0, "fuser_learning_rate": 0},
-}
+_LEAST = {**RUN_LEAST, "learning_rate": 0, "fuser_learning_rate": 0}
 
 
 def train(options: Namespace, file: Path) -> None:
@@ -32,8 +30,6 @@ def train(options: Namespace, file: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
-    from accelerate import Accelerator
-
     _check(options)
     base = open_base(options.base, options.vision, options.resolution)
     data = SubjectPictures(
@@ -58,9 +54,7 @@ def train(options: Namespace, file: Path) -> None:
     )
     if options.fuser:
         start_from(model.fuser, options.fuser)
-    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
+    accelerator = accelerator_of(options)
     if accelerator.mixed_precision in _HALF:
         model.keep_frozen_in(_HALF[accelerator.mixed_precision])
     if options.checkpointing:
@@ -83,9 +77,8 @@ def train(options: Namespace, file: Path) -> None:
     )
 
     def loader(step: int):
-        steps = EpochBatches(len(data), pictures_a_step, options.steps, step, options.seed)
         processes = accelerator.num_processes, accelerator.process_index
-        shares = Shares(steps, options.batch_size, options.accumulate, *processes)
+        shares = shares_of(len(data), options, pictures_a_step, step, processes)
         return read_batches(data, base, shares, options.workers, accelerator.device)
 
     try:

@@ -24,6 +24,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..options import add_base, add_run, export_file
+
 
 def main(argv: list[str]) -> None:
     """Runs the training that the command line describes.
@@ -31,9 +33,7 @@ def main(argv: list[str]) -> None:
     Raises ValueError or FileNotFoundError; the message names the option at fault.
     """
     options = _parser().parse_args(argv)
-    file = options.export or options.out / "promptnet.safetensors"
-    if file.suffix != ".safetensors":
-        raise ValueError(f"--export: expected a name that ends in .safetensors, got {file.name}")
+    file = export_file(options, "promptnet.safetensors")
     from .script import train
 
     train(options, file)
@@ -43,29 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="training.promptnet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_base(parser, "pictures, a subfolder for each thing")
     add = parser.add_argument
-    add("--base", required=True, metavar="shapeland|FOLDER", help="the model to train for")
-    add("--vision", type=Path, metavar="FOLDER", help="the vision tower, with a folder as --base")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="pictures, a subfolder for each thing")
     add("--caption", default="a photo of {}", help="of pictures without a text file (default: %(default)s)")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="the run's own folder")
     add("--start", type=Path, metavar="FILE", help="a PromptNet to start from (default: the UNet's own weights)")
     add("--channels", type=int, nargs="+", help="of the levels, for a narrower network (default: the UNet's)")
     add("--region-channels", type=int, default=128, help="of each level's projection (default: %(default)s)")
-    add("--steps", type=int, default=80_000, help="train to this step (default: %(default)s)")
-    add("--batch-size", type=int, default=8, help="pictures of a process at a time (default: %(default)s)")
-    add("--accumulate", type=int, default=1, help="batches of a process in a step (default: %(default)s)")
-    add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
-    add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
     add("--learning-rate", type=float, default=2e-5, help="constant after --warmup (default: %(default)s)")
-    add("--warmup", type=int, default=0, help="steps in which the learning rate rises (default: %(default)s)")
     add("--average", type=float, default=0.9999, help="of the weights, per step; 0 for none (default: %(default)s)")
     add("--l2", type=float, default=0.0, help="weight of the word's mean square in the loss (default: %(default)s)")
-    add("--resolution", type=int, help="of pictures, in pixels (default: the base's own)")
-    add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
-    add("--workers", type=int, default=0, help="processes that prepare pictures (default: %(default)s)")
-    add("--save-minutes", type=float, default=10.0, help="between checkpoints (default: %(default)s)")
-    add("--log-every", type=int, default=100, help="steps (default: %(default)s)")
-    add("--sheet-every", type=int, default=1000, help="steps between sample sheets; 0 for none (default: %(default)s)")
-    add("--export", type=Path, metavar="FILE", help="what to write at the end (default: OUT/promptnet.safetensors)")
+    add_run(parser, "promptnet.safetensors", 80_000, 8)
     return parser

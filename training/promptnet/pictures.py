@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from ..base import LENGTH, Base, Vocabulary
-from ..data.dataset import EpochBatches, item_generator
-from ..fastcomposer.batches import Shares, draw
+from ..data.dataset import item_generator
+from ..draws import Shares, draw
 from ..signals import ignore_stop_requests
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -112,7 +112,7 @@ def read_batches(
     data: Things, base: Base, shares: Shares, workers: int, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see
-    `training.fastcomposer.batches.draw`."""
+    `training.draws.draw`."""
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=shares,
@@ -125,9 +125,3 @@ def read_batches(
         draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
         batch |= {"noise": draws.noise, "latent": draws.latent, "t": draws.t}
         yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def shares_of(data: Things, options, pictures_a_step: int, step: int, processes: tuple[int, int]) -> Shares:
-    """The part of one process (number of processes, its index) of the steps from `step` on."""
-    steps = EpochBatches(len(data), pictures_a_step, options.steps, step, options.seed)
-    return Shares(steps, options.batch_size, options.accumulate, *processes)

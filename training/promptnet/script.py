@@ -11,21 +11,19 @@ import torch
 from ...encoders.files import read_state
 from ...encoders.promptnet import PREFIX, PromptNet, PromptNetConfig, save
 from ..base import Base, open_base
+from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import check_average, check_least, check_workers
+from ..options import RUN_LEAST, accelerator_of, check_average, check_least, check_workers
 from ..sampling import States
 from ..shapeland.common import save_sheet
 from ..signals import Stopped
 from .model import PromptNetTraining
-from .pictures import Things, collate, read_batches, shares_of
+from .pictures import Things, collate, read_batches
 
 SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 5.0
 _SCALED_TO = 128
-_LEAST = {
-    **{"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1, "sheet_every": 0},
-    **{"learning_rate": 0, "l2": 0, "region_channels": 1},
-}
+_LEAST = {**RUN_LEAST, "learning_rate": 0, "l2": 0, "region_channels": 1}
 
 
 def train(options: Namespace, file: Path) -> None:
@@ -34,16 +32,12 @@ def train(options: Namespace, file: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
-    from accelerate import Accelerator
-
     check_least(options, _LEAST)
     check_average(options.average)
     check_workers(options.workers)
     base = open_base(options.base, options.vision, options.resolution)
     data = Things(options.data, options.caption, base.resolution, options.seed)
-    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
+    accelerator = accelerator_of(options)
     config = config_of(base, options.channels, options.region_channels)
     model = PromptNetTraining(base, config, options.l2, options.seed)
     if options.start:
@@ -60,7 +54,9 @@ def train(options: Namespace, file: Path) -> None:
     run = Run(options.out, model, optimizer, options.steps, options.seed, schedule, options.average, accelerator, kind)
 
     def loader(step: int):
-        shares = shares_of(data, options, pictures_a_step, step, (accelerator.num_processes, accelerator.process_index))
+        shares = shares_of(
+            len(data), options, pictures_a_step, step, (accelerator.num_processes, accelerator.process_index)
+        )
         return read_batches(data, base, shares, options.workers, accelerator.device)
 
     try:

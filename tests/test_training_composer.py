@@ -1,0 +1,167 @@
+"""The training of Composer's adapter: what it keeps, what it reads and changes, and the file that it leaves."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS, load
+from conceptloom.training import composer, data
+from conceptloom.training.composer.pictures import NAMES, Composed, collate, draw_kept, draw_mask
+from environment import absent_weights
+from PIL import Image
+
+pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six drawn pictures with all that lies beside them, and one alone."""
+    root = tmp_path_factory.mktemp("compositions")
+    data.main(["compositions", "--root", str(root), "--count", "6"])
+    Image.new("RGB", (96, 64), (255, 128, 0)).save(root / "alone.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def base():
+    from conceptloom.training.base import open_base
+
+    return open_base("shapeland")
+
+
+def test_what_is_kept_follows_the_paper():
+    """All kept in 0.1, none in 0.1, else each with 0.5, intensity with 0.3."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.tensor([list(draw_kept(generator).values()) for _ in range(40_000)]).float()
+    expected = {name: 0.5 for name in NAMES} | {"intensity": 0.34}
+    for i, name in enumerate(NAMES):
+        assert float(kept[:, i].mean()) == pytest.approx(expected[name], abs=0.012), name
+    assert float((kept.sum(1) == 0).float().mean()) == pytest.approx(0.1044, abs=0.008)
+    assert float((kept.sum(1) == len(NAMES)).float().mean()) == pytest.approx(0.1019, abs=0.008)
+    both = (kept[:, :1] * kept[:, 1:2]).mean()
+    assert float(both) == pytest.approx(0.30, abs=0.012)
+    with_intensity = (kept[:, 0] * kept[:, NAMES.index("intensity")]).mean()
+    assert float(with_intensity) == pytest.approx(0.22, abs=0.012)
+
+
+def test_masks_are_strokes_rectangles_and_halves():
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.stack([draw_mask(32, generator) for _ in range(600)])
+    shares = masks.mean((1, 2))
+    assert shares.min() > 0 and shares.max() <= 0.7
+    halves = (shares == 0.5) & ((masks.amax(2).mean(1) == 0.5) | (masks.amax(1).mean(1) == 0.5))
+    assert float(halves.float().mean()) == pytest.approx(0.1, abs=0.04)
+    filled = torch.stack([_is_rectangle(mask) for mask in masks]) & ~halves
+    assert 0.15 < float(filled.float().mean()) < 0.3
+
+
+def _is_rectangle(mask):
+    ys, xs = mask.nonzero(as_tuple=True)
+    return (ys.max() - ys.min() + 1) * (xs.max() - xs.min() + 1) == len(ys)
+
+
+def test_pictures_are_taken_apart(folder, base):
+    pictures = Composed(folder, 64)
+    assert len(pictures) == 7 and [file.name for file in pictures.files][-1] == "alone.jpg"
+    seen = {name: 0 for name in NAMES}
+    for row in range(6):
+        for epoch in range(12):
+            item = pictures[row, epoch]
+            again = pictures[row, epoch]
+            assert all(torch.equal(item[n], again[n]) for n in item if torch.is_tensor(item[n]))
+            image = (item["target"].movedim(0, -1) + 1) / 2
+            assert float(image.min()) >= 0 and float(image.max()) <= 1
+            depth = np.asarray(Image.open(pictures.files[row].with_name(f"{pictures.files[row].stem}.depth.png")))
+            torch.testing.assert_close(item["depth"][0], torch.from_numpy(depth / 255).float())
+            things = (item["instances"].sum(0) > 0).float().mean()
+            assert 0 < float(things) < 1
+            hidden = item["mask"][3] == 0
+            assert hidden.any() and not item["mask"][:3, hidden].any()
+            assert torch.allclose(item["mask"][:3, ~hidden], item["target"][:, ~hidden])
+            grey = item["intensity"][0]
+            assert (grey <= image.amax(-1) + 1e-5).all() and (grey >= image.amin(-1) - 1e-5).all()
+            for i, name in enumerate(NAMES):
+                seen[name] += int(item["kept"][i])
+            assert bool(item["caption"]) == bool(item["kept"][0])
+    assert all(10 < count < 65 for count in seen.values()), seen
+    alone = [pictures[6, epoch] for epoch in range(12)]
+    assert all(not item["kept"][NAMES.index(name)] for item in alone for name in ("caption", "depth", "instances"))
+    assert not any(item["depth"].any() for item in alone)
+    batch = collate([pictures[row, 0] for row in range(7)], base.vocabularies)
+    assert batch["tokens"].shape == (7, 1, 77) and batch["kept"].shape == (7, 8)
+    assert all(batch[name].shape == (7, c, 64, 64) for name, c in LOCAL_CHANNELS.items())
+
+
+def make_model(base, mode="levels"):
+    from conceptloom.training.composer.model import ComposerTraining, config_of
+
+    model = ComposerTraining(base, config_of(base, mode, 8, 8))
+    for p in model.adapter.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def make_batch(folder, base, rows=(0, 1, 2)):
+    from conceptloom.training.draws import draw
+
+    pictures = Composed(folder, 64)
+    batch = collate([pictures[row, 0] for row in rows], base.vocabularies)
+    draws = draw(0, range(len(rows)), base.latent_shape, base.times)
+    return {**batch, "noise": draws.noise, "latent": draws.latent, "t": draws.t}
+
+
+def test_rows_of_which_all_is_dropped_are_the_base_models(folder, base):
+    model, batch = make_model(base), make_batch(folder, base)
+    batch["kept"] = torch.tensor([[1.0] * 8, [0.0] * 8, [0.0] * 8])
+    batch["tokens"][1:] = torch.tensor(base.vocabularies[0].row(""))
+    with torch.no_grad():
+        states, sentences = model.read(batch["tokens"])
+        noisy, _ = base.noised(batch["noise"] * 0.5, batch["noise"], batch["t"])
+        features = model.adapter(model.conditions(batch, sentences), (16, 16))
+        found = model.predict(noisy, batch["t"], states, features)
+        plain = base.predict(noisy, batch["t"], (states, None))
+    torch.testing.assert_close(found[1:], plain[1:], rtol=0, atol=1e-5)
+    assert float((found[0] - plain[0]).abs().max()) > 1e-3
+
+
+def test_gradients_reach_the_adapter_and_nothing_else(folder, base):
+    model, batch = make_model(base), make_batch(folder, base)
+    batch["kept"] = torch.ones(3, 8)
+    sum(model(batch).values()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.adapter.parameters())
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("adapter."))
+    model.zero_grad()
+
+
+def run(folder, out, steps, *more):
+    composer.main(
+        ["--base", "shapeland", "--data", str(folder), "--out", str(out), "--steps", str(steps), "--batch-size", "2"]
+        + ["--local-width", "8", "--body-share", "8", "--log-every", "1", "--learning-rate", "0.001", *more]
+    )
+
+
+def test_a_continued_run_is_the_uninterrupted_one_and_its_file_loads(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("conceptloom.training.composer.script.SHEET_STEPS", 1)
+    run(folder, tmp_path / "one", 2, "--sheet-every", "0")
+    run(folder, tmp_path / "one", 3, "--sheet-every", "3")
+    run(folder, tmp_path / "two", 3, "--sheet-every", "0")
+    nets = [load(tmp_path / name / "composer.safetensors") for name in ("one", "two")]
+    for (name, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert nets[0].config.levels == (64, 128, 128, 128) and nets[0].config.sentence_width == 128
+    with Image.open(tmp_path / "one" / "samples_0000003.png") as sheet:
+        # The picture, and one from the caption, from each of five and from all; eight rows at most.
+        assert sheet.size == (8 * 64 * 2, 7 * 64 * 2)
+    assert re.search(r"composer\.safetensors: \d\.\d MiB", capsys.readouterr().out)
+
+
+def test_bad_options_are_told(folder, tmp_path):
+    for more, said in (
+        (("--data", str(tmp_path / "nothing")), "--data: expected a folder with pictures"),
+        (("--average", "1"), "--average: expected a share from 0 up to but not 1, got 1"),
+        (("--local-width", "0"), "--local-width: expected at least 1, got 0"),
+        (("--export", "a.bin"), "--export: expected a name that ends in .safetensors, got a.bin"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):
+            run(folder, tmp_path / "run", 1, *more)

@@ -1,0 +1,189 @@
+"""Pictures taken apart for training, and which of their representations a step keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from ...compositions.inputs import local_map
+from ...compositions.instance_map import InstanceMap
+from ...compositions.intensity import WEIGHTS, intensity
+from ...compositions.palette import palette_of_picture
+from ...compositions.region import Region
+from ...compositions.sketch import WHITE_ON_BLACK, as_sketch, contours
+from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
+from ..base import Base, Vocabulary
+from ..data.dataset import item_generator
+from ..draws import Shares, draw
+from ..signals import ignore_stop_requests
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
+KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY = 0.1, 0.1, 0.5, 0.7
+_BESIDE = (".sketch", ".depth", ".instances")
+
+
+def draw_kept(generator: torch.Generator) -> dict[str, bool]:
+    """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself."""
+    case, *each = torch.rand(1 + len(NAMES), generator=generator).tolist()
+    if case < KEEP_ALL + DROP_ALL:
+        return dict.fromkeys(NAMES, case < KEEP_ALL)
+    return {
+        name: chance >= (DROP_INTENSITY if name == "intensity" else DROP)
+        for name, chance in zip(NAMES, each, strict=True)
+    }
+
+
+def draw_mask(side: int, generator: torch.Generator) -> torch.Tensor:
+    """A mask (side, side), 1 where a picture is drawn anew: irregular strokes in 70 of 100, else a rectangle in 20 and
+    a half in 10."""
+    kind, *numbers = torch.rand(9, generator=generator).tolist()
+    mask = torch.zeros(side, side)
+    if kind < 0.1:
+        half = mask.view(2, side // 2, side)[int(numbers[0] * 2)]
+        half.fill_(1)
+        return mask if numbers[1] < 0.5 else mask.mT.contiguous()
+    if kind < 0.3:
+        top, left = (int(n * side * 0.7) for n in numbers[:2])
+        height, width = (max(1, int((0.2 + 0.5 * n) * side)) for n in numbers[2:4])
+        mask[top : top + height, left : left + width] = 1
+        return mask
+    # A stroke is a walk; its width is that of the brush.
+    points = torch.rand(2 + int(numbers[0] * 6), 2, generator=generator) * (side - 1)
+    for start, end in zip(points, points[1:], strict=False):
+        along = torch.linspace(0, 1, 2 * side)[:, None]
+        y, x = (start + along * (end - start)).round().long().unbind(-1)
+        mask[y, x] = 1
+    brush = 2 * int((0.03 + 0.07 * numbers[1]) * side) + 1
+    return F.max_pool2d(mask[None, None], brush, 1, brush // 2)[0, 0]
+
+
+class Composed(torch.utils.data.Dataset):
+    """Pictures taken apart. `dataset[row, epoch]` is a dict of
+
+    - `target`: (3, R, R) in [-1, 1], the middle square
+    - `caption`: empty if there is none, or if it is dropped
+    - `palette`: (K,), of unit variance
+    - the maps by the names of LOCAL_CHANNELS, (c, R, R)
+    - `kept`: (8,), float, 1 for what is there and kept, in the order of NAMES
+
+    Args:
+        root: the folder.
+        resolution: R, in pixels.
+        seed: of all that is drawn.
+
+    Raises:
+        FileNotFoundError: there is no picture.
+    """
+
+    def __init__(self, root: Path, resolution: int, seed: int = 0):
+        root = Path(root)
+        self.files = sorted(
+            file for file in root.rglob("*") if file.suffix.lower() in ENDINGS and not file.stem.endswith(_BESIDE)
+        )
+        if not self.files:
+            raise FileNotFoundError(f"--data: expected a folder with pictures ({', '.join(ENDINGS)}), got {root}")
+        self.resolution, self.seed = resolution, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, str | torch.Tensor]:
+        row, epoch = key
+        generator = item_generator(self.seed, epoch, row)
+        file, kept = self.files[row], draw_kept(generator)
+        image = self._square(file, "RGB") / 255
+        text = file.with_suffix(".txt")
+        caption = text.read_text(encoding="utf-8").strip() if text.exists() else ""
+        shares = palette_of_picture(image).histogram.float()
+        weights = list(WEIGHTS.values())[int(torch.randint(len(WEIGHTS), (), generator=generator))]
+        mask = draw_mask(self.resolution, generator)
+        drawn, depth, instances = (self._beside(file, kind) for kind in ("sketch", "depth", "instances"))
+        sketch = contours(image) if drawn is None else as_sketch(drawn[..., None] / 255, WHITE_ON_BLACK)
+        things = None if instances is None else _instance_map(file, instances)
+        covers = 0 < float(mask.mean()) < 1
+        values = {
+            "sketch": sketch,
+            "instances": things,
+            "depth": None if depth is None else depth / 255,
+            "intensity": intensity(image, weights),
+            "mask": Region(image, mask) if covers else None,
+        }
+        there = {SENTENCE: bool(caption), SEMANTICS: True, PALETTE: True}
+        there |= {name: value is not None for name, value in values.items()}
+        side = self.resolution
+        maps = {
+            name: torch.zeros(channels, side, side) if values[name] is None else local_map(name, values[name])[0]
+            for name, channels in LOCAL_CHANNELS.items()
+        }
+        return {
+            "target": image.movedim(-1, 0) * 2 - 1,
+            "caption": caption if kept[SENTENCE] else "",
+            PALETTE: shares / shares.norm() * len(shares) ** 0.5,
+            **maps,
+            "kept": torch.tensor([float(kept[name] and there[name]) for name in NAMES]),
+        }
+
+    def _square(self, file: Path, mode: str) -> torch.Tensor:
+        """The middle square of a picture: (R, R, 3) or (R, R), 0..255."""
+        with Image.open(file) as opened:
+            image = torch.from_numpy(np.array(ImageOps.exif_transpose(opened).convert(mode)))
+        planes = image.view(*image.shape[:2], -1).movedim(-1, 0)[None].float()
+        edge = min(planes.shape[-2:])
+        top, left = (planes.shape[-2] - edge) // 2, (planes.shape[-1] - edge) // 2
+        planes = planes[..., top : top + edge, left : left + edge]
+        if edge != self.resolution:
+            planes = F.interpolate(planes, (self.resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 255)
+        found = planes[0].movedim(0, -1)
+        return found if mode == "RGB" else found[..., 0]
+
+    def _beside(self, file: Path, kind: str) -> torch.Tensor | None:
+        """The map (R, R) that lies beside a picture, 0..255, or None."""
+        beside = file.with_name(f"{file.stem}.{kind}.png")
+        if not beside.exists():
+            return None
+        if kind != "instances":
+            return self._square(beside, "L")
+        with Image.open(beside) as opened:
+            labels = torch.from_numpy(np.array(opened.convert("L"))).float()
+        edge = min(labels.shape)
+        top, left = (labels.shape[0] - edge) // 2, (labels.shape[1] - edge) // 2
+        square = labels[top : top + edge, left : left + edge]
+        return F.interpolate(square[None, None], (self.resolution,) * 2, mode="nearest-exact")[0, 0]
+
+
+def _instance_map(file: Path, labels: torch.Tensor) -> InstanceMap:
+    names = file.with_name(f"{file.stem}.instances.txt")
+    nouns = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
+    nouns += [""] * (int(labels.max()) - len(nouns))
+    return InstanceMap(labels.int(), tuple(noun.strip() for noun in nouns))
+
+
+def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[str, torch.Tensor]:
+    """Items of `Composed` as a batch: all tensors stacked, and `tokens` (n, text towers, 77), int64."""
+    tensors = [name for name, value in items[0].items() if torch.is_tensor(value)]
+    tokens = [[vocabulary.row(item["caption"]) for vocabulary in vocabularies] for item in items]
+    return {**{name: torch.stack([item[name] for item in items]) for name in tensors}, "tokens": torch.tensor(tokens)}
+
+
+def read_batches(
+    data: Composed, base: Base, shares: Shares, workers: int, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see `training.draws`."""
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=shares,
+        collate_fn=lambda items: collate(items, base.vocabularies),
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_stop_requests,
+    )
+    for first, batch in zip(shares.numbers(), loader, strict=True):
+        draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
+        batch |= {"noise": draws.noise, "latent": draws.latent, "t": draws.t}
+        yield {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,124 @@
+"""Trains a Composer adapter on diffusers' models, in one process or many."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ...encoders.composer_adapter import save
+from ..base import open_base
+from ..draws import shares_of
+from ..loop import Run
+from ..optimizers import warmup
+from ..options import RUN_LEAST, accelerator_of, check_average, check_least, check_workers
+from ..sampling import sample
+from ..shapeland.common import save_sheet
+from ..signals import Stopped
+from .model import ComposerTraining, config_of
+from .pictures import NAMES, Composed, collate, read_batches
+
+SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 3.0
+ALONE = ("palette", "semantics", "sketch", "instances", "depth")
+"""Representations that a sheet shows by themselves, beside the caption and all together."""
+_LEAST = {**RUN_LEAST, "learning_rate": 0, "local_width": 1, "body_share": 1}
+_PREFIX = "adapter."
+_SCALED_TO = 128
+
+
+def train(options: Namespace, file: Path) -> None:
+    """Runs the training of `options` (see the package) and writes its result to `file`.
+
+    Raises:
+        ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
+    """
+    check_least(options, _LEAST)
+    check_average(options.average)
+    check_workers(options.workers)
+    base = open_base(options.base, options.vision, options.resolution)
+    data = Composed(options.data, base.resolution, options.seed)
+    accelerator = accelerator_of(options)
+    config = config_of(base, options.mode, options.local_width, options.body_share)
+    model = ComposerTraining(base, config, options.seed)
+    if options.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.unet.train()
+    pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
+    kind = {"base": options.base, "mode": options.mode, "local width": options.local_width, "pictures": len(data)}
+    kind |= {"body share": options.body_share, "seed": options.seed, "pictures a step": pictures_a_step}
+    weights = list(model.adapter.parameters())
+    optimizer = torch.optim.AdamW(weights, options.learning_rate, weight_decay=1e-2)
+    schedule = warmup(options.warmup)
+    run = Run(options.out, model, optimizer, options.steps, options.seed, schedule, options.average, accelerator, kind)
+
+    def loader(step: int):
+        processes = accelerator.num_processes, accelerator.process_index
+        shares = shares_of(len(data), options, pictures_a_step, step, processes)
+        return read_batches(data, base, shares, options.workers, accelerator.device)
+
+    try:
+        run.train(
+            lambda batch, _generator: run.module(batch),
+            options.log_every,
+            loader,
+            _report(options, model, data, accelerator) if options.sheet_every else None,
+            options.sheet_every,
+            save_seconds=60 * options.save_minutes,
+        )
+    except Stopped as stopped:
+        accelerator.print(stopped)
+        return
+    if accelerator.is_main_process:
+        own = {key.removeprefix(_PREFIX): v for key, v in run.best_state().items() if key.startswith(_PREFIX)}
+        save(model.adapter, file, own, trained_steps=str(options.steps))
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def _report(options: Namespace, model: ComposerTraining, data: Composed, accelerator) -> Callable:
+    rows = range(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
+
+    def report(step: int) -> dict[str, float]:
+        with accelerator.autocast():
+            draw_sheet(model, data, rows, options.out / f"samples_{step:07d}.png")
+        return {}
+
+    return report
+
+
+@torch.no_grad()
+def draw_sheet(model: ComposerTraining, data: Composed, rows, path: Path) -> None:
+    """Draws a row for each of some pictures: the picture, one drawn from its caption, one from each of ALONE with the
+    caption, and one from all of its representations."""
+    device, base = next(model.parameters()).device, model.base
+    batch = collate([data[row, 0] for row in rows], base.vocabularies)
+    # Whatever this epoch drops, a sheet shows.
+    texts = [file.with_suffix(".txt") for file in (data.files[row] for row in rows)]
+    captions = [text.read_text(encoding="utf-8").strip() if text.exists() else "" for text in texts]
+    batch["tokens"] = torch.tensor([[vocabulary.row(text) for vocabulary in base.vocabularies] for text in captions])
+    there = torch.tensor([[float(batch[name].any()) if name in batch else 1.0 for name in NAMES]]).expand(len(rows), -1)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    states, sentences = model.read(batch["tokens"])
+    empty = torch.tensor([[vocabulary.row("") for vocabulary in base.vocabularies]] * len(rows), device=device)
+    nothing = model.read(empty)[0]
+    shown = [batch["target"]]
+    for names in ((), *((name,) for name in ALONE), NAMES):
+        chosen = torch.tensor([float(name in (*names, NAMES[0])) for name in NAMES])
+        kept = {**batch, "kept": (there * chosen).to(device)}
+        features = model.adapter(model.conditions(kept, sentences), tuple(base.latent_shape[-2:]))
+
+        def predict(x, t, context, features=features):
+            # Guidance asks for both sides in one call; a composition is that of the second.
+            (plain, composed), (without, text) = x.chunk(2), context[0].chunk(2)
+            return torch.cat([base.predict(plain, t, (without, None)), model.predict(composed, t, text, features)])
+
+        shape, unconditional = (len(rows), *base.latent_shape), (nothing, None)
+        schedule = base.scheduler.config
+        latents = sample(
+            predict, schedule, shape, unconditional, lambda *_: (states, None), SHEET_STEPS, GUIDANCE, data.seed
+        )
+        shown.append(model.autoencoder.decode(latents))
+    pictures = torch.stack(shown, 1).flatten(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_sheet(pictures, path, columns=len(shown), scale=max(1, _SCALED_TO // base.resolution))
