@@ -30,6 +30,7 @@ def save(composition: Composition, file: Path) -> None:
             how["texts"] = value.texts
         elif isinstance(value, Semantics):
             tensors[f"{name}.embedding"] = value.embedding
+            how["norm"] = value.norm
             if value.tokens is not None:
                 tensors[f"{name}.tokens"] = value.tokens
         elif isinstance(value, Palette):
@@ -91,7 +92,7 @@ def _value(kind: str, tensors: dict[str, torch.Tensor], how: dict):
     if kind == CAPTION:
         return Caption(tuple((str(text), float(share)) for text, share in how["texts"]))
     if kind == SEMANTICS:
-        return Semantics(tensors[f"{kind}.embedding"], tensors.get(f"{kind}.tokens"))
+        return Semantics(tensors[f"{kind}.embedding"], tensors.get(f"{kind}.tokens"), how["norm"])
     if kind == PALETTE:
         return Palette(tensors[f"{kind}.histogram"], how["table"], how["sigma"])
     if kind == INSTANCES:

@@ -14,6 +14,8 @@ class Semantics:
     """Attributes:
         embedding: (D,), the image embedding, of length 1.
         tokens: (t, V), the tower's last hidden states, or None: for models that read those.
+        norm: length that the embedding had, for models that take it as the tower gives it; by default that of the given
+            one.
 
     Raises:
         ValueError: the embedding is not one vector, or not finite, or zero.
@@ -21,6 +23,7 @@ class Semantics:
 
     embedding: torch.Tensor
     tokens: torch.Tensor | None = None
+    norm: float = 0.0
 
     def __post_init__(self):
         embedding = self.embedding.detach().float().cpu()
@@ -28,6 +31,7 @@ class Semantics:
             raise ValueError(
                 f"semantics: expected one finite image embedding, got {tuple(self.embedding.shape)} or other values"
             )
+        object.__setattr__(self, "norm", self.norm or float(embedding.norm()))
         object.__setattr__(self, "embedding", embedding / embedding.norm())
 
     @property
@@ -62,4 +66,4 @@ def between(a: Semantics, b: Semantics, share: float) -> Semantics:
     tokens = None
     if a.tokens is not None and b.tokens is not None and a.tokens.shape == b.tokens.shape:
         tokens = torch.lerp(a.tokens, b.tokens, share)
-    return Semantics(slerp(a.embedding, b.embedding, share), tokens)
+    return Semantics(slerp(a.embedding, b.embedding, share), tokens, (1 - share) * a.norm + share * b.norm)

@@ -16,6 +16,7 @@ from . import (
     palettes,
     profusion,
     representations,
+    routers,
     shapeland,
     subjects,
     training,
@@ -42,6 +43,7 @@ NODES: list[type[Node]] = [
         composer,
         palettes,
         representations,
+        routers,
         shapeland,
     )
     for node in module.NODES

@@ -1,0 +1,190 @@
+"""CoAdapter in ComfyUI: T2I-Adapters that are used together, as one control of conditionings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ...encoders.coadapter import CoAdapterFuser
+from ...encoders.files import read_state
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """One adapter and its hint.
+
+    Attributes:
+        kind: of `encoders.coadapter.KINDS`, without the style.
+        adapter: ComfyUI's T2IAdapter.
+        image: (1, H, W, 3).
+        weight: factor of its maps; 0.5 to 1.5 is recommended.
+
+    Raises:
+        ValueError: it is no T2I-Adapter for Stable Diffusion 1.5.
+    """
+
+    kind: str
+    adapter: Any
+    image: torch.Tensor
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.adapter, comfy.controlnet.T2IAdapter) or getattr(self.adapter.t2i_model, "xl", True):
+            raise ValueError(
+                f"control_net: expected a T2I-Adapter for Stable Diffusion 1.5, such as a CoAdapter, got a "
+                f"{type(self.adapter).__name__} of another kind"
+            )
+
+
+def load(path: str) -> CoAdapterFuser:
+    """Loads the fuser, such as coadapter-fuser-sd15v1.pth.
+
+    Raises:
+        ValueError: the file holds something else, or is not whole.
+    """
+    return CoAdapterFuser.from_state({key: value.float() for key, value in read_state(Path(path)).items()})
+
+
+def apply(
+    fuser: CoAdapterFuser,
+    conditions: Sequence[Condition],
+    positive: list,
+    negative: list,
+    style: torch.Tensor | None = None,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+) -> tuple[list, list]:
+    """Both conditionings with all adapters as one control, and the positive one with the style's tokens.
+
+    Args:
+        style: (1, k, D), the style adapter's tokens, already weighted.
+        start_percent, end_percent: the part of the schedule in which the control acts.
+
+    Raises:
+        ValueError: two adapters are of one kind, or do not fit the fuser.
+    """
+    kinds = [one.kind for one in conditions]
+    if len(set(kinds)) < len(kinds):
+        twice = next(kind for kind in kinds if kinds.count(kind) > 1)
+        raise ValueError(f"conditions: expected one of each kind, got two of {twice}")
+    width = fuser.seq_proj.shape[0]
+    if style is not None and style.shape[-1] != width:
+        raise ValueError(f"style_model: expected one of width {width}, got {style.shape[-1]}")
+    control = FusedAdapters(fuser, conditions, style)
+    made: dict[Any, FusedAdapters] = {}
+    found = []
+    for entries in (positive, negative):
+        changed = []
+        for states, extras in entries:
+            before = extras.get("control")
+            if before not in made:
+                made[before] = control.copy().set_cond_hint(None, 1.0, (start_percent, end_percent))
+                made[before].set_previous_controlnet(before)
+            changed.append([states, {**extras, "control": made[before], "control_apply_to_uncond": False}])
+        found.append(changed)
+    if not conditions:
+        found = [positive, negative]
+    if style is not None:
+        # The hint's own size: the tokens depend on the mean of each map alone, hardly on the size of the picture.
+        size = (conditions[0].image.shape[1], conditions[0].image.shape[2]) if conditions else (0, 0)
+        _, tokens = control.fused(size)
+        found[0] = [[torch.cat([states, tokens.to(states)], 1), extras] for states, extras in found[0]]
+    return found[0], found[1]
+
+
+class FusedAdapters(comfy.controlnet.ControlBase):
+    """The control of several T2I-Adapters, whose maps the fuser has scaled.
+
+    Args:
+        fuser: see `encoders.coadapter`.
+        conditions: adapters with their hints.
+        style: (1, k, D), or None.
+    """
+
+    def __init__(self, fuser: CoAdapterFuser, conditions: Sequence[Condition], style: torch.Tensor | None):
+        super().__init__()
+        self.fuser, self.conditions, self.style = fuser, tuple(conditions), style
+        self._kept: tuple[tuple[int, int], dict] | None = None
+
+    @torch.no_grad()
+    def fused(self, size: tuple[int, int]) -> tuple[dict | None, torch.Tensor | None]:
+        """The control for pictures of a size (height, width), in ComfyUI's layout, and the style's tokens.
+
+        Raises:
+            ValueError: an adapter's maps do not fit the fuser.
+        """
+        device = comfy.model_management.get_torch_device()
+        maps, layout = {}, None
+        for one in self.conditions:
+            layout, levels = self._maps(one, size, device)
+            maps[one.kind] = [level * one.weight for level in levels]
+        self.fuser.to(device)
+        style = None if self.style is None else self.style.to(device, torch.float32)
+        levels, tokens = self.fuser(maps, style)
+        self.fuser.cpu()
+        if levels is None:
+            return None, tokens
+        left = list(levels)
+        # ComfyUI lists the maps from the coarsest on, with gaps.
+        return {"input": [left.pop() if there else None for there in layout]}, tokens
+
+    def _maps(self, one: Condition, size: tuple[int, int], device) -> tuple[list[bool], list[torch.Tensor]]:
+        """Where ComfyUI's list has maps, and these from fine to coarse."""
+        adapter = one.adapter
+        width, height = adapter.scale_image_to(size[1], size[0])
+        hint = comfy.utils.common_upscale(one.image.movedim(-1, 1), width, height, adapter.upscale_algorithm, "center")
+        if adapter.channels_in == 1 and hint.shape[1] > 1:
+            hint = hint.mean(1, keepdim=True)
+        if adapter.channels_in != hint.shape[1]:
+            raise ValueError(
+                f"Apply CoAdapter: conditions: expected a hint of {adapter.channels_in} channels for {one.kind}, got "
+                f"{hint.shape[1]}"
+            )
+        model = adapter.t2i_model.to(device, torch.float32)
+        found = model(hint.float().to(device))["input"]
+        model.cpu()
+        levels = [level for level in reversed(found) if level is not None]
+        own = [layer.out_features for layer in self.fuser.spatial_ch_projs]
+        if [level.shape[1] for level in levels] != own:
+            given = [level.shape[1] for level in levels]
+            raise ValueError(
+                f"Apply CoAdapter: conditions: expected maps of {own} channels for the fuser, got {given} of {one.kind}"
+            )
+        return [level is not None for level in found], levels
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        """See ComfyUI's ControlBase."""
+        before = None
+        if self.previous_controlnet is not None:
+            before = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        if self.timestep_range is not None and (t[0] > self.timestep_range[0] or t[0] < self.timestep_range[1]):
+            return before
+        size = tuple(side * self.compression_ratio for side in x_noisy.shape[2:4])
+        if self._kept is None or self._kept[0] != size:
+            control, _ = self.fused(size)
+            self._kept = (size, control or {})
+        # Copies, because ComfyUI changes them in place.
+        rows = len(x_noisy)
+        control = {
+            key: [None if one is None else one.expand(rows, -1, -1, -1).clone() for one in maps]
+            for key, maps in self._kept[1].items()
+        }
+        return self.control_merge(control, before, x_noisy.dtype)
+
+    def copy(self) -> FusedAdapters:
+        """See ComfyUI's ControlBase."""
+        other = FusedAdapters(self.fuser, self.conditions, self.style)
+        self.copy_to(other)
+        return other
+
+    def cleanup(self) -> None:
+        """Forgets the maps when a sampling is over."""
+        super().cleanup()
+        self._kept = None

@@ -1,0 +1,91 @@
+"""Single representations for what consumes them today: ControlNets, T2I-Adapters, unCLIP and style models.
+
+Each takes its hint in a convention of its own. The nets were trained on binary sketches with white strokes on black,
+on depth that is near where it is white, on the colours of ADE20K for segments, and on pictures whose holes are -1.
+"""
+
+from __future__ import annotations
+
+import comfy.clip_vision
+import torch
+
+from ...compositions.composition import (
+    DEPTH,
+    INSTANCES,
+    INTENSITY,
+    MASK,
+    PALETTE,
+    SEMANTICS,
+    SKETCH,
+    Composition,
+)
+from ...compositions.instance_map import ADE20K, coded
+from ...compositions.palette import TILES, palette_picture
+
+HINTS = (SKETCH, DEPTH, INSTANCES, INTENSITY, MASK, PALETTE)
+"""Representations that have a picture for a ControlNet or a T2I-Adapter."""
+_HOLE = -1.0
+
+
+def hint_of(composition: Composition, name: str) -> torch.Tensor:
+    """The picture (1, H, W, 3) of a representation as ControlNets and T2I-Adapters take it.
+
+    Args:
+        name: one of HINTS. The palette's has its colours in random places, for color adapters read them with their
+            places.
+
+    Raises:
+        ValueError: the composition does not have it.
+    """
+    value = present(composition, name)
+    if name == INSTANCES:
+        picture = coded(value, ADE20K)
+    elif name == MASK:
+        picture = torch.where(value.mask[..., None] > 0, torch.full_like(value.image, _HOLE), value.image)
+    elif name == PALETTE:
+        picture = palette_picture(value, composition.size[1], composition.size[0], TILES)
+    else:
+        plane = (value > 0.5).float() if name == SKETCH else value
+        picture = plane[..., None].expand(-1, -1, 3)
+    return picture[None].contiguous()
+
+
+def present(composition: Composition, name: str):
+    """The value of a representation.
+
+    Raises:
+        ValueError: the composition does not have it.
+    """
+    if name not in composition:
+        known = ", ".join(composition.parts) or "nothing"
+        raise ValueError(f"composition: expected one with {name}, got one with {known}")
+    return composition[name]
+
+
+def apply_control(positive: list, negative: list, composition: Composition, name: str, control_net, vae=None):
+    """Both conditionings with a ControlNet or T2I-Adapter for a representation, at its strength and in its part of the
+    schedule.
+
+    Raises:
+        ValueError: the composition does not have it.
+    """
+    from nodes import ControlNetApplyAdvanced
+
+    hint, part = hint_of(composition, name), composition.parts[name]
+    return ControlNetApplyAdvanced().apply_controlnet(
+        positive, negative, control_net, hint, part.strength, part.start_percent, part.end_percent, vae
+    )
+
+
+def vision_output(composition: Composition):
+    """The semantics as ComfyUI's CLIP_VISION_OUTPUT, for unCLIP and style models.
+
+    Raises:
+        ValueError: the composition has none.
+    """
+    semantics = present(composition, SEMANTICS)
+    output = comfy.clip_vision.Output()
+    output["image_embeds"] = (semantics.embedding * semantics.norm)[None]
+    if semantics.tokens is not None:
+        output["last_hidden_state"] = semantics.tokens[None]
+    return output
