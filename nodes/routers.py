@@ -42,7 +42,7 @@ class ApplyRepresentation(Node):
                 io.Combo.Input(
                     "representation",
                     options=list(consumers.HINTS),
-                    tooltip="sketch: scribble, lineart and sketch nets. depth: depth nets. instances: segmentation nets "
+                    tooltip="sketch: scribble, lineart and sketch nets. depth: depth nets. instances: nets of segments "
                     "with the colours of ADE20K. intensity: recolouring and brightness nets. mask: inpainting nets. "
                     "palette: color and shuffle nets.",
                 ),
@@ -67,7 +67,7 @@ class CompositionSemantics(Node):
             node_id="ConceptLoomCompositionSemantics",
             display_name="Composition Semantics",
             category=CATEGORY,
-            description="The semantics of a composition, also interpolated ones, for unCLIPConditioning and Apply Style "
+            description="The semantics of a composition, interpolated ones too, for unCLIPConditioning and Apply Style "
             "Model.",
             search_aliases=["Composer", "unclip", "style model", "image variation", "clip vision"],
             inputs=[CompositionSocket.Input("composition", tooltip="One with semantics.")],
@@ -86,8 +86,8 @@ class CompositionImages(Node):
             node_id="ConceptLoomCompositionImages",
             display_name="Composition Images",
             category=CATEGORY,
-            description="The representations of a composition as pictures, in the conventions of ControlNets, for nodes "
-            "of any pack. What follows one that is not there does not run.",
+            description="The representations of a composition as pictures, in the conventions of ControlNets, for any "
+            "node. What follows one that is not there does not run.",
             search_aliases=["Composer", "hints", "preprocessor", "composition to images"],
             inputs=[CompositionSocket.Input("composition", tooltip="From Decompose Image.")],
             outputs=[
