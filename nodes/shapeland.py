@@ -99,6 +99,7 @@ class DrawScene(Node):
             outputs=[
                 io.Image.Output(tooltip="The picture, a square."),
                 io.Mask.Output(tooltip="One mask per thing, in the order of the sentence."),
+                io.Image.Output(id="depth", display_name="depth", tooltip="Near is white; the background is black."),
             ],
         )
 
@@ -113,7 +114,8 @@ class DrawScene(Node):
     @classmethod
     def execute(cls, description: str, seed: int, identity_seed: int, size: int) -> io.NodeOutput:
         picture, masks = world.draw_description(description, seed, identity_seed, size // world.SIZE)
-        return io.NodeOutput(torch.from_numpy(picture.image)[None], torch.from_numpy(masks))
+        depth = torch.from_numpy(picture.depth)[None, ..., None].expand(-1, -1, -1, 3)
+        return io.NodeOutput(torch.from_numpy(picture.image)[None], torch.from_numpy(masks), depth)
 
 
 class ReadPicture(Node):

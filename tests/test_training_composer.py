@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conceptloom.compositions.depth import normalized_depth
 from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS, load
 from conceptloom.training import composer, data
 from conceptloom.training.composer.pictures import NAMES, Composed, collate, draw_kept, draw_mask
@@ -73,7 +74,7 @@ def test_pictures_are_taken_apart(folder, base):
             image = (item["target"].movedim(0, -1) + 1) / 2
             assert float(image.min()) >= 0 and float(image.max()) <= 1
             depth = np.asarray(Image.open(pictures.files[row].with_name(f"{pictures.files[row].stem}.depth.png")))
-            torch.testing.assert_close(item["depth"][0], torch.from_numpy(depth / 255).float())
+            torch.testing.assert_close(item["depth"][0], normalized_depth(torch.from_numpy(depth.copy())))
             things = (item["instances"].sum(0) > 0).float().mean()
             assert 0 < float(things) < 1
             hidden = item["mask"][3] == 0

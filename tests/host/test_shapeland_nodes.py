@@ -15,10 +15,11 @@ def nodes(host):
 def test_draw_scene_gives_the_worlds_picture_and_masks(nodes):
     from conceptloom.shapeland import world
 
-    image, masks = nodes.DrawScene.execute("a red star and two balls on a mint background", 3, 7, 128).result
+    image, masks, depth = nodes.DrawScene.execute("a red star and two balls on a mint background", 3, 7, 128).result
     assert image.shape == (1, 128, 128, 3) and masks.shape == (3, 128, 128)
     drawn, expected = world.draw_description("a red star and two balls on a mint background", 3, 7, enlarge=2)
     assert np.array_equal(image[0].numpy(), drawn.image) and np.array_equal(masks.numpy(), expected)
+    assert depth.shape == image.shape and np.array_equal(depth[0, ..., 0].numpy(), drawn.depth)
 
 
 def test_draw_scene_refuses_unknown_words_before_it_runs(nodes):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from ...compositions.depth import normalized_depth
 from ...compositions.inputs import local_map
 from ...compositions.instance_map import InstanceMap
 from ...compositions.intensity import WEIGHTS, intensity
@@ -110,11 +111,13 @@ class Composed(torch.utils.data.Dataset):
         values = {
             "sketch": sketch,
             "instances": things,
-            "depth": None if depth is None else depth / 255,
+            "depth": None if depth is None else normalized_depth(depth),
             "intensity": intensity(image, weights),
             "mask": Region(image, mask) if covers else None,
         }
         there = {SENTENCE: bool(caption), SEMANTICS: True, PALETTE: True}
+        # As in Decompose Image, a map that is the same everywhere is none.
+        values = {name: None if torch.is_tensor(value) and not value.any() else value for name, value in values.items()}
         there |= {name: value is not None for name, value in values.items()}
         side = self.resolution
         maps = {
