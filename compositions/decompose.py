@@ -68,18 +68,20 @@ def decompose(
             raise ValueError(
                 f"{name}: expected the shape of the picture ({size[1]}x{size[0]}), got {map_.shape[1]}x{map_.shape[0]}"
             )
+    strokes = None if sketch is None else as_sketch(fit(sketch[..., :3], size), polarity)
+    near = None if depth is None else normalized_depth(fit_plane(depth, size), depth_is_distance)
     parts = {
         CAPTION: Caption(((caption.strip(), 1.0),)) if caption.strip() else None,
         SEMANTICS: semantics,
         PALETTE: palette,
-        SKETCH: None if sketch is None else as_sketch(fit(sketch[..., :3], size), polarity),
+        SKETCH: strokes,
         INSTANCES: None if instances is None else _fit_labels(instances, size),
-        DEPTH: None if depth is None else normalized_depth(fit_plane(depth, size), depth_is_distance),
+        DEPTH: near,
         INTENSITY: None if intensity is None else intensity_of(image, WEIGHTS[intensity]),
         MASK: None if mask is None else Region(image, fit_mask(mask, size)),
     }
-    for name, what in ((SKETCH, "strokes"), (DEPTH, "near and far")):
-        if parts[name] is not None and not parts[name].any():
+    for name, what, found in ((SKETCH, "strokes", strokes), (DEPTH, "near and far", near)):
+        if found is not None and not found.any():
             raise ValueError(f"{name}: expected a picture with {what}, got one that is the same everywhere")
     return Composition(size, {name: Part(value) for name, value in parts.items() if value is not None}, image)
 
@@ -87,7 +89,7 @@ def decompose(
 def decompose_subject(subject: Subject, semantics: Semantics | None = None, sigma: float = 10.0) -> Composition:
     """The composition of a subject: its prompt, its shape as an instance of its noun, its picture's semantics if they
     are given, and the colours inside its mask."""
-    size = tuple(subject.image.shape[:2])
+    size = (subject.image.shape[0], subject.image.shape[1])
     mask = torch.ones(size)
     if subject.mask is not None:
         mask = fit_mask(subject.mask, size)

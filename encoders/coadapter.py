@@ -39,11 +39,12 @@ class CoAdapterFuser(nn.Module):
         self.spatial_feat_mapping = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(c, width)) for c in channels)
         self.transformer_layes = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
         self.ln_post, self.ln_pre = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.spatial_ch_projs = nn.ModuleList(nn.Linear(width, c) for c in channels)
-        self.seq_proj = nn.Parameter(torch.zeros(width, width))
-        for layer in self.spatial_ch_projs:
+        projections = [nn.Linear(width, c) for c in channels]
+        for layer in projections:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.spatial_ch_projs = nn.ModuleList(projections)
+        self.seq_proj = nn.Parameter(torch.zeros(width, width))
 
     def forward(
         self, maps: Mapping[str, Sequence[torch.Tensor]], style: torch.Tensor | None = None

@@ -136,16 +136,23 @@ class ComposerAdapter(nn.Module):
         super().__init__()
         self.config = config = config or ComposerAdapterConfig()
 
-        def perceptron(width: int, out: int, inner: int) -> nn.Sequential:
-            layers = operations.Linear(width, inner, **settings), operations.Linear(inner, out, **settings)
-            return nn.Sequential(layers[0], nn.SiLU(), layers[1])
+        def perceptron(width: int, out: int, inner: int, zero: bool = False) -> nn.Sequential:
+            last = operations.Linear(inner, out, **settings)
+            return nn.Sequential(operations.Linear(width, inner, **settings), nn.SiLU(), zeroed(last) if zero else last)
+
+        def zeroed(layer: nn.Module) -> nn.Module:
+            # A new adapter changes nothing but by its tokens.
+            for weight in layer.parameters():
+                nn.init.zeros_(weight)
+            return layer
 
         def conv(channels: int, out: int, kernel: int = 3, stride: int = 1, bias: bool = True):
             return operations.Conv2d(channels, out, kernel, stride, kernel // 2, bias=bias, **settings)
 
         widths = {SENTENCE: config.sentence_width, SEMANTICS: config.semantics_width, PALETTE: config.colors}
         widths = {name: width for name, width in widths.items() if width}
-        self.add = nn.ModuleDict({n: perceptron(w, config.time_width, config.time_width) for n, w in widths.items()})
+        time = config.time_width
+        self.add = nn.ModuleDict({name: perceptron(width, time, time, zero=True) for name, width in widths.items()})
         self.tokens = nn.ModuleDict(
             {
                 name: perceptron(widths[name], config.tokens * config.context_width, config.context_width)
@@ -156,23 +163,16 @@ class ComposerAdapter(nn.Module):
             {name: _Stack(channels, config.local_width, conv) for name, channels in LOCAL_CHANNELS.items()}
         )
         if config.mode == INPUT:
-            self.out = conv(config.local_width, config.levels[0], bias=False)
+            self.out = zeroed(conv(config.local_width, config.levels[0], bias=False))
         else:
             before = (config.local_width, *config.body)
             self.body = nn.ModuleList(
                 _BodyLevel(before[i], width, conv, halved=i > 0) for i, width in enumerate(config.body)
             )
             self.outs = nn.ModuleList(
-                conv(width, channels, 1, bias=False) for width, channels in zip(config.body, config.levels, strict=True)
+                zeroed(conv(width, channels, 1, bias=False))
+                for width, channels in zip(config.body, config.levels, strict=True)
             )
-        # A new adapter changes nothing but by its tokens.
-        for layer in (*(one[-1] for one in self.add.values()), *self._last):
-            for weight in layer.parameters():
-                nn.init.zeros_(weight)
-
-    @property
-    def _last(self) -> tuple[nn.Module, ...]:
-        return (self.out,) if self.config.mode == INPUT else tuple(self.outs)
 
     def forward(self, given: Conditions, size: tuple[int, int]) -> Features:
         """What the representations of compositions add to a UNet.
@@ -267,15 +267,17 @@ class _BodyLevel(nn.Module):
         super().__init__()
         self.halved = halved
         self.enter = conv(channels, width, 1)
-        self.blocks = nn.ModuleList(nn.ModuleList([conv(width, width), conv(width, width)]) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), conv(width, width), nn.SiLU(), conv(width, width)) for _ in range(2)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.halved:
             # As a convolution with stride 2 counts cells: an odd size is rounded up.
             x = F.avg_pool2d(x, 2, ceil_mode=True)
         x = self.enter(x)
-        for first, second in self.blocks:
-            x = x + second(F.silu(first(F.silu(x))))
+        for block in self.blocks:
+            x = x + block(x)
         return x
 
 
@@ -303,7 +305,7 @@ def load(path: Path | str, operations: Any = nn, **settings) -> ComposerAdapter:
     if metadata.get("version") != str(VERSION):
         raise ValueError(f"file: expected version {VERSION} of the format, got {name} with {metadata.get('version')}")
     try:
-        given = json.loads(metadata["config"])
+        given: dict[str, Any] = json.loads(metadata["config"])
         given = {key: tuple(one) if isinstance(one, list) else one for key, one in given.items()}
         config = ComposerAdapterConfig(**given)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
