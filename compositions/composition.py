@@ -154,12 +154,8 @@ def pick(
     """
     if not strength:
         return Composition(composition.size)
-    chosen = set(names)
-    parts = {
-        name: Part(part.value, strength, start_percent, end_percent)
-        for name, part in composition.parts.items()
-        if name in chosen
-    }
+    chosen, used = set(names), Part(None, strength, start_percent, end_percent)
+    parts = {name: replace(used, value=part.value) for name, part in composition.parts.items() if name in chosen}
     # Without its maps, nothing needs the picture any more.
     return Composition(composition.size, parts, composition.picture if chosen & set(LOCAL) & set(parts) else None)
 

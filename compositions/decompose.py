@@ -81,7 +81,7 @@ def decompose(
         MASK: None if mask is None else Region(image, fit_mask(mask, size)),
     }
     for name, what, found in ((SKETCH, "strokes", strokes), (DEPTH, "near and far", near)):
-        if found is not None and not found.any():
+        if found is not None and found.max() == found.min():
             raise ValueError(f"{name}: expected a picture with {what}, got one that is the same everywhere")
     return Composition(size, {name: Part(value) for name, value in parts.items() if value is not None}, image)
 

@@ -14,6 +14,7 @@ from . import (
     inversion,
     masks,
     palettes,
+    prior,
     profusion,
     representations,
     routers,
@@ -44,6 +45,7 @@ NODES: list[type[Node]] = [
         palettes,
         representations,
         routers,
+        prior,
         shapeland,
     )
     for node in module.NODES

@@ -187,6 +187,20 @@ PARTS: dict[str, tuple[str, dict]] = {
         f"{PREFIX}DecomposeImage",
         {"image": ["picture", 0], "palette": ["other palette", 0], "take_sketch": False, "take_intensity": False},
     ),
+    "caption only": (f"{PREFIX}PickRepresentations", {"composition": ["composition", 0], "caption": True}),
+    "adapter": (f"{PREFIX}LoadComposerAdapter", {"model": ["world", 0], "file": "tiny.safetensors"}),
+    "composed": (
+        f"{PREFIX}ComposerConditioning",
+        {"adapter": ["adapter", 1], "clip": ["world", 1], "composition": ["composition", 0]},
+    ),
+    "prior": (f"{PREFIX}LoadCaptionPrior", {"file": "tiny.safetensors"}),
+    "narrow prior": (f"{PREFIX}LoadCaptionPrior", {"file": "narrow.safetensors"}),
+    "fuser": (f"{PREFIX}LoadCoAdapterFuser", {"file": "tiny_fuser.safetensors"}),
+    "t2i": ("ControlNetLoader", {"control_net_name": "tiny_t2i.safetensors"}),
+    "sketch hint": (
+        f"{PREFIX}CoAdapterCondition",
+        {"control_net": ["t2i", 0], "image": ["picture", 0], "kind": "sketch"},
+    ),
     "promptnet words": (f"{PREFIX}PromptNetEncode", promptnet_encode()),
 }
 """Nodes that rows link to, by name: class and inputs."""
@@ -255,13 +269,54 @@ GOOD: dict[str, dict] = {
     "Intensity": {"image": ["picture", 0]},
     "RegionMask": {"image": ["picture", 0], "mask": ["left half", 0]},
     "LumaMerge": {"light": ["picture", 0], "color": ["picture", 0]},
+    "LoadComposerAdapter": PARTS["adapter"][1],
+    "ComposerConditioning": PARTS["composed"][1],
+    "ComposeGuidance": {
+        "model": ["adapter", 0],
+        "adapter": ["adapter", 1],
+        "clip": ["world", 1],
+        "composition1": ["composition", 0],
+        "composition2": ["composition", 0],
+    },
+    "BidirectionalGuidance": {
+        "model": ["world", 0],
+        "latent": ["latent", 0],
+        "source": ["words", 0],
+        "target": ["words", 0],
+        "negative": ["words", 0],
+        "steps": 1,
+    },
+    "ApplyRepresentation": {
+        "positive": ["words", 0],
+        "negative": ["words", 0],
+        "composition": ["composition", 0],
+        "control_net": ["t2i", 0],
+    },
+    "CompositionSemantics": {"composition": ["composition", 0]},
+    "LoadCoAdapterFuser": PARTS["fuser"][1],
+    "CoAdapterCondition": PARTS["sketch hint"][1],
+    "ApplyCoAdapter": {
+        "positive": ["words", 0],
+        "negative": ["words", 0],
+        "fuser": ["fuser", 0],
+        "conditions.condition0": ["sketch hint", 0],
+    },
+    "LoadCaptionPrior": PARTS["prior"][1],
+    "CaptionPrior": {"prior": ["prior", 0], "clip": ["world", 1], "caption": "a star"},
     "DrawScene": {},
     "ReadPicture": {"image": ["picture", 0]},
     "KSampler": sampled()[1],
 }
 """Inputs with which each node runs, but for the defaults."""
 
-NOTHING_TO_REFUSE = {"LoadShapeland", "AlignComposition", "InspectComposition", "Intensity", "PaletteToImage"}
+NOTHING_TO_REFUSE = {
+    "LoadShapeland",
+    "AlignComposition",
+    "InspectComposition",
+    "Intensity",
+    "PaletteToImage",
+    "CompositionImages",
+}
 """Take nothing, or whatever the host lets through."""
 
 
@@ -677,6 +732,47 @@ ROWS = [
     Row(
         "LumaMerge", {"light": ["pictures", 0], "color": ["two pictures", 0]}, "color: expected one picture or 3, as in"
     ),
+    Row(
+        "LoadComposerAdapter",
+        {"file": "other.safetensors"},
+        "model: expected one for this adapter (a test), got a model",
+    ),
+    Row(
+        "ComposerConditioning",
+        {"composition": ["other composition", 0]},
+        "composition: expected a palette of 156 colors for this adapter, got one of 180 colors",
+    ),
+    Row(
+        "ComposeGuidance",
+        {"composition1": ["other composition", 0]},
+        "composition: expected a palette of 156 colors for this adapter, got one of 180 colors",
+    ),
+    Row(
+        "KSampler",
+        {"positive": ["composed", 0]},
+        "Composer Conditioning: model: expected one from Load Composer Adapter in the sampler, got another (connect "
+        "yours to Load Composer Adapter's input)",
+    ),
+    Row("BidirectionalGuidance", {"latent": ["video", 2]}, "latent: expected"),
+    Row(
+        "ApplyRepresentation",
+        {"representation": "depth"},
+        "composition: expected one with depth, got one with palette",
+    ),
+    Row("CompositionSemantics", {}, "composition: expected one with semantics, got one with palette"),
+    Row("CoAdapterCondition", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
+    Row("ApplyCoAdapter", {"conditions.condition0": None}, "conditions: expected at least one, got none"),
+    Row(
+        "ApplyCoAdapter",
+        {"conditions.condition1": ["sketch hint", 0]},
+        "conditions: expected one of each kind, got two of sketch",
+    ),
+    Row("CaptionPrior", {"caption": " "}, "caption: expected what the picture is to show, got an empty text"),
+    Row(
+        "CaptionPrior",
+        {"prior": ["narrow prior", 0]},
+        "clip: expected a text encoder of width 64 for this prior, got one",
+    ),
     Row("DrawScene", {"description": "a red unicorn"}, "description - Shapeland does not know the word 'unicorn'"),
 ]
 
@@ -732,8 +828,37 @@ def promptnets(server):
         save(PromptNet(config), folder / f"{name}.safetensors")
 
 
+@pytest.fixture(scope="module")
+def composers(server, host):
+    """Small files of Composer with random weights: adapters for Shapeland and for another model, priors, a fuser and a
+    T2I-Adapter."""
+    import comfy.t2i_adapter.adapter as t2i
+    from conceptloom.encoders import composer_adapter
+    from conceptloom.encoders.caption_prior import CaptionPrior, PriorConfig
+    from conceptloom.encoders.coadapter import CoAdapterFuser
+    from safetensors.torch import save_file
+
+    def place(folder: str, name: str):
+        path = server.base / "models" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        return path / f"{name}.safetensors"
+
+    config = {"sentence_width": 128, "semantics_width": 128, "local_width": 4, "body": (4,) * 4}
+    for name, changes in {
+        "tiny": {"levels": (64, 128, 128, 128), "context_width": 128},
+        "other": {"base": "a test", "levels": (32, 64, 64, 64), "context_width": 128},
+    }.items():
+        net = composer_adapter.ComposerAdapter(composer_adapter.ComposerAdapterConfig(**config, **changes))
+        composer_adapter.save(net, place("composer_adapters", name))
+    for name, width in (("tiny", 128), ("narrow", 64)):
+        save_file(CaptionPrior(PriorConfig(width, 64, 1, 1)).state_dict(), place("caption_priors", name))
+    save_file(CoAdapterFuser((8, 16, 32, 32), 128, 8, 1).state_dict(), place("controlnet", "tiny_fuser"))
+    net = t2i.Adapter([8, 16, 32, 32], 2, 192, 1, sk=True, use_conv=False, xl=False)
+    save_file(net.state_dict(), place("controlnet", "tiny_t2i"))
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.node}-{row.sentence[:40]}")
-def test_the_client_gets_the_sentence(row, server, promptnets, object_info):
+def test_the_client_gets_the_sentence(row, server, promptnets, composers, object_info):
     ours = PREFIX + row.node
     node = object_info.get(ours)
     inputs = {**GOOD[row.node], **row.changes}
@@ -757,6 +882,9 @@ LOADERS = {
     "LoadConcept": ("concepts", "file", {}),
     "LoadFastComposer": ("fastcomposer", "file", {}),
     "ConvertFastComposer": ("fastcomposer", "file", {}),
+    "LoadCaptionPrior": ("caption_priors", "file", {}),
+    "LoadCoAdapterFuser": ("controlnet", "file", {}),
+    "LoadComposerAdapter": ("composer_adapters", "file", {}),
     "LoadComposition": ("compositions", "file", {}),
     "LoadPromptNet": ("promptnet", "file", {}),
     "LoadSegmenter": ("sams", "sam", {"kind": "boxes + SAM", "kind.boxes": ["box", 0]}),

@@ -388,3 +388,62 @@ class TestGuidance:
         far = [float((one.latent["samples"] - same.reconstruction["samples"]).norm()) for one in (same, other)]
         assert far[0] < 1e-2 * far[1]
         assert not torch.equal(edited(target, cfg=4.0).latent["samples"], other.latent["samples"])
+
+
+class TestPrior:
+    @pytest.fixture(scope="class")
+    def parts(self, host):
+        """Shapeland's CLIP, and a prior of its width with random weights."""
+        from conceptloom.encoders.caption_prior import CaptionPrior, PriorConfig
+        from conceptloom.host.composer.prior import wrap
+        from conceptloom.host.shapeland import load_clip
+
+        torch.manual_seed(0)
+        net = CaptionPrior(PriorConfig(128, 32, 2, 2)).eval().requires_grad_(False)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        with torch.inference_mode():
+            return wrap(net), load_clip()
+
+    def test_it_reads_the_text_as_in_training(self, parts):
+        from conceptloom.host.composer.prior import draw
+        from conceptloom.training.base import open_base
+        from conceptloom.training.prior.model import PriorTraining
+
+        prior, clip = parts
+        training = PriorTraining(open_base("shapeland"), 32, 2, 1)
+        seen = []
+        handle = prior.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        try:
+            draw(prior, clip, "a star on a navy background", 2, 0, 1, 3.0)
+        finally:
+            handle.remove()
+        _, t, sentences, states, mask = seen[0]
+        rows = [training.vocabulary.row(text) for text in ("a star on a navy background", "")]
+        expected = training.read(torch.tensor(rows))
+        assert t.tolist() == [999] * 4
+        for given, own in zip((sentences, states, mask), expected, strict=True):
+            # Text towers are in half precision in ComfyUI.
+            torch.testing.assert_close(given[::2].float(), own.float(), rtol=0, atol=5e-3)
+
+    def test_draws_differ_by_seed_and_follow_guidance(self, parts):
+        from conceptloom.host.composer.prior import draw
+
+        def drawn(seed, guidance=3.0, count=2, caption="a star on a navy background"):
+            return torch.stack([one.embedding for one in draw(*parts, caption, count, seed, 4, guidance)])
+
+        one = drawn(0)
+        assert torch.equal(one, drawn(0)) and not torch.equal(one[0], one[1])
+        assert not torch.equal(one, drawn(1))
+        torch.testing.assert_close(drawn(0, caption=""), drawn(0, 1.0, caption=""), rtol=0, atol=1e-4)
+        assert not torch.equal(one, drawn(0, 1.0))
+
+    def test_another_text_encoder_is_refused(self, parts):
+        from conceptloom.encoders.caption_prior import CaptionPrior, PriorConfig
+        from conceptloom.host.composer.prior import draw, wrap
+
+        other = wrap(CaptionPrior(PriorConfig(64, 32, 2, 1)))
+        with pytest.raises(
+            ValueError, match="clip: expected a text encoder of width 64 for this prior, got one of 128 to"
+        ):
+            draw(other, parts[1], "a star", 1, 0, 1, 1.0)
