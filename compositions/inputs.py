@@ -61,6 +61,10 @@ def check_fits(composition: Composition, config: ComposerAdapterConfig) -> None:
             f"composition: expected semantics of width {config.semantics_width} for this adapter, got "
             f"{len(semantics.embedding)}; use the vision tower that it was trained with"
         )
+    if palette is not None and palette.sigma != config.sigma:
+        raise ValueError(
+            f"composition: expected a palette of sigma {config.sigma:g} for this adapter, got {palette.sigma:g}"
+        )
     if palette is not None and (
         len(palette.histogram) != config.colors or config.table not in ("", table_hash(table_colors(palette.table)))
     ):

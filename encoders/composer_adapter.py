@@ -48,6 +48,7 @@ class ComposerAdapterConfig:
         semantics_width: of the image embedding.
         colors: entries of the palette's table.
         table: hash of that table's colours.
+        sigma: of the palette's smoothing.
         tokens: that semantics and palette each add to the text states.
         local_width: channels of the summed maps.
         body: channels of the levels of the network behind them; empty in mode INPUT.
@@ -64,6 +65,7 @@ class ComposerAdapterConfig:
     semantics_width: int = 768
     colors: int = 156
     table: str = ""
+    sigma: float = 10.0
     tokens: int = 4
     local_width: int = 64
     body: tuple[int, ...] = (80, 160, 320, 320)

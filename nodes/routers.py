@@ -102,7 +102,9 @@ class CompositionImages(Node):
                     )
                 ),
                 io.Image.Output(
-                    id="picture", display_name="picture", tooltip="The picture that is drawn anew in parts."
+                    id="picture",
+                    display_name="picture",
+                    tooltip="With a mask, the picture that is drawn anew in parts.",
                 ),
                 io.Mask.Output(id="mask", display_name="mask", tooltip="White where it is drawn anew."),
             ],
@@ -130,7 +132,9 @@ class LoadCoAdapterFuser(Node):
             search_aliases=["CoAdapter", "t2i adapter", "fuser", "multi adapter"],
             inputs=[
                 io.Combo.Input(
-                    "file", options=folder_paths.get_filename_list(CONTROLNETS), tooltip="A file in models/controlnet."
+                    "file",
+                    options=folder_paths.get_filename_list(CONTROLNETS),
+                    tooltip="A file in models/controlnet or models/t2i_adapter.",
                 )
             ],
             outputs=[CoAdapterFuserSocket.Output("fuser", tooltip="For Apply CoAdapter.")],
@@ -228,6 +232,8 @@ class ApplyCoAdapter(Node):
             name = "style" if style is None else "style_model"
             raise ValueError(f"{name}: expected both style_model and style, or neither, got one of them")
         tokens = None
+        if style is not None and getattr(style, "last_hidden_state", None) is None:
+            raise ValueError("style: expected one with the tokens of a vision tower, got semantics without them")
         if style_model is not None and style_weight:
             tokens = style_model.get_cond(style) * style_weight
         given = in_order(conditions, "conditions", "CoAdapter Condition") if tokens is None or conditions else []

@@ -97,7 +97,7 @@ def test_pictures_are_taken_apart(folder, base):
 def make_model(base, mode="levels"):
     from conceptloom.training.composer.model import ComposerTraining, config_of
 
-    model = ComposerTraining(base, config_of(base, mode, 8, 8))
+    model = ComposerTraining(base, config_of(base, "Shapeland", mode, 8, 8))
     for p in model.adapter.parameters():
         torch.nn.init.normal_(p, std=0.05)
     return model

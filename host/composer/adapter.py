@@ -17,10 +17,11 @@ import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...compositions.composition import CAPTION, Caption, Composition
+from ...compositions.composition import CAPTION, LOCAL, Caption, Composition
 from ...compositions.inputs import check_fits, conditions_of
 from ...encoders.composer_adapter import ComposerAdapter, Conditions, Features
 from ...encoders.composer_adapter import load as read_adapter
+from ...subjects.masks import ASPECT_TOLERANCE, same_aspect
 from ..model.families import family_of, network_of
 from ..model.sites import CROSS
 from ..model.unprepared import NeedsPreparedModel
@@ -203,10 +204,21 @@ class ComposedRun:
         composed: the content of the conditioning.
         model: ComfyUI's BaseModel.
         noise: (B, C, h, w), with the size of the latents.
+
+    Raises:
+        ValueError: maps have another aspect ratio.
     """
 
     def __init__(self, composed: Composed, model, noise: torch.Tensor):
-        self.composed, self.size = composed, tuple(noise.shape[-2:])
+        self.composed, self.size = composed, (noise.shape[-2], noise.shape[-1])
+        given = composed.composition
+        tolerance = max(ASPECT_TOLERANCE, 1 / min(self.size))
+        if any(name in given for name in LOCAL) and not same_aspect(given.size, self.size, tolerance):
+            wanted, got = (f"{one[1]}x{one[0]}" for one in (self.size, given.size))
+            raise ValueError(
+                f"Composer Conditioning: composition: expected the shape of the latent ({wanted}), got {got}; connect "
+                "Align Composition"
+            )
         self.windows = {
             name: Window(part.start_percent, part.end_percent).levels(model.model_sampling)
             for name, part in composed.composition.parts.items()

@@ -15,6 +15,9 @@ import torch
 from ...encoders.coadapter import CoAdapterFuser
 from ...encoders.files import read_state
 
+_SIDE = 512
+"""Of the pictures of Stable Diffusion 1.5."""
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -68,12 +71,15 @@ def apply(
         start_percent, end_percent: the part of the schedule in which the control acts.
 
     Raises:
-        ValueError: two adapters are of one kind, or do not fit the fuser.
+        ValueError: two adapters are of one kind, or something does not fit the fuser or its hint.
     """
+    conditions = [one for one in conditions if one.weight]
     kinds = [one.kind for one in conditions]
     if len(set(kinds)) < len(kinds):
         twice = next(kind for kind in kinds if kinds.count(kind) > 1)
         raise ValueError(f"conditions: expected one of each kind, got two of {twice}")
+    for one in conditions:
+        _check(one, fuser)
     width = fuser.seq_proj.shape[0]
     if style is not None and style.shape[-1] != width:
         raise ValueError(f"style_model: expected one of width {width}, got {style.shape[-1]}")
@@ -92,11 +98,19 @@ def apply(
     if not conditions:
         found = [positive, negative]
     if style is not None:
-        # The hint's own size: the tokens depend on the mean of each map alone, hardly on the size of the picture.
-        size = (conditions[0].image.shape[1], conditions[0].image.shape[2]) if conditions else (0, 0)
-        _, tokens = control.fused(size)
+        # The tokens depend on the mean of each map alone, hardly on the size of the picture, which is not known yet.
+        _, tokens = control.fused((_SIDE, _SIDE))
         found[0] = [[torch.cat([states, tokens.to(states)], 1), extras] for states, extras in found[0]]
     return found[0], found[1]
+
+
+def _check(one: Condition, fuser: CoAdapterFuser) -> None:
+    own, given = [layer.out_features for layer in fuser.spatial_ch_projs], list(one.adapter.t2i_model.channels)
+    if given != own:
+        raise ValueError(f"conditions: expected maps of {own} channels for the fuser, got {given} of {one.kind}")
+    if one.adapter.channels_in not in (1, one.image.shape[-1]):
+        wanted, got = one.adapter.channels_in, one.image.shape[-1]
+        raise ValueError(f"conditions: expected a hint of {wanted} channels for {one.kind}, got {got}")
 
 
 class FusedAdapters(comfy.controlnet.ControlBase):
@@ -115,11 +129,7 @@ class FusedAdapters(comfy.controlnet.ControlBase):
 
     @torch.no_grad()
     def fused(self, size: tuple[int, int]) -> tuple[dict | None, torch.Tensor | None]:
-        """The control for pictures of a size (height, width), in ComfyUI's layout, and the style's tokens.
-
-        Raises:
-            ValueError: an adapter's maps do not fit the fuser.
-        """
+        """The control for pictures of a size (height, width), in ComfyUI's layout, and the style's tokens."""
         device = comfy.model_management.get_torch_device()
         maps, layout = {}, None
         for one in self.conditions:
@@ -142,21 +152,10 @@ class FusedAdapters(comfy.controlnet.ControlBase):
         hint = comfy.utils.common_upscale(one.image.movedim(-1, 1), width, height, adapter.upscale_algorithm, "center")
         if adapter.channels_in == 1 and hint.shape[1] > 1:
             hint = hint.mean(1, keepdim=True)
-        if adapter.channels_in != hint.shape[1]:
-            raise ValueError(
-                f"Apply CoAdapter: conditions: expected a hint of {adapter.channels_in} channels for {one.kind}, got "
-                f"{hint.shape[1]}"
-            )
         model = adapter.t2i_model.to(device, torch.float32)
         found = model(hint.float().to(device))["input"]
         model.cpu()
         levels = [level for level in reversed(found) if level is not None]
-        own = [layer.out_features for layer in self.fuser.spatial_ch_projs]
-        if [level.shape[1] for level in levels] != own:
-            given = [level.shape[1] for level in levels]
-            raise ValueError(
-                f"Apply CoAdapter: conditions: expected maps of {own} channels for the fuser, got {given} of {one.kind}"
-            )
         return [level is not None for level in found], levels
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):

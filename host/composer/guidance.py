@@ -70,6 +70,8 @@ def edit(
     Raises:
         ValueError: an input cannot be used.
     """
+    if len(source) != 1:
+        raise ValueError(f"source: expected one prompt for the whole picture and all steps, got {len(source)}")
     found = invert(model, latent, source, steps, scheduler, refinements=refinements, callback=callback)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(target, negative)

@@ -263,7 +263,7 @@ def test_the_trained_adapter_is_the_sampled_one(host):
     from conceptloom.training.composer.model import ComposerTraining, config_of
 
     base = open_base("shapeland")
-    training = ComposerTraining(base, config_of(base, "levels", 8, 8)).eval()
+    training = ComposerTraining(base, config_of(base, "Shapeland", "levels", 8, 8)).eval()
     for p in training.adapter.parameters():
         torch.nn.init.normal_(p, std=0.05)
     caption, t = "a star on a navy background", 600
@@ -318,20 +318,31 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Composer Conditioning: model: expected one from Load Composer Adapter"):
             toy.sample(positive=encode(toy, adapter, composition()))
 
-    def test_what_the_adapter_does_not_understand(self, toy):
+    def test_what_the_adapter_does_not_understand(self, toy, model):
         from conceptloom.compositions.palette import palette_of_picture
 
-        with pytest.raises(ValueError, match="composition: expected semantics of width 8 for this adapter, got 16"):
-            encode(toy, make_adapter(semantics_width=8), composition())
-        with pytest.raises(
-            ValueError, match="composition: expected a palette of 156 colors for this adapter, got one of"
+        def colored(table="156 colors", sigma=10.0):
+            return composition("depth").with_part(
+                "palette", palette_of_picture(torch.rand(8, 8, 3), None, table, sigma)
+            )
+
+        other = "expected a palette of 156 colors for this adapter, got one of"
+        for adapter, given, said in (
+            (make_adapter(semantics_width=8), composition(), "expected semantics of width 8 for this adapter, got 16"),
+            (make_adapter(table="another"), composition(), other),
+            (make_adapter(table=""), colored("180 colors"), f"{other} 180 colors"),
+            (make_adapter(), colored(sigma=5.0), "expected a palette of sigma 10 for this adapter, got 5"),
         ):
-            encode(toy, make_adapter(table="another"), composition())
-        other = composition("depth").with_part("palette", palette_of_picture(torch.rand(8, 8, 3), None, "180 colors"))
-        with pytest.raises(
-            ValueError, match="expected a palette of 156 colors for this adapter, got one of 180 colors"
-        ):
-            encode(toy, make_adapter(table=""), other)
+            with pytest.raises(ValueError, match=f"^composition: {said}"):
+                encode(toy, adapter, given)
+
+    def test_maps_of_another_shape(self, toy, adapter, model):
+        wide = encode(toy, adapter, composition("depth", size=(128, 192)))
+        said = r"composition: expected the shape of the latent \(16x16\), got 192x128; connect Align Composition"
+        with pytest.raises(ValueError, match=f"^Composer Conditioning: {said}"):
+            toy.sample(model, positive=wide)
+        colors = encode(toy, adapter, composition("palette", size=(128, 192)))
+        assert torch.isfinite(toy.sample(model, positive=colors)).all()
 
     def test_another_model(self, toy):
         from conceptloom.host.composer.adapter import checked

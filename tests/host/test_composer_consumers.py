@@ -124,8 +124,10 @@ class TestCoAdapter:
             with pytest.raises(ValueError, match="control_net: expected a T2I-Adapter for Stable Diffusion 1.5"):
                 Condition("sketch", given, hint())
         other = CoAdapterFuser((320, 640, 1280, 1280), 64)
-        with pytest.raises(ValueError, match="Apply CoAdapter: conditions: expected maps of .*320.* channels for the"):
-            self.sample(toy, self.apply(toy, other, [condition(adapter)]))
+        with pytest.raises(ValueError, match="^conditions: expected maps of .*320.* channels for the fuser, got .*32"):
+            self.apply(toy, other, [condition(adapter)])
+        off = self.apply(toy, fuser, [condition(adapter, weight=0.0)])
+        assert off == (toy.positive, toy.negative)
 
 
 class TestHints:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...compositions.palette import DEFAULT_TABLE, table_colors
+from ...compositions.palette import DEFAULT_TABLE, SIGMA, table_colors
 from ...encoders.clip_pixels import normalize
 from ...encoders.composer_adapter import (
     INPUT,
@@ -28,8 +28,8 @@ from ..base import Base
 from .pictures import NAMES
 
 
-def config_of(base: Base, mode: str, local_width: int, body_share: int) -> ComposerAdapterConfig:
-    """The architecture for a base.
+def config_of(base: Base, name: str, mode: str, local_width: int, body_share: int) -> ComposerAdapterConfig:
+    """The architecture for a base, which error messages call `name`.
 
     Raises:
         ValueError: the base has two text towers, or no vision tower.
@@ -46,9 +46,11 @@ def config_of(base: Base, mode: str, local_width: int, body_share: int) -> Compo
         semantics_width=base.vision.config.projection_dim,
         colors=len(colors),
         table=table_hash(colors),
+        sigma=SIGMA,
         local_width=local_width,
         body=() if mode == INPUT else tuple(max(8, channels // body_share) for channels in levels),
         mode=mode,
+        base=name,
     )
 
 

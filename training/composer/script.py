@@ -40,7 +40,7 @@ def train(options: Namespace, file: Path) -> None:
     base = open_base(options.base, options.vision, options.resolution)
     data = Composed(options.data, base.resolution, options.seed)
     accelerator = accelerator_of(options)
-    config = config_of(base, options.mode, options.local_width, options.body_share)
+    config = config_of(base, Path(options.base).name, options.mode, options.local_width, options.body_share)
     model = ComposerTraining(base, config, options.seed)
     if options.checkpointing:
         model.unet.enable_gradient_checkpointing()
