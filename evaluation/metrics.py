@@ -7,7 +7,7 @@ independent, so 16 cases of 4 pictures are 16 observations; with one picture per
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -181,6 +181,7 @@ def report_rows(
     values: dict[str, dict[str, list[float]]],
     cases: Sequence[Hashable],
     compared: Sequence[str],
+    ranges: Mapping[str, tuple[float, float]] = RANGES,
 ) -> list[Row]:
     """The rows for one number of subjects.
 
@@ -190,11 +191,12 @@ def report_rows(
         values: per variant and metric, one value per picture, with pictures in the same order everywhere.
         cases: the case of each picture.
         compared: variants for which the paired lead of "default" is given too.
+        ranges: smallest and largest value of each metric.
     """
     rows = []
     for variant, by_metric in values.items():
         for metric, column in by_metric.items():
-            least, most = RANGES[metric]
+            least, most = ranges[metric]
             rows.append(Row(system, variant, subjects, metric, *interval(column, cases, least, most)))
             if variant in compared:
                 lead = [a - b for a, b in zip(values["default"][metric], column, strict=True)]

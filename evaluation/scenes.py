@@ -56,18 +56,20 @@ class Case:
     def draw(self, count: int, identities: Sequence[world.Identity] | None) -> torch.Tensor:
         """The world's own pictures (count, SIZE, SIZE, 3) of what is asked for, with these or random identities."""
         scenes = [
-            world.scene_from(list(self.mentions), self.background, _lot(self.seed, i), identities) for i in range(count)
+            world.scene_from(list(self.mentions), self.background, case_rng(self.seed, i), identities)
+            for i in range(count)
         ]
         return torch.from_numpy(np.stack([world.render(scene).image for scene in scenes]))
 
 
-def _lot(*numbers: int) -> np.random.Generator:
+def case_rng(*numbers: int) -> np.random.Generator:
+    """The random numbers of a case, apart from all seeds of training."""
     return np.random.default_rng((_LOT, *numbers))
 
 
 def make_case(subjects: int, index: int) -> Case:
     """Case `index` with this many subjects (1 to 3)."""
-    rng = _lot(subjects, index)
+    rng = case_rng(subjects, index)
     nouns = [int(noun) for noun in rng.choice(len(world.NOUNS), subjects, replace=False)]
     left, asked = (int(b) for b in rng.choice(len(world.BACKGROUNDS), 2, replace=False))
     mentions = tuple(world.Mention(noun) for noun in nouns)
@@ -100,4 +102,4 @@ def _reference(rng: np.random.Generator, mention: world.Mention, background: int
 
 def held_out(count: int) -> list[world.Picture]:
     """Pictures of one to three things that no training has seen, for measuring the judge."""
-    return [world.render(world.random_scene(_lot(0, i))) for i in range(count)]
+    return [world.render(world.random_scene(case_rng(0, i))) for i in range(count)]
