@@ -197,7 +197,7 @@ def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> C
 
     Args:
         fit: CROP fills the canvas and cuts off what is over, PAD shows everything and fills the rest, STRETCH changes
-            the aspect ratio.
+            the aspect ratio. A mask of which nothing is left is left out.
 
     Raises:
         ValueError: the fit is unknown.
@@ -206,10 +206,11 @@ def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> C
         raise ValueError(f"fit: expected one of {', '.join(FITS)}, got {fit!r}")
     if size == composition.size:
         return composition
-    parts = {
-        name: replace(part, value=_aligned(name, part.value, size, fit)) if name in LOCAL else part
-        for name, part in composition.parts.items()
-    }
+    parts = {}
+    for name, part in composition.parts.items():
+        value = _aligned(name, part.value, size, fit) if name in LOCAL else part.value
+        if value is not None:
+            parts[name] = replace(part, value=value)
     picture = None if composition.picture is None else _fitted(composition.picture, size, fit, "bilinear")
     return Composition(size, parts, picture)
 
@@ -237,8 +238,11 @@ def interpolate(first: Composition, second: Composition, share: float, local_fro
             if part := own or others:
                 parts[name] = part
             continue
-        strength = (1 - share) * own.strength + share * others.strength
-        parts[name] = replace(own, value=_BETWEEN[name](own.value, others.value, share), strength=strength)
+        how = {
+            key: (1 - share) * getattr(own, key) + share * getattr(others, key)
+            for key in ("strength", "start_percent", "end_percent")
+        }
+        parts[name] = Part(_BETWEEN[name](own.value, others.value, share), **how)
     return Composition(base.size, parts, base.picture)
 
 
@@ -254,14 +258,14 @@ _BETWEEN = {CAPTION: _between_captions, SEMANTICS: between, PALETTE: Palette.mix
 
 
 def _aligned(name: str, value: Any, size: tuple[int, int], fit: str) -> Any:
-    """A local representation on another canvas."""
+    """A local representation on another canvas, or None if nothing of it is left."""
     if isinstance(value, InstanceMap):
         labels = _fitted(value.labels[..., None].float(), size, fit, "nearest-exact", fill=0.0)
         return InstanceMap(labels[..., 0].round().int(), value.names)
     if isinstance(value, Region):
         # What a canvas has more than the picture is to be drawn.
-        mask = _fitted(value.mask[..., None], size, fit, "nearest-exact", fill=1.0)
-        return Region(_fitted(value.image, size, fit, "bilinear"), mask[..., 0])
+        mask = _fitted(value.mask[..., None], size, fit, "nearest-exact", fill=1.0)[..., 0]
+        return Region(_fitted(value.image, size, fit, "bilinear"), mask) if 0 < float(mask.mean()) < 1 else None
     return _fitted(value[..., None], size, fit, "bilinear", fill=0.0 if name == SKETCH else None)[..., 0]
 
 

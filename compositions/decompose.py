@@ -120,9 +120,12 @@ def subject_of(composition: Composition, noun: str, weight: float = 3.0) -> Subj
     if not numbers:
         known = ", ".join(name for name in instances.names if name) or "none with a name"
         raise ValueError(f"noun: expected one of the composition's things ({known}), got {noun!r}")
+    mask = instances.mask(numbers[0])
+    if not mask.any():
+        raise ValueError(f"noun: expected a thing that can be seen, got {noun!r}, which others cover")
     caption = composition.get(CAPTION)
     text = caption.texts[0][0] if caption and noun.lower() in caption.texts[0][0].lower() else ""
-    return Subject(composition.picture, noun, instances.mask(numbers[0]), text, weight)
+    return Subject(composition.picture, noun, mask, text, weight)
 
 
 def _fit_labels(instances: InstanceMap, size: tuple[int, int]) -> InstanceMap:

@@ -27,9 +27,11 @@ def normalized_depth(depth: torch.Tensor, metric: bool = False) -> torch.Tensor:
         if finite.min() <= 0:
             raise ValueError(f"depth: expected distances above 0, got {float(finite.min()):g}")
         depth, finite = 1 / depth, 1 / finite
-    # At most as many values as quantile() takes, evenly from all of them.
-    sample = finite.sort().values[:: len(finite) // 1_000_000 + 1]
-    low, high = (float(sample[min(len(sample) - 1, int(q * len(sample)))]) for q in (_CUT, 1 - _CUT))
+    ordered = finite.sort().values
+    low, high = (float(ordered[min(len(ordered) - 1, int(q * len(ordered)))]) for q in (_CUT, 1 - _CUT))
+    if high - low < _LEAST_RANGE:
+        # A small thing in front of one that is flat is no outlier.
+        low, high = float(ordered[0]), float(ordered[-1])
     if high - low < _LEAST_RANGE:
         return torch.zeros_like(depth)
     return ((torch.nan_to_num(depth, low, high, low) - low) / (high - low)).clamp(0, 1)

@@ -14,7 +14,7 @@ from ..encoders.composer_adapter import (
 )
 from .composition import INSTANCES, LOCAL, MASK, Composition
 from .instance_map import coded
-from .palette import table_colors
+from .palette import Palette, table_colors
 
 
 def local_map(name: str, value) -> torch.Tensor:
@@ -27,6 +27,12 @@ def local_map(name: str, value) -> torch.Tensor:
         picture = (2 * value.image - 1).movedim(-1, 0) * kept
         return torch.cat([picture, kept[None]])[None]
     return value[None, None].float()
+
+
+def scaled_palette(palette: Palette) -> torch.Tensor:
+    """A palette (K,) with unit variance per entry."""
+    shares = palette.histogram.float()
+    return shares / shares.norm() * len(shares) ** 0.5
 
 
 def conditions_of(composition: Composition, sentence: torch.Tensor | None = None) -> Conditions:
@@ -42,8 +48,7 @@ def conditions_of(composition: Composition, sentence: torch.Tensor | None = None
     if SEMANTICS in composition:
         found[SEMANTICS] = composition[SEMANTICS].scaled[None]
     if PALETTE in composition:
-        shares = composition[PALETTE].histogram.float()
-        found[PALETTE] = (shares / shares.norm() * len(shares) ** 0.5)[None]
+        found[PALETTE] = scaled_palette(composition[PALETTE])[None]
     maps = {name: local_map(name, composition[name]) for name in LOCAL if name in composition}
     strengths = {name: torch.tensor([composition.parts[name].strength]) for name in (*found, *maps)}
     return Conditions(found, maps, strengths)
@@ -60,6 +65,12 @@ def check_fits(composition: Composition, config: ComposerAdapterConfig) -> None:
         raise ValueError(
             f"composition: expected semantics of width {config.semantics_width} for this adapter, got "
             f"{len(semantics.embedding)}; use the vision tower that it was trained with"
+        )
+    seen = 0 if semantics is None or semantics.tokens is None else len(semantics.tokens)
+    if seen and config.vision_tokens not in (0, seen):
+        raise ValueError(
+            f"composition: expected semantics of a vision tower of {config.vision_tokens} tokens for this adapter, got "
+            f"one of {seen}"
         )
     if palette is not None and palette.sigma != config.sigma:
         raise ValueError(

@@ -45,9 +45,12 @@ def grown(mask: torch.Tensor, pixels: int) -> torch.Tensor:
     binary = (mask > 0.5).float()[None, None]
     if not pixels:
         return binary[0, 0]
-    side = 2 * abs(pixels) + 1
-    if pixels > 0:
-        return F.max_pool2d(binary, side, 1, abs(pixels))[0, 0]
-    # What is outside of the picture counts as masked, or else masks would leave its border.
-    padded = F.pad(1 - binary, [abs(pixels)] * 4)
-    return 1 - F.max_pool2d(padded, side, 1)[0, 0]
+    # What is outside of the picture never counts: a mask that shrinks does not leave the border.
+    grown_ = _spread(binary if pixels > 0 else 1 - binary, abs(pixels))[0, 0]
+    return grown_ if pixels > 0 else 1 - grown_
+
+
+def _spread(planes: torch.Tensor, reach: int) -> torch.Tensor:
+    """The largest value within a square of 2 reach + 1 around each place of (1, 1, H, W), along one axis at a time."""
+    side = 2 * reach + 1
+    return F.max_pool2d(F.max_pool2d(planes, (side, 1), 1, (reach, 0)), (1, side), 1, (0, reach))

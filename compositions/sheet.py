@@ -19,7 +19,8 @@ _LABEL = 18
 def shown(name: str, value: Any, size: tuple[int, int]) -> torch.Tensor | None:
     """A picture (H, W, 3) of a representation; None for one that has none."""
     if name == PALETTE:
-        return palette_picture(value, size[1], size[0])
+        scale = TILE / max(size)
+        return palette_picture(value, max(1, round(size[1] * scale)), max(1, round(size[0] * scale)))
     if name == INSTANCES:
         return coded(value)
     if name == MASK:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .files import load_exactly
+
 HEADS = "heads"
 """Of the metadata of a file: the number of attention heads, which no shape tells."""
 _HEAD_WIDTH = 64
@@ -137,12 +139,7 @@ class CaptionPrior(nn.Module):
             ValueError: weights are missing, unknown, or do not fit together.
         """
         net = cls(PriorConfig.of_state(state, heads), operations, **settings)
-        own = {key: value.shape for key, value in net.state_dict().items()}
-        wrong = next((key for key in {**own, **state} if own.get(key) != getattr(state.get(key), "shape", None)), None)
-        if wrong is not None:
-            given = tuple(state[wrong].shape) if wrong in state else "nothing"
-            raise ValueError(f"file: expected the weights of a prior, got {given} for {wrong}")
-        net.load_state_dict(state)
+        load_exactly(net, state, "a prior")
         return net.eval().requires_grad_(False)
 
 

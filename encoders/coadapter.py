@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from .files import load_exactly
+
 KINDS = ("sketch", "keypose", "segmentation", "depth", "canny", "style", "color", "openpose")
 """Kinds of adapters in the order of their embeddings."""
 STYLE = "style"
@@ -90,12 +92,7 @@ class CoAdapterFuser(nn.Module):
         layers = len({key.split(".")[1] for key in state if key.startswith("transformer_layes.")})
         channels = [len(state.get(f"spatial_ch_projs.{i}.weight", ())) for i in range(levels)]
         net = cls(channels, state["seq_proj"].shape[0], layers=layers)
-        own = {key: value.shape for key, value in net.state_dict().items()}
-        wrong = next((key for key in {**own, **state} if own.get(key) != getattr(state.get(key), "shape", None)), None)
-        if wrong is not None:
-            given = tuple(state[wrong].shape) if wrong in state else "nothing"
-            raise ValueError(f"file: expected the weights of CoAdapter's fuser, got {given} for {wrong}")
-        net.load_state_dict(state)
+        load_exactly(net, state, "CoAdapter's fuser")
         return net.eval().requires_grad_(False)
 
 

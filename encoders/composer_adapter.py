@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from .files import read, state_of, whole_file
+from .files import load_exactly, read, state_of, whole_file
 
 LOCAL_CHANNELS = {"sketch": 1, "instances": 3, "depth": 1, "intensity": 1, "mask": 4}
 """Local representations, and the channels of their maps."""
@@ -34,7 +34,7 @@ INPUT, LEVELS = "input", "levels"
 MODES = (LEVELS, INPUT)
 FORMAT, VERSION = "conceptloom_composer_adapter", 1
 _SUPPORT = 4
-"""Cells of a map per cell of the latent, along one side, in front of the stacks' last two convolutions."""
+"""Cells of a map per cell of the latent, along one side, to which maps are brought."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class ComposerAdapterConfig:
         body: channels of the levels of the network behind them; empty in mode INPUT.
         mode: LEVELS adds to every level of the encoder, INPUT behind the first convolution alone, as the paper does.
         base: the model that the adapter is for, in words.
+        vision_tokens: of the vision tower that embeds pictures, by which towers of one width are told apart; 0 if that
+            is not known.
 
     Raises:
         ValueError: the mode is unknown.
@@ -71,6 +73,7 @@ class ComposerAdapterConfig:
     body: tuple[int, ...] = (80, 160, 320, 320)
     mode: str = LEVELS
     base: str = ""
+    vision_tokens: int = 0
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -235,12 +238,7 @@ class ComposerAdapter(nn.Module):
             ValueError: weights are missing, unknown, or do not fit the architecture.
         """
         net = cls(config, operations, **settings)
-        own = {key: value.shape for key, value in net.state_dict().items()}
-        wrong = next((key for key in {**own, **state} if own.get(key) != getattr(state.get(key), "shape", None)), None)
-        if wrong is not None:
-            there = tuple(state[wrong].shape) if wrong in state else "nothing"
-            raise ValueError(f"file: expected {own.get(wrong) and tuple(own[wrong])} for {wrong}, got {there}")
-        net.load_state_dict(state)
+        load_exactly(net, state, "a Composer adapter")
         return net.eval().requires_grad_(False)
 
 
@@ -257,9 +255,11 @@ class _Stack(nn.Module):
 
     def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(n, width, h, w) for maps (n, c, H, W) of any size."""
-        h = F.silu(self.first(x))
-        h = F.adaptive_avg_pool2d(h, (_SUPPORT * size[0], _SUPPORT * size[1]))
-        return self.third(F.silu(self.second(h)))
+        # Before any convolution, so that strokes are as wide, and memory as small, whatever the size of the picture.
+        target = _SUPPORT * size[0], _SUPPORT * size[1]
+        if tuple(x.shape[-2:]) != target:
+            x = F.interpolate(x, target, mode="bilinear", antialias=True)
+        return self.third(F.silu(self.second(F.silu(self.first(x)))))
 
 
 class _BodyLevel(nn.Module):

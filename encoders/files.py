@@ -102,6 +102,31 @@ def state_of(value: Any, path: Path, name: str) -> dict[str, torch.Tensor]:
     return dict(value)
 
 
+def load_exactly(net: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
+    """Gives a network weights that must be its own, by name and shape.
+
+    Args:
+        net: the network.
+        state: the weights.
+        what: what they are to be, for the error message.
+
+    Raises:
+        ValueError: weights are missing, unknown, or of another shape.
+    """
+    own = {key: value.shape for key, value in net.state_dict().items()}
+    wrong = next((key for key in {**own, **state} if own.get(key) != getattr(state.get(key), "shape", None)), None)
+    if wrong is not None:
+        given, wanted = _shape(getattr(state.get(wrong), "shape", None)), _shape(own.get(wrong))
+        raise ValueError(f"file: expected the weights of {what}, got {given} for {wrong}, where it has {wanted}")
+    net.load_state_dict(state)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    if shape is None:
+        return "nothing"
+    return " x ".join(map(str, shape)) or "a number"
+
+
 def check(path: Path | str, name: str = "file") -> str:
     """The format of a file of weights, SAFETENSORS or TORCH, from its beginning and its table of contents.
 

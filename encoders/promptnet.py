@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .files import whole_file
+from .files import load_exactly, whole_file
 
 UNUSED = ("residual_projections", "mid_residual_projection")
 """How the names of tensors begin that nothing reads."""
@@ -193,14 +193,7 @@ class PromptNet(nn.Module):
         state = {key.removeprefix(PREFIX): value for key, value in state.items()}
         state = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
         net = cls(PromptNetConfig.of_state(state, heads), operations, **settings)
-        own = {key: value.shape for key, value in net.state_dict().items()}
-        wrong = next((key for key in {**own, **state} if own.get(key) != getattr(state.get(key), "shape", None)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"file: expected the weights of a PromptNet, got {_shape(state.get(wrong))} for {wrong}, where it "
-                f"has {_shape(own.get(wrong))}"
-            )
-        net.load_state_dict(state)
+        load_exactly(net, state, "a PromptNet")
         return net.eval().requires_grad_(False)
 
 
@@ -415,10 +408,3 @@ class _Middle(nn.Module):
 
 def _size(latents: torch.Tensor) -> str:
     return " x ".join(map(str, latents.shape[-2:]))
-
-
-def _shape(value: torch.Tensor | torch.Size | None) -> str:
-    if value is None:
-        return "nothing"
-    shape = value.shape if isinstance(value, torch.Tensor) else value
-    return " x ".join(map(str, shape)) or "a number"

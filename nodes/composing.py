@@ -43,7 +43,8 @@ class PickRepresentations(Node):
                     min=0.0,
                     max=MAX_STRENGTH,
                     step=0.05,
-                    tooltip="How strongly what is picked acts: 1 as trained, 0 picks nothing.",
+                    tooltip="How strongly what is picked acts: 1 as trained, 0 picks nothing. The tokens of semantics "
+                    "and palette in an adapter act in part at any strength above 0.",
                 ),
                 *window_inputs("Where in the schedule it begins to act.", "Where in the schedule it stops."),
             ],

@@ -110,12 +110,15 @@ class InstanceMap(Node):
 
     @classmethod
     def execute(cls, masks, nouns, coding, detections=None) -> io.NodeOutput:
+        if nouns.strip() and detections is not None:
+            raise ValueError(f"nouns: expected none with detections, which say them, got {nouns.strip()!r}")
         wanted = read_nouns(nouns) if nouns.strip() else []
+        name = "nouns" if detections is None else "detections"
         if detections is not None:
             wanted = list(detections.entries)
         given = masks if masks.ndim == 3 else masks[None]
         if len(wanted) not in (0, len(given)):
-            raise ValueError(f"nouns: expected one for each of {len(given)} masks, got {len(wanted)}")
+            raise ValueError(f"{name}: expected one for each of {len(given)} masks, got {len(wanted)}")
         found = instance_map(given, [one.noun for one in wanted] or [""] * len(given))
         shown = coded(found, coding)
         return io.NodeOutput(found, shown[None], ui=preview(cls, shown))

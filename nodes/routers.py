@@ -235,7 +235,7 @@ class ApplyCoAdapter(Node):
         if style is not None and getattr(style, "last_hidden_state", None) is None:
             raise ValueError("style: expected one with the tokens of a vision tower, got semantics without them")
         if style_model is not None and style_weight:
-            tokens = style_model.get_cond(style) * style_weight
+            tokens = style_model.get_cond(style).flatten(0, 1)[None] * style_weight
         given = in_order(conditions, "conditions", "CoAdapter Condition") if tokens is None or conditions else []
         made = coadapter.apply(fuser, given, positive, negative, tokens, start_percent, end_percent)
         return io.NodeOutput(*made)

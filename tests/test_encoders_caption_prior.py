@@ -94,5 +94,5 @@ def test_other_weights_are_refused():
     with pytest.raises(ValueError, match="^file: expected the weights of a prior, got a file without 'proj_in.weight'"):
         CaptionPrior.from_state({"a": torch.ones(1)})
     state = CaptionPrior(CONFIG).state_dict()
-    with pytest.raises(ValueError, match=r"got \(1,\) for norm_in.weight"):
+    with pytest.raises(ValueError, match="got 1 for norm_in.weight, where it has nothing"):
         CaptionPrior.from_state({**state, "norm_in.weight": torch.ones(1)}, heads=4)

@@ -1,12 +1,12 @@
 """The Composer adapter in ComfyUI: a conditioning carries a composition, and a prepared MODEL adds what it says.
 
-The adapter runs once per sampling, for each set of representations that act together; what it gives is added to the
-conditioning's own rows, whatever else is in the batch. Where no representation acts, the call is the host's own.
+For each conditioning the adapter runs once per sampling and set of representations that act together. What it gives is
+added to the conditioning's own rows, whatever else is in the batch. Where none acts, the call is the host's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,16 @@ from ...compositions.inputs import check_fits, conditions_of
 from ...encoders.composer_adapter import ComposerAdapter, Conditions, Features
 from ...encoders.composer_adapter import load as read_adapter
 from ...subjects.masks import ASPECT_TOLERANCE, same_aspect
+from ..model import carried
+from ..model.carried import carried_by, carry
 from ..model.families import family_of, network_of
 from ..model.sites import CROSS
-from ..model.unprepared import NeedsPreparedModel
 from ..model.window import Window
 
 TAG = "conceptloom_composer"
+NAME = "Composer Conditioning"
 
-_UNPREPARED = NeedsPreparedModel(
+_UNPREPARED = (
     "Composer Conditioning: model: expected one from Load Composer Adapter in the sampler, got another (connect yours "
     "to Load Composer Adapter's input)."
 )
@@ -108,34 +110,49 @@ def encode(adapter: LoadedAdapter, clip, composition: Composition, conditioning:
         conditioning: used in place of the caption.
 
     Raises:
-        ValueError: the adapter does not understand the composition.
+        ValueError: the adapter does not understand the composition or the text encoder, or the conditioning has a
+            composition already.
     """
-    check_fits(composition, adapter.module.config)
+    config = adapter.module.config
+    check_fits(composition, config)
     own = conditioning is None
     caption = composition.get(CAPTION) or Caption((("", 1.0),))
     entries = encode_caption(clip, caption) if own else conditioning
     found = []
     for states, extras in entries:
-        pooled = extras.get("pooled_output") if own and CAPTION in composition else None
-        carried = Composed(adapter, composition, pooled)
-        found.append([states, {**extras, TAG: carried, "timestep_start": _UNPREPARED}])
+        if carried_by(extras, TAG):
+            raise ValueError(
+                "conditioning: expected one without a composition, got one with it; connect Merge Compositions"
+            )
+        pooled = extras.get("pooled_output") if own and CAPTION in composition and config.sentence_width else None
+        if pooled is not None and pooled.shape[-1] != config.sentence_width:
+            raise ValueError(
+                f"clip: expected a text encoder with sentences of width {config.sentence_width} for this adapter, got "
+                f"{pooled.shape[-1]}"
+            )
+        found.append([states, carry(extras, TAG, Composed(adapter, composition, pooled), _UNPREPARED)])
     return found
 
 
 def encode_caption(clip, caption: Caption) -> list:
-    """The conditioning of a caption; of a mixture the weighted mean of the text states, as ComfyUI averages prompts."""
+    """The conditioning of a caption; of a mixture the weighted mean of the text states, as ComfyUI averages prompts.
+
+    Raises:
+        ValueError: the CLIP has scheduled hooks, and the caption is a mixture.
+    """
     encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text, _ in caption.texts]
     if len(encoded) == 1:
         return encoded[0]
+    if any(len(entries) > 1 for entries in encoded):
+        raise ValueError("clip: expected one without scheduled hooks for a mixture of captions, got one with them")
     length = max(entries[0][0].shape[1] for entries in encoded)
-    (empty,) = clip.encode_from_tokens_scheduled(clip.tokenize(""))[:1]
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0]
     states, pooled = 0, 0
-    for (_, share), entries in zip(caption.texts, encoded, strict=True):
-        own = entries[0][0]
+    for (_, share), ((own, extras), *_) in zip(caption.texts, encoded, strict=True):
         missing = (length - own.shape[1]) // empty[0].shape[1]
         states = states + share * torch.cat([own, *[empty[0]] * missing], 1)
-        if entries[0][1].get("pooled_output") is not None:
-            pooled = pooled + share * entries[0][1]["pooled_output"]
+        if extras.get("pooled_output") is not None:
+            pooled = pooled + share * extras["pooled_output"]
     extras = dict(encoded[0][0][1])
     if torch.is_tensor(pooled):
         extras["pooled_output"] = pooled
@@ -144,50 +161,20 @@ def encode_caption(clip, caption: Caption) -> list:
 
 def prepared(model):
     """Returns a clone of the MODEL that adds what compositions in conditionings say, and is otherwise the same."""
-    model = model.clone()
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, _outer_sample),
-        (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
-        (WrappersMP.DIFFUSION_MODEL, _diffusion_model),
-    ):
-        model.remove_wrappers_with_key(kind, TAG)
-        model.add_wrapper_with_key(kind, TAG, wrapper)
+
+    def open_run(composed: Composed, patcher, noise: torch.Tensor) -> ComposedRun:
+        if noise.ndim != 4:
+            raise ValueError(f"{NAME}: latent: expected pictures, got a latent of {noise.ndim} dimensions")
+        try:
+            checked(composed.adapter.module, patcher)
+        except ValueError as error:
+            raise ValueError(f"{NAME}: {error}") from error
+        return ComposedRun(composed, patcher.model, noise)
+
+    model = carried.prepared(model, TAG, open_run, lambda composed: (composed.adapter.patcher,))
+    model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, TAG)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TAG, _diffusion_model)
     return model
-
-
-def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-    guider = executor.class_obj
-    found = {id(entry[TAG]): entry[TAG] for entries in guider.conds.values() for entry in entries if TAG in entry}
-    if not found:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    if noise.ndim != 4:
-        raise ValueError(f"Composer Conditioning: latent: expected pictures, got a latent of {noise.ndim} dimensions")
-    runs = {key: ComposedRun(composed, guider.model_patcher.model, noise) for key, composed in found.items()}
-    for name, entries in guider.conds.items():
-        guider.conds[name] = [
-            {**{key: value for key, value in entry.items() if value is not _UNPREPARED}, TAG: runs[id(entry[TAG])]}
-            if TAG in entry
-            else entry
-            for entry in entries
-        ]
-    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-
-
-def _calc_cond_batch(executor, model, conds, x, timestep, options):
-    return executor(model, [_written(entries, timestep) for entries in conds], x, timestep, options)
-
-
-def _written(entries: list[dict] | None, timestep: torch.Tensor) -> list[dict] | None:
-    """Conditionings with what acts on them at this noise level."""
-    if entries is None or not any(TAG in entry for entry in entries):
-        return entries
-    found = []
-    for entry in entries:
-        features = entry[TAG].at(float(timestep[0])) if TAG in entry else None
-        if features is not None:
-            entry = {**entry, "model_conds": {**entry["model_conds"], TAG: FeaturesCond(features)}}
-        found.append(entry)
-    return found
 
 
 def _diffusion_model(executor, *args, **kwargs):
@@ -225,6 +212,16 @@ class ComposedRun:
         }
         self._kept: dict[tuple[str, ...], Features | None] = {}
 
+    def write(
+        self, inputs: Mapping[str, Any], _entry: Mapping[str, Any], _x: torch.Tensor, sigma: torch.Tensor
+    ) -> dict:
+        """See `carried.CarriedRun`: the inputs with what acts at this noise level."""
+        features = self.at(float(sigma[0]))
+        if features is None:
+            return dict(inputs)
+        text = inputs["c_crossattn"].cond.shape[1]
+        return {**inputs, TAG: FeaturesCond(features, text)}
+
     def at(self, sigma: float) -> Features | None:
         """What is added at a noise level (n = 1), or None where nothing acts."""
         active = tuple(name for name, levels in self.windows.items() if sigma in levels)
@@ -240,7 +237,6 @@ class ComposedRun:
         given = conditions_of(acting, composed.sentence)
         if not given.globals and not given.maps:
             return None
-        comfy.model_management.load_models_gpu([composed.adapter.patcher])
         device = composed.adapter.patcher.load_device
         features = composed.adapter.module(_moved(given, device), self.size)
         return features if features.time is not None or features.tokens is not None or features.levels else None
@@ -257,7 +253,17 @@ def _moved(given: Conditions, device: torch.device) -> Conditions:
 
 class FeaturesCond(comfy.conds.CONDRegular):
     """`Features` of one conditioning (n = 1) as an input of a model call: repeated for the batch, cropped with the area
-    of the conditioning, and joined with those of other conditionings of the same kind."""
+    of the conditioning, and joined with those of other conditionings of the same kind.
+
+    Args:
+        features: see `Features`.
+        text: number of text states that its tokens follow. ComfyUI repeats the shorter of two texts in a batch, in
+            which tokens would count for less: such conditionings are evaluated apart.
+    """
+
+    def __init__(self, features: Features, text: int):
+        super().__init__(features)
+        self.text = text
 
     def process_cond(self, batch_size: int, area=None, **_) -> FeaturesCond:
         """The features for a call of `batch_size` pictures on an area (h, w, y, x) of the latent."""
@@ -269,11 +275,12 @@ class FeaturesCond(comfy.conds.CONDRegular):
             None,
             {level: value.expand(batch_size, -1, -1, -1) for level, value in levels.items()},
         )
-        return FeaturesCond(rows)
+        return FeaturesCond(rows, self.text)
 
     def can_concat(self, other) -> bool:
         """Whether both hold the same kinds of features in the same shapes."""
-        return isinstance(other, FeaturesCond) and _shapes(self.cond) == _shapes(other.cond)
+        same_text = self.cond.tokens is None or self.text == getattr(other, "text", None)
+        return isinstance(other, FeaturesCond) and same_text and _shapes(self.cond) == _shapes(other.cond)
 
     def concat(self, others) -> Features:
         """All rows in one."""

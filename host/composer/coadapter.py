@@ -135,10 +135,11 @@ class FusedAdapters(comfy.controlnet.ControlBase):
         for one in self.conditions:
             layout, levels = self._maps(one, size, device)
             maps[one.kind] = [level * one.weight for level in levels]
-        self.fuser.to(device)
         style = None if self.style is None else self.style.to(device, torch.float32)
-        levels, tokens = self.fuser(maps, style)
-        self.fuser.cpu()
+        try:
+            levels, tokens = self.fuser.to(device)(maps, style)
+        finally:
+            self.fuser.cpu()
         if levels is None:
             return None, tokens
         left = list(levels)
@@ -153,8 +154,10 @@ class FusedAdapters(comfy.controlnet.ControlBase):
         if adapter.channels_in == 1 and hint.shape[1] > 1:
             hint = hint.mean(1, keepdim=True)
         model = adapter.t2i_model.to(device, torch.float32)
-        found = model(hint.float().to(device))["input"]
-        model.cpu()
+        try:
+            found = model(hint.float().to(device))["input"]
+        finally:
+            model.cpu()
         levels = [level for level in reversed(found) if level is not None]
         return [level is not None for level in found], levels
 
@@ -172,7 +175,7 @@ class FusedAdapters(comfy.controlnet.ControlBase):
         # Copies, because ComfyUI changes them in place.
         rows = len(x_noisy)
         control = {
-            key: [None if one is None else one.expand(rows, -1, -1, -1).clone() for one in maps]
+            key: [None if one is None else one.expand(rows, -1, -1, -1).to(x_noisy.device, copy=True) for one in maps]
             for key, maps in self._kept[1].items()
         }
         return self.control_merge(control, before, x_noisy.dtype)
@@ -181,6 +184,13 @@ class FusedAdapters(comfy.controlnet.ControlBase):
         """See ComfyUI's ControlBase."""
         other = FusedAdapters(self.fuser, self.conditions, self.style)
         self.copy_to(other)
+        return other
+
+    def deepclone_multigpu(self, load_device, autoregister=False) -> FusedAdapters:
+        """See ComfyUI's ControlBase. The maps are made on the first device and moved to where they are added."""
+        other = self.copy()
+        if autoregister:
+            self.multigpu_clones[load_device] = other
         return other
 
     def cleanup(self) -> None:

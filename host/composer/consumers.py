@@ -1,12 +1,14 @@
 """Single representations for what consumes them today: ControlNets, T2I-Adapters, unCLIP and style models.
 
-Each takes its hint in a convention of its own. The nets were trained on binary sketches with white strokes on black,
-on depth that is near where it is white, on the colours of ADE20K for segments, and on pictures whose holes are -1.
+Each takes its hint in a convention of its own: sketches with white strokes on black, which T2I-Adapters were trained on
+without grey; depth that is near where it is white; the colours of ADE20K for segments; and pictures with holes that are
+-1, or beside which the mask is given.
 """
 
 from __future__ import annotations
 
 import comfy.clip_vision
+import comfy.controlnet
 import torch
 
 from ...compositions.composition import (
@@ -27,12 +29,13 @@ HINTS = (SKETCH, DEPTH, INSTANCES, INTENSITY, MASK, PALETTE)
 _HOLE = -1.0
 
 
-def hint_of(composition: Composition, name: str) -> torch.Tensor:
+def hint_of(composition: Composition, name: str, binary: bool = False) -> torch.Tensor:
     """The picture (1, H, W, 3) of a representation as ControlNets and T2I-Adapters take it.
 
     Args:
         name: one of HINTS. The palette's has its colours in random places, for color adapters read them with their
             places.
+        binary: makes a sketch black and white.
 
     Raises:
         ValueError: the composition does not have it.
@@ -45,7 +48,7 @@ def hint_of(composition: Composition, name: str) -> torch.Tensor:
     elif name == PALETTE:
         picture = palette_picture(value, composition.size[1], composition.size[0], TILES)
     else:
-        plane = (value > 0.5).float() if name == SKETCH else value
+        plane = (value > 0.5).float() if name == SKETCH and binary else value
         picture = plane[..., None].expand(-1, -1, 3)
     return picture[None].contiguous()
 
@@ -67,13 +70,20 @@ def apply_control(positive: list, negative: list, composition: Composition, name
     schedule.
 
     Raises:
-        ValueError: the composition does not have it.
+        ValueError: the composition does not have it, or the net does not take it.
     """
     from nodes import ControlNetApplyAdvanced
 
-    hint, part = hint_of(composition, name), composition.parts[name]
+    hint = hint_of(composition, name, isinstance(control_net, comfy.controlnet.T2IAdapter))
+    part, beside = composition.parts[name], []
+    if name == MASK and getattr(control_net, "concat_mask", False):
+        kept = 1 - part.value.mask[None, None]
+        hint, beside = part.value.image[None] * kept[0, ..., None], [kept]
+    elif name == MASK and getattr(control_net, "latent_format", None) is not None:
+        raise ValueError("control_net: expected one for inpainting, got one that encodes its hint and takes no mask")
+    how = part.strength, part.start_percent, part.end_percent
     return ControlNetApplyAdvanced().apply_controlnet(
-        positive, negative, control_net, hint, part.strength, part.start_percent, part.end_percent, vae
+        positive, negative, control_net, hint, *how, vae, extra_concat=beside
     )
 
 
@@ -86,6 +96,6 @@ def vision_output(composition: Composition):
     semantics = present(composition, SEMANTICS)
     output = comfy.clip_vision.Output()
     output["image_embeds"] = (semantics.embedding * semantics.norm)[None]
-    if semantics.tokens is not None:
-        output["last_hidden_state"] = semantics.tokens[None]
+    output["last_hidden_state"] = None if semantics.tokens is None else semantics.tokens[None]
+    output["penultimate_hidden_states"] = None
     return output

@@ -15,8 +15,10 @@ import comfy.samplers
 import torch
 
 from ...compositions.composition import Composition
-from ..structure.inversion import invert
+from ..structure.inversion import invert, like
 from .adapter import LoadedAdapter, encode
+
+NAME = "Bidirectional Guidance"
 
 
 def guider_between(model, adapter: LoadedAdapter, clip, first: Composition, second: Composition, scale: float):
@@ -72,7 +74,16 @@ def edit(
     """
     if len(source) != 1:
         raise ValueError(f"source: expected one prompt for the whole picture and all steps, got {len(source)}")
-    found = invert(model, latent, source, steps, scheduler, refinements=refinements, callback=callback)
+    done = 0
+
+    def report(_step: int, denoised, x, _total: int) -> None:
+        nonlocal done
+        done += 1
+        if callback:
+            # Inversion, reconstruction and sampling, of about as many steps each.
+            callback(min(done, 3 * steps) - 1, denoised, x, 3 * steps)
+
+    found = invert(model, latent, source, steps, scheduler, refinements=refinements, callback=report, name=NAME)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(target, negative)
     guider.set_cfg(cfg)
@@ -82,9 +93,8 @@ def edit(
         samples,
         comfy.samplers.sampler_object("euler"),
         found.sigmas,
-        callback=callback,
+        callback=report,
         disable_pbar=True,
         seed=0,
     )
-    kept = {key: value for key, value in latent.items() if key != "samples"}
-    return Edited({**kept, "samples": made.cpu()}, found.reconstruction, found.error)
+    return Edited(like(latent, made.cpu()), found.reconstruction, found.error)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from comfy.patcher_extension import WrappersMP
 
 from ...samplers.switching import NEAREST, boundary_sigma, first_subject_step
-from ..model.unprepared import NeedsPreparedModel
+from ..model.carried import carried_by, carry
 
 TAG = "conceptloom_delay"
 _PERCENTS = ("start_percent", "end_percent", "clip_start_percent", "clip_end_percent")
@@ -62,7 +62,7 @@ class _Part:
     late: bool
 
 
-_UNPREPARED = NeedsPreparedModel(
+_UNPREPARED = (
     "Delayed Subject Conditioning: model: expected one from Load FastComposer in the sampler, for it tells the "
     "conditioning when to switch, got another (connect yours to Load FastComposer's input)."
 )
@@ -81,10 +81,9 @@ def delayed(early: list, late: list, delay: Delay) -> list:
     entries = []
     for name, conditioning, is_late in (("subject", late, True), ("text_only", early, False)):
         for tensor, extras in conditioning:
-            if TAG in extras:
+            if carried_by(extras, TAG):
                 raise ValueError(f"{name}: expected a conditioning that does not switch yet, got a delayed one")
-            waiting = {TAG: _Part(delay, is_late), "timestep_start": _UNPREPARED}
-            entries.append([tensor, {**extras, **waiting}])
+            entries.append([tensor, carry(extras, TAG, _Part(delay, is_late), _UNPREPARED)])
     if delay.always_second is None:
         return entries
     return list(late if delay.always_second else early)
@@ -111,7 +110,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
 
 def _resolve(entry: dict, sigmas: list[float], schedule) -> dict:
     """The entry with the noise levels between which it is used."""
-    part = entry.get(TAG)
+    part = carried_by(entry, TAG)
     if part is None:
         return entry
     steps = len(sigmas) - 1
@@ -123,8 +122,9 @@ def _resolve(entry: dict, sigmas: list[float], schedule) -> dict:
         boundary = boundary_sigma(sigmas, step)
         start, end = (boundary, 0.0) if part.late != rising else (math.inf, boundary)
     start, end = _within_percents(entry, schedule, start, end)
-    kept = {key: value for key, value in entry.items() if key not in (TAG, *_PERCENTS)}
-    return {**kept, "timestep_start": start, "timestep_end": end}
+    kept = {key: value for key, value in entry.items() if key not in _PERCENTS}
+    inputs = {name: one for name, one in entry["model_conds"].items() if name != TAG}
+    return {**kept, "model_conds": inputs, "timestep_start": start, "timestep_end": end}
 
 
 def _within_percents(entry: dict, schedule, start: float, end: float) -> tuple[float, float]:

@@ -34,6 +34,7 @@ from ..model.patching import POSITIVE
 from ..model.sampling import sample
 from ..model.sites import CROSS
 from ..progress import PREVIEW_STEPS, Progress, loss_picture, training_folder
+from ..weaver.weights import Weights
 from ..words import stand_in
 from . import promptnet as words
 from .spliced import SplicedText, slots_of
@@ -91,7 +92,7 @@ def fine_tune(
     network_of(model.model, CROSS)
     state = promptnet.module.state_dict()
     sign = [float(weight.float().sum()) for weight in state.values()]
-    kind = [sign, model.model.model_config.unet_config["context_dim"], asdict(recipe), side, list(pictures.captions)]
+    kind = [sign, Weights.of(model).fingerprint(), asdict(recipe), side, list(pictures.captions)]
     folder = training_folder(checkpoints, kind, pictures)
     views = [augment(image, mask, side, NONE, torch.Generator()) for image, mask in pictures.pairs]
     seen = [words.look(promptnet, clip_vision, view.image) for view in views]

@@ -9,7 +9,7 @@ the text states whenever the UNet is evaluated, for any sampler and guider.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ...encoders.files import read, state_of
 from ...encoders.promptnet import PromptNet, heads_of
 from ...subjects.pictures import cover
 from ...subjects.subject import Subject
-from ..model.unprepared import NeedsPreparedModel
+from ..model import carried
+from ..model.carried import carry
 from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, stand_in
 from .spliced import Slots, SplicedText, slots_of
 
@@ -33,7 +33,7 @@ TAG = "conceptloom_promptnet"
 EVERY_EVALUATION, EVERY_STEP, ONCE = "every evaluation", "every step", "once"
 UPDATES = (EVERY_EVALUATION, EVERY_STEP, ONCE)
 
-_UNPREPARED = NeedsPreparedModel(
+_UNPREPARED = (
     "PromptNet Encode: model: expected one from Load PromptNet in the sampler, which makes the subject's word, got "
     "another (connect yours to Load PromptNet's input)."
 )
@@ -155,7 +155,7 @@ def conditioning(
     slots, tokens = slots_of(clip, prompt, ends)
     words = Words(promptnet, clip, vae, slots, tuple(subjects), update)
     return [
-        [states, {**extras, TAG: words, "timestep_start": _UNPREPARED, SUBJECT_ROWS: slots.states_rows}]
+        [states, {**carry(extras, TAG, words, _UNPREPARED), SUBJECT_ROWS: slots.states_rows}]
         for states, extras in clip.encode_from_tokens_scheduled(tokens)
     ]
 
@@ -211,51 +211,11 @@ def _check_width(name: str, what: str, width: int, expected: int) -> None:
 
 def prepared(model):
     """Returns a clone of the MODEL that makes the subjects' words of such conditionings, and is otherwise the same."""
-    model = model.clone()
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.CALC_COND_BATCH, _calc_cond_batch)):
-        model.remove_wrappers_with_key(kind, TAG)
-        model.add_wrapper_with_key(kind, TAG, wrapper)
-    return model
 
+    def open_run(words: Words, patcher, noise: torch.Tensor) -> WordRun:
+        return WordRun(words, patcher.model, noise)
 
-def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-    guider = executor.class_obj
-    found = {id(entry[TAG]): entry[TAG] for entries in guider.conds.values() for entry in entries if TAG in entry}
-    if not found:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    patcher = guider.model_patcher
-    runs = {key: WordRun(words, patcher.model, noise) for key, words in found.items()}
-    for name, entries in guider.conds.items():
-        guider.conds[name] = [_with_run(entry, runs) if TAG in entry else entry for entry in entries]
-    # ComfyUI then loads them together with the UNet, and keeps them in memory while it samples.
-    needed = {id(p): p for words in found.values() for p in (words.promptnet.patcher, words.clip.patcher)}
-    patcher.set_additional_models(TAG, list(needed.values()))
-    try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    finally:
-        patcher.remove_additional_models(TAG)
-
-
-def _with_run(entry: dict, runs: dict[int, WordRun]) -> dict:
-    kept = {name: value for name, value in entry.items() if value is not _UNPREPARED}
-    return {**kept, TAG: runs[id(entry[TAG])]}
-
-
-def _calc_cond_batch(executor, model, conds, x, timestep, options):
-    return executor(model, [_written(entries, x, timestep) for entries in conds], x, timestep, options)
-
-
-def _written(entries: list[dict] | None, x: torch.Tensor, timestep: torch.Tensor) -> list[dict] | None:
-    """Conditionings with the text states of this evaluation."""
-    if entries is None or not any(TAG in entry for entry in entries):
-        return entries
-    found = []
-    for entry in entries:
-        if TAG in entry:
-            states = entry[TAG].states(entry["model_conds"]["c_crossattn"].cond, x, timestep, entry.get(GAMMA, 1.0))
-            entry = {**entry, "model_conds": {**entry["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(states)}}
-        found.append(entry)
-    return found
+    return carried.prepared(model, TAG, open_run, lambda words: (words.promptnet.patcher, words.clip.patcher))
 
 
 class WordRun:
@@ -289,6 +249,11 @@ class WordRun:
         regions = (size[0] // config.region_side) * (size[1] // config.region_side)
         self.text = SplicedText(words.clip, words.slots, regions)
         self._kept: tuple[tuple, dict[int, torch.Tensor]] | None = None
+
+    def write(self, inputs: Mapping[str, Any], entry: Mapping[str, Any], x: torch.Tensor, sigma: torch.Tensor) -> dict:
+        """See `carried.CarriedRun`: the inputs with the text states of this evaluation."""
+        states = self.states(inputs["c_crossattn"].cond, x, sigma, entry.get(GAMMA, 1.0))
+        return {**inputs, "c_crossattn": comfy.conds.CONDCrossAttn(states)}
 
     def states(self, text: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, gamma: float) -> torch.Tensor:
         """Text states (B, T, D) for the latents x (B, C, h, w) at a noise level (B,).

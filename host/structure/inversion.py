@@ -26,6 +26,7 @@ from ...subjects.partition import layer_masks
 from ..advice import advise
 from ..model.patching import POSITIVE
 
+NAME = "DDIM Inversion"
 MAX_ERROR = 0.15
 """Relative error of the reconstruction above which it no longer shows the same picture."""
 
@@ -75,6 +76,7 @@ def invert(
     mode: str = inversion.PNP,
     refinements: int = 1,
     callback: Callback | None = None,
+    name: str = NAME,
 ) -> Inverted:
     """Inverts a LATENT with one or more pictures, and samples from the noise again to measure the error.
 
@@ -86,6 +88,7 @@ def invert(
         scheduler: ComfyUI's name of the scheduler.
         mode, refinements: see `samplers.inversion.invert`.
         callback: called after each step of the inversion and of the reconstruction.
+        name: of the node, for advice.
 
     Raises:
         ValueError: an input cannot be used; raised before anything is computed.
@@ -114,12 +117,12 @@ def invert(
     reconstruction = _walk(model, conditioning, noise, falling, down, _part_of(callback, len(falling) - 1, both))
     if not error <= MAX_ERROR:
         advise(
-            "DDIM Inversion",
+            name,
             f"sampled again, the picture comes out {100 * error:.0f}% different; more steps, more refinements or a "
             "prompt that describes it better bring it closer",
         )
     source = SourceTrajectory(trajectory, conditioning, error)
-    return Inverted(_like(latent, noise), source, falling, _like(latent, reconstruction), error)
+    return Inverted(like(latent, noise), source, falling, like(latent, reconstruction), error)
 
 
 def renew(latent: dict, partition: torch.Tensor, seed: int, strength: float) -> dict:
@@ -178,7 +181,7 @@ def _part_of(callback: Callback | None, first: int, total: int) -> Callback | No
     return lambda step, denoised, x, _: callback(first + step, denoised, x, total)
 
 
-def _like(latent: dict, samples: torch.Tensor) -> dict:
+def like(latent: dict, samples: torch.Tensor) -> dict:
     """The LATENT with other samples. An empty latent's size hint is dropped, as ComfyUI's samplers do."""
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     return {**kept, "samples": samples}

@@ -198,6 +198,28 @@ class TestEffect:
                 hook.remove()
         torch.testing.assert_close(left, expected, rtol=0, atol=1e-4)
 
+    def test_texts_of_other_lengths_do_not_weaken_the_tokens(self, toy, adapter, model):
+        """ComfyUI repeats the shorter of two texts in a batch."""
+        long = toy.clip.encode_from_tokens_scheduled("a dog and a hat " * 5)
+        short = encode(toy, adapter, composition("semantics"), toy.positive)
+        other = encode(toy, adapter, composition("semantics", seed=3), long)
+        alone = estimate(model, short, *point())
+        torch.testing.assert_close(guided(model, other, short, 0.0), alone, rtol=0, atol=1e-4)
+
+    def test_an_area_of_the_positive_leaves_the_negative_alone(self, toy, adapter, model):
+        area = {"area": (16, 8, 0, 0)}
+
+        def sides(positive):
+            return [[states, {**extras, **area}] for states, extras in positive], toy.negative
+
+        composed = guided(model, *sides(encode(toy, adapter, composition(), toy.positive)), 0.0)
+        plain = guided(toy.model, *sides(toy.positive), 0.0)
+        torch.testing.assert_close(composed, plain, rtol=0, atol=1e-4)
+        # And a negative's own composition stays in its share of the area.
+        negative = encode(toy, adapter, composition("depth"), toy.negative)
+        own = guided(model, sides(toy.positive)[0], negative, 0.0)
+        assert not torch.allclose(own[..., :8], plain[..., :8], atol=1e-3)
+
     def test_batches_and_odd_sizes(self, toy, adapter, model):
         given = composition(size=(SIDE, SIDE))
         from conceptloom.compositions.composition import align
@@ -318,6 +340,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Composer Conditioning: model: expected one from Load Composer Adapter"):
             toy.sample(positive=encode(toy, adapter, composition()))
 
+    def test_a_model_that_is_not_prepared_for_a_part_of_the_schedule(self, toy, adapter):
+        late = [[s, {**extras, "start_percent": 0.0}] for s, extras in encode(toy, adapter, composition())]
+        with pytest.raises(ValueError, match="Composer Conditioning: model: expected one from Load Composer Adapter"):
+            toy.sample(positive=late)
+
+    def test_a_second_composition_another_model_and_another_text_encoder(self, toy, adapter, model):
+        with pytest.raises(
+            ValueError, match="^conditioning: expected one without a composition, got one with it; conn"
+        ):
+            encode(toy, adapter, composition(), encode(toy, adapter, composition()))
+        with pytest.raises(ValueError, match="^clip: expected a text encoder with sentences of width 768 for this"):
+            encode(toy, make_adapter(sentence_width=768), composition())
+        other = make_adapter(levels=(64, 64, 128, 128))
+        with pytest.raises(ValueError, match="^Composer Conditioning: model: expected one for this adapter"):
+            toy.sample(model, positive=encode(toy, other, composition()))
+
     def test_what_the_adapter_does_not_understand(self, toy, model):
         from conceptloom.compositions.palette import palette_of_picture
 
@@ -353,6 +391,23 @@ class TestRefusals:
                 ValueError, match="model: expected one for this adapter .*, got a model of text width 64"
             ):
                 checked(make_adapter(**changes).module, toy.model)
+
+
+def guided(model, positive, negative, cfg):
+    """The guided estimate at a noise level."""
+    import comfy.samplers
+
+    found, (x, sigma) = [], point()
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+
+    def once(denoise, _x, sigmas, extra_args, **_):
+        found.append(denoise(x, sigma, **extra_args))
+        return x
+
+    guider.sample(x, torch.zeros_like(x), comfy.samplers.KSAMPLER(once), torch.tensor([float(sigma), 0.0]))
+    return found[0]
 
 
 class TestGuidance:

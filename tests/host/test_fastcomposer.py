@@ -512,7 +512,7 @@ def test_two_delays_in_one_run_and_no_trace_afterwards(toy, trace):
     assert [sorted(found) for _, found, _ in seen] == [
         ["text"] * 2, ["subject", "text"], ["subject", "text"], ["subject"] * 2,
     ]  # fmt: skip
-    assert [dict(extras) for _, extras in both] == before and all(TAG in extras for _, extras in both)
+    assert [dict(extras) for _, extras in both] == before and all(TAG in extras["model_conds"] for _, extras in both)
     plain = toy.sample(positive=text)
     toy.sample(model, positive=both)
     assert torch.equal(toy.sample(positive=text), plain)

@@ -71,11 +71,19 @@ def plain(shapeland, prompt):
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
+def carried(conditioning):
+    """What a conditioning carries for PromptNet."""
+    from conceptloom.host.model.carried import carried_by
+    from conceptloom.host.profusion.promptnet import TAG
+
+    return carried_by(conditioning[0][1], TAG)
+
+
 def run_of(shapeland, conditioning, side=SIDE):
     """The state of a sampling, as a prepared MODEL makes it."""
-    from conceptloom.host.profusion.promptnet import TAG, WordRun
+    from conceptloom.host.profusion.promptnet import WordRun
 
-    return WordRun(conditioning[0][1][TAG], shapeland[0].model, torch.zeros(1, 8, side, side))
+    return WordRun(carried(conditioning), shapeland[0].model, torch.zeros(1, 8, side, side))
 
 
 def placed(shapeland, word, index):
@@ -135,7 +143,7 @@ class TestSplice:
 
         long = "a (star:1.3) and " + "a red ball and " * 20 + "a (cup:0.8) on a navy background"
         _, shown = encode(shapeland, promptnet, long, [subject("star"), subject("cup", 1)])
-        words = shown[0][1]["conceptloom_promptnet"]
+        words = carried(shown)
         assert [chunk for chunk, _ in words.slots.places] == [0, 1]
         made = [
             placed(shapeland, "fish", words.slots.places[0][1]),

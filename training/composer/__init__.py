@@ -14,6 +14,8 @@ depth. Beside NAME.png, .jpg or .webp may lie
   NAME.instances.png   the number of the thing at each pixel, 0 for none
   NAME.instances.txt   the noun of each thing, a line each
 
+(the maps in any of these formats, also with 16 bits)
+
 What does not lie there is absent. `python tools/run.py training.data compositions` draws such a folder of Shapeland.
 --out receives checkpoint.pt, log.csv, sample sheets and, at the end, composer.safetensors for the node Load Composer
 Adapter. The same command resumes a run. To use several GPUs or machines, or to force a CPU:

@@ -27,23 +27,29 @@ from ...encoders.composer_adapter import (
 from ..base import Base
 from .pictures import NAMES
 
+_SD2_WIDTH = 1024
+
 
 def config_of(base: Base, name: str, mode: str, local_width: int, body_share: int) -> ComposerAdapterConfig:
     """The architecture for a base, which error messages call `name`.
 
     Raises:
-        ValueError: the base has two text towers, or no vision tower.
+        ValueError: the base has two text towers.
     """
     if len(base.towers) != 1:
         raise ValueError(f"--base: expected a model with one text tower, got one with {len(base.towers)}")
     levels = tuple(base.unet.config.block_out_channels)
     colors = table_colors(DEFAULT_TABLE)
     width = base.towers[0].config.hidden_size
+    # ComfyUI's pooled state of Stable Diffusion 2's text encoder is of another layer than diffusers', and projected.
+    sentence = 0 if width == _SD2_WIDTH else width
+    vision = base.vision.config
     return ComposerAdapterConfig(
         levels=levels,
         context_width=width,
-        sentence_width=width,
-        semantics_width=base.vision.config.projection_dim,
+        sentence_width=sentence,
+        semantics_width=vision.projection_dim,
+        vision_tokens=(vision.image_size // vision.patch_size) ** 2 + 1,
         colors=len(colors),
         table=table_hash(colors),
         sigma=SIGMA,
@@ -93,7 +99,9 @@ class ComposerTraining(nn.Module):
     def conditions(self, batch: Mapping[str, torch.Tensor], sentences: torch.Tensor) -> Conditions:
         """What the adapter is given of a batch of `pictures.collate`."""
         kept = dict(zip(NAMES, batch["kept"].unbind(1), strict=True))
-        found = {SENTENCE: sentences, SEMANTICS: self.see(batch["target"]), PALETTE: batch[PALETTE]}
+        found = {SEMANTICS: self.see(batch["target"]), PALETTE: batch[PALETTE]}
+        if self.adapter.config.sentence_width:
+            found[SENTENCE] = sentences
         return Conditions(found, {name: batch[name] for name in LOCAL_CHANNELS}, kept)
 
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, states: torch.Tensor, features: Features) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from ...compositions.depth import normalized_depth
-from ...compositions.inputs import local_map
+from ...compositions.inputs import local_map, scaled_palette
 from ...compositions.instance_map import InstanceMap
 from ...compositions.intensity import WEIGHTS, intensity
 from ...compositions.palette import palette_of_picture
-from ...compositions.region import Region
+from ...compositions.region import Region, grown
 from ...compositions.sketch import WHITE_ON_BLACK, as_sketch, contours
 from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
 from ..base import Base, Vocabulary
@@ -27,6 +27,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
 KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY = 0.1, 0.1, 0.5, 0.7
 _BESIDE = (".sketch", ".depth", ".instances")
+_ONE_CHANNEL = ("L", "P", "I", "I;16", "F")
 
 
 def draw_kept(generator: torch.Generator) -> dict[str, bool]:
@@ -60,8 +61,13 @@ def draw_mask(side: int, generator: torch.Generator) -> torch.Tensor:
         along = torch.linspace(0, 1, 2 * side)[:, None]
         y, x = (start + along * (end - start)).round().long().unbind(-1)
         mask[y, x] = 1
-    brush = 2 * int((0.03 + 0.07 * numbers[1]) * side) + 1
-    return F.max_pool2d(mask[None, None], brush, 1, brush // 2)[0, 0]
+    return grown(mask, int((0.03 + 0.07 * numbers[1]) * side))
+
+
+def caption_of(file: Path) -> str:
+    """The caption beside a picture; empty if there is none."""
+    text = file.with_suffix(".txt")
+    return text.read_text(encoding="utf-8").strip() if text.exists() else ""
 
 
 class Composed(torch.utils.data.Dataset):
@@ -99,14 +105,12 @@ class Composed(torch.utils.data.Dataset):
         generator = item_generator(self.seed, epoch, row)
         file, kept = self.files[row], draw_kept(generator)
         image = self._square(file, "RGB") / 255
-        text = file.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8").strip() if text.exists() else ""
-        shares = palette_of_picture(image).histogram.float()
+        caption = caption_of(file)
         weights = list(WEIGHTS.values())[int(torch.randint(len(WEIGHTS), (), generator=generator))]
         mask = draw_mask(self.resolution, generator)
         drawn, depth, instances = (self._beside(file, kind) for kind in ("sketch", "depth", "instances"))
-        sketch = contours(image) if drawn is None else as_sketch(drawn[..., None] / 255, WHITE_ON_BLACK)
-        things = None if instances is None else _instance_map(file, instances)
+        sketch = contours(image) if drawn is None else as_sketch(drawn[..., None] / drawn.max(), WHITE_ON_BLACK)
+        things = None if instances is None or not instances.any() else _instance_map(file, instances)
         covers = 0 < float(mask.mean()) < 1
         values = {
             "sketch": sketch,
@@ -127,37 +131,38 @@ class Composed(torch.utils.data.Dataset):
         return {
             "target": image.movedim(-1, 0) * 2 - 1,
             "caption": caption if kept[SENTENCE] else "",
-            PALETTE: shares / shares.norm() * len(shares) ** 0.5,
+            PALETTE: scaled_palette(palette_of_picture(image)),
             **maps,
             "kept": torch.tensor([float(kept[name] and there[name]) for name in NAMES]),
         }
 
     def _square(self, file: Path, mode: str) -> torch.Tensor:
-        """The middle square of a picture: (R, R, 3) or (R, R), 0..255."""
+        """The middle square of a picture, (R, R, 3), 0..255."""
         with Image.open(file) as opened:
-            image = torch.from_numpy(np.array(ImageOps.exif_transpose(opened).convert(mode)))
-        planes = image.view(*image.shape[:2], -1).movedim(-1, 0)[None].float()
-        edge = min(planes.shape[-2:])
-        top, left = (planes.shape[-2] - edge) // 2, (planes.shape[-1] - edge) // 2
-        planes = planes[..., top : top + edge, left : left + edge]
-        if edge != self.resolution:
-            planes = F.interpolate(planes, (self.resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 255)
-        found = planes[0].movedim(0, -1)
-        return found if mode == "RGB" else found[..., 0]
+            planes = torch.from_numpy(np.array(ImageOps.exif_transpose(opened).convert(mode))).float()
+        return self._fitted(planes, "bicubic").clamp(0, 255)
 
     def _beside(self, file: Path, kind: str) -> torch.Tensor | None:
-        """The map (R, R) that lies beside a picture, 0..255, or None."""
-        beside = file.with_name(f"{file.stem}.{kind}.png")
-        if not beside.exists():
+        """The map (R, R) that lies beside a picture, with the values of its file, or None."""
+        found = (file.with_name(f"{file.stem}.{kind}{ending}") for ending in ENDINGS)
+        beside = next((one for one in found if one.exists()), None)
+        if beside is None:
             return None
-        if kind != "instances":
-            return self._square(beside, "L")
         with Image.open(beside) as opened:
-            labels = torch.from_numpy(np.array(opened.convert("L"))).float()
-        edge = min(labels.shape)
-        top, left = (labels.shape[0] - edge) // 2, (labels.shape[1] - edge) // 2
-        square = labels[top : top + edge, left : left + edge]
-        return F.interpolate(square[None, None], (self.resolution,) * 2, mode="nearest-exact")[0, 0]
+            # 16 bits, numbers of a colour table and floats are kept as they are; converted, they would be cut.
+            image = opened if opened.mode in _ONE_CHANNEL else opened.convert("L")
+            values = torch.from_numpy(np.array(image).astype(np.float32))
+        return self._fitted(values[..., None], "nearest-exact" if kind == "instances" else "bilinear")[..., 0]
+
+    def _fitted(self, planes: torch.Tensor, mode: str) -> torch.Tensor:
+        """The middle square of planes (H, W, C), (R, R, C)."""
+        edge = min(planes.shape[:2])
+        top, left = (planes.shape[0] - edge) // 2, (planes.shape[1] - edge) // 2
+        square = planes[top : top + edge, left : left + edge].movedim(-1, 0)[None]
+        if edge != self.resolution:
+            smooth = {} if mode == "nearest-exact" else {"antialias": True}
+            square = F.interpolate(square, (self.resolution,) * 2, mode=mode, **smooth)
+        return square[0].movedim(0, -1)
 
 
 def _instance_map(file: Path, labels: torch.Tensor) -> InstanceMap:

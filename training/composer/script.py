@@ -18,7 +18,7 @@ from ..sampling import sample
 from ..shapeland.common import save_sheet
 from ..signals import Stopped
 from .model import ComposerTraining, config_of
-from .pictures import NAMES, Composed, collate, read_batches
+from .pictures import NAMES, Composed, caption_of, collate, read_batches
 
 SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 3.0
 ALONE = ("palette", "semantics", "sketch", "instances", "depth")
@@ -94,10 +94,11 @@ def draw_sheet(model: ComposerTraining, data: Composed, rows, path: Path) -> Non
     device, base = next(model.parameters()).device, model.base
     batch = collate([data[row, 0] for row in rows], base.vocabularies)
     # Whatever this epoch drops, a sheet shows.
-    texts = [file.with_suffix(".txt") for file in (data.files[row] for row in rows)]
-    captions = [text.read_text(encoding="utf-8").strip() if text.exists() else "" for text in texts]
+    captions = [caption_of(data.files[row]) for row in rows]
     batch["tokens"] = torch.tensor([[vocabulary.row(text) for vocabulary in base.vocabularies] for text in captions])
-    there = torch.tensor([[float(batch[name].any()) if name in batch else 1.0 for name in NAMES]]).expand(len(rows), -1)
+    given = {name: batch[name].flatten(1).any(1).float() for name in NAMES if name in batch}
+    given[NAMES[0]] = torch.tensor([float(bool(text)) for text in captions])
+    there = torch.stack([given.get(name, torch.ones(len(captions))) for name in NAMES], 1)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     states, sentences = model.read(batch["tokens"])
     empty = torch.tensor([[vocabulary.row("") for vocabulary in base.vocabularies]] * len(rows), device=device)

@@ -64,7 +64,7 @@ class Tuned(torch.nn.Module):
         return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
 
 
-class Draws(NamedTuple):
+class StepDraws(NamedTuple):
     """The random draws of a step of n pictures.
 
     Attributes:
@@ -81,7 +81,7 @@ class Draws(NamedTuple):
 
 def draw_step(
     pictures: int, size: int, shape: tuple[int, ...], times: int, generator: torch.Generator, device: torch.device
-) -> Draws:
+) -> StepDraws:
     """The draws of a step.
 
     Args:
@@ -100,7 +100,7 @@ def draw_step(
     )
     noise = torch.randn((size, *shape), generator=generator)
     drawn = torch.randint(times, (size,), generator=generator)
-    return Draws(targets, references, noise.to(device), drawn.to(device))
+    return StepDraws(targets, references, noise.to(device), drawn.to(device))
 
 
 def lora_state(differences: Differences, prefix: str, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:

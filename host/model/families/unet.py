@@ -140,6 +140,7 @@ class UNetFamily:
 
     def levels(self, network: torch.nn.Module) -> tuple[tuple[int, int], ...]:
         """See `sites.EncoderFamily`."""
+        self.sites(network)  # refuses video models, whose batch are frames
         found, last = [], (0, 0)
         for number, block in enumerate(network.input_blocks):
             branches = [module for module in block if isinstance(module, ResBlock)]
