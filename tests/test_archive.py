@@ -147,9 +147,9 @@ def declared() -> dict[str, set[str]]:
 
 def test_what_users_must_install_is_what_the_nodes_import(tracked, declared):
     found = installed(needed("__init__.py", tracked))
-    # The host has transformers; only our training brings diffusers to shapeland/models.py; segment-anything is asked
-    # for by name where a checkpoint needs it.
-    assert found - {"transformers", "diffusers"} - declared["segment-anything"] == declared[""]
+    # The host has transformers, scipy and kornia; only our training brings diffusers to shapeland/models.py;
+    # segment-anything is asked for by name where a checkpoint needs it.
+    assert found - {"transformers", "scipy", "kornia", "diffusers"} - declared["segment-anything"] == declared[""]
 
 
 def test_what_the_trainings_import_is_what_their_extras_declare(tracked, declared):

@@ -70,17 +70,3 @@ def export_file(options: Namespace, name: str) -> Path:
     if file.suffix != ".safetensors":
         raise ValueError(f"--export: expected a name that ends in .safetensors, got {file.name}")
     return file
-
-
-def accelerator_of(options: Namespace):
-    """accelerate's `Accelerator` for the options of `add_run`.
-
-    Raises:
-        ValueError: the device cannot compute in the requested precision.
-    """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--precision: expected no or bf16 on a {accelerator.device.type}, got fp16")
-    return accelerator

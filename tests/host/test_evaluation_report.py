@@ -161,7 +161,7 @@ def test_absent_weights_are_said_in_one_sentence(report, shapeland, monkeypatch,
 def test_unknown_systems_are_named(report, capsys):
     with pytest.raises(SystemExit):
         report.main(["dreambooth"])
-    assert "choose from concept_weaver, fastcomposer, freecustom" in capsys.readouterr().err
+    assert "choose from composer, concept_weaver, fastcomposer, freecustom" in capsys.readouterr().err
 
 
 class TestJudging:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ...encoders.composer_adapter import save
+from ..accelerator import accelerator_of
 from ..base import open_base
 from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import RUN_LEAST, accelerator_of, check_average, check_least, check_workers
+from ..options import RUN_LEAST, check_average, check_least, check_workers
 from ..sampling import sample
 from ..shapeland.common import save_sheet
 from ..signals import Stopped

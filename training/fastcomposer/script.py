@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from ..accelerator import accelerator_of
 from ..base import open_base
 from ..data.dataset import SubjectPictures
 from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import RUN_LEAST, accelerator_of, check_average, check_least, check_workers
+from ..options import RUN_LEAST, check_average, check_least, check_workers
 from ..signals import Stopped
 from .batches import check_subjects, read_batches
 from .export import export, start_from

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from ...encoders.caption_prior import HEADS
 from ...encoders.files import whole_file
+from ..accelerator import accelerator_of
 from ..base import Vocabulary, open_base
 from ..data.dataset import item_generator
 from ..draws import Shares, shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import RUN_LEAST, accelerator_of, check_average, check_least, check_workers
+from ..options import RUN_LEAST, check_average, check_least, check_workers
 from ..promptnet.pictures import ENDINGS, read_square
 from ..signals import Stopped, ignore_stop_requests
 from .model import UNCONDITIONAL, PriorTraining

@@ -10,11 +10,12 @@ import torch
 
 from ...encoders.files import read_state
 from ...encoders.promptnet import PREFIX, PromptNet, PromptNetConfig, save
+from ..accelerator import accelerator_of
 from ..base import Base, open_base
 from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import RUN_LEAST, accelerator_of, check_average, check_least, check_workers
+from ..options import RUN_LEAST, check_average, check_least, check_workers
 from ..sampling import States
 from ..shapeland.common import save_sheet
 from ..signals import Stopped
