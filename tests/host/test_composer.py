@@ -447,7 +447,7 @@ class TestGuidance:
         target = encode(toy, adapter, composition("caption", "depth", seed=3))
 
         def edited(target, **changes):
-            return edit(model, latent, source, target, toy.negative, 6, "ddim_uniform", **changes)
+            return edit(model, latent, source, target, toy.negative, 3, "ddim_uniform", **changes)
 
         same, other = edited(source), edited(target)
         assert same.latent["batch_index"] == [0, 1] and same.error == other.error

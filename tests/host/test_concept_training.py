@@ -259,17 +259,19 @@ class TestRefusals:
 
 def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):
     import comfy.utils
-    from conceptloom.host.weaver.studio import train_with_progress
+    from conceptloom.host.weaver import studio
     from conceptloom.training.concepts.learner import Recipe
     from conceptloom.training.concepts.pictures import Pictures
 
+    monkeypatch.setattr(studio, "STEPS", 2)
+    monkeypatch.setattr(studio, "PREVIEW_STEPS", 2)
     told = []
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, shown, node_id: told.append((done, shown))
     )
     pictures = Pictures([torch.rand(64, 64, 3)], [None], ["a {}"])
     with torch.inference_mode():
-        concept, curve, said = train_with_progress(
+        concept, curve, said = studio.train_with_progress(
             *parts, pictures, "star", "<new1>", Recipe(steps=5), 64, class_pictures=1, preview_every=2
         )
     previews = [(done, shown) for done, shown in told if shown is not None]

@@ -71,13 +71,13 @@ def test_variants_are_drawn_from_one_noise_and_differ(studio, concepts, monkeypa
     from conceptloom.host.structure.inversion import invert, renew
     from conceptloom.subjects.partition import assemble
 
-    monkeypatch.setattr(concept_weaver, "STEPS", 4)
+    monkeypatch.setattr(concept_weaver, "STEPS", 2)
     case = next(c for c in (template_case(2, i) for i in range(200)) if set(c.names) == {"house", "star"})
     with torch.inference_mode():
         drawn = concept_weaver.draw_variants(studio, concepts, case, 1)
         assert all(picture.shape == (1, 64, 64, 3) and picture.isfinite().all() for picture in drawn.values())
         latent = {"samples": studio.vae.encode(torch.from_numpy(case.template.image)[None])}
-        inverted = invert(studio.model, latent, studio.encode(case.prompt), 4, concept_weaver.SCHEDULER)
+        inverted = invert(studio.model, latent, studio.encode(case.prompt), 2, concept_weaver.SCHEDULER)
         partition = assemble(list(case.masks), concept_weaver.DILATION)
         start = renew(inverted.noise, partition, case.seed, concept_weaver.RENEWED)["samples"]
         plain = studio.redraw(studio.model, studio.encode(case.prompt), start, inverted.sigmas)
