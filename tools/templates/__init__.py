@@ -7,7 +7,7 @@ from pathlib import Path
 
 from workflow_builder import Workflow
 
-from . import concept_training, concept_weaver, fastcomposer, freecustom, profusion, structure
+from . import composer, concept_training, concept_weaver, fastcomposer, freecustom, profusion, structure
 
 WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **freecustom.WORKFLOWS,
@@ -16,6 +16,7 @@ WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **concept_training.WORKFLOWS,
     **structure.WORKFLOWS,
     **profusion.WORKFLOWS,
+    **composer.WORKFLOWS,
 }
 
 STAND_INS = {"comfyui_ipadapter_plus": Path(__file__).parent / "ipadapter_nodes"}
