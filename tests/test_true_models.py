@@ -12,6 +12,7 @@ import torch
 from environment import ROOT
 from PIL import Image
 from safetensors.torch import save_file
+from templates.composer import DEPTH, SCRIBBLE
 from true_models import fastcomposer_state, kohya_lora, write_checkpoint
 
 SIDE = 64
@@ -72,6 +73,23 @@ def test_fusion_sampling_runs_with_a_lora_on_one_conditioning(checkpoint, server
         file.unlink()
     # Two steps of two and three conditionings; those with the LoRA have weights of their own, and so calls.
     assert "10 UNet evaluations in 2 steps" in log
+    assert picture.std() > 1
+
+
+@pytest.mark.parametrize("checkpoint", ["sd15"], indirect=True)
+def test_representations_go_to_controlnets(checkpoint, server):
+    folder = server.base / "models" / "controlnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / file["name"] for file in (SCRIBBLE, DEPTH)]
+    write_checkpoint("sd15_controlnet", files[0])
+    files[1].hardlink_to(files[0])
+    try:
+        log, picture = draw(server, "composer_controlnets_sd15")
+    finally:
+        for file in files:
+            file.unlink()
+        forget(server)
+    assert "missing" not in log.lower() and "unexpected" not in log.lower()
     assert picture.std() > 1
 
 

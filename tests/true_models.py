@@ -84,8 +84,20 @@ def _clip_g(prefix: str) -> dict[str, torch.Size]:
     return {f"{prefix}{name}": torch.Size(shape) for name, shape in shapes.items()}
 
 
+def _controlnet() -> dict[str, torch.Size]:
+    """A ControlNet 1.1 for SD 1.5, in the names of its published file."""
+    import comfy.ops
+    from comfy.cldm.cldm import ControlNet
+
+    config = {name: value for name, value in _unet_config("sd15").items() if name != "out_channels"}
+    model = ControlNet(**config, hint_channels=3, device="meta", operations=comfy.ops.disable_weight_init)
+    return {f"control_model.{name}": tensor.shape for name, tensor in model.state_dict().items()}
+
+
 def shapes_of(kind: str) -> dict[str, torch.Size]:
-    """Names and shapes of a checkpoint's tensors; `kind` is sd15 or sdxl (of reduced depth)."""
+    """Names and shapes of a checkpoint's tensors; `kind` is sd15, sdxl (of reduced depth), or sd15_controlnet."""
+    if kind == "sd15_controlnet":
+        return _controlnet()
     if kind == "sd15":
         return _unet(_unet_config("sd15")) | _autoencoder() | _clip_l("cond_stage_model.transformer.")
     clips = _clip_l("conditioner.embedders.0.transformer.") | _clip_g("conditioner.embedders.1.model.")
