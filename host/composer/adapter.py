@@ -31,6 +31,7 @@ from ..model.window import Window
 TAG = "conceptloom_composer"
 NAME = "Composer Conditioning"
 
+NOTHING = Features(None, None, None, {})
 _UNPREPARED = (
     "Composer Conditioning: model: expected one from Load Composer Adapter in the sampler, got another (connect yours "
     "to Load Composer Adapter's input)."
@@ -171,7 +172,7 @@ def prepared(model):
             raise ValueError(f"{NAME}: {error}") from error
         return ComposedRun(composed, patcher.model, noise)
 
-    model = carried.prepared(model, TAG, open_run, lambda composed: (composed.adapter.patcher,))
+    model = carried.prepared(model, TAG, open_run, lambda composed: (composed.adapter.patcher,), _joinable)
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, TAG)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TAG, _diffusion_model)
     return model
@@ -179,7 +180,7 @@ def prepared(model):
 
 def _diffusion_model(executor, *args, **kwargs):
     features = kwargs.pop(TAG, None)
-    if features is None:
+    if features is None or _is_nothing(features):
         return executor(*args, **kwargs)
     return family_of(executor.class_obj).with_additions(executor, features, *args, **kwargs)
 
@@ -239,7 +240,11 @@ class ComposedRun:
             return None
         device = composed.adapter.patcher.load_device
         features = composed.adapter.module(_moved(given, device), self.size)
-        return features if features.time is not None or features.tokens is not None or features.levels else None
+        return None if _is_nothing(features) else features
+
+
+def _is_nothing(features: Features) -> bool:
+    return features.time is None and features.tokens is None and not features.levels
 
 
 def _moved(given: Conditions, device: torch.device) -> Conditions:
@@ -253,17 +258,22 @@ def _moved(given: Conditions, device: torch.device) -> Conditions:
 
 class FeaturesCond(comfy.conds.CONDRegular):
     """`Features` of one conditioning (n = 1) as an input of a model call: repeated for the batch, cropped with the area
-    of the conditioning, and joined with those of other conditionings of the same kind.
+    of the conditioning, and joined with those of other conditionings.
+
+    Where one of them lacks what is added to the timestep embedding or to a level, zeros take its place, so that prompt
+    and negative prompt are evaluated in one call. Tokens have no such zero: conditionings with other tokens are
+    evaluated apart.
 
     Args:
         features: see `Features`.
         text: number of text states that its tokens follow. ComfyUI repeats the shorter of two texts in a batch, in
-            which tokens would count for less: such conditionings are evaluated apart.
+            which tokens would count for less: such conditionings are evaluated apart too.
+        rows: pictures in the call.
     """
 
-    def __init__(self, features: Features, text: int):
+    def __init__(self, features: Features, text: int, rows: int = 1):
         super().__init__(features)
-        self.text = text
+        self.text, self.rows = text, rows
 
     def process_cond(self, batch_size: int, area=None, **_) -> FeaturesCond:
         """The features for a call of `batch_size` pictures on an area (h, w, y, x) of the latent."""
@@ -275,22 +285,30 @@ class FeaturesCond(comfy.conds.CONDRegular):
             None,
             {level: value.expand(batch_size, -1, -1, -1) for level, value in levels.items()},
         )
-        return FeaturesCond(rows, self.text)
+        return FeaturesCond(rows, self.text, batch_size)
 
     def can_concat(self, other) -> bool:
-        """Whether both hold the same kinds of features in the same shapes."""
-        same_text = self.cond.tokens is None or self.text == getattr(other, "text", None)
-        return isinstance(other, FeaturesCond) and same_text and _shapes(self.cond) == _shapes(other.cond)
+        """Whether all that both have has the same shapes, and tokens follow as much text."""
+        if not isinstance(other, FeaturesCond):
+            return False
+        one, two = self.cond, other.cond
+        if one.tokens is not None or two.tokens is not None:
+            same = one.tokens is not None and two.tokens is not None and one.tokens.shape[1:] == two.tokens.shape[1:]
+            if not same or self.text != other.text:
+                return False
+        shared = one.levels.keys() & two.levels.keys()
+        return all(one.levels[level].shape[1:] == two.levels[level].shape[1:] for level in shared)
 
     def concat(self, others) -> Features:
         """All rows in one."""
-        every = [self.cond, *(other.cond for other in others)]
-        time, tokens, _, levels = self.cond
+        every = [self, *others]
+        tokens = [one.cond.tokens for one in every]
+        numbers = {level for one in every for level in one.cond.levels}
         return Features(
-            None if time is None else torch.cat([one.time for one in every]),
-            None if tokens is None else torch.cat([one.tokens for one in every]),
+            _rows([one.cond.time for one in every], every),
+            None if tokens[0] is None else torch.cat(tokens),
             None,
-            {level: torch.cat([one.levels[level] for one in every]) for level in levels},
+            {level: _rows([one.cond.levels.get(level) for one in every], every) for level in numbers},
         )
 
     def size(self) -> list[int]:
@@ -298,13 +316,32 @@ class FeaturesCond(comfy.conds.CONDRegular):
         return [1]
 
 
-def _shapes(features: Features) -> tuple:
-    time, tokens, _, levels = features
-    return (
-        time is None,
-        None if tokens is None else tokens.shape[1:],
-        {level: tuple(value.shape[1:]) for level, value in levels.items()},
+def _rows(values: Sequence[torch.Tensor | None], every: Sequence[FeaturesCond]) -> torch.Tensor | None:
+    """The values of several conditionings in one tensor, with zeros for None; None if all are."""
+    like = next((value for value in values if value is not None), None)
+    if like is None:
+        return None
+    filled = (
+        like.new_zeros(one.rows, *like.shape[1:]) if value is None else value
+        for value, one in zip(values, every, strict=True)
     )
+    return torch.cat(list(filled))
+
+
+def _joinable(conds: list[list[dict] | None]) -> list[list[dict] | None]:
+    """Conditionings of one evaluation, of which each has features if one has: otherwise ComfyUI would evaluate those
+    without apart."""
+    if not any(TAG in entry.get("model_conds", {}) for entries in conds if entries for entry in entries):
+        return conds
+
+    def joined(entry: dict) -> dict:
+        inputs = entry.get("model_conds", {})
+        if TAG in inputs or "c_crossattn" not in inputs:
+            return entry
+        nothing = FeaturesCond(NOTHING, inputs["c_crossattn"].cond.shape[1])
+        return {**entry, "model_conds": {**inputs, TAG: nothing}}
+
+    return [entries and [joined(entry) for entry in entries] for entries in conds]
 
 
 def _cropped(value: torch.Tensor, level: int, area) -> torch.Tensor:

@@ -104,6 +104,21 @@ class TestNothing:
 
 
 class TestEffect:
+    @pytest.mark.parametrize(("names", "rows"), [(LOCALS, {2}), (("sketch", "palette"), {1})])
+    def test_the_negative_prompt_shares_a_call_unless_there_are_tokens(self, toy, adapter, model, names, rows):
+        """Zeros for the prompt without maps change nothing in its row; tokens have no such zero."""
+        from comfy.patcher_extension import WrappersMP
+
+        seen = []
+
+        def watch(executor, x, *args, **kwargs):
+            seen.append(len(x))
+            return executor(x, *args, **kwargs)
+
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "rows", watch)
+        toy.sample(model, positive=encode(toy, adapter, composition(*names)))
+        assert set(seen) == rows
+
     def test_each_representation_changes_the_picture(self, toy, adapter, model):
         plain = toy.sample()
         pictures = {"all": toy.sample(model, positive=encode(toy, adapter, composition()))}
