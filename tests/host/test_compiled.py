@@ -170,6 +170,25 @@ def delayed(toy, model):
     return prepared(model), {"positive": delayed(toy.positive, late, Delay(0.5, None, 0, "steps"))}
 
 
+def composed(toy, model):
+    """Maps alone: tokens make the text longer, which is compiled anew."""
+    from conceptloom.compositions.composition import SKETCH, Composition, Part
+    from conceptloom.encoders.composer_adapter import ComposerAdapter, ComposerAdapterConfig
+    from conceptloom.host.composer.adapter import encode, prepared, wrap
+    from conceptloom.host.model.families import family_of
+
+    unet = toy.base.diffusion_model
+    levels = tuple(channels for _, channels in family_of(unet).levels(unet))
+    config = ComposerAdapterConfig(levels=levels, context_width=64, local_width=8, body=tuple(8 for _ in levels))
+    torch.manual_seed(0)
+    adapter = ComposerAdapter(config).eval().requires_grad_(False)
+    for weight in adapter.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    sketch = (torch.rand(128, 128) > 0.9).float()
+    positive = encode(wrap(adapter), toy.clip, Composition((128, 128), {SKETCH: Part(sketch)}), toy.positive)
+    return prepared(model), {"positive": positive}
+
+
 SYSTEMS = [freecustom, recorded_shares, fusion, fusion_with_a_lora, fusion_of_scores, plug_and_play]
 
 
@@ -179,7 +198,7 @@ def drawn(toy, system, before=lambda model: model, after=lambda model: model):
     return toy.sample(after(model), steps=STEPS, **conds)
 
 
-@pytest.mark.parametrize("system", [*SYSTEMS, delayed])
+@pytest.mark.parametrize("system", [*SYSTEMS, delayed, composed])
 def test_in_both_orders_it_is_the_picture_of_the_uncompiled_model(toy, system):
     expected, before = drawn(toy, system), graphs()
     assert not equal(expected, toy.plain)
