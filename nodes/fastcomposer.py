@@ -134,7 +134,16 @@ class SubjectEncoder(Node):
             display_name="Subject Encoder (FastComposer)",
             category=CATEGORY,
             description="Encodes each subject's picture as the image embedding that FastComposer's fuser needs.",
-            search_aliases=["FastComposer", "image encoder", "embed", "face", "identity", "subject"],
+            search_aliases=[
+                "FastComposer",
+                "image encoder",
+                "embed",
+                "face",
+                "identity",
+                "subject",
+                "person",
+                "ip adapter",
+            ],
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="The vision tower from Load FastComposer."),
                 subject_inputs("The subjects: one picture each."),
@@ -176,7 +185,18 @@ class FuseSubjects(Node):
             category=CATEGORY,
             description="Encodes a prompt twice: as plain text, and with each subject fused into the word that names "
             "it (FastComposer, equation 3).",
-            search_aliases=["FastComposer", "prompt", "text encode", "placeholder", "marker", "fuser", "multi subject"],
+            search_aliases=[
+                "FastComposer",
+                "prompt",
+                "text encode",
+                "placeholder",
+                "marker",
+                "fuser",
+                "multi subject",
+                "face",
+                "person",
+                "two people",
+            ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder; its last layer, as in training."),
                 FuserSocket.Input("fuser", tooltip="From Load FastComposer."),

@@ -31,7 +31,17 @@ class MultiReferenceSelfAttention(Node):
             description="Puts several subjects into one picture without training: self-attention also sees the masked "
             "parts of their references (FreeCustom, CVPR 2024). For SD 1.x, SD 2.x, SDXL and Shapeland.",
             **ADVISES_LATER,
-            search_aliases=["FreeCustom", "MRSA", "reference only", "multi concept", "subject", "consistory"],
+            search_aliases=[
+                "FreeCustom",
+                "MRSA",
+                "reference only",
+                "multi concept",
+                "subject",
+                "consistory",
+                "consistent character",
+                "two characters",
+                "ip adapter",
+            ],
             inputs=[
                 io.Model.Input(
                     "model",

@@ -141,7 +141,17 @@ class TextToMasks(Node):
             display_name="Text to Masks",
             category=CATEGORY,
             description="Finds the things that nouns name in a picture: one mask per noun, in their order.",
-            search_aliases=["segment by text", "SAM", "Grounding DINO", "detect", "lang-sam", "mask by word"],
+            search_aliases=[
+                "segment by text",
+                "SAM",
+                "Grounding DINO",
+                "detect",
+                "lang-sam",
+                "mask by word",
+                "mask by text",
+                "text to mask",
+                "clipseg",
+            ],
             has_intermediate_output=True,
             inputs=[
                 SegmenterSocket.Input("segmenter", tooltip="From Load Segmenter."),
@@ -183,7 +193,7 @@ class ConceptMasks(Node):
             category=CATEGORY,
             description="Divides the picture among concepts and background, so that their weights add up to 1 "
             "everywhere: masks grow a little, and where they meet the original ones decide.",
-            search_aliases=["partition", "regional prompt", "mask concepts", "grow mask", "regions"],
+            search_aliases=["partition", "regional prompt", "mask concepts", "grow mask", "regions", "two characters"],
             has_intermediate_output=True,
             inputs=[
                 growing(

@@ -68,7 +68,16 @@ class PromptNetEncode(Node):
             description="Encodes a prompt twice: as plain text, and with each subject's word replaced by what "
             "PromptNet makes of its picture, anew while the picture is sampled. One photo is enough; a photo of a "
             "person needs that person's consent.",
-            search_aliases=["ProFusion", "photo", "identity", "face", "likeness", "textual inversion", "prompt"],
+            search_aliases=[
+                "ProFusion",
+                "photo",
+                "identity",
+                "face",
+                "likeness",
+                "textual inversion",
+                "prompt",
+                "person",
+            ],
             inputs=[
                 PromptNetSocket.Input("promptnet", tooltip="From Load PromptNet."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),

@@ -18,7 +18,18 @@ class ReferenceSubject(Node):
             display_name="Reference Subject",
             category="ConceptLoom/Subjects",
             description="One subject from a reference picture: what all ConceptLoom systems put into new pictures.",
-            search_aliases=["subject", "concept", "reference image", "identity", "multi subject", "personalization"],
+            search_aliases=[
+                "subject",
+                "concept",
+                "reference image",
+                "identity",
+                "multi subject",
+                "personalization",
+                "consistent character",
+                "two characters",
+                "face",
+                "person",
+            ],
             has_intermediate_output=True,
             inputs=[
                 io.Image.Input(

@@ -22,7 +22,15 @@ class TrainConcept(Node):
             category="ConceptLoom/Concept Weaver",
             description="Learns a concept from one to eight pictures (Custom Diffusion): what cross-attention makes of "
             "text, and a new word. Shows its progress; cancelling leaves the models as they were.",
-            search_aliases=["Custom Diffusion", "LoRA training", "fine-tune", "dreambooth", "textual inversion"],
+            search_aliases=[
+                "Custom Diffusion",
+                "LoRA training",
+                "fine-tune",
+                "dreambooth",
+                "textual inversion",
+                "train character",
+                "train lora",
+            ],
             has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="The base model, from a loader. LoRAs on it are part of the base."),

@@ -165,7 +165,15 @@ class MultiConceptFusion(Node):
             "weights and prompt where its mask is (Concept Weaver, CVPR 2024). The model is evaluated no more often, "
             "however many there are. For SD 1.x, SD 2.x, SDXL and Shapeland.",
             **ADVISES_LATER,
-            search_aliases=["Concept Weaver", "multi LoRA", "regional LoRA", "custom diffusion", "multi concept"],
+            search_aliases=[
+                "Concept Weaver",
+                "multi LoRA",
+                "regional LoRA",
+                "custom diffusion",
+                "multi concept",
+                "two characters",
+                "multiple loras",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, best with Plug-and-Play Injection on it."),
                 ConceptPromptsSocket.Input("prompts", tooltip="From Concept Prompts."),

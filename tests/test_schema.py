@@ -41,6 +41,27 @@ def test_names(info):
         assert node["description"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("consistent character", "ReferenceSubject"),
+        ("two characters", "MultiReferenceSelfAttention"),
+        ("face", "SubjectEncoder"),
+        ("person", "FuseSubjects"),
+        ("ip adapter", "FusionGuider"),
+        ("mask by text", "TextToMasks"),
+        ("multiple loras", "MultiConceptFusion"),
+        ("train lora", "TrainConcept"),
+        ("unsampler", "DDIMInversion"),
+        ("color palette", "Palette"),
+        ("t2i adapter", "ApplyRepresentation"),
+    ],
+)
+def test_what_people_type_finds_a_node(info, typed, found):
+    node = info[f"ConceptLoom{found}"]
+    assert typed in [word.lower() for word in (node["display_name"], *node["search_aliases"])]
+
+
 def test_every_input_has_a_tooltip(info):
     silent = [f"{name}.{field.name}" for name, node in info.items() for field in without_tooltip(node)]
     assert not silent

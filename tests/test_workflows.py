@@ -153,9 +153,10 @@ def switched_off(ui: dict, info: dict) -> Iterator[tuple[str, dict]]:
 
 def shortened(api: dict) -> dict:
     """The workflow with few steps where it samples, inverts or trains; a schedule that is split keeps all."""
+    split = any(node["class_type"] == "SplitSigmas" for node in api.values())
     for node in api.values():
         inputs = node["inputs"]
-        if isinstance(inputs.get("steps"), int) and node["class_type"] != "BasicScheduler":
+        if isinstance(inputs.get("steps"), int) and not (split and node["class_type"] == "BasicScheduler"):
             inputs["steps"] = 1 if node["class_type"] == "KSampler" else 2
         if node["class_type"] == "ConceptLoomTrainConcept":
             inputs |= {"class_pictures": 0, "preview_every": 0}

@@ -88,7 +88,6 @@ def test_reconstruction_is_the_hosts_euler_of_the_noise_bit_by_bit(toy):
     assert torch.equal(found.reconstruction["samples"], host_euler(toy, found.noise, found.sigmas))
 
 
-@of_both
 def test_the_hosts_sampler_nodes_give_the_picture_back(toy):
     from comfy_extras import nodes_custom_sampler as sampling
 
@@ -115,7 +114,6 @@ def test_the_hosts_sampler_nodes_give_the_picture_back(toy):
     assert distance(found.noise["samples"], latent["samples"]) > 0.1
 
 
-@of_both
 def test_refinements_bring_the_picture_closer(toy):
     pnp, one, four = (invert(toy, picture(), refinements=k).error for k in (0, 1, 4))
     assert four < one < pnp and four < 0.1 * pnp
