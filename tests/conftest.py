@@ -35,6 +35,7 @@ SERVED = (
     "test_browser",
     "test_workflows",
     "test_workflow_tools",
+    "test_composer_operations",
     "test_server",
     "test_refusals",
     "test_advice",
