@@ -47,10 +47,15 @@ LISTEN = """() => {
         app.api.addEventListener(end, event => { loomEnd = [end, event.detail.exception_message ?? ''] })
 }"""
 
-# Both pages draw without a GPU, by default sixty times per second, on the machine that also runs the templates.
-TEN_FRAMES_A_SECOND = """
-window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 100)
+# The page is drawn without a GPU, by default sixty times per second, on the machine that also runs the templates.
+FEW_FRAMES = """
+window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 250)
 window.cancelAnimationFrame = clearTimeout
+document.addEventListener('DOMContentLoaded', () => {
+    const style = document.createElement('style')
+    style.textContent = '* { animation: none !important; transition: none !important }'
+    document.head.append(style)
+})
 """
 
 SET_WIDGETS = """values => {
@@ -82,7 +87,7 @@ def open_browser(folder: Path) -> Iterator:
             executable_path=chromium(),
             headless=True,
             args=list(FLAGS),
-            viewport={"width": 1600, "height": 1000},
+            viewport={"width": 960, "height": 600},
         )
         try:
             yield context
@@ -113,7 +118,7 @@ class Frontend:
         self._heard: list[str] = []
         self._refused: list[tuple[int, str]] = []
         self._watch()
-        self.page.add_init_script(TEN_FRAMES_A_SECOND)
+        self.page.add_init_script(FEW_FRAMES)
         self.page.goto(server.url)
         self.page.wait_for_function("window.app?.vueAppReady && window.app.isGraphReady", timeout=60000)
         self.page.evaluate(LISTEN)
