@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=32, help="pictures per step of the unet; a GPU wants 256 or more"
     )
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the unet; with a batch of 512, 2e-3")
+    parser.add_argument("--shards", type=int, default=8, help="of 8192 pictures each that the unet is trained on")
     parser.add_argument("--lanes", type=int, help="threads that share a step of the unet; default: a CPU's cores, or 1")
     parser.add_argument("--compile", action="store_true", help="compile the unet: minutes at the start")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="interrupt the unet's run after so many")
@@ -75,4 +77,6 @@ def main(argv: list[str]) -> None:
             options.compile,
             options.from_shipped,
             60 * options.minutes,
+            options.learning_rate,
+            options.shards,
         )

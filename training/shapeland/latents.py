@@ -44,11 +44,10 @@ class SceneBatch:
         return tokens(torch.where(unconditional[:, None], 0, self.words), self.words.device)
 
 
-def covered(label: np.ndarray) -> torch.Tensor:
+def covered(label: torch.Tensor) -> torch.Tensor:
     """How many pixels of each latent cell each thing of `label` (n, H, W) covers: (n, 3, h, w), uint8."""
-    n, height, width = label.shape
-    blocks = label.reshape(n, height // FACTOR, FACTOR, width // FACTOR, FACTOR)
-    return torch.from_numpy(np.stack([(blocks == i + 1).sum((2, 4), dtype=np.uint8) for i in range(3)], 1))
+    blocks = label.unflatten(2, (-1, FACTOR)).unflatten(1, (-1, FACTOR))
+    return torch.stack([(blocks == i + 1).sum((2, 4), dtype=torch.uint8) for i in range(3)], 1)
 
 
 @torch.no_grad()
@@ -76,7 +75,8 @@ class LatentScenes:
     def __init__(self, data: Scenes, latents: torch.Tensor, device: str):
         fields = {name: data.whole(name) for name in ("words", "noun", "color", "noun_word", "describes")}
         self._fields = {name: torch.from_numpy(field).to(device) for name, field in fields.items()}
-        self._cells = torch.cat([covered(label) for label in data.shards("label")]).to(device)
+        labels = (torch.from_numpy(np.array(label)).to(device) for label in data.shards("label"))
+        self._cells = torch.cat([covered(label) for label in labels])
         self._latents = latents.to(device)
         self.device, self.trained = device, len(latents) - SHARD
 

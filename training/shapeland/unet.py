@@ -21,6 +21,7 @@ from ..sampling import sample
 from .common import (
     RUNS,
     SEED,
+    SHARDS,
     frozen_autoencoder,
     frozen_text,
     open_scenes,
@@ -148,7 +149,9 @@ class _Objective:
         """The latents with the noise of timesteps t (n,), the v to predict, and the text states of the captions, which
         are empty for the `unconditional` (n,)."""
         x = batch.latents
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        # Drawn on the device: a large batch's noise would take longer to copy than a step takes.
+        own = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        noise = torch.randn(x.shape, generator=own, device=x.device)
         a, s = (part.sqrt()[:, None, None, None] for part in (self.alphas[t], 1 - self.alphas[t]))
         with torch.no_grad():
             context = self.text(batch.tokens(unconditional)).last_hidden_state
@@ -198,6 +201,8 @@ def train_unet(
     compiled: bool = False,
     shipped: bool = False,
     seconds: float = float("inf"),
+    learning_rate: float = LEARNING_RATE,
+    shards: int = SHARDS,
 ) -> None:
     """Trains with v-prediction, localization and reading losses; keeps averaged weights and has the judge score samples
     during the run. A run without a checkpoint starts from the shipped weights if `shipped`, else from random ones."""
@@ -218,9 +223,9 @@ def train_unet(
         return min(1.0, (step + 1) / 100, max(0.02, (steps - step) / decay))
 
     outside = "unet.conv_in", "unet.conv_out", "unet.time_embedding", "readers"
-    optimizer = MuonAdamW(model, LEARNING_RATE, 0.02, outside)
+    optimizer = MuonAdamW(model, learning_rate, 0.02, outside)
     run = Run(RUNS / "unet", model, optimizer, steps, SEED, schedule, AVERAGE)
-    data = open_scenes()
+    data = open_scenes(shards)
     autoencoder = frozen_autoencoder(device, weights_file("autoencoder"))
     scenes = LatentScenes(data, encoded(data, autoencoder, RUNS / "latents", device), device)
     objectives = [
