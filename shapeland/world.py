@@ -46,42 +46,13 @@ _SECOND_SHARE = (0.33, 0.45)
 _EDGE = 24.0
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How scenes are laid out and captioned.
-
-    `radius` is the range of a thing's radius in pixels, by the number of things, `period` the range of a pattern's
-    period in pixels. `in_order`: captions name things from left to right. A share `detailed` of the captions gives the
-    full appearance of every thing, and a share `bare` only nouns; the others say of each thing what `describe` draws. A
-    share `placed` of all captions says where things are and whether they are big or small.
-    """
-
-    radius: dict[int, tuple[float, float]]
-    period: tuple[float, float]
-    in_order: bool
-    detailed: float
-    bare: float
-    placed: float
-
-
-SHIPPED = Recipe(
-    radius={1: (13.0, 19.0), 2: (10.5, 14.5), 3: (9.5, 12.0), 4: (8.5, 10.5), 5: (8.0, 9.5)},
-    period=(7.0, 12.0),
-    in_order=False,
-    detailed=0.0,
-    bare=0.0,
-    placed=0.0,
-)
-"""The scenes that the shipped weights were trained on."""
-NEXT = Recipe(
-    radius={1: (14.0, 20.0), 2: (11.0, 15.5), 3: (10.5, 13.0), 4: (8.5, 10.5), 5: (8.0, 9.5)},
-    period=(9.0, 13.0),
-    in_order=True,
-    detailed=0.7,
-    bare=0.15,
-    placed=0.5,
-)
-"""The scenes that `training.shapeland` draws, for the next weights."""
+RADIUS = {1: (14.0, 20.0), 2: (11.0, 15.5), 3: (10.5, 13.0), 4: (8.5, 10.5), 5: (8.0, 9.5)}
+"""The range of a thing's radius in pixels, by the number of things."""
+PERIOD = 9.0, 13.0
+"""The range of a pattern's period in pixels."""
+DETAILED, BARE, PLACED = 0.7, 0.15, 0.5
+"""A share of captions gives the full appearance of every thing, and a share only nouns; the others say of each thing
+what `describe` draws. A share of all captions says where things are and whether they are big or small."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +74,7 @@ class Identity:
 
     def vector(self) -> np.ndarray:
         """The identity as 14 numbers of comparable scale: both colours, pattern one-hot, period, share, angle."""
-        low, high = NEXT.period
+        low, high = PERIOD
         first, last = _SECOND_SHARE
         # A pattern looks the same after half a turn (stripes), a quarter turn (dots, checks) or any turn (rings).
         symmetry = (2.0, 4.0, 4.0, 0.0)[self.pattern]
@@ -309,7 +280,6 @@ def random_identity(
     color: int | None = None,
     second: int | None = None,
     pattern: int | None = None,
-    recipe: Recipe = SHIPPED,
 ) -> Identity:
     """An identity with the given parts fixed (indices into COLORS and PATTERNS) and the rest drawn from `rng`."""
     drawn_color, drawn_second, drawn_pattern = rng.integers(len(COLORS)), rng.integers(1, len(COLORS)), rng.integers(4)
@@ -323,7 +293,7 @@ def random_identity(
         second=second,
         second_rgb=_color_near(rng, second),
         pattern=int(drawn_pattern) if pattern is None else pattern,
-        period=float(rng.uniform(*recipe.period)),
+        period=float(rng.uniform(*PERIOD)),
         angle=float(rng.uniform(0, np.pi)),
         share=float(rng.uniform(*_SECOND_SHARE)),
     )
@@ -437,10 +407,10 @@ def _placed(mentions: list[Mention], current: dict, word: str, caption: str) -> 
     return [*mentions[:-1], replace(last, **{name: names.index(word)})]
 
 
-def size_of(radius: float, count: int, recipe: Recipe) -> int | None:
+def size_of(radius: float, count: int) -> int | None:
     """The index of the word for a thing's size in a picture of `count` things: small and big are the lower and the
     upper third of the radii, None is between."""
-    low, high = recipe.radius[count]
+    low, high = RADIUS[count]
     third = (radius - low) / (high - low) * 3
     return 0 if third < 1 else 1 if third > 2 else None
 
@@ -450,7 +420,7 @@ def edge_of(centre: float) -> int | None:
     return 0 if centre < _EDGE else 1 if centre > SIZE - _EDGE else None
 
 
-def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -> list[tuple[int, float, float, float]]:
+def _places(rng: np.random.Generator, mentions: list[Mention]) -> list[tuple[int, float, float, float]]:
     """The things of `mentions` as (mention, x, y, radius), overlapping only slightly, from the farthest to the nearest:
     what is lower in the picture is nearer, as on a floor seen from above.
 
@@ -458,7 +428,7 @@ def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -
     """
     owners = np.array([i for i, m in enumerate(mentions) for _ in range(m.count)])
     count, tries = len(owners), 256
-    low, high = recipe.radius[count]
+    low, high = RADIUS[count]
     third = (high - low) / 3
     said = [mentions[i] for i in owners]
     smallest = np.array([low + 2 * third if m.size == 1 else low for m in said])
@@ -481,7 +451,7 @@ def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -
         gaps = gaps / (radii[:, :, None] + radii[:, None])
         fits = np.ones(tries, bool) if count == 1 else gaps[:, apart].min(1) > 0.86
         # Given positions take precedence over the order, which is dropped if no attempt satisfies both.
-        if recipe.in_order and attempt < 40:
+        if attempt < 40:
             centres = np.stack([xs[:, owners == i].mean(1) for i in range(len(mentions))], 1)
             fits &= (np.diff(centres, axis=1) > 0).all(1)
         if fits.any():
@@ -491,30 +461,11 @@ def _places(rng: np.random.Generator, mentions: list[Mention], recipe: Recipe) -
     raise ValueError(f"'{caption_of(mentions, None)[0]}' leaves no room for all things where it wants them.")
 
 
-def _shipped_places(
-    rng: np.random.Generator, mentions: list[Mention], recipe: Recipe
-) -> list[tuple[int, float, float, float]]:
-    """As `_places`, for captions whose order has no meaning."""
-    owners = [i for i, m in enumerate(mentions) for _ in range(m.count)]
-    count = len(owners)
-    while True:
-        radii = rng.uniform(*recipe.radius[count], count)
-        margin = radii * 0.92
-        xs, ys = rng.uniform(margin, SIZE - margin), rng.uniform(margin, SIZE - margin)
-        gaps = np.hypot(xs[:, None] - xs, ys[:, None] - ys) / (radii[:, None] + radii)
-        if count == 1 or gaps[~np.eye(count, dtype=bool)].min() > 0.86:
-            places = sorted(zip(xs.tolist(), ys.tolist(), radii.tolist(), strict=True), key=lambda p: p[1])
-            order = rng.permutation(count)
-            return [(owners[i], *place) for i, place in zip(order, places, strict=True)]
-
-
 def _lay_out(
-    mentions: list[Mention], kinds: dict[int, Identity], rng: np.random.Generator, recipe: Recipe
+    mentions: list[Mention], kinds: dict[int, Identity], rng: np.random.Generator
 ) -> tuple[list[Thing], list[int]]:
     """The things of `mentions`, whose nouns have the identities `kinds`, and the index of each thing's mention."""
-    said = any(v is not None for m in mentions for v in (m.size, m.across, m.down))
-    places = (_places if recipe.in_order or said else _shipped_places)(rng, mentions, recipe)
-    things = []
+    places, things = _places(rng, mentions), []
     for owner, x, y, radius in places:
         noun = mentions[owner].noun
         things.append(Thing(noun, kinds[noun], x, y, radius, float(rng.uniform(-0.26, 0.26)), bool(rng.integers(2))))
@@ -541,7 +492,6 @@ def scene_from(
     background: int | None,
     rng: np.random.Generator,
     identities: list[Identity | None] | None = None,
-    recipe: Recipe = SHIPPED,
 ) -> Scene:
     """A scene that shows what `mentions` say, with everything else drawn from `rng`.
 
@@ -553,12 +503,12 @@ def scene_from(
     for i, m in enumerate(mentions):
         given = identities[i] if identities is not None else None
         if m.noun not in kinds:
-            kinds[m.noun] = given or random_identity(rng, m.color, m.second, m.pattern, recipe)
+            kinds[m.noun] = given or random_identity(rng, m.color, m.second, m.pattern)
     said = background
     if background is None:
         background = int(rng.integers(len(BACKGROUNDS)))
     base = np.array(BACKGROUND_RGB[BACKGROUNDS[background]]) + rng.uniform(-0.03, 0.03, 3)
-    things, owners = _lay_out(mentions, kinds, rng, recipe)
+    things, owners = _lay_out(mentions, kinds, rng)
     return _told(things, owners, mentions, said, background, base)
 
 
@@ -574,29 +524,27 @@ def describe(rng: np.random.Generator, noun: int, identity: Identity, count: int
     )
 
 
-def _tell(
-    rng: np.random.Generator, mentions: list[Mention], things: list[Thing], owners: list[int], recipe: Recipe
-) -> list[Mention]:
+def _tell(rng: np.random.Generator, mentions: list[Mention], things: list[Thing], owners: list[int]) -> list[Mention]:
     """What the caption says about `things`: their bare `mentions`, extended."""
     style = rng.random()
-    placed = rng.random() < recipe.placed
+    placed = rng.random() < PLACED
     told = []
     for i, m in enumerate(mentions):
         mine = [thing for thing, owner in zip(things, owners, strict=True) if owner == i]
         identity = mine[0].identity
-        if style < recipe.detailed:
+        if style < DETAILED:
             m = replace(m, color=identity.color, second=identity.second, pattern=identity.pattern)
-        elif style < 1 - recipe.bare:
+        elif style < 1 - BARE:
             m = describe(rng, m.noun, identity, m.count)
         if placed and m.count == 1:
             where = mine[0]
-            size = size_of(where.radius, len(things), recipe)
+            size = size_of(where.radius, len(things))
             m = replace(m, size=size, across=edge_of(where.x), down=edge_of(where.y))
         told.append(m)
     return told
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None, recipe: Recipe = SHIPPED) -> Scene:
+def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     """A scene of `count` things (1 to 3, drawn if None); in a third of those with several things, some share a noun."""
     if count is None:
         count = int(rng.choice(3, p=(0.35, 0.40, 0.25))) + 1
@@ -604,18 +552,15 @@ def random_scene(rng: np.random.Generator, count: int | None = None, recipe: Rec
     if count > 1 and rng.random() < 0.35:
         groups = [2] + [1] * (count - 2) if count == 2 or rng.random() < 0.75 else [3]
     nouns = [int(noun) for noun in rng.choice(len(NOUNS), len(groups), replace=False)]
-    identities = [random_identity(rng, recipe=recipe) for _ in groups]
-    if recipe.in_order:
-        bare = [Mention(noun, size) for noun, size in zip(nouns, groups, strict=True)]
-    else:
-        bare = [describe(rng, noun, i, size) for noun, i, size in zip(nouns, identities, groups, strict=True)]
+    identities = [random_identity(rng) for _ in groups]
+    bare = [Mention(noun, size) for noun, size in zip(nouns, groups, strict=True)]
     order = rng.permutation(len(bare))
     bare, identities = [bare[i] for i in order], [identities[i] for i in order]
     background = int(rng.integers(len(BACKGROUNDS)))
     base = np.array(BACKGROUND_RGB[BACKGROUNDS[background]]) + rng.uniform(-0.03, 0.03, 3)
     kinds = {m.noun: identity for m, identity in zip(bare, identities, strict=True)}
-    things, owners = _lay_out(bare, kinds, rng, recipe)
-    told = _tell(rng, bare, things, owners, recipe) if recipe.in_order else bare
+    things, owners = _lay_out(bare, kinds, rng)
+    told = _tell(rng, bare, things, owners)
     # Some captions do not mention the background.
     said = background if rng.random() >= 0.15 else None
     return _told(things, owners, told, said, background, base)

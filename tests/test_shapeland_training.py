@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 def test_shards_hold_the_worlds_truth(data):
     for row in range(48):
-        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT))
+        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row))))
         scene = picture.scene
         words = [scenes.WORDS[w] for w in data.take("words", np.array([row]))[0] if w]
         assert " ".join(words) == scene.caption
@@ -47,7 +47,7 @@ def test_shards_hold_the_worlds_truth(data):
 def test_what_a_phrase_says_is_read_from_its_words(data):
     batch = clip.clip_batch(data, np.arange(48), "cpu")
     for row in range(48):
-        scene = world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT)
+        scene = world.random_scene(np.random.default_rng((3, 0, row)))
         mentions = {m.noun: m for m in world.parse_caption(scene.caption)[0]}
         for i, thing in enumerate(scene.things):
             m = mentions[thing.noun]
@@ -73,7 +73,7 @@ def test_batches_hold_what_is_true_of_each_thing(data):
     batch = latents.LatentScenes(data, numbered, "cpu").take(np.arange(47, -1, -1))
     pairs = 0
     for at, row in enumerate(range(47, -1, -1)):
-        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT))
+        picture = world.render(world.random_scene(np.random.default_rng((3, 0, row))))
         scene = picture.scene
         label = data.take("label", np.array([row]))[0]
         assert batch.latents[at].eq(row).all()
@@ -223,15 +223,15 @@ def test_guidance_goes_beyond_what_the_text_says():
 
 def test_a_unet_is_trained_in_lanes_and_judged(data, tmp_path, monkeypatch):
     """The whole stage at the smallest size: its loss, its weights, and what its report says of them."""
-    narrow = {**models.NEXT_UNET_CONFIG, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
-    monkeypatch.setattr(models, "NEXT_UNET_CONFIG", narrow)
+    narrow = {**models.UNET_CONFIG, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    monkeypatch.setattr(models, "UNET_CONFIG", narrow)
     monkeypatch.setattr(latents, "SHARD", 16)
     monkeypatch.setattr(unet, "RUNS", tmp_path)
-    monkeypatch.setattr(unet, "open_scenes", lambda: data)
+    monkeypatch.setattr(unet, "open_scenes", lambda *_: data)
     encoded = torch.randn(48, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(unet, "encoded", lambda *_: encoded.half())
-    kept = unet.weights_file
-    monkeypatch.setattr(unet, "weights_file", lambda name: tmp_path / "unet.st" if name == "unet" else kept(name))
+    written = {**models.FILES, "unet": tmp_path / "unet.st"}
+    monkeypatch.setattr(unet, "weights_file", written.__getitem__)
     monkeypatch.setattr(unet, "GAIN_PICTURES", 16)
     whole, judged = unet.Run.train, unet.evaluate
 
@@ -251,7 +251,7 @@ def test_a_unet_is_trained_in_lanes_and_judged(data, tmp_path, monkeypatch):
     assert 0 <= float(report["nouns"]) <= 1 and report["patterns"]
     # So short a training has taught nothing of captions.
     assert all(abs(float(report[f"gain_{time}"])) < 0.05 for time in unet.GAIN_TIMES)
-    assert models.load("unet", tmp_path / "unet.st").keys() == models.build_unet(narrow).state_dict().keys()
+    assert models.load("unet", tmp_path / "unet.st").keys() == models.build_unet().state_dict().keys()
 
 
 def test_things_are_said_with_all_their_looks_and_bare(data):
@@ -259,7 +259,7 @@ def test_things_are_said_with_all_their_looks_and_bare(data):
     batch = fuser.said_and_bare(data, np.arange(48), base)
     expected = []
     for row in range(48):
-        scene = world.random_scene(np.random.default_rng((3, 0, row)), recipe=world.NEXT)
+        scene = world.random_scene(np.random.default_rng((3, 0, row)))
         label = data.take("label", np.array([row]))[0]
         expected += [(row, thing) for i, thing in enumerate(scene.things) if (label == i + 1).sum() >= 20]
     assert len(expected) == len(batch["picture"]) > 48
@@ -280,11 +280,11 @@ def test_things_are_said_with_all_their_looks_and_bare(data):
 
 
 def test_a_fuser_learns_what_words_would_say_and_leaves_a_file_to_start_from(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fuser, "open_scenes", lambda: data)
+    monkeypatch.setattr(fuser, "open_scenes", lambda *_: data)
     for name, value in {"SHARD": 16, "HELD_OUT": 16, "BATCH": 16, "RUNS": tmp_path}.items():
         monkeypatch.setattr(fuser, name, value)
     fuser.train_fuser("cpu", 40)
-    assert float(re.search(r"([\d.]+)% of what words add", capsys.readouterr().out)[1]) > 50
+    assert float(re.search(r"([\d.]+)% of what words add", capsys.readouterr().out)[1]) > 15
     taught = split(load_file(tmp_path / "fuser" / "fuser.safetensors"))[FUSER]
     assert Fuser.from_state(taught).text_width == models.WIDTH
 
@@ -309,10 +309,10 @@ def test_promptnet_learns_what_words_would_say(data, tmp_path, monkeypatch, caps
     from conceptloom.encoders.files import read
     from conceptloom.encoders.promptnet import PromptNet, heads_of
 
-    monkeypatch.setattr(promptnet, "open_scenes", lambda: data)
+    monkeypatch.setattr(promptnet, "open_scenes", lambda *_: data)
     for name, value in {"SHARD": 16, "HELD_OUT": 16, "BATCH": 8, "RUNS": tmp_path, "CHANNELS": [32] * 4}.items():
         monkeypatch.setattr(promptnet, name, value)
     promptnet.train_promptnet("cpu", 16)
-    assert float(re.search(r"([\d.]+)% of what words for looks", capsys.readouterr().out)[1]) > 10
+    assert float(re.search(r"([\d.]+)% of what words for looks", capsys.readouterr().out)[1]) > 5
     value, metadata = read(tmp_path / "promptnet" / "promptnet.safetensors")
     assert PromptNet.from_state(value, heads_of(metadata)).config.context_width == models.WIDTH

@@ -5,8 +5,8 @@ import pytest
 from conceptloom.shapeland import world
 
 
-def scenes(count, seed=0, recipe=world.SHIPPED):
-    return [world.random_scene(np.random.default_rng((seed, i)), recipe=recipe) for i in range(count)]
+def scenes(count, seed=0):
+    return [world.random_scene(np.random.default_rng((seed, i))) for i in range(count)]
 
 
 def test_same_seed_draws_the_same_picture():
@@ -15,9 +15,8 @@ def test_same_seed_draws_the_same_picture():
     assert first.scene == second.scene
 
 
-@pytest.mark.parametrize("recipe", [world.SHIPPED, world.NEXT])
-def test_captions_read_back_as_what_was_drawn(recipe):
-    for scene in scenes(300, recipe=recipe):
+def test_captions_read_back_as_what_was_drawn():
+    for scene in scenes(300):
         mentions, background = world.parse_caption(scene.caption)
         assert background in (None, scene.background)
         drawn = sorted(thing.noun for thing in scene.things)
@@ -29,9 +28,8 @@ def test_captions_read_back_as_what_was_drawn(recipe):
             assert m.pattern in (None, identity.pattern)
 
 
-@pytest.mark.parametrize("recipe", [world.SHIPPED, world.NEXT])
-def test_noun_words_point_at_the_noun_of_each_thing(recipe):
-    for scene in scenes(300, recipe=recipe):
+def test_noun_words_point_at_the_noun_of_each_thing():
+    for scene in scenes(300):
         words = scene.caption.split()
         for thing, at, described_by in zip(scene.things, scene.noun_words, scene.attribute_words, strict=True):
             assert words[at] in (world.NOUNS[thing.noun], world.PLURALS[thing.noun])
@@ -43,11 +41,11 @@ def test_noun_words_point_at_the_noun_of_each_thing(recipe):
 
 def test_things_are_named_from_left_to_right_with_true_words_for_place_and_size():
     told = 0
-    for scene in scenes(300, recipe=world.NEXT):
+    for scene in scenes(300):
         mentions, _ = world.parse_caption(scene.caption)
         centres = [np.mean([t.x for t in scene.things if t.noun == m.noun]) for m in mentions]
         assert centres == sorted(centres)
-        low, high = world.NEXT.radius[len(scene.things)]
+        low, high = world.RADIUS[len(scene.things)]
         for m in mentions:
             thing = next(t for t in scene.things if t.noun == m.noun)
             told += m.across is not None
@@ -60,7 +58,7 @@ def test_things_are_named_from_left_to_right_with_true_words_for_place_and_size(
 
 def test_captions_say_all_looks_or_none_in_their_shares():
     full = bare = described = 0
-    for scene in scenes(600, recipe=world.NEXT):
+    for scene in scenes(600):
         mentions, _ = world.parse_caption(scene.caption)
         looks = [(m.color, m.second, m.pattern) for m in mentions]
         full += all(None not in look for look in looks)
@@ -76,7 +74,7 @@ def test_a_description_is_obeyed_in_place_and_size():
         picture, _ = world.draw_description(text, seed)
         star, house = (next(t for t in picture.scene.things if t.noun == n) for n in (1, 6))
         assert star.x > 40 and star.y > 40 and house.x < 24
-        low, high = world.SHIPPED.radius[2]
+        low, high = world.RADIUS[2]
         assert star.radius < low + (high - low) / 3 and house.radius > high - (high - low) / 3
 
 

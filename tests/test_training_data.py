@@ -633,7 +633,8 @@ def test_captions_of_shapeland_may_leave_out_the_looks(shapeland, tmp_path):
         assert [s.segment for s in subjects] == [s.segment for s in named]
         said, background = world.parse_caption(caption)
         assert background == world.parse_caption(full)[1]
-        assert said == [world.Mention(world.NOUNS.index(s.segment.label)) for s in subjects]
+        looks = [(m.noun, m.color, m.second, m.pattern) for m in said]
+        assert looks == [(world.NOUNS.index(s.segment.label), None, None, None) for s in subjects]
         assert all(caption[: s.end].split()[-1] == s.segment.label for s in subjects)
 
 

@@ -2,7 +2,7 @@
 
 Stages, in the order in which each needs the ones before: scenes, autoencoder, decoder, clip, judge, unet. Every stage
 is deterministic by seed, stores its checkpoint, loss log and samples in `runs/shapeland/`, continues where it stopped,
-and writes its weights to `shapeland/weights/next/` at its end. The stages `fuser` and `promptnet` work on the shipped
+and writes its weights to `runs/shapeland/weights/` at its end. The stages `fuser` and `promptnet` work on the shipped
 weights; their own weights stay in their folders, for FastComposer's and PromptNet's training to start from. The stage
 `check` trains nothing: the trained UNet draws 512 held-out captions in 50 steps, and the judge reads them.
 """
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     elif options.stage == "fuser":
         from .fuser import train_fuser
 
-        train_fuser(options.device, options.steps or 600)
+        train_fuser(options.device, options.steps or 1800)
     elif options.stage == "promptnet":
         from .promptnet import train_promptnet
 

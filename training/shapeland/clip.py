@@ -119,7 +119,7 @@ def places_of(data: Scenes, rows: np.ndarray) -> np.ndarray:
     found = np.full(place.shape, -2, np.int64)
     for row, count in enumerate(counts):
         for i, (x, y, radius) in enumerate(place[row, :count].tolist()):
-            words = world.size_of(radius, int(count), world.NEXT), world.edge_of(x), world.edge_of(y)
+            words = world.size_of(radius, int(count)), world.edge_of(x), world.edge_of(y)
             found[row, i] = [-2 if word is None else word for word in words]
     return found
 

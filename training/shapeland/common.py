@@ -15,8 +15,8 @@ from ...shapeland.autoencoder import Autoencoder
 from . import scenes as scene_files
 
 RUNS = Path("runs/shapeland")
-# Weights that the stages write and read. They replace the shipped weights when all stages are done.
-WEIGHTS = models.WEIGHTS / "next"
+# Weights that the stages write and read; copied to shapeland/weights/, they take the place of the shipped ones.
+WEIGHTS = RUNS / "weights"
 SEED = 0
 # The last shard is held out: no stage trains on it.
 SHARDS = 8

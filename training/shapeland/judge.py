@@ -24,11 +24,11 @@ def draw_pairs(count: int, seed: int) -> list[tuple[world.Picture, world.Picture
     pairs = []
     for i in range(count):
         rng = np.random.default_rng((seed, 7, i))
-        identity = world.random_identity(rng, recipe=world.NEXT)
+        identity = world.random_identity(rng)
         first, second = rng.choice(len(world.NOUNS), 2, replace=False)
         pairs.append(
             tuple(
-                world.render(world.scene_from([world.Mention(int(noun))], None, rng, [identity], world.NEXT))
+                world.render(world.scene_from([world.Mention(int(noun))], None, rng, [identity]))
                 for noun in (first, second)
             )
         )

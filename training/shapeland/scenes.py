@@ -39,7 +39,7 @@ def _draw_shard(folder: Path, seed: int, shard: int) -> None:
     arrays = {name: np.zeros((SHARD, *shape), dtype) for name, (dtype, shape) in _FIELDS.items()}
     arrays["noun"][:] = -1
     for row in range(SHARD):
-        picture = world.render(world.random_scene(np.random.default_rng((seed, shard, row)), recipe=world.NEXT))
+        picture = world.render(world.random_scene(np.random.default_rng((seed, shard, row))))
         scene = picture.scene
         arrays["image"][row] = np.round(picture.image * 255)
         covered = picture.masks.sum(0)

@@ -107,7 +107,7 @@ class _UNetWithReaders(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.unet = models.build_unet(models.NEXT_UNET_CONFIG)
+        self.unet = models.build_unet()
         self.readers = Readers(tuple(block.upsamplers[0].conv.out_channels for block in self.read_blocks))
 
     @property
@@ -250,13 +250,13 @@ def check_unet(device: str) -> None:
 
 def held_out_scenes(count: int) -> list[tuple[list[world.Mention], str]]:
     """Mentions and captions of scenes that no training picture shows."""
-    scenes = [world.random_scene(np.random.default_rng((SEED, 10_000, i)), recipe=world.NEXT) for i in range(count)]
+    scenes = [world.random_scene(np.random.default_rng((SEED, 10_000, i))) for i in range(count)]
     return [(world.parse_caption(s.caption)[0], s.caption) for s in scenes]
 
 
 def _ready(state: dict[str, torch.Tensor], device: str):
     """A UNet with these weights, for inference."""
-    unet = models.build_unet(models.NEXT_UNET_CONFIG).to(device)
+    unet = models.build_unet().to(device)
     unet.load_state_dict(state)
     return unet.eval().to(memory_format=torch.channels_last)
 
