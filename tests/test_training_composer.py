@@ -9,6 +9,7 @@ from conceptloom.compositions.depth import normalized_depth
 from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS, load
 from conceptloom.training import composer, data
 from conceptloom.training.composer.pictures import NAMES, Composed, collate, draw_kept, draw_mask
+from conceptloom.training.draws import toward_noise
 from environment import absent_weights
 from PIL import Image
 
@@ -155,6 +156,21 @@ def test_a_continued_run_is_the_uninterrupted_one_and_its_file_loads(folder, tmp
         # The picture, and one from the caption, from each of five and from all; eight rows at most.
         assert sheet.size == (8 * 64 * 2, 7 * 64 * 2)
     assert re.search(r"composer\.safetensors: \d\.\d MiB", capsys.readouterr().out)
+    # A run of no step that starts from a file leaves that file's adapter.
+    file = str(tmp_path / "one" / "composer.safetensors")
+    run(folder, tmp_path / "three", 0, "--start", file)
+    started = load(tmp_path / "three" / "composer.safetensors").state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(started.values(), nets[0].state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="--start: expected an adapter of this architecture, got composer.safetensors"):
+        run(folder, tmp_path / "four", 1, "--start", file, "--local-width", "16")
+
+
+def test_cubic_timesteps_are_mostly_high():
+    """(1 - (t/T)^3) T of each t, whose mean is three quarters of T."""
+    t = torch.arange(1000)
+    found = toward_noise(t, 1000)
+    assert found.tolist() == [int((1 - ((i + 0.5) / 1000) ** 3) * 1000) for i in range(1000)]
+    assert found.double().mean() == pytest.approx(749.5, abs=0.5) and found.min() >= 0 and found.max() == 999
 
 
 def test_bad_options_are_told(folder, tmp_path):
@@ -162,6 +178,7 @@ def test_bad_options_are_told(folder, tmp_path):
         (("--data", str(tmp_path / "nothing")), "--data: expected a folder with pictures"),
         (("--average", "1"), "--average: expected a share from 0 up to but not 1, got 1"),
         (("--local-width", "0"), "--local-width: expected at least 1, got 0"),
+        (("--start", str(folder / "alone.jpg")), "--start: expected a Composer adapter, got alone.jpg"),
         (("--export", "a.bin"), "--export: expected a name that ends in .safetensors, got a.bin"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):

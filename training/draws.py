@@ -42,6 +42,13 @@ def draw(seed: int, numbers: Iterable[int], latent_shape: Sequence[int], times: 
     return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
+def toward_noise(t: torch.Tensor, times: int) -> torch.Tensor:
+    """Timesteps that are mostly high, of uniform ones (n,): (1 - (t/T)^3) T, T2I-Adapter's cubic sampling (Mou et al.,
+    arXiv 2302.08453). High noise is where colours and layout are decided."""
+    share = (t.double() + 0.5) / times
+    return ((1 - share**3) * times).long()
+
+
 class Shares(torch.utils.data.Sampler):
     """One process's part of the pictures of all steps: `accumulate` batches of `batch` keys for each step.
 

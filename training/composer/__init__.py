@@ -29,6 +29,7 @@ loss is that of noise prediction, and here that of whatever the base predicts.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..options import add_base, add_run, export_file
 
@@ -54,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--mode", choices=("levels", "input"), default="levels", help="where maps are added (default: %(default)s)")
     add("--local-width", type=int, default=64, help="channels of the summed maps (default: %(default)s)")
     add("--body-share", type=int, default=4, help="a level's channels by those of the adapter (default: %(default)s)")
+    add("--start", type=Path, metavar="FILE", help="an adapter to start from (default: random weights)")
+    add(
+        "--timesteps", choices=("uniform", "cubic"), default="uniform", help="cubic: mostly high (default: %(default)s)"
+    )
     add("--learning-rate", type=float, default=1e-4, help="constant after --warmup (default: %(default)s)")
     add("--average", type=float, default=0.9999, help="of the weights, per step; 0 for none (default: %(default)s)")
     add_run(parser, "composer.safetensors", 100_000, 8)

@@ -20,7 +20,7 @@ from ...compositions.sketch import WHITE_ON_BLACK, as_sketch, contours
 from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
 from ..base import Base, Vocabulary
 from ..data.dataset import item_generator
-from ..draws import Shares, draw
+from ..draws import Shares, draw, toward_noise
 from ..signals import ignore_stop_requests
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -180,9 +180,10 @@ def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[s
 
 
 def read_batches(
-    data: Composed, base: Base, shares: Shares, workers: int, device: torch.device
+    data: Composed, base: Base, shares: Shares, workers: int, device: torch.device, cubic: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see `training.draws`."""
+    """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see `training.draws`.
+    `cubic`: timesteps are mostly high."""
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=shares,
@@ -193,5 +194,6 @@ def read_batches(
     )
     for first, batch in zip(shares.numbers(), loader, strict=True):
         draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
-        batch |= {"noise": draws.noise, "latent": draws.latent, "t": draws.t}
+        t = toward_noise(draws.t, base.times) if cubic else draws.t
+        batch |= {"noise": draws.noise, "latent": draws.latent, "t": t}
         yield {name: tensor.to(device) for name, tensor in batch.items()}

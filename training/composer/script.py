@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...encoders.composer_adapter import save
+from ...encoders.composer_adapter import ComposerAdapter, load, save
 from ..accelerator import accelerator_of
 from ..base import open_base
 from ..draws import shares_of
@@ -43,12 +43,15 @@ def train(options: Namespace, file: Path) -> None:
     accelerator = accelerator_of(options)
     config = config_of(base, Path(options.base).name, options.mode, options.local_width, options.body_share)
     model = ComposerTraining(base, config, options.seed)
+    if options.start:
+        start_from(model.adapter, options.start)
     if options.checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.unet.train()
     pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
     kind = {"base": options.base, "mode": options.mode, "local width": options.local_width, "pictures": len(data)}
     kind |= {"body share": options.body_share, "seed": options.seed, "pictures a step": pictures_a_step}
+    kind["timesteps"] = options.timesteps
     weights = list(model.adapter.parameters())
     optimizer = torch.optim.AdamW(weights, options.learning_rate, weight_decay=1e-2)
     schedule = warmup(options.warmup)
@@ -57,7 +60,7 @@ def train(options: Namespace, file: Path) -> None:
     def loader(step: int):
         processes = accelerator.num_processes, accelerator.process_index
         shares = shares_of(len(data), options, pictures_a_step, step, processes)
-        return read_batches(data, base, shares, options.workers, accelerator.device)
+        return read_batches(data, base, shares, options.workers, accelerator.device, options.timesteps == "cubic")
 
     try:
         run.train(
@@ -75,6 +78,21 @@ def train(options: Namespace, file: Path) -> None:
         own = {key.removeprefix(_PREFIX): v for key, v in run.best_state().items() if key.startswith(_PREFIX)}
         save(model.adapter, file, own, trained_steps=str(options.steps))
         print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def start_from(adapter: ComposerAdapter, path: Path) -> None:
+    """Gives an adapter the weights of another one's file.
+
+    Raises:
+        ValueError: the file holds no adapter of this architecture.
+    """
+    try:
+        found = load(path)
+    except ValueError as error:
+        raise ValueError(f"--start: expected a Composer adapter, got {path.name} ({error})") from error
+    if found.config != adapter.config:
+        raise ValueError(f"--start: expected an adapter of this architecture, got {path.name} with {found.config}")
+    adapter.load_state_dict(found.state_dict())
 
 
 def _report(options: Namespace, model: ComposerTraining, data: Composed, accelerator) -> Callable:
