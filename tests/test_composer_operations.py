@@ -1,47 +1,178 @@
-"""Composer's thirteen operations on the real server, with an adapter of random weights: they run and show pictures."""
+"""Composer's thirteen operations, as workflows on the real server with Shapeland's adapter; a judge reads what they
+draw."""
 
+import io
+import json
+
+import numpy as np
 import pytest
-from environment import absent_weights
-from templates.composer_operations import ADAPTER, OPERATIONS
-from workflow_builder import Workflow
-from workflow_format import to_api, ui_problems
+import torch
+from environment import ROOT, absent_weights
+from PIL import Image
+from templates.composer_operations import OPERATIONS
 
 pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
 
+FOLDER = ROOT / "workflows" / "api"
+TEMPLATES = {
+    "compositional_generation": "three_pictures",
+    "translation": "other_text",
+    "style_transfer": "style",
+    "try_on": "try_on",
+}
+"""Operations that are templates, with their names."""
+STEPS, SCALE, GAP = 12, 4, 4
+
+
+class Row:
+    """A saved row of pictures (64, 64, 3) in [0, 1], and what the judge reads of them."""
+
+    def __init__(self, data: bytes, judge):
+        with Image.open(io.BytesIO(data)) as image:
+            row = torch.from_numpy(np.array(image.convert("RGB")))[::SCALE, ::SCALE].float() / 255
+        self.pictures = [row[:, x : x + len(row)] for x in range(0, row.shape[1], len(row) + GAP)]
+        with torch.no_grad():
+            self.readings = judge.read(torch.stack(self.pictures).movedim(-1, 1))
+
+    def nouns(self, at: int) -> list[str]:
+        from conceptloom.shapeland.world import NOUNS
+
+        return sorted(NOUNS[reading.noun] for reading in self.readings[at])
+
+    def colors(self, at: int) -> set[str]:
+        """Of all things of a picture."""
+        from conceptloom.shapeland.world import COLORS
+
+        return {COLORS[c] for reading in self.readings[at] for c in (reading.color, reading.second)}
+
+    def covered(self, at: int) -> torch.Tensor:
+        return torch.stack([reading.mask for reading in self.readings[at]]).any(0)
+
+    def overlap(self, one: int, other: int) -> float:
+        """Of what the things of two pictures cover."""
+        a, b = self.covered(one), self.covered(other)
+        return float((a & b).sum() / (a | b).sum())
+
+    def ground(self, at: int) -> torch.Tensor:
+        """The mean colour of a picture where no thing is."""
+        return self.pictures[at][~self.covered(at)].mean(0)
+
 
 @pytest.fixture(scope="module")
-def adapter(server):
-    import torch
-    from conceptloom.compositions.palette import table_colors
-    from conceptloom.encoders.composer_adapter import ComposerAdapter, ComposerAdapterConfig, save, table_hash
+def judge():
+    from conceptloom.shapeland import models
+    from conceptloom.shapeland.judge import Judge
 
-    torch.manual_seed(0)
-    config = ComposerAdapterConfig(
-        levels=(64, 128, 128, 128),
-        context_width=128,
-        sentence_width=128,
-        semantics_width=128,
-        table=table_hash(table_colors("156 colors")),
-        local_width=8,
-        body=(8, 8, 8, 8),
+    network = Judge().eval()
+    network.load_state_dict(models.load("judge"))
+    return network
+
+
+@pytest.fixture(scope="module")
+def rows_of(server, judge):
+    def rows(operation: str) -> list[Row]:
+        file = FOLDER / f"composer_{TEMPLATES.get(operation, operation)}_shapeland.json"
+        api = json.loads(file.read_text(encoding="utf-8"))
+        for node in api.values():
+            if node["class_type"] in ("KSampler", "ConceptLoomBidirectionalGuidance"):
+                node["inputs"]["steps"] = STEPS
+        return [Row(picture.data, judge) for picture in server.run(api).pictures if picture.saved]
+
+    return rows
+
+
+def light(colors: torch.Tensor) -> torch.Tensor:
+    """The lightness of colours (..., 3), as Luma Merge has it."""
+    return colors @ torch.tensor([0.299, 0.587, 0.114])
+
+
+def check_variations(row):
+    """With its sketch the thing stays in place; either way it has the picture's colours."""
+    assert row.nouns(2) == ["fish"] and row.overlap(0, 2) > 0.5
+    assert all({"red", "teal"} <= row.colors(at) for at in (0, 1, 2))
+
+
+def check_interpolation(first, between, last):
+    """The first's shape throughout; the ground goes from the first's to the second's."""
+    assert all(row.nouns(2) == ["heart"] and row.overlap(0, 2) > 0.8 for row in (first, between, last))
+    shares = [float((row.ground(2) - row.ground(0)).norm()) for row in (first, between, last)]
+    assert shares[0] < 0.15 < shares[2] and (last.ground(2) - last.ground(1)).abs().max() < 0.1
+
+
+def check_reconfiguration(row):
+    """The house stays where it is, on the palette's ground."""
+    assert row.nouns(1) == ["house"] and row.overlap(0, 1) > 0.85
+    assert (row.ground(1) - 0.91).abs().max() < 0.08 < (row.ground(0) - 0.91).abs().max()
+
+
+def check_region_editing(row):
+    """Another thing where the first was, and nothing changed outside."""
+    assert row.nouns(1) == ["star"] and "blue" in row.colors(1)
+    changed = (row.pictures[1] - row.pictures[0]).abs().amax(-1) > 0.02
+    near = torch.nn.functional.max_pool2d(row.covered(0).float()[None], 19, 1, 9)[0] > 0
+    assert changed.any() and not changed[~near].any()
+
+
+def check_compositional_generation(row):
+    """The first's things in their places, the second's colours on them, the third's ground."""
+    assert row.nouns(3) == ["house", "tree"] and row.overlap(0, 3) > 0.6
+    assert "green" in row.colors(3) and (row.ground(3) - row.ground(2)).abs().max() < 0.15
+
+
+def check_colorization(row):
+    """The shape of the grey picture, in the palette's colours."""
+    assert row.nouns(1) == ["fish"] and row.overlap(0, 1) > 0.8
+    assert row.colors(1) & {"purple", "orange", "yellow"} and not row.colors(1) & row.colors(0)
+    assert float(light(row.ground(1))) < 0.35
+
+
+def check_style_transfer(row):
+    """The first's things, in the second's colours and on its ground."""
+    assert row.nouns(2) == ["house", "star"] and row.overlap(0, 2) > 0.8
+    assert "purple" in row.colors(2) and not row.colors(2) & {"green", "teal"}
+    assert (row.ground(2) - row.ground(1)).abs().max() < 0.1
+
+
+def check_translation(row):
+    """The same layout, as the new text says."""
+    assert row.nouns(1) == ["heart"] and row.overlap(0, 1) > 0.85
+    assert "green" in row.colors(1) and float(light(row.ground(1))) < 0.3 < float(light(row.ground(0)))
+
+
+def check_pose_transfer(row):
+    """The first's fish in the second's place."""
+    assert row.nouns(2) == ["fish"] and row.overlap(1, 2) > 0.8 > row.overlap(0, 2)
+    assert {"red", "teal"} <= row.colors(2)
+
+
+def check_recoloring(row):
+    """Other colours with exactly the lightness of the original, as far as colours can have it."""
+    assert row.nouns(1) == ["house"] and row.overlap(0, 1) > 0.8 and "blue" in row.colors(1)
+    assert float((light(row.pictures[2]) - light(row.pictures[0])).abs().mean()) < 0.02
+    assert (row.ground(2) - row.ground(0)).abs().max() > 0.1
+
+
+def check_try_on(row):
+    """A mug in the other mug's colours, and nothing changed outside."""
+    assert row.nouns(2) == ["mug"] and row.colors(2) & {"blue", "orange"} and not row.colors(2) & {"red", "teal"}
+    changed = (row.pictures[2] - row.pictures[0]).abs().amax(-1) > 0.02
+    near = torch.nn.functional.max_pool2d(row.covered(0).float()[None], 9, 1, 4)[0] > 0
+    assert changed.any() and not changed[~near].any()
+
+
+def check_text_to_image(row):
+    assert row.nouns(0) == ["star", "tree"] and "yellow" in row.colors(0)
+
+
+def check_color_sweep(warm, between, cold):
+    """One heart, from warm to cold."""
+    assert all(row.nouns(1) == ["heart"] and row.overlap(0, 1) > 0.8 for row in (warm, between, cold))
+    red, _, blue = zip(
+        *(row.pictures[1][row.covered(1)].mean(0).tolist() for row in (warm, between, cold)), strict=True
     )
-    adapter = ComposerAdapter(config)
-    for weight in adapter.parameters():
-        torch.nn.init.normal_(weight, std=0.05)
-    folder = server.base / "models" / "composer_adapters"
-    folder.mkdir(parents=True, exist_ok=True)
-    save(adapter, folder / ADAPTER)
+    assert red[0] > red[2] and blue[0] < blue[2]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_it_runs(adapter, server, object_info, operation):
-    flow = Workflow(server.get("/object_info"), f"composer_{operation}_shapeland")
-    OPERATIONS[operation](flow)
-    ui = flow.ui()
-    assert ui_problems(ui, object_info) == []
-    api = to_api(ui, object_info)
-    for node in api.values():
-        if node["class_type"] in ("KSampler", "ConceptLoomBidirectionalGuidance"):
-            node["inputs"]["steps"] = 2
-    run = server.run(api)
-    assert any(picture.saved for picture in run.pictures)
+def test_it_does_what_it_says(rows_of, operation):
+    globals()[f"check_{operation}"](*rows_of(operation))

@@ -7,9 +7,11 @@ written:
 
     workflows/NAME.json      what a person opens
     workflows/api/NAME.json  what a script posts
-    workflows/NAME.jpg       its card: the picture of its last node, cut to a square; where it cannot be
+    workflows/NAME.jpg       its card: the picture of its last node, as a square; where it cannot be
                              run (its weights are absent), the reference pictures it starts from, or a
                              scene of Shapeland; stays as it is with --keep-cards
+
+Those in API_ONLY are for scripts alone and have the second file only.
 
 A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
 """
@@ -27,12 +29,14 @@ from environment import ROOT, WORK, Problem, choose_host, say
 from hostserver import HostServer, PromptError
 from PIL import Image, ImageOps
 from run import alias_pack
-from templates import STAND_INS, WORKFLOWS
+from templates import API_ONLY, STAND_INS, WORKFLOWS
 from workflow_builder import Workflow
 from workflow_format import to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
-CARD_SIDE = 400
+CARD_SIDE, CARD_GAP = 400, 8
+WIDE = 1.5
+"""From this ratio of width to height on, a picture is taken for a row."""
 KEEP_CARDS = "--keep-cards"
 SCENE = {"description": "a star and a house on a navy background", "seed": 11, "identity_seed": 41}
 """Shown on the card of a workflow that cannot be run here and draws no reference."""
@@ -45,10 +49,21 @@ def save_json(file: Path, content: dict) -> None:
 
 
 def save_card(file: Path, picture: bytes) -> None:
-    """Writes the picture of a template's card; small drawn pictures are enlarged without blur."""
-    with Image.open(io.BytesIO(picture)) as image:
+    """Writes the picture of a template's card; small drawn pictures are enlarged without blur. Of a row of pictures,
+    the card shows the row and, large below it, its last."""
+    with Image.open(io.BytesIO(picture)) as opened:
+        image = opened.convert("RGB")
+    if image.width < WIDE * image.height:
         scale = Image.Resampling.NEAREST if max(image.size) < CARD_SIDE else Image.Resampling.LANCZOS
-        ImageOps.fit(image.convert("RGB"), (CARD_SIDE, CARD_SIDE), scale).save(file, quality=88)
+        card = ImageOps.fit(image, (CARD_SIDE, CARD_SIDE), scale)
+    else:
+        row = image.resize((CARD_SIDE, round(CARD_SIDE * image.height / image.width)), Image.Resampling.LANCZOS)
+        side = CARD_SIDE - row.height - CARD_GAP
+        last = image.crop((image.width - image.height, 0, *image.size)).resize((side, side), Image.Resampling.LANCZOS)
+        card = Image.new("RGB", (CARD_SIDE, CARD_SIDE), "#ffffff")
+        card.paste(row, (0, 0))
+        card.paste(last, ((CARD_SIDE - side) // 2, row.height + CARD_GAP))
+    card.save(file, quality=88)
 
 
 def drawn_references(api: dict) -> Image.Image:
@@ -79,10 +94,11 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
     if problems:
         raise Problem(f"{name}: {'; '.join(problems)}")
     api = to_api(ui, info)
-    save_json(FOLDER / f"{name}.json", ui)
+    if name in WORKFLOWS:
+        save_json(FOLDER / f"{name}.json", ui)
     save_json(FOLDER / "api" / f"{name}.json", api)
     say(f"{name}: written")
-    if not card:
+    if not card or name in API_ONLY:
         return
     try:
         pictures = server.pictures(server.finish(server.submit(api)))
@@ -102,7 +118,7 @@ def main(arguments: list[str]) -> None:
     host = choose_host(os.environ)
     with HostServer(Path(sys.executable), host.path, base, log=base / "server.log", more_packs=STAND_INS) as server:
         info = server.get("/object_info")
-        for name, describe in WORKFLOWS.items():
+        for name, describe in {**WORKFLOWS, **API_ONLY}.items():
             if not parts or any(part.lower() in name.lower() for part in parts):
                 make(server, info, name, describe, card=KEEP_CARDS not in arguments)
 

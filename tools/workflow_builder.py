@@ -139,6 +139,10 @@ class Workflow:
         """Draws a titled frame around nodes."""
         self.groups.append({"title": title, "members": [node.data for node in members], "color": color})
 
+    def group_columns(self, title: str, *columns: int) -> None:
+        """Draws a titled frame around everything in some columns."""
+        self.group(title, [Node(data, self.info[data["type"]]) for column in columns for data in self.columns[column]])
+
     def ui(self) -> dict:
         """The finished workflow in UI format."""
         self._place()

@@ -19,5 +19,8 @@ WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **composer.WORKFLOWS,
 }
 
+API_ONLY: dict[str, Callable[[Workflow], None]] = {**composer.API_ONLY}
+"""Workflows for scripts, which no person opens."""
+
 STAND_INS = {"comfyui_ipadapter_plus": Path(__file__).parent / "ipadapter_nodes"}
 """Packs with the interface of other packs' nodes in a workflow, under the ids of those packs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workflow_builder import Workflow
 
+from .composer_operations import OPERATIONS, compositional_generation, style_transfer, translation, try_on
 from .freecustom import NEGATIVE, SD15
 
 SCRIBBLE = {
@@ -116,4 +117,76 @@ def controlnets_sd15(flow: Workflow) -> None:
     flow.group("3. Sketch and depth for ControlNets", [positive, negative, *applied])
 
 
-WORKFLOWS = {"composer_controlnets_sd15": controlnets_sd15}
+def three_pictures_shapeland(flow: Workflow) -> None:
+    """Sketch and depth of one picture, colours of a second, meaning of a third, and a text."""
+    flow.note(
+        "## One picture from three others and a text\n"
+        "Press **Run**; nothing has to be downloaded. **Decompose Image** takes each picture apart. **Pick "
+        "Representations** keeps the lines and the depth of the first, what the second is about, and the colors of the "
+        "third, **Merge Compositions** adds the text, and the new picture obeys them all.\n\n"
+        "The row at the end shows the three pictures and what became of them."
+    )
+    flow.note(
+        "### Things to try\n"
+        "- another thing in the descriptions of **Draw Scene**, or another text\n"
+        "- `strength` of **Pick Representations**: how much a representation counts\n"
+        "- one **Pick Representations** bypassed (Ctrl+B): what it brought is gone"
+    )
+    compositional_generation(flow)
+    _grouped(flow)
+
+
+def other_text_shapeland(flow: Workflow) -> None:
+    """The layout of a picture with another text."""
+    flow.note(
+        "## The same layout, another text\n"
+        "Press **Run**; nothing has to be downloaded. Lines, things and depth of the picture stay, and the text says "
+        "what they look like.\n\n"
+        "Change the text in the second **Decompose Image**: colors, a pattern (striped, dotted, checked, ringed) and "
+        "the background (white, gray, black, beige, navy, mint)."
+    )
+    translation(flow)
+    _grouped(flow)
+
+
+def style_shapeland(flow: Workflow) -> None:
+    """The shapes of one picture in the look of another."""
+    flow.note(
+        "## The shapes of one picture, the look of another\n"
+        "Press **Run**; nothing has to be downloaded. Lines, things and depth come from the first picture, meaning and "
+        "colors from the second. There is no text at all.\n\n"
+        "The row at the end shows both pictures and the new one."
+    )
+    style_transfer(flow)
+    _grouped(flow)
+
+
+def try_on_shapeland(flow: Workflow) -> None:
+    """A thing in one picture, drawn anew in the look of another picture's."""
+    flow.note(
+        "## Only one thing, in the look of another\n"
+        "Press **Run**; nothing has to be downloaded. **Region Mask** says what is drawn anew: here the mask of the "
+        "thing, grown by two pixels. Outside of it every pixel stays.\n\n"
+        "For a picture of your own, draw the mask in the mask editor of **Load Image**."
+    )
+    try_on(flow)
+    _grouped(flow)
+
+
+def _grouped(flow: Workflow) -> None:
+    flow.group_columns("1. Pictures", 1)
+    flow.group_columns("2. Taken apart", 2)
+    flow.group_columns("3. A new composition", 3)
+    flow.group_columns("4. Drawn", 4, 5)
+
+
+WORKFLOWS = {
+    "composer_controlnets_sd15": controlnets_sd15,
+    "composer_three_pictures_shapeland": three_pictures_shapeland,
+    "composer_other_text_shapeland": other_text_shapeland,
+    "composer_style_shapeland": style_shapeland,
+    "composer_try_on_shapeland": try_on_shapeland,
+}
+SHOWN = ("compositional_generation", "translation", "style_transfer", "try_on")
+"""Operations that are templates; the others are for scripts."""
+API_ONLY = {f"composer_{name}_shapeland": flow for name, flow in OPERATIONS.items() if name not in SHOWN}

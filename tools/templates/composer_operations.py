@@ -161,9 +161,9 @@ def edited(flow: Workflow, parts: Loaded, given: Source, target: Output) -> Outp
     return decoded(flow, parts, found["latent"])
 
 
-def redrawn(flow: Workflow, parts: Loaded, given: Source, mask: Output, acts: Output) -> Output:
+def redrawn(flow: Workflow, parts: Loaded, given: Source, mask: Output, acts: Output, grow: int = 2) -> Output:
     """A picture, drawn anew inside a mask from what `acts`, and unchanged outside of it."""
-    region = flow.add("ConceptLoomRegionMask", {"image": given.image, "mask": mask, "grow": 2}, column=2)
+    region = flow.add("ConceptLoomRegionMask", {"image": given.image, "mask": mask, "grow": grow}, column=2)
     hole = flow.add(
         "ConceptLoomDecomposeImage",
         {"image": given.image, "mask": region["mask"], **NOTHING_ELSE},
@@ -224,8 +224,8 @@ def reconfiguration(flow: Workflow) -> None:
     """An edit by one changed representation: other colours, the rest as in the picture."""
     parts = load(flow)
     one = source(flow, parts, "a red striped house on a mint background", 3, 1)
-    kept = pick(flow, one.composition, "semantics", "sketch", "instances", "depth")
-    target = merge(flow, kept, palette(flow, one, "#2040c0, #e0c020, #f0f0f0"))
+    kept = pick(flow, one.composition, "sketch", "instances", "depth")
+    target = merge(flow, kept, palette(flow, one, "#e8e8e4 12, #2040c0 2, #e0c020 1"))
     show(flow, [one], [edited(flow, parts, one, target)])
 
 
@@ -234,7 +234,7 @@ def region_editing(flow: Workflow) -> None:
     parts = load(flow)
     one = source(flow, parts, "a red heart on a white background", 3, 1)
     acts = caption(flow, one, "a blue star on a white background")
-    show(flow, [one], [redrawn(flow, parts, one, one.mask, acts)])
+    show(flow, [one], [redrawn(flow, parts, one, one.mask, acts, grow=8)])
 
 
 def compositional_generation(flow: Workflow) -> None:
@@ -258,7 +258,8 @@ def colorization(flow: Workflow) -> None:
     """A picture in grey, in chosen colours."""
     parts = load(flow)
     one = source(flow, parts, "a red striped fish on a mint background", 3, 1)
-    composed = merge(flow, pick(flow, one.composition, "intensity"), palette(flow, one, "#7030a0, #f0a030, #102040"))
+    colors = palette(flow, one, "#202c40 12, #7030a0 2, #f0a030 2")
+    composed = merge(flow, pick(flow, one.composition, "intensity"), colors)
     show(flow, [one], [drawn(flow, parts, composed)])
 
 
@@ -297,11 +298,8 @@ def recoloring(flow: Workflow) -> None:
     """Other colours, with the lightness of the original."""
     parts = load(flow)
     one = source(flow, parts, "a red striped house on a mint background", 3, 1)
-    composed = merge(
-        flow,
-        pick(flow, one.composition, "intensity", "semantics"),
-        palette(flow, one, "#2040c0, #e0c020, #f0f0f0"),
-    )
+    colors = palette(flow, one, "#c8b898 12, #2040c0 2, #e0c020 1")
+    composed = merge(flow, pick(flow, one.composition, "intensity", "sketch"), colors)
     picture = drawn(flow, parts, composed)
     merged = flow.add("ConceptLoomLumaMerge", {"light": one.image, "color": picture, "mode": "Rec. 601"}, column=6)
     show(flow, [one], [picture, merged[0]])
@@ -328,7 +326,9 @@ def color_sweep(flow: Workflow) -> None:
     parts = load(flow)
     one = source(flow, parts, "a heart on a white background", 3, 1)
     kept = pick(flow, one.composition, "sketch", "caption")
-    warm, cold = (palette(flow, one, colors) for colors in ("#e03020, #f0c040", "#2050e0, #60d0e0"))
+    warm, cold = (
+        palette(flow, one, f"#f0f0ee 10, {colors}") for colors in ("#e03020 2, #f0c040 2", "#2050e0 2, #60d0e0 2")
+    )
     between = flow.add(
         "ConceptLoomInterpolateCompositions",
         {"composition1": merge(flow, kept, warm), "composition2": cold, "shares": "0, 0.5, 1", "local_from": "first"},
