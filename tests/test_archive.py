@@ -20,7 +20,11 @@ tomllib = pytest.importorskip("tomllib", reason="tomllib needs Python 3.11")
 LIMIT = 40 * 2**20
 WEIGHTS = "shapeland/weights"
 # Where the pack's own weights lie that a node's file input offers.
-FOLDERS = {"ConceptLoomLoadConcept": "concepts", "ConceptLoomLoadFastComposer": "fastcomposer"}
+FOLDERS = {
+    "ConceptLoomLoadConcept": "concepts",
+    "ConceptLoomLoadFastComposer": "fastcomposer",
+    "ConceptLoomLoadComposerAdapter": "composer_adapters",
+}
 # Modules that come with the host, or are this repository's own.
 NOT_INSTALLED = {
     "comfy",

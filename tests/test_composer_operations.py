@@ -71,7 +71,8 @@ def judge():
 @pytest.fixture(scope="module")
 def rows_of(server, judge):
     def rows(operation: str) -> list[Row]:
-        file = FOLDER / f"composer_{TEMPLATES.get(operation, operation)}_shapeland.json"
+        name = f"composer_{TEMPLATES.get(operation, operation)}_shapeland.json"
+        file = FOLDER / name if operation in TEMPLATES else FOLDER / "operations" / name
         api = json.loads(file.read_text(encoding="utf-8"))
         for node in api.values():
             if node["class_type"] in ("KSampler", "ConceptLoomBidirectionalGuidance"):

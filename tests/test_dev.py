@@ -338,19 +338,10 @@ class TestCommands:
     def test_every_system_has_something_to_draw(self, name):
         assert dev.demo_workflows([name], environment.ROOT / "workflows" / "api")
 
-    @pytest.mark.parametrize("command", ["demo", "eval", "bench"])
-    @pytest.mark.parametrize("name", dev.PLANNED)
-    def test_planned_systems_are_called_planned(self, root, capsys, command, name):
-        with pytest.raises(SystemExit):
-            dev.main([command, name])
-        assert f"{name} is planned and not there yet: choose from freecustom, fast" in capsys.readouterr().err
-
-    def test_readme_calls_the_same_systems_planned(self):
+    def test_readme_names_the_same_systems(self):
         rows = (environment.ROOT / "README.md").read_text(encoding="utf-8").partition("|---")[2].partition("\n\n")[0]
-        named = [line.split("|")[1].strip().lower() for line in rows.splitlines()[1:]]
-        planned = {name.removesuffix(" (planned)") for name in named if name.endswith(" (planned)")}
-        assert planned == set(dev.PLANNED)
-        assert {name.replace(" ", "_") for name in named if not name.endswith(")")} == set(dev.SYSTEMS)
+        named = {line.split("|")[1].strip().lower().replace(" ", "_") for line in rows.splitlines()[1:]}
+        assert named == set(dev.SYSTEMS)
 
     def test_problem_ends_in_one_line_without_traceback(self, tmp_path):
         command = [sys.executable, str(Path(dev.__file__)), "eval"]

@@ -16,7 +16,6 @@ from browser import INFORMATION
 from environment import ROOT, absent_weights
 from hostserver import PromptError
 from PIL import Image
-from templates import API_ONLY
 from workflow_format import BYPASSED, MODEL_FILE, MUTED, api_problems, to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
@@ -74,11 +73,11 @@ def test_api_twin_says_the_same(file, object_info):
 
 @each(API_FILES, "workflows/api/")
 def test_api_workflow_is_valid(file, object_info):
-    assert (FOLDER / file.name).is_file() or file.stem in API_ONLY, "no UI workflow of the same name"
+    assert (FOLDER / file.name).is_file(), "no UI workflow of the same name"
     assert api_problems(read(file), object_info) == []
 
 
-@each([file for file in API_FILES if file.stem not in API_ONLY], "workflows/api/")
+@each(API_FILES, "workflows/api/")
 def test_api_workflow_runs(file, server, object_info):
     api = read(file)
     if "shapeland" in file.stem.lower() and absent_weights():

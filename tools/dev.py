@@ -26,8 +26,7 @@ from pathlib import Path
 from environment import ROOT, WORK, Problem, absent_weights, prepare, say
 from hostserver import HostServer, PromptError, check_port
 
-SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver", "profusion")
-PLANNED = ("composer",)
+SYSTEMS = ("freecustom", "fastcomposer", "concept_weaver", "profusion", "composer")
 SERVER_MODULES = ["torch", "torchvision", "aiohttp", "einops", "safetensors"]
 MODULE_OF = {"eval": "report", "bench": "bench"}
 
@@ -124,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = result.add_subparsers(dest="command", required=True)
     names = commands.add_parser("demo", help="draw the Shapeland workflows").add_argument
-    names("names", metavar="NAME", nargs="*", help=f"systems: {', '.join(SYSTEMS)} (planned: {', '.join(PLANNED)})")
+    names("names", metavar="NAME", nargs="*", help=f"systems: {', '.join(SYSTEMS)}")
     port = commands.add_parser("serve", help="the host with the pack loaded").add_argument
     port("--port", type=int, default=8188, help="default: %(default)s")
     for name, about in (("test", "pytest"), ("eval", "the report"), ("bench", "the benchmark")):
@@ -138,9 +137,6 @@ def main(argv: list[str]) -> int:
     options, rest = parser().parse_known_args(argv)
     if options.command in ("demo", "serve") and rest:
         parser().error(f"unknown arguments: {' '.join(rest)}")
-    named = options.names if options.command == "demo" else rest if options.command in MODULE_OF else []
-    for name in (name for name in named if name in PLANNED):
-        parser().error(f"{name} is planned and not there yet: choose from {', '.join(SYSTEMS)}")
     if options.command == "demo":
         for name in set(options.names) - set(SYSTEMS):
             parser().error(f"there is no system {name!r}: choose from {', '.join(SYSTEMS)}")

@@ -19,7 +19,7 @@ WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **composer.WORKFLOWS,
 }
 
-API_ONLY: dict[str, Callable[[Workflow], None]] = {**composer.API_ONLY}
+OPERATIONS: dict[str, Callable[[Workflow], None]] = {**composer.FOR_SCRIPTS}
 """Workflows for scripts, which no person opens."""
 
 STAND_INS = {"comfyui_ipadapter_plus": Path(__file__).parent / "ipadapter_nodes"}

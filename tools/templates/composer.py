@@ -189,4 +189,4 @@ WORKFLOWS = {
 }
 SHOWN = ("compositional_generation", "translation", "style_transfer", "try_on")
 """Operations that are templates; the others are for scripts."""
-API_ONLY = {f"composer_{name}_shapeland": flow for name, flow in OPERATIONS.items() if name not in SHOWN}
+FOR_SCRIPTS = {f"composer_{name}_shapeland": flow for name, flow in OPERATIONS.items() if name not in SHOWN}
