@@ -33,7 +33,15 @@ from ..shapeland.world import NOUNS, Mention
 TOLERANCE = 2
 """Pixels by which strokes may be apart."""
 METRICS = (CAPTION, SEMANTICS, PALETTE, SKETCH, INSTANCES, DEPTH, INTENSITY, MASK)
-RANGES = {name: (0.0, 1.0) for name in METRICS} | {SEMANTICS: (-1.0, 1.0), INTENSITY: (-1.0, 1.0), MASK: (0.0, 1.0)}
+VARIETY = "variety"
+RANGES = {name: (0.0, 1.0) for name in METRICS} | {SEMANTICS: (-1.0, 1.0), INTENSITY: (-1.0, 1.0), VARIETY: (0.0, 2.0)}
+
+
+def variety(looks: Sequence[Semantics]) -> float:
+    """How unlike each other pictures of one prompt are: 1 minus the mean cosine of the embeddings of any two."""
+    embeddings = F.normalize(torch.stack([look.embedding for look in looks]), dim=-1)
+    count = len(embeddings)
+    return 1 - float(((embeddings @ embeddings.T).sum() - count) / (count * (count - 1))) if count > 1 else 0.0
 
 
 def palette(picture: torch.Tensor, target: Palette) -> float:

@@ -75,3 +75,11 @@ def test_intensity_semantics_mask_and_caption():
     readings = [reading(STAR, square(0, 0))]
     assert obedience.caption(readings, [Mention(STAR)]) == 1
     assert obedience.caption(readings, [Mention(STAR), Mention(FISH)]) == 0
+
+
+def test_variety_is_one_minus_the_mean_cosine_of_pairs():
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    looks = [Semantics(vector) for vector in vectors]
+    # The three pairs have the cosines 0, -1 and 0.
+    assert obedience.variety(looks) == pytest.approx(1 + 1 / 3, abs=1e-6)
+    assert obedience.variety(looks[:1]) == 0 and obedience.variety([looks[0]] * 3) == pytest.approx(0, abs=1e-6)

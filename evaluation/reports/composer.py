@@ -28,6 +28,7 @@ from ...compositions.palette import palette_of_picture
 from ...compositions.semantics import Semantics
 from ...compositions.sketch import WHITE_ON_BLACK, contours
 from ...host.composer import adapter as host
+from ...host.composer import prior as prior_host
 from ...host.shapeland import load_clip_vision
 from ...shapeland import models, world
 from .. import metrics, obedience
@@ -38,8 +39,11 @@ from . import Report
 
 SYSTEM = "composer"
 FILE = models.WEIGHTS / "composer_adapters" / "shapeland.safetensors"
+PRIOR = models.WEIGHTS / "caption_priors" / "shapeland.safetensors"
+PRIOR_STEPS, PRIOR_GUIDANCE = 25, 2.0
 SUBJECTS = (1, 2)
 PER_CASE, SHOWN_CASES = 2, 5
+_NEXT_NOISE = 1_000_000
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     **{name: (name,) for name in (PALETTE, SEMANTICS, SKETCH, INSTANCES, DEPTH, INTENSITY, MASK)},
@@ -47,14 +51,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "depth_semantics": (DEPTH, SEMANTICS),
     "intensity_palette": (INTENSITY, PALETTE),
     "default": (SKETCH, DEPTH, PALETTE, SEMANTICS),
+    "prior": (),
 }
-"""Representations of each variant, beside the caption."""
+"""Representations of each variant, beside the caption; *prior* has semantics that the prior draws for the caption."""
 SHOWN = ("plain", PALETTE, SEMANTICS, SKETCH, INSTANCES, DEPTH, INTENSITY, MASK, "default")
 
 ABOUT = """\
 The caption names nouns alone. The maps are those of a drawn scene of these nouns, the palette is another scene's, and
 the semantics those of a third with the same nouns; *default* has the sketch, the depth, the palette and the semantics
-together, from three pictures. *plain* is the caption on the untouched model; every variant draws the same seeds.
+together, from three pictures. *plain* is the caption on the untouched model, and *prior* has semantics that the prior
+draws for the caption, anew for each picture. Every variant draws the same seeds.
 
 Each column says how well pictures obey one representation, whether they were given it or not: a row is how one that was
 given changes all others. 1 is full obedience.
@@ -66,6 +72,7 @@ given changes all others. 1 is full obedience.
 - **instances**, **depth**: overlap with the map's things, by noun, and of all that is near.
 - **intensity**: correlation.
 - **mask**: 1 minus the mean difference of what was to be kept.
+- **variety**: 1 minus the cosine of the embeddings of pictures of one case.
 
 Intervals are 95% t-intervals over scenes. A star marks what differs from the default, by the interval of the paired
 difference."""
@@ -115,15 +122,24 @@ def make_target(subjects: int, index: int, look: Callable[[torch.Tensor], Semant
     return Target(composition, mentions, (picture, colors, again), subjects * 1000 + index)
 
 
-def report(studio: Studio, pictures: int, _chance: float, tell: Callable[[str], None], file: Path = FILE) -> Report:
-    """Measures every variant; arguments as for `comparison.compare`, and the adapter's file.
+def report(
+    studio: Studio,
+    pictures: int,
+    _chance: float,
+    tell: Callable[[str], None],
+    file: Path = FILE,
+    prior_file: Path = PRIOR,
+) -> Report:
+    """Measures every variant; arguments as for `comparison.compare`, and the files of the adapter and the prior.
 
     Raises:
-        FileNotFoundError: there is no adapter.
+        FileNotFoundError: one of them is missing.
     """
-    if not file.exists():
-        raise FileNotFoundError(f"the adapter is missing: {file.name} in {file.parent.name}")
+    for kind, needed in (("adapter", file), ("prior", prior_file)):
+        if not needed.exists():
+            raise FileNotFoundError(f"the {kind} is missing: {needed.name} in {needed.parent.name}")
     adapter, vision = host.load(str(file), studio.model), load_clip_vision()
+    prior = prior_host.load(str(prior_file))
 
     def look(picture: torch.Tensor) -> Semantics:
         return Semantics(vision.encode_image(picture[None])["image_embeds"][0])
@@ -136,7 +152,7 @@ def report(studio: Studio, pictures: int, _chance: float, tell: Callable[[str], 
             count = min(PER_CASE, pictures - index * PER_CASE)
             target = make_target(subjects, index, look)
             check_fits(target.composition, adapter.module.config)
-            drawn = draw_variants(studio, adapter, target, count)
+            drawn = draw_variants(studio, adapter, prior, target, count)
             for variant, made in drawn.items():
                 for scores in measure(studio, target, made, look):
                     for metric, value in scores.items():
@@ -151,11 +167,16 @@ def report(studio: Studio, pictures: int, _chance: float, tell: Callable[[str], 
     return Report(rows, ABOUT.format(tolerance=obedience.TOLERANCE), contact_sheet(sheet))
 
 
-def draw_variants(studio: Studio, adapter: host.LoadedAdapter, target: Target, count: int) -> dict[str, torch.Tensor]:
-    """Pictures (count, H, W, 3) of every variant with the same noise."""
+def draw_variants(
+    studio: Studio, adapter: host.LoadedAdapter, prior: prior_host.LoadedPrior, target: Target, count: int
+) -> dict[str, torch.Tensor]:
+    """Pictures (count, H, W, 3) of every variant with the same noise; those of the prior each with noise of its own."""
     given, text = target.composition, str(target.composition[CAPTION])
     prepared, drawn = host.prepared(studio.model), {}
     for variant, names in VARIANTS.items():
+        if variant == "prior":
+            drawn[variant] = _draw_by_prior(studio, adapter, prior, target, count)
+            continue
         if not names:
             drawn[variant] = studio.draw(studio.model, text, target.seed, count)
             continue
@@ -165,22 +186,39 @@ def draw_variants(studio: Studio, adapter: host.LoadedAdapter, target: Target, c
     return drawn
 
 
+def _draw_by_prior(
+    studio: Studio, adapter: host.LoadedAdapter, prior: prior_host.LoadedPrior, target: Target, count: int
+) -> torch.Tensor:
+    caption, model = target.composition[CAPTION], host.prepared(studio.model)
+    text, pictures = str(caption), []
+    found = prior_host.draw(prior, studio.clip, text, count, target.seed, PRIOR_STEPS, PRIOR_GUIDANCE)
+    for i, semantics in enumerate(found):
+        parts = {CAPTION: Part(Caption(((text, 1.0),))), SEMANTICS: Part(semantics)}
+        positive = host.encode(adapter, studio.clip, Composition(target.composition.size, parts))
+        pictures.append(studio.draw(model, text, target.seed + i * _NEXT_NOISE, 1, positive))
+    return torch.cat(pictures)
+
+
 def measure(
     studio: Studio, target: Target, pictures: torch.Tensor, look: Callable[[torch.Tensor], Semantics]
 ) -> list[dict[str, float]]:
-    """How well each of some pictures (n, H, W, 3) obeys each representation of a target."""
+    """How well each of some pictures (n, H, W, 3) of one case obeys each representation of a target, and their
+    variety."""
     given, found = target.composition, []
-    for picture, readings in zip(pictures, studio.read(pictures), strict=True):
+    looks = [look(picture) for picture in pictures]
+    variety = obedience.variety(looks)
+    for picture, seen, readings in zip(pictures, looks, studio.read(pictures), strict=True):
         found.append(
             {
                 CAPTION: obedience.caption(readings, target.mentions),
-                SEMANTICS: obedience.semantics(look(picture), given[SEMANTICS]),
+                SEMANTICS: obedience.semantics(seen, given[SEMANTICS]),
                 PALETTE: obedience.palette(picture, given[PALETTE]),
                 SKETCH: obedience.sketch(picture, given[SKETCH]),
                 INSTANCES: obedience.instances(readings, given[INSTANCES]),
                 DEPTH: obedience.depth(readings, given[DEPTH]),
                 INTENSITY: obedience.intensity(picture, given[INTENSITY]),
                 MASK: obedience.mask(picture, given[MASK]),
+                obedience.VARIETY: variety,
             }
         )
     return found

@@ -1,4 +1,4 @@
-"""The report of Composer from start to end, with an adapter of random weights: its form."""
+"""The report of Composer from start to end, with an adapter and a prior of random weights: its form."""
 
 import pytest
 import torch
@@ -20,7 +20,20 @@ def adapter(host, tmp_path):
     return tmp_path / "adapter.safetensors"
 
 
-def test_every_variant_is_measured_by_every_representation(adapter, monkeypatch):
+@pytest.fixture
+def prior(host, tmp_path):
+    from conceptloom.encoders.caption_prior import HEADS, CaptionPrior, PriorConfig
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    net = CaptionPrior(PriorConfig(128, 32, 2, 1))
+    for weight in (*net.parameters(), net.clip_mean, net.clip_std):
+        torch.nn.init.normal_(weight, std=0.5)
+    save_file(net.state_dict(), tmp_path / "prior.safetensors", {HEADS: "2"})
+    return tmp_path / "prior.safetensors"
+
+
+def test_every_variant_is_measured_by_every_representation(adapter, prior, monkeypatch):
     from conceptloom.evaluation import obedience, studio
     from conceptloom.evaluation.reports import composer
 
@@ -28,12 +41,13 @@ def test_every_variant_is_measured_by_every_representation(adapter, monkeypatch)
     monkeypatch.setattr(composer, "SUBJECTS", (2,))
     with torch.inference_mode():
         room = studio.Studio.open()
-        result = composer.report(room, 1, 0.0, lambda _: None, adapter)
+        result = composer.report(room, 2, 0.0, lambda _: None, adapter, prior)
     rows = {(row.variant, row.metric): row for row in result.rows}
     for variant in composer.VARIANTS:
-        for metric in obedience.METRICS:
+        for metric in (*obedience.METRICS, obedience.VARIETY):
             row = rows[variant, metric]
-            assert row.low <= row.mean <= row.high and row.n == 1
+            assert row.low <= row.mean <= row.high and row.n == 2
+        assert rows[variant, obedience.VARIETY].mean > 0.01
     assert ("plain", "palette_lead") in rows and "{" not in result.about
     # Three sources and the shown variants.
     assert result.sheet.width > 12 * 128
@@ -66,4 +80,6 @@ def test_without_an_adapter_it_says_so(host, tmp_path):
     from conceptloom.evaluation.reports.composer import report
 
     with pytest.raises(FileNotFoundError, match="the adapter is missing: none.safetensors"):
-        report(None, 1, 0.0, lambda _: None, tmp_path / "none.safetensors")
+        report(None, 1, 0.0, lambda _: None, tmp_path / "none.safetensors", tmp_path)
+    with pytest.raises(FileNotFoundError, match="the prior is missing: none.safetensors"):
+        report(None, 1, 0.0, lambda _: None, tmp_path, tmp_path / "none.safetensors")
