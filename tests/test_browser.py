@@ -1,6 +1,7 @@
 """Templates in a real browser: found, opened, run, and the picture seen, in both renderers."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 from browser import RENDERERS, Frontend, chromium, open_browser
@@ -25,11 +26,20 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def frontend(browser, server, request):
-    """A page of one renderer for all shipped templates; pytest opens each once, after it has closed the other, which
-    would draw beside it."""
-    with Frontend(browser, server, request.param) as opened:
-        yield opened
+def frontends(browser, server):
+    """Gives the page of a renderer, in which all templates are opened; the other page, which would draw beside it, is
+    closed first. (A parametrized fixture would open a page for each test.)"""
+    with ExitStack() as stack:
+        opened = {}
+
+        def page_of(renderer: str) -> Frontend:
+            if renderer not in opened:
+                opened.clear()
+                stack.close()
+                opened[renderer] = stack.enter_context(Frontend(browser, server, renderer))
+            return opened[renderer]
+
+        yield page_of
 
 
 RICHEST = "concept_weaver_shapeland"
@@ -37,12 +47,12 @@ RICHEST = "concept_weaver_shapeland"
 VISITS = [(template, "nodes2") for template in TEMPLATES] + [(RICHEST, "classic")] * (RICHEST in TEMPLATES)
 
 
-@pytest.mark.parametrize(("template", "frontend"), VISITS or [NO_TEMPLATE], indirect=["frontend"])
-def test_template(frontend, template, tmp_path):
+@pytest.mark.parametrize(("template", "renderer"), VISITS or [NO_TEMPLATE])
+def test_template(frontends, template, renderer, tmp_path):
     if absent_weights():
         pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
     api = json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
-    seen = frontend.visit(PACK, template, tmp_path / "seen.png", short_inputs(api))
+    seen = frontends(renderer).visit(PACK, template, tmp_path / "seen.png", short_inputs(api))
     assert seen.problems == []
     assert seen.pictures
     assert seen.api == api
