@@ -7,7 +7,7 @@ written:
 
     workflows/NAME.json      what a person opens
     workflows/api/NAME.json  what a script posts
-    workflows/NAME.jpg       its card: the picture of its last node, as a square; where it cannot be
+    workflows/NAME.jpg       its card: the last row of pictures, or else the last picture; where it cannot be
                              run (its weights are absent), the reference pictures it starts from, or a
                              scene of Shapeland; stays as it is with --keep-cards
 
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from environment import ROOT, WORK, Problem, choose_host, say
-from hostserver import HostServer, PromptError
+from hostserver import HostServer, Picture, PromptError
 from PIL import Image, ImageOps
 from run import alias_pack
 from templates import OPERATIONS, STAND_INS, WORKFLOWS
@@ -48,12 +48,28 @@ def save_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def is_row(image: Image.Image) -> bool:
+    """Whether it shows pictures side by side."""
+    return image.width >= WIDE * image.height
+
+
+def shown(pictures: list[Picture]) -> bytes:
+    """The picture for a card: the last row of a workflow, or its last picture if it makes no row."""
+    last = b""
+    for picture in sorted(pictures, key=lambda picture: int(picture.node), reverse=True):
+        with Image.open(io.BytesIO(picture.data)) as image:
+            if is_row(image):
+                return picture.data
+        last = last or picture.data
+    return last
+
+
 def save_card(file: Path, picture: bytes) -> None:
     """Writes the picture of a template's card; small drawn pictures are enlarged without blur. Of a row of pictures,
     the card shows the row and, large below it, its last."""
     with Image.open(io.BytesIO(picture)) as opened:
         image = opened.convert("RGB")
-    if image.width < WIDE * image.height:
+    if not is_row(image):
         scale = Image.Resampling.NEAREST if max(image.size) < CARD_SIDE else Image.Resampling.LANCZOS
         card = ImageOps.fit(image, (CARD_SIDE, CARD_SIDE), scale)
     else:
@@ -110,7 +126,7 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
         if "shapeland" not in name:
             drawn_references(api).save(FOLDER / f"{name}.jpg", quality=88)
     else:
-        save_card(FOLDER / f"{name}.jpg", max(pictures, key=lambda picture: int(picture.node)).data)
+        save_card(FOLDER / f"{name}.jpg", shown(pictures))
 
 
 def main(arguments: list[str]) -> None:

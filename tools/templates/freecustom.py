@@ -79,7 +79,7 @@ def shapeland(flow: Workflow) -> None:
         "positive": positive[0],
         "negative": negative[0],
         "latent_image": latent[0],
-        "seed": 6,
+        "seed": 0,
         "steps": 25,
         "cfg": 4.0,
         "sampler_name": "dpmpp_2m",

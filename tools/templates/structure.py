@@ -111,7 +111,7 @@ def self_template(flow: Workflow) -> None:
             title=title,
         )
 
-    noise = flow.add("RandomNoise", {"noise_seed": 6}, column=1)
+    noise = flow.add("RandomNoise", {"noise_seed": 1}, column=1)
     laid_out = part(base.model, plain[0], negative[0], noise, split[0], latent[0], "Layout", 2)
     preview = flow.add(
         "VAEDecode", {"samples": laid_out["denoised_output"], "vae": base.vae}, column=2, title="What it would draw"
