@@ -1,5 +1,5 @@
-"""Composer's thirteen operations, as workflows on the real server with Shapeland's adapter; a judge reads what they
-draw."""
+"""Composer's thirteen operations and a second pass, as workflows on the real server with Shapeland's adapter; a judge
+reads what they draw."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 from environment import ROOT, absent_weights
 from PIL import Image
-from templates.composer_operations import OPERATIONS
+from templates.composer_operations import OPERATIONS, REFINEMENT
 
 pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
 
@@ -21,7 +21,7 @@ TEMPLATES = {
     "try_on": "try_on",
 }
 """Operations that are templates, with their names."""
-STEPS, SCALE, GAP = 12, 4, 4
+STEPS, SIDE = 12, 64
 
 
 class Row:
@@ -29,8 +29,12 @@ class Row:
 
     def __init__(self, data: bytes, judge):
         with Image.open(io.BytesIO(data)) as image:
-            row = torch.from_numpy(np.array(image.convert("RGB")))[::SCALE, ::SCALE].float() / 255
-        self.pictures = [row[:, x : x + len(row)] for x in range(0, row.shape[1], len(row) + GAP)]
+            scale = image.height // SIDE
+            row = torch.from_numpy(np.array(image.convert("RGB")))[::scale, ::scale].float() / 255
+        # What is left of the width is between the pictures.
+        count = row.shape[1] // SIDE
+        step = SIDE + (row.shape[1] - count * SIDE) // max(1, count - 1)
+        self.pictures = [row[:, i * step : i * step + SIDE] for i in range(count)]
         with torch.no_grad():
             self.readings = judge.read(torch.stack(self.pictures).movedim(-1, 1))
 
@@ -174,6 +178,12 @@ def check_color_sweep(warm, between, cold):
     assert red[0] > red[2] and blue[0] < blue[2]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+def check_refinement(row):
+    """The same things in the same places at twice the size."""
+    assert row.nouns(1) == row.nouns(2) == ["house", "star"]
+    assert row.overlap(0, 2) > 0.75 and row.overlap(1, 2) > 0.75
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, *REFINEMENT])
 def test_it_does_what_it_says(rows_of, operation):
     globals()[f"check_{operation}"](*rows_of(operation))

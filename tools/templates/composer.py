@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workflow_builder import Workflow
 
-from .composer_operations import OPERATIONS, compositional_generation, style_transfer, translation, try_on
+from .composer_operations import OPERATIONS, REFINEMENT, compositional_generation, style_transfer, translation, try_on
 from .freecustom import NEGATIVE, SD15
 
 SCRIBBLE = {
@@ -189,4 +189,6 @@ WORKFLOWS = {
 }
 SHOWN = ("compositional_generation", "translation", "style_transfer", "try_on")
 """Operations that are templates; the others are for scripts."""
-FOR_SCRIPTS = {f"composer_{name}_shapeland": flow for name, flow in OPERATIONS.items() if name not in SHOWN}
+FOR_SCRIPTS = {
+    f"composer_{name}_shapeland": flow for name, flow in {**OPERATIONS, **REFINEMENT}.items() if name not in SHOWN
+}

@@ -115,28 +115,22 @@ def encoded(flow: Workflow, parts: Loaded, composition: Output) -> Output:
     )[0]
 
 
-def drawn(
-    flow: Workflow, parts: Loaded, composition: Output, seed: int = 1, latent: Output | None = None, count: int = 1
-) -> Output:
-    """Pictures of a composition; `latent` may be one with a noise mask."""
-    empty = {"width": SIDE, "height": SIDE, "batch_size": count}
-    sampled = flow.add(
-        "KSampler",
-        {
-            "model": parts.model,
-            "positive": encoded(flow, parts, composition),
-            "negative": parts.negative,
-            "latent_image": latent or flow.add("EmptyLatentImage", empty, column=4)[0],
-            "seed": seed,
-            "steps": 25,
-            "cfg": 4.0,
-            "sampler_name": "dpmpp_2m",
-            "scheduler": "normal",
-            "denoise": 1.0,
-        },
-        column=5,
-    )
-    return decoded(flow, parts, sampled[0])
+def sampled(flow: Workflow, parts: Loaded, positive: Output, latent: Output, denoise: float = 1.0) -> Output:
+    """A latent of a composition's conditioning."""
+    settings = {"seed": 1, "steps": 25, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "normal"}
+    given = {"model": parts.model, "positive": positive, "negative": parts.negative, "latent_image": latent}
+    return flow.add("KSampler", {**given, **settings, "denoise": denoise}, column=5)[0]
+
+
+def empty(flow: Workflow) -> Output:
+    """An empty latent."""
+    return flow.add("EmptyLatentImage", {"width": SIDE, "height": SIDE, "batch_size": 1}, column=4)[0]
+
+
+def drawn(flow: Workflow, parts: Loaded, composition: Output, latent: Output | None = None) -> Output:
+    """A picture of a composition; `latent` may be one with a noise mask."""
+    positive = encoded(flow, parts, composition)
+    return decoded(flow, parts, sampled(flow, parts, positive, latent or empty(flow)))
 
 
 def decoded(flow: Workflow, parts: Loaded, latent: Output) -> Output:
@@ -337,6 +331,25 @@ def color_sweep(flow: Workflow) -> None:
     show(flow, [one], [drawn(flow, parts, between[0])])
 
 
+def refinement(flow: Workflow) -> None:
+    """A composition drawn small, and refined at twice the size with its maps carried along: on a latent host, the
+    second pass takes the place of the paper's upsampling models."""
+    parts = load(flow)
+    one = source(flow, parts, "a house and a star on a gray background", 3, 1)
+    acts = pick(flow, one.composition, "caption", "sketch", "instances", "depth")
+    positive = encoded(flow, parts, acts)
+    small = sampled(flow, parts, positive, empty(flow))
+    larger = flow.add("LatentUpscaleBy", {"samples": small, "upscale_method": "bicubic", "scale_by": 2.0}, column=5)
+    fine = decoded(flow, parts, sampled(flow, parts, positive, larger[0], denoise=0.3))
+    before = (_doubled(flow, image) for image in (one.image, decoded(flow, parts, small)))
+    enlarged(flow, stitched(flow, [*before, fine]), 2.0, "Picture, drawn small, refined", PREFIX)
+
+
+def _doubled(flow: Workflow, image: Output) -> Output:
+    scaled = {"image": image, "upscale_method": "nearest-exact", "scale_by": 2.0}
+    return flow.add("ImageScaleBy", scaled, column=6)[0]
+
+
 def _nouns(description: str) -> str:
     """The nouns of a description such as "a red heart and a star on a white background"."""
     things, _, _ = description.partition(" on a ")
@@ -358,3 +371,5 @@ OPERATIONS = {
     "text_to_image": text_to_image,
     "color_sweep": color_sweep,
 }
+"""The paper's operations."""
+REFINEMENT = {"refinement": refinement}
