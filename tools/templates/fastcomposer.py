@@ -129,7 +129,7 @@ def shapeland(flow: Workflow) -> None:
     subjects, nodes, rest = two_subjects(flow, parts)
     model, plain, fused = parts["MODEL"], nodes[1]["text_only"], nodes[2][0]
     plans = {"Without (same seed)": (model, plain), "With the subjects": (model, fused)}
-    shown = [subjects[0][0], subjects[2][0], *compared(flow, base["VAE"], plans, rest, 9)]
+    shown = [subjects[0][0], subjects[2][0], *compared(flow, base["VAE"], plans, rest, 0)]
     judged = flow.add("ConceptLoomReadPicture", {"image": shown[-1], "reference": subjects[0][0]}, column=5)
     flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the house")
     flow.add("PreviewAny", {"source": nodes[1]["report"]}, column=6, title="Where the subjects landed")
