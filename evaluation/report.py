@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
     if options.pictures < 1:
         parser().error(f"--pictures: expected at least 1, got {options.pictures}")
     # Only now, because the modules below need ComfyUI, and --help does not.
-    from .kept import Kept
     from .judging import PICTURES, measure_judge
+    from .kept import Kept
     from .studio import CFG, SAMPLER, SCHEDULER, STEPS, Studio
 
     begin = time.monotonic()
