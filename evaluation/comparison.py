@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -79,7 +80,7 @@ def compare(
         for first in range(0, pictures, per_case):
             count = min(per_case, pictures - first)
             case = case_of(subjects, first // per_case)
-            drawn = draw(case, count)
+            drawn = studio.kept.drawn(f"{system}_{subjects}_{first}_{count}", partial(draw, case, count))
             variants = list(drawn)
             drawn["truth"] = case.draw(count, [reference.identity for reference in case.references])
             drawn["unrelated"] = case.draw(count, None)

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("systems", metavar="SYSTEM", nargs="*", help=f"of {', '.join(systems())}; all if none is named")
     add("--json", metavar="FILE", type=Path, help="write the rows to this file")
     add("--pictures", type=int, default=64, help="per variant and number of subjects (default: %(default)s)")
+    add("--keep", metavar="FOLDER", type=Path, help="keep drawn pictures there, and go on from those that are there")
     add("--docs", action="store_true", help="write docs/report.md")
     return result
 
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> int:
         parser().error(f"--pictures: expected at least 1, got {options.pictures}")
     # Only now, because the modules below need ComfyUI, and --help does not.
     from .judging import PICTURES, measure_judge
+    from .kept import Kept
     from .studio import CFG, SAMPLER, SCHEDULER, STEPS, Studio
 
     begin = time.monotonic()
@@ -77,8 +79,8 @@ def main(argv: list[str]) -> int:
 
     with torch.inference_mode(), without_warnings():
         try:
-            studio = Studio.open()
-        except FileNotFoundError as error:
+            studio = Studio.open(Kept(options.keep))
+        except (FileNotFoundError, ValueError) as error:
             print(f"dev.py eval: {error}", file=sys.stderr)
             return 1
         # Convolutions of a model this small run a quarter faster in this layout on a CPU, and the report is long.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -13,6 +13,7 @@ import torch
 from ..host import shapeland
 from ..shapeland.judge import Reading, centres_of, crop_thing
 from ..shapeland.world import SIZE
+from .kept import Kept
 
 SAMPLER = "dpmpp_2m"
 SCHEDULER = "sgm_uniform"
@@ -23,22 +24,24 @@ NEGATIVE_PROMPT = ""
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """Shapeland's models as in a workflow, and the judge in its ModelPatcher. Clones of `model` may be patched."""
+    """Shapeland's models as in a workflow, and the judge in its ModelPatcher. Clones of `model` may be patched. Reports
+    draw through `kept`."""
 
     model: Any
     clip: Any
     vae: Any
     judge: Any
+    kept: Kept = field(default_factory=Kept)
 
     @classmethod
-    def open(cls) -> Studio:
+    def open(cls, kept: Kept | None = None) -> Studio:
         """Loads the shipped weights.
 
         Raises:
             FileNotFoundError: one of the files is missing; the message says which.
         """
         judge = shapeland.load_judge()
-        return cls(shapeland.load_model(), shapeland.load_clip(), shapeland.load_vae(), judge)
+        return cls(shapeland.load_model(), shapeland.load_clip(), shapeland.load_vae(), judge, kept or Kept())
 
     def encode(self, prompt: str) -> list:
         """A prompt as a ComfyUI conditioning."""

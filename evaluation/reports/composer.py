@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -152,7 +153,8 @@ def report(
             count = min(PER_CASE, pictures - index * PER_CASE)
             target = make_target(subjects, index, look)
             check_fits(target.composition, adapter.module.config)
-            drawn = draw_variants(studio, adapter, prior, target, count)
+            draw = partial(draw_variants, studio, adapter, prior, target, count)
+            drawn = studio.kept.drawn(f"{SYSTEM}_{subjects}_{index}_{count}", draw)
             for variant, made in drawn.items():
                 for scores in measure(studio, target, made, look):
                     for metric, value in scores.items():
