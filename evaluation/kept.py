@@ -45,8 +45,11 @@ class Kept:
             return draw()
         file = self.folder / f"{name}.safetensors"
         if not file.exists():
-            # Variants may share a tensor, which safetensors refuses.
-            drawn = {variant: pictures.half().clone() for variant, pictures in draw().items()}
+            # safetensors refuses tensors that share memory, as variants may, and such whose rows are not in order.
+            drawn = {
+                variant: pictures.half().clone(memory_format=torch.contiguous_format)
+                for variant, pictures in draw().items()
+            }
             with whole_file(file) as part:
                 save_file(drawn, part, {_ORDER: "\n".join(drawn)})
         pictures, metadata = read(file)
