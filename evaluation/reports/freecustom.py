@@ -22,6 +22,7 @@ SUBJECTS = (1, 2, 3)
 
 WEIGHT = 1.0
 """A weight that suits a model this small: at the published weight 3 the references drown out its few tokens."""
+WEIGHTS = (0.1, 0.3, 0.6)
 ALMOST_ZERO = 1e-6  # weight 0 switches a subject off
 
 # Per variant: changes to every subject, and to the settings. None is the untouched model.
@@ -33,6 +34,7 @@ VARIANTS: dict[str, tuple[dict, dict] | None] = {
     "all_blocks": ({}, {"blocks": ALL_BLOCKS}),
     "paper": ({}, {"formula": "paper"}),
     "last_stage": ({}, {"blocks": LAST_STAGE}),
+    **{f"weight_{weight:g}": ({"weight": weight}, {}) for weight in WEIGHTS},
     "published": ({"weight": 3.0}, {}),
 }
 
@@ -40,7 +42,8 @@ ABOUT = f"""
 
 *default* is weight {WEIGHT:g} in the {LAST_TWO_STAGES}. The others change one thing: *no_mask* takes the whole
 reference, *zero_bias* the mask with no weight, *all_blocks* looks at the references everywhere and *last_stage* in the
-last stage alone, *paper* is the paper's formula in place of the published code's, *published* that code's weight 3."""
+last stage alone, *paper* is the paper's formula in place of the published code's, *weight_X* another weight and
+*published* that code's weight 3."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
