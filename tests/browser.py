@@ -145,9 +145,9 @@ class Frontend:
         self.page.on("console", console)
         self.page.on("response", response)
 
-    def visit(self, pack: str, template: str, screenshot: Path, widgets: dict | None = None) -> Visit:
-        """Opens a template of a pack by its card, presses Run and waits for the pictures; collects all problems since
-        the last visit. Failed requests count for files of the pack.
+    def visit(self, pack: str, template: str, screenshot: Path, widgets: dict | None = None, run: bool = True) -> Visit:
+        """Opens a template of a pack by its card and, if `run`, presses Run and waits for the pictures; collects all
+        problems since the last visit. Failed requests count for files of the pack.
 
         `widgets` are values by widget name, by node type, set before the run.
         """
@@ -155,8 +155,9 @@ class Frontend:
         open_template(self.page, pack, template, visit.problems)
         visit.problems += seen_trouble(self.page)
         visit.api = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
-        self.page.evaluate(SET_WIDGETS, widgets or {})
-        visit.pictures = press_run(self.page, visit.problems)
+        if run:
+            self.page.evaluate(SET_WIDGETS, widgets or {})
+            visit.pictures = press_run(self.page, visit.problems)
         self.page.screenshot(path=screenshot)
         visit.problems += self._heard
         visit.problems += [f"HTTP {status}: {url}" for status, url in self._refused if f"/{pack}/" in url]
