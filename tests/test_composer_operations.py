@@ -9,25 +9,20 @@ import pytest
 import torch
 from environment import ROOT, absent_weights
 from PIL import Image
+from templates.composer import TEMPLATES
 from templates.composer_operations import OPERATIONS, REFINEMENT
+from test_workflows import judge
 
 pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
 
 FOLDER = ROOT / "workflows" / "api"
-TEMPLATES = {
-    "compositional_generation": "three_pictures",
-    "translation": "other_text",
-    "style_transfer": "style",
-    "try_on": "try_on",
-}
-"""Operations that are templates, with their names."""
 STEPS, SIDE = 12, 64
 
 
 class Row:
     """A saved row of pictures (64, 64, 3) in [0, 1], and what the judge reads of them."""
 
-    def __init__(self, data: bytes, judge):
+    def __init__(self, data: bytes):
         with Image.open(io.BytesIO(data)) as image:
             scale = image.height // SIDE
             row = torch.from_numpy(np.array(image.convert("RGB")))[::scale, ::scale].float() / 255
@@ -36,7 +31,7 @@ class Row:
         step = SIDE + (row.shape[1] - count * SIDE) // max(1, count - 1)
         self.pictures = [row[:, i * step : i * step + SIDE] for i in range(count)]
         with torch.no_grad():
-            self.readings = judge.read(torch.stack(self.pictures).movedim(-1, 1))
+            self.readings = judge().read(torch.stack(self.pictures).movedim(-1, 1))
 
     def nouns(self, at: int) -> list[str]:
         from conceptloom.shapeland.world import NOUNS
@@ -63,25 +58,15 @@ class Row:
 
 
 @pytest.fixture(scope="module")
-def judge():
-    from conceptloom.shapeland import models
-    from conceptloom.shapeland.judge import Judge
-
-    network = Judge().eval()
-    network.load_state_dict(models.load("judge"))
-    return network
-
-
-@pytest.fixture(scope="module")
-def rows_of(server, judge):
+def rows_of(server):
     def rows(operation: str) -> list[Row]:
-        name = f"composer_{TEMPLATES.get(operation, operation)}_shapeland.json"
-        file = FOLDER / name if operation in TEMPLATES else FOLDER / "operations" / name
+        name = TEMPLATES.get(operation) or f"operations/composer_{operation}_shapeland"
+        file = FOLDER / f"{name}.json"
         api = json.loads(file.read_text(encoding="utf-8"))
         for node in api.values():
             if node["class_type"] in ("KSampler", "ConceptLoomBidirectionalGuidance"):
                 node["inputs"]["steps"] = STEPS
-        return [Row(picture.data, judge) for picture in server.run(api).pictures if picture.saved]
+        return [Row(picture.data) for picture in server.run(api).pictures if picture.saved]
 
     return rows
 

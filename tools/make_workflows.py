@@ -11,7 +11,7 @@ written:
                              run (its weights are absent), the reference pictures it starts from, or a
                              scene of Shapeland; stays as it is with --keep-cards
 
-Those in OPERATIONS are for scripts alone: they have one file, workflows/api/operations/NAME.json.
+Those in FOR_SCRIPTS are for scripts alone: they have one file, workflows/api/operations/NAME.json.
 
 A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
 """
@@ -29,7 +29,7 @@ from environment import ROOT, WORK, Problem, choose_host, say
 from hostserver import HostServer, Picture, PromptError
 from PIL import Image, ImageOps
 from run import alias_pack
-from templates import OPERATIONS, STAND_INS, WORKFLOWS
+from templates import FOR_SCRIPTS, STAND_INS, WORKFLOWS
 from workflow_builder import Workflow
 from workflow_format import to_api, ui_problems
 
@@ -110,7 +110,7 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
     if problems:
         raise Problem(f"{name}: {'; '.join(problems)}")
     api = to_api(ui, info)
-    if name in OPERATIONS:
+    if name in FOR_SCRIPTS:
         save_json(FOLDER / "api" / "operations" / f"{name}.json", api)
         say(f"{name}: written")
         return
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> None:
     host = choose_host(os.environ)
     with HostServer(Path(sys.executable), host.path, base, log=base / "server.log", more_packs=STAND_INS) as server:
         info = server.get("/object_info")
-        for name, describe in {**WORKFLOWS, **OPERATIONS}.items():
+        for name, describe in {**WORKFLOWS, **FOR_SCRIPTS}.items():
             if not parts or any(part.lower() in name.lower() for part in parts):
                 make(server, info, name, describe, card=KEEP_CARDS not in arguments)
 

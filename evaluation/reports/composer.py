@@ -61,7 +61,8 @@ ABOUT = """\
 The caption names nouns alone. The maps are those of a drawn scene of these nouns, the palette is another scene's, and
 the semantics those of a third with the same nouns; *default* has the sketch, the depth, the palette and the semantics
 together, from three pictures. *plain* is the caption on the untouched model, and *prior* has semantics that the prior
-draws for the caption, anew for each picture. Every variant draws the same seeds.
+draws for the caption, anew for each picture. Every variant draws the same seeds, but that only the first picture of a
+case by the prior has the noise of the others.
 
 Each column says how well pictures obey one representation, whether they were given it or not: a row is how one that was
 given changes all others. 1 is full obedience.

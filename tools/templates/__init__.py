@@ -19,7 +19,7 @@ WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     **composer.WORKFLOWS,
 }
 
-OPERATIONS: dict[str, Callable[[Workflow], None]] = {**composer.FOR_SCRIPTS}
+FOR_SCRIPTS: dict[str, Callable[[Workflow], None]] = {**composer.FOR_SCRIPTS}
 """Workflows for scripts, which no person opens."""
 
 STAND_INS = {"comfyui_ipadapter_plus": Path(__file__).parent / "ipadapter_nodes"}

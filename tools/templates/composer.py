@@ -180,15 +180,20 @@ def _grouped(flow: Workflow) -> None:
     flow.group_columns("4. Drawn", 4, 5)
 
 
+TEMPLATES = {
+    "compositional_generation": "composer_three_pictures_shapeland",
+    "translation": "composer_other_text_shapeland",
+    "style_transfer": "composer_style_shapeland",
+    "try_on": "composer_try_on_shapeland",
+}
+"""Operations that are templates, with their names; the others are for scripts."""
 WORKFLOWS = {
     "composer_controlnets_sd15": controlnets_sd15,
-    "composer_three_pictures_shapeland": three_pictures_shapeland,
-    "composer_other_text_shapeland": other_text_shapeland,
-    "composer_style_shapeland": style_shapeland,
-    "composer_try_on_shapeland": try_on_shapeland,
+    TEMPLATES["compositional_generation"]: three_pictures_shapeland,
+    TEMPLATES["translation"]: other_text_shapeland,
+    TEMPLATES["style_transfer"]: style_shapeland,
+    TEMPLATES["try_on"]: try_on_shapeland,
 }
-SHOWN = ("compositional_generation", "translation", "style_transfer", "try_on")
-"""Operations that are templates; the others are for scripts."""
 FOR_SCRIPTS = {
-    f"composer_{name}_shapeland": flow for name, flow in {**OPERATIONS, **REFINEMENT}.items() if name not in SHOWN
+    f"composer_{name}_shapeland": flow for name, flow in {**OPERATIONS, **REFINEMENT}.items() if name not in TEMPLATES
 }

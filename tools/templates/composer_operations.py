@@ -182,7 +182,7 @@ def redrawn(flow: Workflow, parts: Loaded, given: Source, mask: Output, acts: Ou
 
 
 def show(flow: Workflow, given: list[Source], made: list[Output]) -> None:
-    """The pictures and the results side by side, and the last result, large."""
+    """One row of the pictures and the results, enlarged."""
     row = stitched(flow, [*(one.image for one in given), *made])
     enlarged(flow, row, 4.0, "Pictures, then what was made of them", PREFIX)
 
