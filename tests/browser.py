@@ -64,7 +64,7 @@ SET_WIDGETS = """values => {
             node.widgets.find(widget => widget.name === name).value = value
 }"""
 
-INFORMATION = "UNet evaluations in"
+INFORMATION = "UNet evaluations:"
 """Part of a text on a node that is good to know, and no advice."""
 
 TROUBLE = "[data-testid=error-overlay], [data-testid^=error-group-], [data-testid=missing-node-card]"

@@ -421,7 +421,7 @@ class ReferenceRun:
             self.share.finish(samples)
         bank = self.job.bank
         log.info(
-            "FreeCustom: %d reference passes; the bank holds %.1f of %d MiB in %s",
+            "FreeCustom: reference passes: %d; the bank holds %.1f of %d MiB in %s",
             sum(device.count for device in self.devices.values()),
             bank.size / 2**20,
             bank.limit >> 20,

@@ -122,8 +122,8 @@ class FusionGuider(comfy.samplers.CFGGuider):
         steps = max(1, len(sigmas) - 1)
         inform(
             NAME,
-            f"{self.evaluations} UNet evaluations in {steps} steps, {self.evaluations / steps / 2:.2f} times those of "
-            "plain guidance",
+            f"UNet evaluations: {self.evaluations}, {self.evaluations / steps / 2:.2f} times the {2 * steps} of plain "
+            "guidance",
             self.node,
         )
         return samples

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-STEPS = 10
+STEPS = 8
 SCHEDULER = "ddim_uniform"
 
 
@@ -108,7 +108,7 @@ def test_the_hosts_sampler_nodes_give_the_picture_back(toy):
         "disable",
     )  # fmt: skip
     for again in (by_custom, by_advanced):
-        assert distance(again["samples"], latent["samples"]) < 0.01
+        assert distance(again["samples"], latent["samples"]) < 0.02
         assert distance(again["samples"], latent["samples"]) == pytest.approx(found.error, rel=1e-3)
     assert found.noise.keys() == {"samples", "batch_index"}
     assert distance(found.noise["samples"], latent["samples"]) > 0.1
