@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host import shapeland as host
 from ..shapeland import report, world
-from .types import Node
+from .types import Node, growing
 
 CATEGORY = "ConceptLoom/Shapeland"
 
@@ -138,27 +138,36 @@ class ReadPicture(Node):
                     default="any",
                     tooltip="Which things the mask output covers.",
                 ),
+                growing(
+                    "references",
+                    io.Image.Input("reference", tooltip="A picture whose largest thing stands for a subject."),
+                    "Pictures of the subjects, one each. The report says how much the thing of the same noun looks "
+                    "like it: 1 is the same identity, about 0 another one.",
+                ),
                 io.Image.Input(
-                    "reference",
+                    "plain",
                     optional=True,
-                    tooltip="A picture whose largest thing each thing is compared with: 1 is the same identity, "
-                    "about 0 another one.",
+                    tooltip="A picture of the same prompt without the subjects, whose likeness the report gives "
+                    "beside.",
                 ),
             ],
             outputs=[
                 io.Mask.Output(tooltip="The chosen things of each picture as one mask."),
                 io.String.Output(
-                    display_name="report", tooltip="One line per thing: what it is and how alike the reference."
+                    display_name="report",
+                    tooltip="One line per reference: how much its subject looks like it. Then one per thing: what it "
+                    "is.",
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, image: torch.Tensor, noun: str, reference: torch.Tensor | None = None) -> io.NodeOutput:
+    def execute(cls, image: torch.Tensor, noun: str, references=None, plain=None) -> io.NodeOutput:
         readings = host.read_pictures(image)
-        compared = None if reference is None else host.read_pictures(reference[:1])[0]
+        compared = [host.read_pictures(picture[:1])[0] for picture in (references or {}).values()]
+        beside = None if plain is None else host.read_pictures(plain[:1])[0]
         mask = report.union_mask(readings, noun, image.shape[1:3])
-        return io.NodeOutput(mask, report.describe(readings, compared))
+        return io.NodeOutput(mask, report.describe(readings, compared, beside))
 
 
 NODES: list[type[Node]] = [LoadShapeland, DrawScene, ReadPicture]

@@ -41,7 +41,9 @@ HOST_NOISE = (
 # Collects the pictures and the end of what runs.
 LISTEN = """() => {
     app.api.addEventListener('executed', event => {
-        if (event.detail.output?.images) loomPictures.push(event.detail.display_node)
+        // What is inside a subgraph, such as 5:102, has no node in the page.
+        const id = event.detail.display_node
+        if (event.detail.output?.images && !id.includes(':')) loomPictures.push(id)
     })
     for (const end of ['execution_success', 'execution_error', 'execution_interrupted'])
         app.api.addEventListener(end, event => { loomEnd = [end, event.detail.exception_message ?? ''] })

@@ -9,10 +9,10 @@ from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
 from test_workflow_tools import weave
-from test_workflows import short_inputs
-from workflow_format import BYPASSED, MUTED, to_api
+from test_workflows import NO_DOWNLOAD, short_inputs
+from workflow_format import BYPASSED, to_api
 
-TEMPLATES = sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if "shapeland" in file.stem.lower())
+TEMPLATES = sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if file.stem.endswith(NO_DOWNLOAD))
 NO_TEMPLATE = pytest.param("none", "none", marks=pytest.mark.skip(reason="workflows/ has no Shapeland template yet"))
 
 
@@ -42,9 +42,9 @@ def frontends(browser, server):
         yield page_of
 
 
-RICHEST = "concept_weaver_shapeland"
+RICHEST = "03_Three_concepts_in_place_Concept_Weaver_no_download"
 """Opened in the classic renderer too: what loads, runs and converts the others there is the same code."""
-RUN = (RICHEST, "train_concept_shapeland", "composer_three_pictures_shapeland")
+RUN = (RICHEST, "06_Train_a_concept_no_download", "05_Three_pictures_in_one_Composer_no_download")
 """Run in the browser: with previews while training, and with lists of pictures. What the others run is the same prompt
 that test_workflows.py posts."""
 VISITS = [(template, "nodes2") for template in TEMPLATES] + [(RICHEST, "classic")] * (RICHEST in TEMPLATES)
@@ -86,13 +86,15 @@ class TestToyTemplate:
         self.publish(toy_folder, "good", ui)
         seen = visit("good", renderer)
         assert seen.problems == []
-        assert seen.pictures == 2
+        assert seen.pictures == 3
         assert seen.api == to_api(ui, object_info), "the frontend converts it differently"
 
-    def test_bypassed_and_muted_nodes(self, visit, toy_folder, object_info):
+    def test_bypassed_nodes(self, visit, toy_folder, object_info):
         ui = weave(object_info).ui()
         nodes = {node["type"]: node for node in ui["nodes"]}  # of several the last: the second yarn
-        nodes["ToyYarn"]["mode"], nodes["SolidMask"]["mode"] = BYPASSED, MUTED
+        nodes["ToyYarn"]["mode"] = BYPASSED
+        (square,) = ui["definitions"]["subgraphs"]
+        {node["type"]: node for node in square["nodes"]}["InvertMask"]["mode"] = BYPASSED
         self.publish(toy_folder, "off", ui)
         seen = visit("off", "nodes2")
         assert seen.problems == []

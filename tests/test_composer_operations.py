@@ -60,7 +60,7 @@ class Row:
 @pytest.fixture(scope="module")
 def rows_of(server):
     def rows(operation: str) -> list[Row]:
-        name = TEMPLATES.get(operation) or f"operations/composer_{operation}_shapeland"
+        name = TEMPLATES.get(operation) or f"operations/composer_{operation}"
         file = FOLDER / f"{name}.json"
         api = json.loads(file.read_text(encoding="utf-8"))
         for node in api.values():

@@ -323,13 +323,13 @@ class TestCommands:
 
     def test_demo_filters_by_system(self, tmp_path):
         for name in (
-            "02_Concept-Weaver_Shapeland",
-            "01_FreeCustom-shapeland",
-            "03_FreeCustom_SD15",
-            "04_overshapeland",
+            "02_Concept-Weaver_no_download",
+            "01_FreeCustom-no-download",
+            "03_FreeCustom_needs_SD15",
+            "04_no_downloads",
         ):
             (tmp_path / f"{name}.json").touch()
-        (tmp_path / "05_fastcomposer_shapeland.json").touch()
+        (tmp_path / "05_fastcomposer_no_download.json").touch()
         assert [file.stem[:2] for file in dev.demo_workflows([], tmp_path)] == ["01", "02", "05"]
         assert [file.stem[:2] for file in dev.demo_workflows(["concept_weaver"], tmp_path)] == ["02"]
         assert dev.demo_workflows(["composer"], tmp_path) == []

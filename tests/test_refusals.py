@@ -334,8 +334,8 @@ FUSION = "Multi-Concept Fusion (Concept Weaver)"
 ROWS = [
     Row(
         "ReadPicture",
-        {"reference": ["blank picture", 0]},
-        "reference: expected a picture with a thing of Shapeland, got",
+        {"references.reference0": ["blank picture", 0]},
+        "references: expected pictures with a thing of Shapeland, got",
     ),
     Row("ReferenceSubject", {"image": ["pictures", 0]}, "image: expected one picture, got a batch of 3"),
     Row("ReferenceSubject", {"image": ["not finite", 0]}, "image: expected finite values"),

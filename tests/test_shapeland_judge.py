@@ -95,10 +95,20 @@ def test_a_mention_takes_no_more_things_than_it_names():
 
 
 def test_report_says_what_is_there_and_how_alike():
-    text = report.describe([[reading(1, embedding=3)], []], [reading(0, embedding=3)])
-    assert text.splitlines() == ["picture 1: red and orange striped star, 90% sure, 1.00 alike", "picture 2: nothing"]
-    with pytest.raises(ValueError, match="reference: expected a picture with a thing of Shapeland"):
-        report.describe([[reading(1)]], [])
+    star, other = reading(1, embedding=3), reading(1, embedding=4)
+    seen = "seen: red and orange striped star, 90% sure"
+    assert report.describe([[star]]) == seen
+    assert report.describe([[other, star], []], [[star], [reading(0)]], [other]).splitlines() == [
+        "picture 1: star: 1.00 like its reference (plain prompt 0.00)",
+        "picture 1: ball: not seen (plain prompt not seen)",
+        f"picture 1: {seen}",
+        f"picture 1: {seen}",
+        "picture 2: star: not seen (plain prompt 0.00)",
+        "picture 2: ball: not seen (plain prompt not seen)",
+        "picture 2: nothing is seen",
+    ]
+    with pytest.raises(ValueError, match="references: expected pictures with a thing of Shapeland"):
+        report.describe([[star]], [[star], []])
 
 
 def test_union_mask_covers_the_chosen_noun():

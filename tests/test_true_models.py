@@ -16,8 +16,12 @@ from templates.composer import DEPTH, SCRIBBLE
 from true_models import fastcomposer_state, kohya_lora, write_checkpoint
 
 SIDE = 64
+FREECUSTOM = {
+    "sd15": "21_Two_subjects_FreeCustom_needs_SD15",
+    "sdxl": "22_Two_subjects_FreeCustom_needs_SDXL",
+}
 NAMES = {"sd15": "v1-5-pruned-emaonly-fp16.safetensors", "sdxl": "sd_xl_base_1.0.safetensors"}
-TWO_LORAS = {"sd15": "concept_weaver_sd15_two_loras", "sdxl": "concept_weaver_sdxl"}
+TWO_LORAS = {"sd15": "24_Two_LoRAs_Concept_Weaver_needs_SD15", "sdxl": "25_Two_LoRAs_Concept_Weaver_needs_SDXL"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def forget(server):
 
 @pytest.mark.parametrize("checkpoint", list(NAMES), indirect=True)
 def test_workflow_runs_on_a_file_of_true_shapes(checkpoint, server):
-    log, picture = draw(server, f"freecustom_{checkpoint}")
+    log, picture = draw(server, FREECUSTOM[checkpoint])
     assert "missing" not in log.lower(), [line for line in log.splitlines() if "missing" in line.lower()]
     assert "reference passes: 1" in log
     assert picture.std() > 1
@@ -68,7 +72,7 @@ def test_fusion_sampling_runs_with_a_lora_on_one_conditioning(checkpoint, server
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(kohya_lora(checkpoint, 0), file)
     try:
-        log, picture = draw(server, "profusion_lora_sd15")
+        log, picture = draw(server, "27_A_LoRA_and_a_prompt_ProFusion_needs_SD15")
     finally:
         file.unlink()
     # Two and three conditionings; those with the LoRA have weights of their own, and so calls.
@@ -84,7 +88,7 @@ def test_representations_go_to_controlnets(checkpoint, server):
     write_checkpoint("sd15_controlnet", files[0])
     files[1].hardlink_to(files[0])
     try:
-        log, picture = draw(server, "composer_controlnets_sd15")
+        log, picture = draw(server, "29_Two_ControlNets_Composer_needs_SD15")
     finally:
         for file in files:
             file.unlink()
@@ -99,7 +103,7 @@ def test_fastcomposer_runs_on_the_published_layout(checkpoint, server):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(fastcomposer_state(), path)
     try:
-        _, picture = draw(server, "fastcomposer_sd15")
+        _, picture = draw(server, "23_Two_people_FastComposer_needs_SD15")
     finally:
         path.unlink()
         forget(server)

@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from workflow_builder import Workflow
+from workflow_builder import Subgraph, Workflow
 from workflow_format import BYPASSED, MUTED, api_problems, layout_problems, to_api, types_fit, ui_problems
 
 
@@ -14,7 +14,13 @@ def weave(info: dict) -> Workflow:
     first = flow.add("ToyYarn", {"shade": 3, "colour": "#ff0000"}, title="First yarn")
     second = flow.add("ToyYarn", {"seed": 7})
     flow.note("## Two yarns\nPress **Run**.")
-    region = flow.add("SolidMask", {"width": 8}, column=1)
+    inner = Subgraph(info, "Square")
+    solid = inner.add("SolidMask", {"value": 0.5, "width": inner.input("side", 8), "height": inner.input("side")})
+    inverted = inner.add("InvertMask", {"mask": solid[0]}, column=1)
+    image = inner.add("MaskToImage", {"mask": solid[0]}, column=1)
+    inner.output("mask", inverted[0])
+    inner.output("image", image[0])
+    region = flow.place(inner, {"side": 16}, column=1)
     weaving = flow.add(
         "ToyWeave",
         {
@@ -27,7 +33,11 @@ def weave(info: dict) -> Workflow:
         column=2,
     )
     flow.add("PreviewImage", {"images": weaving["image"]}, column=3)
-    flow.group("Yarns", [first, second])
+    # Over the column between, so above its nodes.
+    flow.add("PreviewImage", {"images": region["image"]}, column=3)
+    flow.group("Yarns", 0)
+    flow.group("Weaving", 1, 2)
+    flow.group("Cloth", 3)
     return flow
 
 
@@ -47,10 +57,20 @@ API = {
         "class_type": "ToyYarn",
         "_meta": {"title": "Yarn"},
     },
-    "4": {
-        "inputs": {"value": 1.0, "width": 8, "height": 512},
+    "4:101": {
+        "inputs": {"value": 0.5, "width": 16, "height": 16},
         "class_type": "SolidMask",
         "_meta": {"title": "Create Solid Mask"},
+    },
+    "4:102": {
+        "inputs": {"mask": ["4:101", 0]},
+        "class_type": "InvertMask",
+        "_meta": {"title": "Invert Mask"},
+    },
+    "4:103": {
+        "inputs": {"mask": ["4:101", 0]},
+        "class_type": "MaskToImage",
+        "_meta": {"title": "Convert Mask to Image"},
     },
     "5": {
         "inputs": {
@@ -59,13 +79,14 @@ API = {
             "size": 64,
             "binding": "twill",
             "binding.shift": 2,
-            "binding.region": ["4", 0],
+            "binding.region": ["4:102", 0],
             "label": "x",
         },
         "class_type": "ToyWeave",
         "_meta": {"title": "Weave"},
     },
     "6": {"inputs": {"images": ["5", 0]}, "class_type": "PreviewImage", "_meta": {"title": "Preview Image"}},
+    "7": {"inputs": {"images": ["4:103", 0]}, "class_type": "PreviewImage", "_meta": {"title": "Preview Image"}},
 }
 
 
@@ -80,7 +101,7 @@ def test_description_is_deterministic_and_without_fault(ui, object_info):
 
 def test_what_was_built_runs(ui, object_info, server):
     run = server.run(to_api(ui, object_info))
-    assert {picture.node for picture in run.pictures} == {"5", "6"}
+    assert {picture.node for picture in run.pictures} == {"5", "6", "7"}
 
 
 class TestSwitchedOff:
@@ -190,7 +211,7 @@ def change(workflow: dict, path: str, value) -> dict:
         ("5/inputs/yarns.yarn0", None, "lacks its required input yarns.yarn0"),
         ("5/inputs/yarns.yarn0", ["9", 0], "linked to node 9, which is not there"),
         ("5/inputs/yarns.yarn0", ["1", 3], "linked to output 3 of node 1, which has 1"),
-        ("5/inputs/yarns.yarn0", ["4", 0], "takes TOY_YARN and is linked to MASK"),
+        ("5/inputs/yarns.yarn0", ["4:102", 0], "takes TOY_YARN and is linked to MASK"),
         ("5/inputs/yarns.yarn0", 3, "takes a link to TOY_YARN"),
         ("5/inputs/wool", 1, "has no input wool"),
         ("5/inputs/size", 4, "outside 8 to 512"),
@@ -210,10 +231,10 @@ def test_workflow_without_output_is_found(object_info):
 
 
 def test_absent_model_file_is_no_fault(object_info):
-    api = {**API, "7": {"class_type": "CheckpointLoaderSimple", "_meta": {"title": "x"}, "inputs": {}}}
-    api["7"]["inputs"]["ckpt_name"] = "sd15.safetensors"
+    api = {**API, "8": {"class_type": "CheckpointLoaderSimple", "_meta": {"title": "x"}, "inputs": {}}}
+    api["8"]["inputs"]["ckpt_name"] = "sd15.safetensors"
     assert api_problems(api, object_info) == []
-    api["7"]["inputs"]["ckpt_name"] = "sd15"
+    api["8"]["inputs"]["ckpt_name"] = "sd15"
     assert len(api_problems(api, object_info)) == 1
 
 
@@ -252,8 +273,9 @@ def test_layout_faults_are_found(ui, object_info):
     node(ui, 2)["pos"] = [left - 2000, 0]
     node(ui, 4)["pos"] = [left, top + 200]
     assert layout_problems(ui, object_info) == [
-        "nodes 4 (SolidMask) and 6 (PreviewImage) overlap",
+        f"nodes 4 ({node(ui, 4)['type']}) and 6 (PreviewImage) overlap",
         "link 3 runs backwards, from node 4 to node 5",
+        "link 5 runs backwards, from node 4 to node 7",
     ]
 
 

@@ -14,17 +14,31 @@ import pytest
 import torch
 from browser import INFORMATION
 from environment import ROOT, absent_weights
-from hostserver import PromptError
+from hostserver import PACK, PromptError
 from PIL import Image
-from workflow_format import BYPASSED, MODEL_FILE, MUTED, api_problems, to_api, ui_problems
+from schema import all_fields
+from workflow_format import (
+    BYPASSED,
+    MODEL_FILE,
+    MUTED,
+    api_problems,
+    layout_problems,
+    link_problems,
+    subgraphs_of,
+    to_api,
+    ui_problems,
+)
 
 FOLDER = ROOT / "workflows"
 UI_FILES = sorted(FOLDER.glob("*.json"))
 API_FILES = sorted((FOLDER / "api").glob("*.json"))
+NO_DOWNLOAD = "_no_download"
+"""Ends the names of templates on Shapeland, whose weights come with the pack."""
 
 
 SHORT = {
     "ConceptLoomTrainConcept": {"steps": 4, "class_pictures": 2, "preview_every": 4},
+    "ConceptLoomFineTunePromptNet": {"steps": 4, "preview_every": 4},
     "ConceptLoomDDIMInversion": {"steps": 12},
     "KSampler": {"steps": 10},
     "BasicScheduler": {"steps": 10},
@@ -71,6 +85,17 @@ def test_api_twin_says_the_same(file, object_info):
     assert to_api(read(file), object_info) == read(FOLDER / "api" / file.name)
 
 
+@pytest.mark.parametrize("file", (ROOT / "subgraphs").glob("*.json"), ids=lambda file: file.stem)
+def test_blueprint_is_offered_and_valid(file, server, object_info):
+    ui = read(file)
+    (holder,), (definition,) = ui["nodes"], ui["definitions"]["subgraphs"]
+    assert holder["type"] == definition["id"] and definition["name"] == file.stem
+    assert link_problems(definition) == layout_problems(definition, object_info) == []
+    assert {node["type"] for node in definition["nodes"]} <= set(object_info)
+    offered = server.get("/global_subgraphs").values()
+    assert file.stem in {one["name"] for one in offered if one["info"]["node_pack"].endswith(PACK)}
+
+
 @each(API_FILES, "workflows/api/")
 def test_api_workflow_is_valid(file, object_info):
     assert (FOLDER / file.name).is_file(), "no UI workflow of the same name"
@@ -80,7 +105,7 @@ def test_api_workflow_is_valid(file, object_info):
 @each(API_FILES, "workflows/api/")
 def test_api_workflow_runs(file, server, object_info):
     api = read(file)
-    if "shapeland" in file.stem.lower() and absent_weights():
+    if file.stem.endswith(NO_DOWNLOAD) and absent_weights():
         pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
     absent = absent_models(api, object_info)
     if absent:
@@ -88,13 +113,15 @@ def test_api_workflow_runs(file, server, object_info):
     short = short_inputs(api)
     for node in api.values():
         node["inputs"] |= short.get(node["class_type"], {})
-    run = server.run(api)
+    decoded = [number for number, node in api.items() if node["class_type"] == "VAEDecode"]
+    run = server.run(with_previews(api, **{f"picture of {number}": [number, 0] for number in decoded}))
     told = [data["text"] for data in run.named("progress_text")]
     assert [text for text in told if INFORMATION not in text] == [], "a template gives no warning"
     assert run.pictures
-    if "shapeland" in file.stem:
+    if file.stem.endswith(NO_DOWNLOAD):
         # Some picture shows what the prompt asks for, as the world's judge reads it: none is black or noise alone.
-        assert nouns_of(api) & {noun for picture in run.pictures for noun in judged(picture.data)}
+        seen = [picture.data for picture in run.pictures if picture.node.startswith("picture of")]
+        assert nouns_of(api) & {noun for data in seen for noun in judged(data)}
 
 
 def nouns_of(api: dict) -> set[str]:
@@ -125,7 +152,7 @@ def judged(data: bytes) -> list[str]:
         return [NOUNS[reading.noun] for reading in judge().read(pixels)[0]]
 
 
-@each([file for file in UI_FILES if "shapeland" in file.stem], "workflows/")
+@each([file for file in UI_FILES if file.stem.endswith(NO_DOWNLOAD)], "workflows/")
 def test_with_any_node_bypassed_or_muted(file, server, object_info):
     """A picture, or sentences that say what is wrong and where, whichever of our nodes is switched off."""
     if absent_weights():
@@ -141,13 +168,18 @@ def test_with_any_node_bypassed_or_muted(file, server, object_info):
     assert not faults, "\n".join(faults)
 
 
+def every_node(ui: dict) -> list[dict]:
+    """The nodes of a workflow and of its subgraphs."""
+    return [node for part in (ui, *subgraphs_of(ui).values()) for node in part["nodes"]]
+
+
 def switched_off(ui: dict, info: dict) -> Iterator[tuple[str, dict]]:
     """The workflow, shortened, with each of our nodes bypassed and muted in turn."""
-    for place, node in enumerate(ui["nodes"]):
+    for place, node in enumerate(every_node(ui)):
         if node["type"].startswith("ConceptLoom"):
             for mode, name in ((BYPASSED, "bypassed"), (MUTED, "muted")):
                 changed = copy.deepcopy(ui)
-                changed["nodes"][place]["mode"] = mode
+                every_node(changed)[place]["mode"] = mode
                 yield f"{info[node['type']]['display_name']} ({node['id']}) {name}", shortened(to_api(changed, info))
 
 
@@ -187,10 +219,10 @@ def unclear(refused: dict, sentence: str, api: dict, info: dict) -> Iterator[str
     and no other may fail.
     """
     for number, errors in refused.items():
-        shown = info[api[number]["class_type"]]["input"]
+        shown = {field.name for field in all_fields(info[api[number]["class_type"]])}
         for error in errors["errors"]:
             named = error["extra_info"].get("input_name")
-            if error["type"] != "required_input_missing" or named not in shown["required"]:
+            if error["type"] != "required_input_missing" or named not in shown:
                 yield f"{errors['class_type']}: {error['message']}: {error['details']}"
     if sentence:
         kind, _, told = sentence.partition(": ")
@@ -202,9 +234,8 @@ def off(file: str, info: dict, *types: str) -> dict:
     """A template, shortened, with a node of each of these types bypassed."""
     ui = read(FOLDER / f"{file}.json")
     for kind in types:
-        next(node for node in ui["nodes"] if node["type"] == f"ConceptLoom{kind}" and not node["mode"])["mode"] = (
-            BYPASSED
-        )
+        found = (node for node in every_node(ui) if node["type"] == f"ConceptLoom{kind}" and not node["mode"])
+        next(found)["mode"] = BYPASSED
     return shortened(to_api(ui, info))
 
 
@@ -225,7 +256,7 @@ def pixels(run, node: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["MultiReferenceSelfAttention", "RecordAttentionShare"])
 def test_attention_share_without_its_system_shows_the_picture_and_says_so(server, object_info, kind):
-    api = off("freecustom_shapeland", object_info, kind)
+    api = off("08_Two_systems_together_FastComposer_FreeCustom_no_download", object_info, kind)
     number, viewer = next((n, node) for n, node in api.items() if node["class_type"] == "ConceptLoomAttentionShare")
     viewer["inputs"]["opacity"] = 0.5  # what was told before is not told again while the host remembers the node
     run = server.run(with_previews(api, heat=[number, 0], picture=viewer["inputs"]["image"]))
@@ -235,11 +266,11 @@ def test_attention_share_without_its_system_shows_the_picture_and_says_so(server
 
 
 def test_a_bypassed_system_leaves_the_plain_picture(server, object_info):
-    api = off("freecustom_shapeland", object_info, "MultiReferenceSelfAttention")
+    api = off("01_Two_subjects_FreeCustom_no_download", object_info, "MultiReferenceSelfAttention")
     one, other = ([number, 0] for number, node in api.items() if node["class_type"] == "VAEDecode")
     run = server.run(with_previews(api, one=one, other=other))
     assert pixels(run, "one") == pixels(run, "other")
-    run = server.run(with_previews(off("freecustom_shapeland", object_info), one=one, other=other))
+    run = server.run(with_previews(off("01_Two_subjects_FreeCustom_no_download", object_info), one=one, other=other))
     assert pixels(run, "one") != pixels(run, "other")
 
 
@@ -247,23 +278,23 @@ def test_a_bypassed_system_leaves_the_plain_picture(server, object_info):
     ("file", "kinds", "sentence"),
     [
         (
-            "freecustom_shapeland",
-            ["ReferenceSubject", "ReferenceSubject"],
+            "01_Two_subjects_FreeCustom_no_download",
+            ["ReferenceSubject"],
             "Multi-Reference Self-Attention (FreeCustom): subjects: expected at least one, got none; connect Reference "
             "Subject",
         ),
         (
-            "fastcomposer_shapeland",
-            ["ReferenceSubject", "ReferenceSubject"],
+            "02_Two_subjects_FastComposer_no_download",
+            ["ReferenceSubject"],
             "Subject Encoder (FastComposer): subjects: expected at least one, got none; connect Reference Subject",
         ),
         (
-            "concept_weaver_shapeland",
+            "03_Three_concepts_in_place_Concept_Weaver_no_download",
             ["TextToMasks"],
             "Concept Masks: masks: expected at least one, got none; connect Text to Masks or a mask of each concept",
         ),
         (
-            "self_template_shapeland",
+            "10_No_template_picture_Concept_Weaver_no_download",
             ["LoadConcept", "LoadConcept"],
             "Concept Bank: concepts: expected at least one, got none; connect Load Concept",
         ),
@@ -282,7 +313,7 @@ def test_training_in_the_graph_shows_its_progress(server):
         return set(re.findall(r"my star[^\"]*", json.dumps(server.get("/object_info/ConceptLoomLoadConcept"))))
 
     before = files()
-    api = read(FOLDER / "api" / "train_concept_shapeland.json")
+    api = read(FOLDER / "api" / "06_Train_a_concept_no_download.json")
     number, node = next((n, node) for n, node in api.items() if node["class_type"] == "ConceptLoomTrainConcept")
     node["inputs"] |= {**SHORT[node["class_type"]], "seed": 5}
     run = server.run(api)

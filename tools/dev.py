@@ -39,7 +39,7 @@ def holds(stem: str, name: str) -> bool:
 
 def demo_workflows(names: list[str], folder: Path) -> list[Path]:
     """The Shapeland workflows in API format, or those of the named systems."""
-    found = sorted(file for file in folder.glob("*.json") if holds(file.stem, "shapeland"))
+    found = sorted(file for file in folder.glob("*.json") if holds(file.stem, "no_download"))
     return [file for file in found if not names or any(holds(file.stem, name) for name in names)]
 
 

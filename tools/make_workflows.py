@@ -7,9 +7,11 @@ written:
 
     workflows/NAME.json      what a person opens
     workflows/api/NAME.json  what a script posts
-    workflows/NAME.jpg       its card: the last row of pictures, or else the last picture; where it cannot be
+    workflows/NAME.jpg       its card: the picture that it saves, with a row's last picture large; where it cannot be
                              run (its weights are absent), the reference pictures it starts from, or a
-                             scene of Shapeland; stays as it is with --keep-cards
+                             scene of Shapeland, and what it needs; stays as it is with --keep-cards
+
+The subgraphs in BLUEPRINTS, which the node library offers, are written to subgraphs/NAME.json.
 
 Those in FOR_SCRIPTS are for scripts alone: they have one file, workflows/api/operations/NAME.json.
 
@@ -26,20 +28,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from environment import ROOT, WORK, Problem, choose_host, say
-from hostserver import HostServer, Picture, PromptError
-from PIL import Image, ImageOps
+from hostserver import HostServer, PromptError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from run import alias_pack
-from templates import FOR_SCRIPTS, STAND_INS, WORKFLOWS
+from templates import BLUEPRINTS, FOR_SCRIPTS, STAND_INS, WORKFLOWS
 from workflow_builder import Workflow
-from workflow_format import to_api, ui_problems
+from workflow_format import api_problems, to_api, ui_problems
 
 FOLDER = ROOT / "workflows"
-CARD_SIDE, CARD_GAP = 400, 8
+CARD_SIDE, CARD_GAP, CARD_BANNER = 400, 8, 56
 WIDE = 1.5
 """From this ratio of width to height on, a picture is taken for a row."""
 KEEP_CARDS = "--keep-cards"
-SCENE = {"description": "a star and a house on a navy background", "seed": 11, "identity_seed": 41}
-"""Shown on the card of a workflow that cannot be run here and draws no reference."""
+NEEDS = {"SD15": "needs Stable Diffusion 1.5", "SDXL": "needs SDXL"}
+"""Words on the card of a workflow that cannot be run here, by the end of its name."""
+THINGS = ("a house and a star", "a mug and a fish", "a heart and a moon", "a tree and a ball")
+"""Shown on such a card where the workflow draws no reference."""
 
 
 def save_json(file: Path, content: dict) -> None:
@@ -51,17 +55,6 @@ def save_json(file: Path, content: dict) -> None:
 def is_row(image: Image.Image) -> bool:
     """Whether it shows pictures side by side."""
     return image.width >= WIDE * image.height
-
-
-def shown(pictures: list[Picture]) -> bytes:
-    """The picture for a card: the last row of a workflow, or its last picture if it makes no row."""
-    last = b""
-    for picture in sorted(pictures, key=lambda picture: int(picture.node), reverse=True):
-        with Image.open(io.BytesIO(picture.data)) as image:
-            if is_row(image):
-                return picture.data
-        last = last or picture.data
-    return last
 
 
 def save_card(file: Path, picture: bytes) -> None:
@@ -82,22 +75,28 @@ def save_card(file: Path, picture: bytes) -> None:
     card.save(file, quality=88)
 
 
-def drawn_references(api: dict) -> Image.Image:
-    """The reference pictures that a workflow draws, overlapping on a square card."""
+def drawn_references(name: str, api: dict) -> Image.Image:
+    """The reference pictures that a workflow draws, or a scene of its own, side by side on a square card; below it
+    says what the workflow needs."""
     alias_pack()
     from conceptloom.shapeland import world
 
     drawings = [node["inputs"] for node in api.values() if node["class_type"] == "ConceptLoomDrawScene"]
     card = Image.new("RGB", (CARD_SIDE, CARD_SIDE), "#26272b")
-    side = CARD_SIDE * 5 // 8
+    room = CARD_SIDE - CARD_BANNER
     if not drawings:
-        drawings, side = [SCENE], CARD_SIDE - 32
-    steps = max(1, len(drawings) - 1)
+        number = int(name[:2])
+        things = THINGS[number % len(THINGS)]
+        drawings = [{"description": f"{things} on a navy background", "seed": number, "identity_seed": number}]
+    side = min(room, CARD_SIDE // len(drawings)) - 2 * CARD_GAP
+    left = (CARD_SIDE - len(drawings) * (side + 2 * CARD_GAP)) // 2
     for i, given in enumerate(drawings):
         picture, _ = world.draw_description(given["description"], given["seed"], given["identity_seed"], enlarge=4)
         image = Image.fromarray((picture.image * 255).round().astype("uint8")).resize((side, side))
-        offset = 16 + (CARD_SIDE - side - 32) * i // steps
-        card.paste(image, (offset, offset))
+        card.paste(image, (left + CARD_GAP + i * (side + 2 * CARD_GAP), CARD_GAP + (room - side) // 2))
+    font = ImageFont.load_default(26)
+    place = CARD_SIDE // 2, CARD_SIDE - CARD_BANNER // 2
+    ImageDraw.Draw(card).text(place, NEEDS[name.rpartition("_")[2]], "#ffffff", font, anchor="mm")
     return card
 
 
@@ -106,7 +105,8 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
     flow = Workflow(info, name)
     describe(flow)
     ui = flow.ui()
-    problems = ui_problems(ui, info)
+    # Nobody opens what is for scripts, so its layout is free.
+    problems = api_problems(to_api(ui, info), info) if name in FOR_SCRIPTS else ui_problems(ui, info)
     if problems:
         raise Problem(f"{name}: {'; '.join(problems)}")
     api = to_api(ui, info)
@@ -123,10 +123,10 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
         pictures = server.pictures(server.finish(server.submit(api)))
     except PromptError as error:
         say(f"{name}: it cannot be run here: {error}")
-        if "shapeland" not in name:
-            drawn_references(api).save(FOLDER / f"{name}.jpg", quality=88)
+        if not name.endswith("no_download"):
+            drawn_references(name, api).save(FOLDER / f"{name}.jpg", quality=88)
     else:
-        save_card(FOLDER / f"{name}.jpg", shown(pictures))
+        save_card(FOLDER / f"{name}.jpg", next(picture.data for picture in pictures if picture.saved))
 
 
 def main(arguments: list[str]) -> None:
@@ -140,6 +140,8 @@ def main(arguments: list[str]) -> None:
         for name, describe in {**WORKFLOWS, **FOR_SCRIPTS}.items():
             if not parts or any(part.lower() in name.lower() for part in parts):
                 make(server, info, name, describe, card=KEEP_CARDS not in arguments)
+        for name, blueprint in BLUEPRINTS.items():
+            save_json(ROOT / "subgraphs" / f"{name}.json", blueprint(Workflow(info, name)))
 
 
 if __name__ == "__main__":

@@ -19,22 +19,48 @@ come from that description (the converter is in workflow_format.py):
     api = to_api(ui, object_info)
 
 Inputs that are not named keep the schema's default. Nodes are placed in columns from left to right,
-and in each column below one another, in the order in which they are added.
+and in each column below one another, in the order in which they are added. A wire that passes over
+a column runs above all nodes.
+
+Several nodes can stand in one, which a person may open:
+
+    inner = Subgraph(object_info, "Drawn Subject")
+    drawing = inner.add("ConceptLoomDrawScene", {"description": inner.input("description")})
+    inner.output("image", drawing[0])
+    subject = flow.place(inner, {"description": "a star on a navy background"}, column=1)
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from schema import AUTOGROW, DYNAMIC_COMBO, Field, fields, grown, live_fields, option_fields
-from workflow_format import NOTE, PREVIEW_HEIGHT, TITLE_HEIGHT, shows_picture, stored_after, types_fit
+from workflow_format import (
+    NOTE,
+    PREVIEW_HEIGHT,
+    SUBGRAPH_INPUT,
+    SUBGRAPH_OUTPUT,
+    TITLE_HEIGHT,
+    shows_picture,
+    stored_after,
+    title_width,
+    types_fit,
+)
 
+WIDTH = 250
 ROW_HEIGHT = 24
-TEXT_HEIGHT = 120
-GAP = 40
-GROUP_PADDING = 20
+TEXT_HEIGHT = 84
+GAP = 24
+GROUP_PADDING = 12
+GROUP_TITLE = 40
+COLUMN_GAP = 34
+"""Between the columns of a group; between groups their frames' edges are added."""
+LANE = 16
+"""Height of one wire above the nodes."""
+ROOM = 100
+"""Numbers of nodes and links of a subgraph begin at a multiple of this: the frontend renumbers what is there twice."""
 
 
 class Output(NamedTuple):
@@ -58,6 +84,12 @@ class Node:
         return Output(self, slot)
 
 
+class Input(NamedTuple):
+    """One input of a subgraph, as a value for inputs of its nodes."""
+
+    name: str
+
+
 class Workflow:
     """A workflow under construction; `info` is the server's `/object_info`."""
 
@@ -67,6 +99,7 @@ class Workflow:
         self.links: list[list] = []
         self.groups: list[dict] = []
         self.columns: dict[int, list[dict]] = {}
+        self.subgraphs: list[Subgraph] = []
 
     def add(
         self,
@@ -74,16 +107,83 @@ class Workflow:
         inputs: dict[str, Any] | None = None,
         column: int = 0,
         title: str | None = None,
-        width: int = 320,
+        width: int = WIDTH,
         models: Sequence[dict] = (),
+        picture: int = PREVIEW_HEIGHT,
     ) -> Node:
         """Adds a node; raises ValueError if the node or an input is unknown. `models` are {name, url, directory} of the
-        files that a loader needs."""
+        files that a loader needs, `picture` is the height of the picture it may show."""
         if kind not in self.info:
             raise ValueError(f"The host has no node {kind}")
         info = self.info[kind]
         values = self._flat(kind, info, inputs or {})
+        width = max(width, title_width(title or info["display_name"] or kind))
+        data = self._new(kind, column, width, title, zip(info["output_name"], info["output"], strict=True))
         origin, _, pack = str(info["python_module"]).partition(".")
+        data["properties"] = {
+            "Node name for S&R": kind,
+            "cnr_id": pack if origin == "custom_nodes" else "comfy-core",
+            **({"models": list(models)} if models else {}),
+        }
+        height = 0
+        for field in live_fields(info, values):
+            height += self._add_input(data, field, values)
+        height += max(len(info["output"]) - sum("widget" not in entry for entry in data["inputs"]), 0) * ROW_HEIGHT
+        data["size"][1] = height + GROUP_PADDING + (picture if shows_picture(info) else 0)
+        return Node(data, info)
+
+    def place(
+        self,
+        inner: Subgraph,
+        inputs: dict[str, Any] | None = None,
+        column: int = 0,
+        title: str | None = None,
+        width: int = WIDTH,
+        open_sockets: bool = False,
+    ) -> Node:
+        """Adds a node that holds a subgraph; raises ValueError if an input is unknown, or a socket gets no link and
+        they may not be open."""
+        if inner not in self.subgraphs:
+            self.subgraphs.append(inner)
+            inner.number_from(ROOM * len(self.subgraphs))
+        given = inputs or {}
+        unknown = [name for name in given if name not in inner.takes]
+        if unknown:
+            raise ValueError(f"{inner.name} has no input {unknown[0]!r}: it has {', '.join(inner.sockets())}")
+        width = max(width, title_width(title or inner.name))
+        data = self._new(inner.id, column, width, title, ((name, kind) for name, (kind, _) in inner.gives.items()))
+        data["properties"] = {"cnr_id": "comfy-core"}
+        height = 0
+        for take in inner.sockets().values():
+            field = take.field._replace(required=not open_sockets)
+            height += self._add_input(data, field, given, take.default)
+        height += max(len(inner.gives) - sum("widget" not in entry for entry in data["inputs"]), 0) * ROW_HEIGHT
+        data["size"][1] = height + GROUP_PADDING
+        if open_sockets:
+            for entry in data["inputs"]:
+                entry.pop("shape", None)
+        info = {"output_name": list(inner.gives), "output": [kind for kind, _ in inner.gives.values()]}
+        return Node(data, info)
+
+    def subgraph(self, name: str, describe: Callable[[Subgraph], None]) -> Subgraph:
+        """The subgraph of this name, described when it is first asked for."""
+        found = next((one for one in self.subgraphs if one.name == name), None)
+        if found is None:
+            found = Subgraph(self.info, name)
+            describe(found)
+        return found
+
+    def blueprint(self, category: str, description: str, aliases: list[str]) -> dict:
+        """The only subgraph, with the values of its node, as a file of the pack's folder subgraphs/ holds it."""
+        ui = self.ui()
+        (node,), (definition,) = ui["nodes"], ui["definitions"]["subgraphs"]
+        node["properties"]["Node name for S&R"] = definition["name"]
+        definition |= {"category": category, "description": description}
+        ui["extra"] |= {"BlueprintDescription": description, "BlueprintSearchAliases": aliases}
+        return ui
+
+    def _new(self, kind: str, column: int, width: int, title: str | None, outputs: Iterable[tuple[str, str]]) -> dict:
+        """A node's data, in its column, with nothing in its inputs yet."""
         data = {
             "id": len(self.nodes) + 1,
             "type": kind,
@@ -95,79 +195,60 @@ class Workflow:
             "inputs": [],
             "outputs": [
                 {"name": name, "type": kind, "links": [], "slot_index": slot}
-                for slot, (name, kind) in enumerate(zip(info["output_name"], info["output"], strict=True))
+                for slot, (name, kind) in enumerate(outputs)
             ],
-            "properties": {
-                "Node name for S&R": kind,
-                "cnr_id": pack if origin == "custom_nodes" else "comfy-core",
-                **({"models": list(models)} if models else {}),
-            },
+            "properties": {},
             "widgets_values": [],
         }
         if title:
             data["title"] = title
         self.nodes.append(data)
-        height = 0
-        for field in live_fields(info, values):
-            height += self._add_input(data, field, values)
-        height += max(len(info["output"]) - sum("widget" not in entry for entry in data["inputs"]), 0) * ROW_HEIGHT
-        data["size"][1] = height + GROUP_PADDING + (PREVIEW_HEIGHT if shows_picture(info) else 0)
         self.columns.setdefault(column, []).append(data)
-        return Node(data, info)
+        return data
 
-    def note(self, text: str, column: int = 0, width: int = 320) -> Node:
+    def note(self, text: str, column: int = 0, width: int = 274) -> Node:
         """Adds a note in Markdown. It gets no colour of its own: that would be unreadable in one of the themes."""
+        data = self._new(NOTE, column, width, None, ())
         lines = sum(1 + len(line) * 8 // width for line in text.splitlines())
-        data = {
-            "id": len(self.nodes) + 1,
-            "type": NOTE,
-            "pos": [0, 0],
-            "size": [width, 60 + 22 * lines],
-            "flags": {},
-            "order": len(self.nodes),
-            "mode": 0,
-            "inputs": [],
-            "outputs": [],
-            "properties": {},
-            "widgets_values": [text],
-        }
-        self.nodes.append(data)
-        self.columns.setdefault(column, []).append(data)
+        data["size"][1] = 40 + 20 * lines
+        data["widgets_values"] = [text]
         return Node(data, {"output_name": []})
 
-    def group(self, title: str, members: Sequence[Node], color: str = "#3f789e") -> None:
-        """Draws a titled frame around nodes."""
-        self.groups.append({"title": title, "members": [node.data for node in members], "color": color})
-
-    def group_columns(self, title: str, *columns: int) -> None:
-        """Draws a titled frame around everything in some columns."""
-        self.group(title, [Node(data, self.info[data["type"]]) for column in columns for data in self.columns[column]])
+    def group(self, title: str, *columns: int, color: str = "#3f789e") -> None:
+        """Draws a titled frame around all nodes of neighbouring columns."""
+        self.groups.append({"title": title, "columns": columns, "color": color})
 
     def ui(self) -> dict:
         """The finished workflow in UI format."""
-        self._place()
+        frames = self._place()
+        reroutes, extensions = self._lanes()
         groups = [
             {
                 "id": index + 1,
                 "title": group["title"],
-                "bounding": frame(group["members"]),
+                "bounding": frame,
                 "color": group["color"],
                 "font_size": 24,
                 "flags": {},
             }
-            for index, group in enumerate(self.groups)
+            for index, (group, frame) in enumerate(zip(self.groups, frames, strict=True))
         ]
+        definitions = [inner.definition() for inner in self.subgraphs]
         return {
             # The same description always gives the same file.
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"conceptloom/{self.name}")),
+            "id": stable_id(self.name),
             "revision": 0,
-            "last_node_id": len(self.nodes),
-            "last_link_id": len(self.links),
+            "last_node_id": max(node["id"] for part in (self, *self.subgraphs) for node in part.nodes),
+            "last_link_id": max((link[0] for part in (self, *self.subgraphs) for link in part.links), default=0),
             "nodes": self.nodes,
             "links": self.links,
             "groups": groups,
+            **({"definitions": {"subgraphs": definitions}} if definitions else {}),
             "config": {},
-            "extra": {"ds": {"scale": 0.8, "offset": [60, 120]}},
+            "extra": {
+                "ds": {"scale": 0.8, "offset": [60, 120]},
+                **({"reroutes": reroutes, "linkExtensions": extensions} if reroutes else {}),
+            },
             "version": 0.4,
         }
 
@@ -192,16 +273,18 @@ class Workflow:
                 raise ValueError(f"{kind} has no input {name!r} here: it has {', '.join(known)}")
         return values
 
-    def _add_input(self, data: dict, field: Field, values: dict[str, Any]) -> int:
-        """Adds a field as socket, widget or both, and returns its height."""
+    def _add_input(self, data: dict, field: Field, values: dict[str, Any], default: Any = None) -> int:
+        """Adds a field as socket, widget or both, and returns its height. `default` is the field's own if None."""
         value = values.get(field.name)
-        linked = isinstance(value, Output)
+        linked = isinstance(value, Output | Input)
+        default = field.default if default is None else default
         if not field.is_widget and not linked:
             if field.required:
                 raise ValueError(f"{data['type']}.{field.name} needs a link")
             if not is_next_empty(field, values):
                 return 0
-        if linked or not field.is_widget:
+        # The node of a subgraph has an entry for each of its inputs, also for those that are widgets alone.
+        if linked or not field.is_widget or data["type"] not in self.info:
             entry = {"name": field.name, "type": field.type, "link": None}
             if "." in field.name:
                 entry["label"] = field.name.rpartition(".")[2]
@@ -213,13 +296,15 @@ class Workflow:
                 entry["link"] = self._link(value, data, len(data["inputs"]), field)
             data["inputs"].append(entry)
         if field.is_widget:
-            data["widgets_values"] += [field.default if linked or field.name not in values else value]
-            data["widgets_values"] += stored_after(field)
+            data["widgets_values"] += [default if linked or field.name not in values else value]
+            if data["type"] in self.info:
+                data["widgets_values"] += stored_after(field)
             return TEXT_HEIGHT if field.options.get("multiline") else ROW_HEIGHT * (1 + len(stored_after(field)))
         return ROW_HEIGHT
 
-    def _link(self, output: Output, target: dict, slot: int, field: Field) -> int:
+    def _link(self, value: Output | Input, target: dict, slot: int, field: Field) -> int:
         """Links an output to an input and returns the link's id."""
+        output = value
         kind = output.node.info["output"][output.slot]
         if not types_fit(kind, field.type):
             raise ValueError(
@@ -230,28 +315,198 @@ class Workflow:
         output.node.data["outputs"][output.slot]["links"].append(number)
         return number
 
-    def _place(self) -> None:
-        """Puts every column to the right of the one before, and every node below the one above it."""
-        left = 0
+    def _frame_of(self, column: int) -> int | None:
+        """The index of the group that frames a column."""
+        return next((i for i, group in enumerate(self.groups) if column in group["columns"]), None)
+
+    def _long(self) -> dict[tuple[int, int], list[list]]:
+        """The links that pass over a column, by their output (node, slot), in the order in which they begin."""
+        column_of = {node["id"]: column for column, nodes in self.columns.items() for node in nodes}
+        order = sorted(self.columns)
+        passing: dict[tuple[int, int], list[list]] = {}
+        for link in self.links:
+            _, source, slot, target, *_ = link
+            if order.index(column_of[target]) - order.index(column_of[source]) > 1:
+                passing.setdefault((source, slot), []).append(link)
+        return passing
+
+    def _place(self) -> list[list[float]]:
+        """Puts every column to the right of the one before, and every node below the one above it, with room for the
+        long links above all nodes; returns the groups' frames."""
+        above = LANE * len(self._long()) + TITLE_HEIGHT
+        left, edges, bottom, last = 0.0, {}, 0.0, None
         for column in sorted(self.columns):
-            top = 0
+            frame = self._frame_of(column)
+            if edges:
+                left += COLUMN_GAP + (2 * GROUP_PADDING if frame != last or frame is None else 0)
+            last, top = frame, float(above)
             for node in self.columns[column]:
-                node["pos"] = [left, top + TITLE_HEIGHT]
-                top += TITLE_HEIGHT + node["size"][1] + GAP
-            # Room for the frames of two neighbouring groups.
-            left += max(node["size"][0] for node in self.columns[column]) + GAP + 2 * GROUP_PADDING
+                node["pos"] = [left, top]
+                top += node["size"][1] + GAP + TITLE_HEIGHT
+            width = max(node["size"][0] for node in self.columns[column])
+            edges[column] = left, left + width
+            left, bottom = left + width, max(bottom, top - GAP - TITLE_HEIGHT)
+        top = -GROUP_TITLE - GROUP_PADDING
+        frames = []
+        for group in self.groups:
+            a, b = (edges[group["columns"][end]][end] for end in (0, -1))
+            frames.append([a - GROUP_PADDING, top, b - a + 2 * GROUP_PADDING, bottom + GROUP_PADDING - top])
+        return frames
+
+    def _lanes(self) -> tuple[list[dict], list[dict]]:
+        """Reroutes of the long links, which lead them above the nodes, and what ties the links to them."""
+        reroutes, extensions = [], []
+        nodes = {node["id"]: node for node in self.nodes}
+        for lane, ((source, _), links) in enumerate(self._long().items()):
+            y = LANE * (lane + 0.5) - GROUP_PADDING
+            node = nodes[source]
+            start = {
+                "id": len(reroutes) + 1,
+                "pos": [node["pos"][0] + node["size"][0] + COLUMN_GAP / 2, y],
+                "linkIds": [link[0] for link in links],
+            }
+            reroutes.append(start)
+            # One way for all, from which each goes down before its node.
+            before, stops = start, {}
+            for link in sorted(links, key=lambda link: nodes[link[3]]["pos"][0]):
+                x = nodes[link[3]]["pos"][0] - COLUMN_GAP / 2
+                if x not in stops:
+                    stops[x] = {"id": len(reroutes) + 1, "parentId": before["id"], "pos": [x, y], "linkIds": []}
+                    reroutes.append(stops[x])
+                    before = stops[x]
+                for stop in stops.values():
+                    stop["linkIds"].append(link[0])
+                extensions.append({"id": link[0], "parentId": stops[x]["id"]})
+        return reroutes, extensions
+
+
+class Take(NamedTuple):
+    """An input of a subgraph.
+
+    Attributes:
+        field: of the first node that it feeds, under the input's name.
+        default: the widget's value where none is given.
+        links: numbers of its links inside.
+    """
+
+    field: Field
+    default: Any
+    links: list[int]
+
+
+class Subgraph(Workflow):
+    """A workflow inside one node. Nodes take its inputs by `input`, and it hands on what `output` names."""
+
+    def __init__(self, info: dict[str, dict], name: str) -> None:
+        super().__init__(info, name)
+        self.id = stable_id(f"subgraph/{name}")
+        self.takes: dict[str, Take] = {}
+        self.gives: dict[str, tuple[str, int]] = {}
+        self._values: dict[str, Any] = {}
+
+    def input(self, name: str, value: Any = None) -> Input:
+        """An input for the nodes inside; `value` is what its widget has at first, the node's own default if None."""
+        self._values.setdefault(name, value)
+        return Input(name)
+
+    def sockets(self) -> dict[str, Take]:
+        """All inputs, in the order in which they were asked for."""
+        return {name: self.takes[name] for name in self._values}
+
+    def output(self, name: str, output: Output) -> None:
+        """Hands on an output of a node inside."""
+        kind = output.node.info["output"][output.slot]
+        number = len(self.links) + 1
+        self.links.append([number, output.node.data["id"], output.slot, SUBGRAPH_OUTPUT, len(self.gives), kind])
+        output.node.data["outputs"][output.slot]["links"].append(number)
+        self.gives[name] = kind, number
+
+    def _link(self, value: Output | Input, target: dict, slot: int, field: Field) -> int:
+        if isinstance(value, Output):
+            return super()._link(value, target, slot, field)
+        if value.name not in self.takes:
+            default = self._values[value.name]
+            default = field.default if default is None and field.is_widget else default
+            own = field._replace(name=value.name, place=None, required=True)
+            self.takes[value.name] = Take(own, default, [])
+        take = self.takes[value.name]
+        number = len(self.links) + 1
+        self.links.append(
+            [number, SUBGRAPH_INPUT, list(self._values).index(value.name), target["id"], slot, field.type]
+        )
+        take.links.append(number)
+        return number
+
+    def number_from(self, first: int) -> None:
+        """Adds `first` to the numbers of all nodes and links."""
+        for node in self.nodes:
+            node["id"] += first
+            for entry in node["inputs"]:
+                entry["link"] = entry["link"] and entry["link"] + first
+            for entry in node["outputs"]:
+                entry["links"] = [number + first for number in entry["links"]]
+        for link in self.links:
+            link[0] += first
+            link[1] += first * (link[1] > 0)
+            link[3] += first * (link[3] > 0)
+        for take in self.takes.values():
+            take.links[:] = [number + first for number in take.links]
+        self.gives = {name: (kind, number + first) for name, (kind, number) in self.gives.items()}
+
+    def _long(self) -> dict[tuple[int, int], list[list]]:
+        """None: a subgraph is small."""
+        return {}
+
+    def definition(self) -> dict:
+        """The subgraph as a workflow's file holds it."""
+        self._place()
+        right = max(node["pos"][0] + node["size"][0] for node in self.nodes) + 100
+
+        def sockets(kind: str, left: float, given: dict[str, tuple[str, list[int]]]) -> list[dict]:
+            return [
+                {
+                    "id": stable_id(f"subgraph/{self.name}/{kind}/{name}"),
+                    "name": name,
+                    "type": socket,
+                    "linkIds": numbers,
+                    "pos": [left, 20 * (place + 1)],
+                }
+                for place, (name, (socket, numbers)) in enumerate(given.items())
+            ]
+
+        inputs = {name: (take.field.type, take.links) for name, take in self.sockets().items()}
+        outputs = {name: (kind, [number]) for name, (kind, number) in self.gives.items()}
+        keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+        return {
+            "id": self.id,
+            "version": 1,
+            "state": {
+                "lastGroupId": 0,
+                "lastNodeId": max(node["id"] for node in self.nodes),
+                "lastLinkId": max(link[0] for link in self.links),
+                "lastRerouteId": 0,
+            },
+            "revision": 0,
+            "config": {},
+            "name": self.name,
+            "inputNode": {"id": SUBGRAPH_INPUT, "bounding": [-220, 0, 120, 40 + 20 * len(inputs)]},
+            "outputNode": {"id": SUBGRAPH_OUTPUT, "bounding": [right, 0, 120, 40 + 20 * len(outputs)]},
+            "inputs": sockets("input", -120, inputs),
+            "outputs": sockets("output", right + 20, outputs),
+            "widgets": [],
+            "nodes": self.nodes,
+            "groups": [],
+            "links": [dict(zip(keys, link, strict=True)) for link in self.links],
+            "extra": {},
+        }
+
+
+def stable_id(name: str) -> str:
+    """The same UUID for the same name."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"conceptloom/{name}"))
 
 
 def is_next_empty(field: Field, values: dict[str, Any]) -> bool:
     """Whether an unlinked socket is shown: of an Autogrow input, only the first empty one is."""
     family = field.name.rpartition(".")[0] + "."
     return field.place is None or field.place == sum(name.startswith(family) for name in values)
-
-
-def frame(members: Sequence[dict]) -> list[float]:
-    """The rectangle [x, y, width, height] around nodes, with room for the group's title."""
-    left = min(node["pos"][0] for node in members) - GROUP_PADDING
-    top = min(node["pos"][1] for node in members) - TITLE_HEIGHT - GROUP_PADDING - 30
-    right = max(node["pos"][0] + node["size"][0] for node in members) + GROUP_PADDING
-    bottom = max(node["pos"][1] + node["size"][1] for node in members) + GROUP_PADDING
-    return [left, top, right - left, bottom - top]

@@ -7,7 +7,7 @@ The UI format stores widget values by position and links in a separate list; the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from schema import AUTOGROW, DYNAMIC_COMBO, Field, fields, live_fields, option_fields
@@ -21,9 +21,18 @@ MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin|gguf)$")
 ANY_TYPE = {"*", "COMFY_MATCHTYPE_V3"}
 # Modes of a node in a UI workflow: muted ones are left out, bypassed ones pass their inputs on.
 MUTED, BYPASSED = 2, 4
+# Where links begin and end inside a subgraph that come from outside and go there.
+SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 
 TITLE_HEIGHT = 30
-PREVIEW_HEIGHT = 300
+PREVIEW_HEIGHT = 240
+"""The least that the frontend gives a picture is 220."""
+TITLE_LETTER = 8
+"""Mean width of a letter in a node's title."""
+WINDOW, FIT = (1920, 1080), 0.75
+"""A common screen, and the share of it that a workflow fills when it is opened."""
+LEAST_ZOOM = 0.575
+"""The frontend draws no text below this."""
 
 
 def stored_after(field: Field) -> list:
@@ -47,40 +56,103 @@ def types_fit(output: str, wanted: str) -> bool:
     return bool(given & taken or ANY_TYPE & (given | taken))
 
 
+class Graph:
+    """The nodes and links of a workflow, or of a subgraph that stands in one of its nodes.
+
+    Args:
+        content: a UI workflow, or the definition of a subgraph.
+        info: the server's description of all nodes.
+        definitions: subgraphs by their id.
+        prefix: of the nodes' numbers in the API form.
+        outer: the graph and the node that a subgraph stands in.
+    """
+
+    def __init__(
+        self,
+        content: dict,
+        info: dict[str, dict],
+        definitions: dict[str, dict],
+        prefix: str = "",
+        outer: tuple[Graph, dict] | None = None,
+    ):
+        self.content, self.info, self.definitions, self.prefix, self.outer = content, info, definitions, prefix, outer
+        self.nodes = {node["id"]: node for node in content["nodes"]}
+        self.links = {link[0]: link for link in links_of(content)}
+
+    def inner(self, node: dict) -> Graph:
+        """The subgraph in a node."""
+        definition = self.definitions[node["type"]]
+        return Graph(definition, self.info, self.definitions, f"{self.prefix}{node['id']}:", (self, node))
+
+    def origin(self, entry: dict) -> Any:
+        """What an input gets: the API link [node id, output index], the value of a subgraph's widget, or None."""
+        if entry.get("link") is None:
+            return None
+        _, source, slot, *_ = self.links[entry["link"]]
+        if source == SUBGRAPH_INPUT:
+            graph, holder = self.outer
+            name = self.content["inputs"][slot]["name"]
+            (given,) = [one for one in holder["inputs"] if one["name"] == name]
+            if given.get("link") is None and "widget" in given:
+                return promoted(holder)[name]
+            return graph.origin(given)
+        node = self.nodes[source]
+        if node["mode"] == MUTED:
+            return None
+        if node["mode"] == BYPASSED:
+            through = passed_through(node, slot, entry["type"], self.info.get(node["type"]))
+            return self.origin(through) if through else None
+        if node["type"] in self.definitions:
+            inner = self.inner(node)
+            (number,) = inner.content["outputs"][slot]["linkIds"]
+            return inner.origin({"link": number, "type": entry["type"]})
+        return [f"{self.prefix}{source}", slot]
+
+    def api(self) -> dict[str, dict]:
+        """The nodes in API format, those in subgraphs among them."""
+        found = {}
+        for node in self.content["nodes"]:
+            if node["type"] in FRONTEND_ONLY or node["mode"] in (MUTED, BYPASSED):
+                continue
+            if node["type"] in self.definitions:
+                found |= self.inner(node).api()
+                continue
+            info = self.info[node["type"]]
+            found[f"{self.prefix}{node['id']}"] = {
+                "inputs": node_inputs(node, info, self.origin),
+                "class_type": node["type"],
+                "_meta": {"title": shown_title(node, self.info, {})},
+            }
+        return found
+
+
+def links_of(content: dict) -> list[list]:
+    """The links of a workflow or subgraph as [number, source, output, target, input, type]."""
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    return [[link[key] for key in keys] if isinstance(link, dict) else link for link in content["links"]]
+
+
+def subgraphs_of(ui: dict) -> dict[str, dict]:
+    """The subgraphs that a workflow defines, by their id."""
+    return {one["id"]: one for one in ui.get("definitions", {}).get("subgraphs", ())}
+
+
+def promoted(holder: dict) -> dict[str, Any]:
+    """The values of a subgraph's widgets by name, which its node stores."""
+    names = [entry["name"] for entry in holder["inputs"] if "widget" in entry]
+    return dict(zip(names, holder["widgets_values"], strict=True))
+
+
 def to_api(ui: dict, info: dict[str, dict]) -> dict[str, dict]:
     """A UI workflow in API format, as the frontend would post it; raises ValueError if it cannot be converted.
 
     Muted and bypassed nodes are left out. An input linked to a muted node stays empty, and one linked to a bypassed
-    node gets what `passed_through` finds for it.
+    node gets what `passed_through` finds for it. Node 3 of the subgraph in node 10 becomes 10:3.
     """
-    nodes = {node["id"]: node for node in ui["nodes"]}
-    links = {link[0]: link for link in ui["links"]}
-
-    def origin(entry: dict) -> list | None:
-        """The API link [node id, output index] of an input, or None if nothing comes through it."""
-        if entry.get("link") is None:
-            return None
-        _, source, slot, *_ = links[entry["link"]]
-        node = nodes[source]
-        if node["mode"] == MUTED:
-            return None
-        if node["mode"] == BYPASSED:
-            through = passed_through(node, slot, entry["type"], info[node["type"]])
-            return origin(through) if through else None
-        return [str(source), slot]
-
-    return {
-        str(node["id"]): {
-            "inputs": node_inputs(node, info[node["type"]], origin),
-            "class_type": node["type"],
-            "_meta": {"title": node.get("title") or info[node["type"]]["display_name"] or node["type"]},
-        }
-        for node in ui["nodes"]
-        if node["type"] not in FRONTEND_ONLY and node["mode"] not in (MUTED, BYPASSED)
-    }
+    return Graph(ui, info, subgraphs_of(ui)).api()
 
 
-def passed_through(node: dict, slot: int, wanted: str, info: dict) -> dict | None:
+def passed_through(node: dict, slot: int, wanted: str, info: dict | None) -> dict | None:
     """The input of a bypassed node that replaces one of its outputs, as the frontend chooses it.
 
     That is the input at the output's own index if its type fits, else the first of exactly the wanted type, else the
@@ -90,12 +162,15 @@ def passed_through(node: dict, slot: int, wanted: str, info: dict) -> dict | Non
         node: the bypassed node.
         slot: index of its output.
         wanted: type of the input at the link's other end.
-        info: the server's description of the node.
+        info: the server's description of the node; None for that of a subgraph, which has an entry for each widget.
     """
-    sockets = [entry for entry in node["inputs"] if "widget" not in entry]
-    linked = {entry["name"]: entry for entry in node["inputs"] if "widget" in entry}
-    stored = widget_values(node, info)
-    sockets += [linked.get(name, {"name": name, "type": kind}) for name, (kind, _) in stored.items()]
+    if info is None:
+        sockets = node["inputs"]
+    else:
+        sockets = [entry for entry in node["inputs"] if "widget" not in entry]
+        linked = {entry["name"]: entry for entry in node["inputs"] if "widget" in entry}
+        stored = widget_values(node, info)
+        sockets += [linked.get(name, {"name": name, "type": kind}) for name, (kind, _) in stored.items()]
     if wanted == "*":
         return (sockets[slot] if slot < len(sockets) else sockets[0]) if sockets else None
 
@@ -203,12 +278,14 @@ def value_faults(value: Any, field: Field) -> list[str]:
 
 def ui_problems(ui: dict, info: dict[str, dict]) -> list[str]:
     """What is wrong with a UI workflow: its own consistency, its layout, and its API form."""
-    nodes = {node["id"]: node for node in ui["nodes"]}
-    real = [node for node in ui["nodes"] if node["type"] not in FRONTEND_ONLY]
+    definitions = subgraphs_of(ui)
+    parts = [ui, *definitions.values()]
+    every = [node for part in parts for node in part["nodes"] if node["type"] not in FRONTEND_ONLY]
+    real = [node for node in every if node["type"] not in definitions]
     problems = [f"node {node['id']}: the host has no {node['type']}" for node in real if node["type"] not in info]
     if problems:
         return problems
-    for node in real:
+    for node in every:
         name = f"node {node['id']} ({node['type']})"
         if node["mode"] != 0:
             problems.append(f"{name} is muted or bypassed")
@@ -219,24 +296,91 @@ def ui_problems(ui: dict, info: dict[str, dict]) -> list[str]:
                 problems.append(f"{name} offers {model['name']} for download but does not use it")
             if not {"name", "url", "directory"} <= set(model):
                 problems.append(f"{name} names a model without url or directory")
-    for number, source, out, target, slot, kind in ui["links"]:
-        ends = source in nodes and target in nodes
-        if not ends or nodes[target]["inputs"][slot]["link"] != number:
-            problems.append(f"link {number} does not end where it says")
-        elif number not in nodes[source]["outputs"][out]["links"] or nodes[source]["outputs"][out]["type"] != kind:
-            problems.append(f"link {number} does not begin where it says")
-    linked = [entry["link"] for node in ui["nodes"] for entry in node["inputs"] if entry.get("link") is not None]
-    if sorted(linked) != sorted(link[0] for link in ui["links"]):
-        problems.append("the nodes' inputs and the list of links disagree")
+        if title_width(shown_title(node, info, definitions)) > node["size"][0]:
+            problems.append(f"{name} is too narrow for its title")
+        if node["type"] in info and info[node["type"]].get("deprecated"):
+            problems.append(f"{name} is deprecated")
+    for part in parts:
+        problems += link_problems(part)
+        problems += layout_problems(part, info)
+    numbers = [node["id"] for part in parts for node in part["nodes"]]
+    if len(numbers) != len(set(numbers)):
+        problems.append("two nodes have the same number, so the frontend would renumber them")
     if "workflowRendererVersion" in ui["extra"]:
         problems.append("extra.workflowRendererVersion makes the frontend rescale the layout")
-    problems += layout_problems(ui, info)
+    problems += view_problems(ui, info)
     if not problems:
         try:
             problems += api_problems(to_api(ui, info), info)
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def shown_title(node: dict, info: dict[str, dict], definitions: dict[str, dict]) -> str:
+    """The title of a node: its own, or that of its kind."""
+    if node.get("title"):
+        return node["title"]
+    if node["type"] in definitions:
+        return definitions[node["type"]]["name"]
+    return info[node["type"]]["display_name"] or node["type"]
+
+
+def title_width(title: str) -> int:
+    """The width of a node at which its title is whole."""
+    return len(title) * TITLE_LETTER + TITLE_HEIGHT
+
+
+def link_problems(content: dict) -> list[str]:
+    """Links of a workflow or subgraph that do not end or begin where their nodes say."""
+    nodes = {node["id"]: node for node in content["nodes"]}
+    problems, to_nodes = [], []
+    for number, source, out, target, slot, kind in links_of(content):
+        if target != SUBGRAPH_OUTPUT:
+            to_nodes.append(number)
+            if target not in nodes or nodes[target]["inputs"][slot]["link"] != number:
+                problems.append(f"link {number} does not end where it says")
+        if source != SUBGRAPH_INPUT and not (
+            source in nodes
+            and number in nodes[source]["outputs"][out]["links"]
+            and nodes[source]["outputs"][out]["type"] == kind
+        ):
+            problems.append(f"link {number} does not begin where it says")
+    linked = [entry["link"] for node in nodes.values() for entry in node["inputs"] if entry.get("link") is not None]
+    if sorted(linked) != sorted(to_nodes):
+        problems.append("the nodes' inputs and the list of links disagree")
+    return problems
+
+
+def view_problems(ui: dict, info: dict[str, dict]) -> list[str]:
+    """What a person would not see well: the frontend opens a template so that all of it is in view."""
+    boxes = [node_box(node, info) for node in ui["nodes"]]
+    frames = [(x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in ui["groups"])]
+    problems = []
+    for index, (group, frame) in enumerate(zip(ui["groups"], frames, strict=True)):
+        for other, b in zip(ui["groups"][index + 1 :], frames[index + 1 :], strict=True):
+            if overlap(frame, b):
+                problems.append(f"groups {group['title']!r} and {other['title']!r} overlap")
+    for node, box in zip(ui["nodes"], boxes, strict=True):
+        inside = [frame for frame in frames if overlap(box, frame)]
+        whole = [f for f in inside if f[0] <= box[0] and f[1] <= box[1] and box[2] <= f[2] and box[3] <= f[3]]
+        if len(inside) > 1 or inside != whole:
+            problems.append(f"node {node['id']} ({node['type']}) crosses the frame of a group")
+        elif not inside and node["type"] not in FRONTEND_ONLY and ui["groups"]:
+            problems.append(f"node {node['id']} ({node['type']}) is in no group")
+    if not ui["groups"]:
+        return problems
+    left, top = (min(box[side] for box in (*boxes, *frames)) for side in (0, 1))
+    right, bottom = (max(box[side] for box in (*boxes, *frames)) for side in (2, 3))
+    zoom = FIT * min(WINDOW[0] / (right - left), WINDOW[1] / (bottom - top))
+    if zoom < LEAST_ZOOM:
+        problems.append(f"it opens at {zoom:.0%}, {right - left:.0f} x {bottom - top:.0f} large")
+    return problems
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two rectangles (left, top, right, bottom) have an area in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def node_box(node: dict, info: dict[str, dict]) -> tuple[float, float, float, float]:
@@ -251,16 +395,16 @@ def node_box(node: dict, info: dict[str, dict]) -> tuple[float, float, float, fl
     return left, top - TITLE_HEIGHT, left + width, top + height
 
 
-def layout_problems(ui: dict, info: dict[str, dict]) -> list[str]:
-    """Overlapping nodes, including their room for pictures, and links that run backwards."""
+def layout_problems(content: dict, info: dict[str, dict]) -> list[str]:
+    """Overlapping nodes of a workflow or subgraph, including their room for pictures, and links that run backwards."""
     problems = []
-    boxes = [(node, node_box(node, info)) for node in ui["nodes"]]
+    boxes = [(node, node_box(node, info)) for node in content["nodes"]]
     for index, (one, a) in enumerate(boxes):
         for other, b in boxes[index + 1 :]:
-            if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]:
+            if overlap(a, b):
                 problems.append(f"nodes {one['id']} ({one['type']}) and {other['id']} ({other['type']}) overlap")
-    places = {node["id"]: node["pos"][0] for node in ui["nodes"]}
-    for number, source, _, target, *_ in ui["links"]:
-        if places[source] > places[target]:
+    places = {node["id"]: node["pos"][0] for node in content["nodes"]}
+    for number, source, _, target, *_ in links_of(content):
+        if min(source, target) > 0 and places[source] >= places[target]:
             problems.append(f"link {number} runs backwards, from node {source} to node {target}")
     return problems

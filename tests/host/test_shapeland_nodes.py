@@ -36,10 +36,18 @@ def test_read_picture_masks_the_chosen_noun_and_compares_with_the_reference(node
         mask[row] = True
         return Reading(noun, 0.5, 0, 1, 0, torch.zeros(14), torch.eye(EMBEDDING)[direction], mask)
 
-    seen = {2: [[reading(1, 0, 3), reading(2, 1, 9)], []], 1: [[reading(4, 1, 0)]]}
+    seen = {2: [[reading(1, 0, 3), reading(2, 1, 9)], []], 1: [[reading(2, 1, 0)]]}
     monkeypatch.setattr(nodes.host, "read_pictures", lambda images: seen[len(images)])
-    mask, text = nodes.ReadPicture.execute(torch.zeros(2, 64, 64, 3), "heart", torch.zeros(3, 64, 64, 3)).result
+    reference = {"reference0": torch.zeros(3, 64, 64, 3)}
+    mask, text = nodes.ReadPicture.execute(
+        torch.zeros(2, 64, 64, 3), "heart", reference, reference["reference0"]
+    ).result
     assert mask.shape == (2, 64, 64) and mask[0, 9].all() and mask.sum() == 64
-    first, second, third = text.splitlines()
-    assert first.startswith("picture 1: red and orange striped star") and first.endswith("0.00 alike")
-    assert second.endswith("1.00 alike") and third == "picture 2: nothing"
+    beside = " (plain prompt 1.00)"
+    assert text.splitlines() == [
+        "picture 1: heart: 1.00 like its reference" + beside,
+        "picture 1: seen: red and orange striped star, 50% sure",
+        "picture 1: seen: red and orange striped heart, 50% sure",
+        "picture 2: heart: not seen" + beside,
+        "picture 2: nothing is seen",
+    ]

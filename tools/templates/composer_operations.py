@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workflow_builder import Output, Workflow
+from workflow_builder import Output, Subgraph, Workflow
 
-from .concept_parts import enlarged, stitched
+from .parts import SHAPELAND, SIDE
+from .parts import show as show_row
 
-ADAPTER = "shapeland.safetensors"
-SIDE = 64
 PREFIX = "conceptloom/composer"
 NOTHING_ELSE = {"take_palette": False, "take_sketch": False, "take_intensity": False}
 
@@ -46,61 +45,87 @@ class Source:
 
 def load(flow: Workflow) -> Loaded:
     """Loaders and an empty negative prompt."""
-    base = flow.add("ConceptLoomLoadShapeland", column=0)
-    adapted = flow.add("ConceptLoomLoadComposerAdapter", {"model": base["MODEL"], "file": ADAPTER}, column=0)
-    negative = flow.add("CLIPTextEncode", {"clip": base["CLIP"], "text": ""}, column=0, title="Negative prompt (empty)")
+    base = flow.add("ConceptLoomLoadShapeland")
+    adapted = flow.add("ConceptLoomLoadComposerAdapter", {"model": base["MODEL"], "file": SHAPELAND}, column=1)
+    negative = flow.add("CLIPTextEncode", {"clip": base["CLIP"], "text": ""}, column=1, title="Negative prompt (empty)")
     return Loaded(adapted["MODEL"], adapted["adapter"], base["CLIP"], base["VAE"], base["CLIP_VISION"], negative[0])
 
 
 def source(flow: Workflow, parts: Loaded, caption: str, seed: int, identity: int) -> Source:
     """A scene, and its composition with caption, semantics, palette, sketch, instances, depth and intensity."""
-    scene = flow.add(
-        "ConceptLoomDrawScene",
-        {"description": caption, "seed": seed, "identity_seed": identity, "size": SIDE},
-        column=1,
-        title=caption,
-    )
-    things = flow.add("ConceptLoomInstanceMap", {"masks": scene["MASK"], "nouns": _nouns(caption)}, column=1)
-    taken = flow.add(
-        "ConceptLoomDecomposeImage",
-        {
-            "image": scene["IMAGE"],
-            "caption": caption,
-            "clip_vision": parts.vision,
-            "instances": things["instances"],
-            "depth": scene["depth"],
-        },
-        column=2,
-        title=f"Taken apart: {caption}",
-    )
-    return Source(scene["IMAGE"], scene["MASK"], taken["composition"])
+
+    def describe(inner: Subgraph) -> None:
+        text = inner.input("caption")
+        scene = inner.add(
+            "ConceptLoomDrawScene",
+            {"description": text, "seed": inner.input("seed"), "identity_seed": inner.input("identity_seed")},
+        )
+        things = inner.add("ConceptLoomInstanceMap", {"masks": scene["MASK"], "nouns": inner.input("nouns")}, column=1)
+        taken = inner.add(
+            "ConceptLoomDecomposeImage",
+            {
+                "image": scene["IMAGE"],
+                "caption": text,
+                "clip_vision": inner.input("clip_vision"),
+                "instances": things["instances"],
+                "depth": scene["depth"],
+            },
+            column=2,
+        )
+        for name, output in (("image", scene["IMAGE"]), ("mask", scene["MASK"]), ("composition", taken["composition"])):
+            inner.output(name, output)
+
+    given = {"caption": caption, "seed": seed, "identity_seed": identity, "nouns": _nouns(caption)}
+    given["clip_vision"] = parts.vision
+    node = flow.place(flow.subgraph("Drawn Picture, Taken Apart", describe), given, 1)
+    return Source(node["image"], node["mask"], node["composition"])
 
 
 def pick(flow: Workflow, composition: Output, *names: str) -> Output:
     """Some representations of a composition."""
-    title = ", ".join(names)
-    inputs = {"composition": composition, **dict.fromkeys(names, True)}
-    return flow.add("ConceptLoomPickRepresentations", inputs, column=3, title=title)[0]
+
+    def describe(inner: Subgraph) -> None:
+        given = {"composition": inner.input("composition"), "strength": inner.input("strength")}
+        inner.output("composition", inner.add("ConceptLoomPickRepresentations", given | dict.fromkeys(names, True))[0])
+
+    return flow.place(flow.subgraph(f"Keep {', '.join(names)}", describe), {"composition": composition}, 2)[0]
 
 
 def merge(flow: Workflow, *compositions: Output) -> Output:
     """Compositions in one."""
+    if len(compositions) < 3:
+        return _merged(flow, list(compositions), 3)
+
+    def describe(inner: Subgraph) -> None:
+        names = [f"composition {i + 1}" for i in range(len(compositions))]
+        inner.output("composition", _merged(inner, [inner.input(name) for name in names], 0))
+
+    given = {f"composition {i + 1}": one for i, one in enumerate(compositions)}
+    return flow.place(flow.subgraph("Merge Several Compositions", describe), given, 3, width=230)[0]
+
+
+def _merged(flow: Workflow, compositions: list, column: int) -> Output:
     merged = compositions[0]
-    for other in compositions[1:]:
-        merged = flow.add("ConceptLoomMergeCompositions", {"composition1": merged, "composition2": other}, column=3)[0]
+    for place, other in enumerate(compositions[1:]):
+        merged = flow.add(
+            "ConceptLoomMergeCompositions",
+            {"composition1": merged, "composition2": other},
+            column=column + place,
+            width=230,
+        )[0]
     return merged
 
 
 def caption(flow: Workflow, given: Source, text: str) -> Output:
     """A caption alone, as a composition of the picture's size."""
     return flow.add(
-        "ConceptLoomDecomposeImage", {"image": given.image, "caption": text, **NOTHING_ELSE}, column=2, title=text
+        "ConceptLoomDecomposeImage", {"image": given.image, "caption": text, **NOTHING_ELSE}, column=2, title="The text"
     )["composition"]
 
 
 def palette(flow: Workflow, given: Source, colors: str) -> Output:
     """A palette of given colours alone, as a composition of the picture's size."""
-    chosen = flow.add("ConceptLoomPalette", {"colors": colors}, column=2, title=colors)
+    chosen = flow.add("ConceptLoomPalette", {"colors": colors}, column=1, title="The colors")
     return flow.add(
         "ConceptLoomDecomposeImage", {"image": given.image, "palette": chosen["palette"], **NOTHING_ELSE}, column=2
     )["composition"]
@@ -112,25 +137,27 @@ def encoded(flow: Workflow, parts: Loaded, composition: Output) -> Output:
         "ConceptLoomComposerConditioning",
         {"adapter": parts.adapter, "clip": parts.clip, "composition": composition},
         column=4,
+        width=240,
     )[0]
 
 
-def sampled(flow: Workflow, parts: Loaded, positive: Output, latent: Output, denoise: float = 1.0) -> Output:
+def sampled(
+    flow: Workflow, parts: Loaded, positive: Output, latent: Output, denoise: float = 1.0, column: int = 5
+) -> Output:
     """A latent of a composition's conditioning."""
     settings = {"seed": 1, "steps": 25, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "normal"}
     given = {"model": parts.model, "positive": positive, "negative": parts.negative, "latent_image": latent}
-    return flow.add("KSampler", {**given, **settings, "denoise": denoise}, column=5)[0]
+    return flow.add("KSampler", {**given, **settings, "denoise": denoise}, column=column)[0]
 
 
 def empty(flow: Workflow) -> Output:
     """An empty latent."""
-    return flow.add("EmptyLatentImage", {"width": SIDE, "height": SIDE, "batch_size": 1}, column=4)[0]
+    return flow.add("EmptyLatentImage", {"width": SIDE, "height": SIDE, "batch_size": 1}, column=4, width=240)[0]
 
 
 def drawn(flow: Workflow, parts: Loaded, composition: Output, latent: Output | None = None) -> Output:
-    """A picture of a composition; `latent` may be one with a noise mask."""
-    positive = encoded(flow, parts, composition)
-    return decoded(flow, parts, sampled(flow, parts, positive, latent or empty(flow)))
+    """A latent of a composition; `latent` may be one with a noise mask."""
+    return sampled(flow, parts, encoded(flow, parts, composition), latent or empty(flow))
 
 
 def decoded(flow: Workflow, parts: Loaded, latent: Output) -> Output:
@@ -139,7 +166,7 @@ def decoded(flow: Workflow, parts: Loaded, latent: Output) -> Output:
 
 
 def edited(flow: Workflow, parts: Loaded, given: Source, target: Output) -> Output:
-    """A picture, inverted with all of its representations and sampled with others."""
+    """The latent of a picture, inverted with all of its representations and sampled with others."""
     latent = flow.add("VAEEncode", {"pixels": given.image, "vae": parts.vae}, column=4)
     found = flow.add(
         "ConceptLoomBidirectionalGuidance",
@@ -152,39 +179,46 @@ def edited(flow: Workflow, parts: Loaded, given: Source, target: Output) -> Outp
         },
         column=5,
     )
-    return decoded(flow, parts, found["latent"])
+    return found["latent"]
 
 
-def redrawn(flow: Workflow, parts: Loaded, given: Source, mask: Output, acts: Output, grow: int = 2) -> Output:
-    """A picture, drawn anew inside a mask from what `acts`, and unchanged outside of it."""
-    region = flow.add("ConceptLoomRegionMask", {"image": given.image, "mask": mask, "grow": grow}, column=2)
-    hole = flow.add(
-        "ConceptLoomDecomposeImage",
-        {"image": given.image, "mask": region["mask"], **NOTHING_ELSE},
-        column=2,
-        title="Hole",
-    )
-    latent = flow.add("VAEEncode", {"pixels": given.image, "vae": parts.vae}, column=4)
-    masked = flow.add("SetLatentNoiseMask", {"samples": latent[0], "mask": region["mask"]}, column=4)
-    picture = drawn(flow, parts, merge(flow, hole["composition"], acts), latent=masked[0])
-    return flow.add(
-        "ImageCompositeMasked",
-        {
-            "destination": given.image,
-            "source": picture,
-            "x": 0,
-            "y": 0,
-            "resize_source": False,
-            "mask": region["mask"],
-        },
-        column=6,
-    )[0]
+def redrawn(
+    flow: Workflow, parts: Loaded, given: Source, acts: Output, grow: int = 2
+) -> tuple[Output, tuple[Output, Output]]:
+    """The latent of a picture, drawn anew inside its mask from what `acts`; and the picture and the region, outside of
+    which it stays."""
+
+    def describe(inner: Subgraph) -> None:
+        image = inner.input("image")
+        chosen = {"image": image, "mask": inner.input("mask"), "grow": inner.input("grow")}
+        region = inner.add("ConceptLoomRegionMask", chosen)
+        hole = inner.add(
+            "ConceptLoomDecomposeImage", {"image": image, "mask": region["mask"], **NOTHING_ELSE}, column=1
+        )
+        latent = inner.add("VAEEncode", {"pixels": image, "vae": inner.input("vae")})
+        masked = inner.add("SetLatentNoiseMask", {"samples": latent[0], "mask": region["mask"]}, column=1)
+        for name, output in (("composition", hole["composition"]), ("latent", masked[0]), ("region", region["mask"])):
+            inner.output(name, output)
+
+    inputs = {"image": given.image, "mask": given.mask, "vae": parts.vae, "grow": grow}
+    hole = flow.place(flow.subgraph("Region to Draw Anew", describe), inputs, 2)
+    latent = drawn(flow, parts, merge(flow, hole["composition"], acts), latent=hole["latent"])
+    return latent, (given.image, hole["region"])
 
 
-def show(flow: Workflow, given: list[Source], made: list[Output]) -> None:
-    """One row of the pictures and the results, enlarged."""
-    row = stitched(flow, [*(one.image for one in given), *made])
-    enlarged(flow, row, 4.0, "Pictures, then what was made of them", PREFIX)
+def show(
+    flow: Workflow,
+    parts: Loaded,
+    given: list[Source],
+    made: list[Output],
+    paste: tuple[Output, Output] | None = None,
+    column: int = 6,
+) -> None:
+    """One row of the pictures and the results, enlarged; of `paste`, see `parts.show`."""
+    pictures = {f"picture {i + 1}": one.image for i, one in enumerate(given)}
+    pictures |= {f"result {i + 1}" if len(made) > 1 else "result": one for i, one in enumerate(made)}
+    title = "Pictures, then what was made of them"
+    show_row(flow, column, pictures, PREFIX, title, parts.vae, paste=paste)
 
 
 def variations(flow: Workflow) -> None:
@@ -193,7 +227,7 @@ def variations(flow: Workflow) -> None:
     one = source(flow, parts, "a red striped fish on a mint background", 3, 1)
     loose = drawn(flow, parts, pick(flow, one.composition, "semantics"))
     close = drawn(flow, parts, pick(flow, one.composition, "semantics", "sketch"))
-    show(flow, [one], [loose, close])
+    show(flow, parts, [one], [loose, close])
 
 
 def interpolation(flow: Workflow) -> None:
@@ -211,7 +245,7 @@ def interpolation(flow: Workflow) -> None:
         },
         column=3,
     )
-    show(flow, [one, two], [drawn(flow, parts, between[0])])
+    show(flow, parts, [one, two], [drawn(flow, parts, between[0])])
 
 
 def reconfiguration(flow: Workflow) -> None:
@@ -220,7 +254,7 @@ def reconfiguration(flow: Workflow) -> None:
     one = source(flow, parts, "a red striped house on a mint background", 3, 1)
     kept = pick(flow, one.composition, "sketch", "instances", "depth")
     target = merge(flow, kept, palette(flow, one, "#e8e8e4 12, #2040c0 2, #e0c020 1"))
-    show(flow, [one], [edited(flow, parts, one, target)])
+    show(flow, parts, [one], [edited(flow, parts, one, target)])
 
 
 def region_editing(flow: Workflow) -> None:
@@ -228,7 +262,8 @@ def region_editing(flow: Workflow) -> None:
     parts = load(flow)
     one = source(flow, parts, "a red heart on a white background", 3, 1)
     acts = caption(flow, one, "a blue star on a white background")
-    show(flow, [one], [redrawn(flow, parts, one, one.mask, acts, grow=8)])
+    latent, place = redrawn(flow, parts, one, acts, grow=8)
+    show(flow, parts, [one], [latent], place)
 
 
 def compositional_generation(flow: Workflow) -> None:
@@ -245,7 +280,7 @@ def compositional_generation(flow: Workflow) -> None:
         pick(flow, three.composition, "palette"),
         text,
     )
-    show(flow, [one, two, three], [drawn(flow, parts, composed)])
+    show(flow, parts, [one, two, three], [drawn(flow, parts, composed)])
 
 
 def colorization(flow: Workflow) -> None:
@@ -254,7 +289,7 @@ def colorization(flow: Workflow) -> None:
     one = source(flow, parts, "a red striped fish on a mint background", 3, 1)
     colors = palette(flow, one, "#202c40 12, #7030a0 2, #f0a030 2")
     composed = merge(flow, pick(flow, one.composition, "intensity"), colors)
-    show(flow, [one], [drawn(flow, parts, composed)])
+    show(flow, parts, [one], [drawn(flow, parts, composed)])
 
 
 def style_transfer(flow: Workflow) -> None:
@@ -267,7 +302,7 @@ def style_transfer(flow: Workflow) -> None:
         pick(flow, content.composition, "sketch", "instances", "depth"),
         pick(flow, style.composition, "semantics", "palette"),
     )
-    show(flow, [content, style], [drawn(flow, parts, composed)])
+    show(flow, parts, [content, style], [drawn(flow, parts, composed)])
 
 
 def translation(flow: Workflow) -> None:
@@ -276,7 +311,7 @@ def translation(flow: Workflow) -> None:
     one = source(flow, parts, "a red heart on a white background", 3, 1)
     text = caption(flow, one, "a green dotted heart on a navy background")
     composed = merge(flow, pick(flow, one.composition, "sketch", "instances", "depth"), text)
-    show(flow, [one], [drawn(flow, parts, composed)])
+    show(flow, parts, [one], [drawn(flow, parts, composed)])
 
 
 def pose_transfer(flow: Workflow) -> None:
@@ -285,7 +320,7 @@ def pose_transfer(flow: Workflow) -> None:
     one = source(flow, parts, "a red striped fish on a mint background", 3, 1)
     two = source(flow, parts, "a fish on a mint background", 9, 5)
     target = merge(flow, pick(flow, one.composition, "semantics", "palette"), pick(flow, two.composition, "instances"))
-    show(flow, [one, two], [edited(flow, parts, one, target)])
+    show(flow, parts, [one, two], [edited(flow, parts, one, target)])
 
 
 def recoloring(flow: Workflow) -> None:
@@ -294,9 +329,9 @@ def recoloring(flow: Workflow) -> None:
     one = source(flow, parts, "a red striped house on a mint background", 3, 1)
     colors = palette(flow, one, "#c8b898 12, #2040c0 2, #e0c020 1")
     composed = merge(flow, pick(flow, one.composition, "intensity", "sketch"), colors)
-    picture = drawn(flow, parts, composed)
-    merged = flow.add("ConceptLoomLumaMerge", {"light": one.image, "color": picture, "mode": "Rec. 601"}, column=6)
-    show(flow, [one], [picture, merged[0]])
+    picture = decoded(flow, parts, drawn(flow, parts, composed))
+    merged = flow.add("ConceptLoomLumaMerge", {"light": one.image, "color": picture, "mode": "Rec. 601"}, column=7)
+    show(flow, parts, [one], [picture, merged[0]], column=8)
 
 
 def try_on(flow: Workflow) -> None:
@@ -305,14 +340,15 @@ def try_on(flow: Workflow) -> None:
     one = source(flow, parts, "a red mug on a white background", 3, 1)
     two = source(flow, parts, "a blue striped mug on a gray background", 8, 6)
     look = pick(flow, two.composition, "semantics")
-    show(flow, [one, two], [redrawn(flow, parts, one, one.mask, look)])
+    latent, place = redrawn(flow, parts, one, look)
+    show(flow, parts, [one, two], [latent], place)
 
 
 def text_to_image(flow: Workflow) -> None:
     """A caption alone."""
     parts = load(flow)
     one = source(flow, parts, "a yellow star and a tree on a navy background", 3, 1)
-    show(flow, [], [drawn(flow, parts, pick(flow, one.composition, "caption"))])
+    show(flow, parts, [], [drawn(flow, parts, pick(flow, one.composition, "caption"))])
 
 
 def color_sweep(flow: Workflow) -> None:
@@ -328,7 +364,7 @@ def color_sweep(flow: Workflow) -> None:
         {"composition1": merge(flow, kept, warm), "composition2": cold, "shares": "0, 0.5, 1", "local_from": "first"},
         column=3,
     )
-    show(flow, [one], [drawn(flow, parts, between[0])])
+    show(flow, parts, [one], [drawn(flow, parts, between[0])])
 
 
 def refinement(flow: Workflow) -> None:
@@ -339,15 +375,10 @@ def refinement(flow: Workflow) -> None:
     acts = pick(flow, one.composition, "caption", "sketch", "instances", "depth")
     positive = encoded(flow, parts, acts)
     small = sampled(flow, parts, positive, empty(flow))
-    larger = flow.add("LatentUpscaleBy", {"samples": small, "upscale_method": "bicubic", "scale_by": 2.0}, column=5)
-    fine = decoded(flow, parts, sampled(flow, parts, positive, larger[0], denoise=0.3))
-    before = (_doubled(flow, image) for image in (one.image, decoded(flow, parts, small)))
-    enlarged(flow, stitched(flow, [*before, fine]), 2.0, "Picture, drawn small, refined", PREFIX)
-
-
-def _doubled(flow: Workflow, image: Output) -> Output:
-    scaled = {"image": image, "upscale_method": "nearest-exact", "scale_by": 2.0}
-    return flow.add("ImageScaleBy", scaled, column=6)[0]
+    larger = flow.add("LatentUpscaleBy", {"samples": small, "upscale_method": "bicubic", "scale_by": 2.0}, column=6)
+    fine = sampled(flow, parts, positive, larger[0], denoise=0.3, column=7)
+    pictures = {"picture": one.image, "drawn small": small, "refined": fine}
+    show_row(flow, 8, pictures, PREFIX, "Picture, drawn small, refined", parts.vae)
 
 
 def _nouns(description: str) -> str:

@@ -2,208 +2,237 @@
 
 from __future__ import annotations
 
-from workflow_builder import Node, Workflow
+from workflow_builder import Node, Output, Subgraph, Workflow
 
-from .freecustom import NEGATIVE, SD15, reference
+from .parts import (
+    NEGATIVE,
+    SD15,
+    SHAPELAND,
+    SIDE,
+    WIDE,
+    YOUR_PHOTOS,
+    Base,
+    checkpoint,
+    drawn_subject,
+    empty,
+    photo_subject,
+    sampled,
+    shapeland_base,
+    show,
+    text,
+)
 
 PUBLISHED = {
     "name": "pytorch_model.bin",
     "url": "https://huggingface.co/mit-han-lab/fastcomposer/resolve/main/pytorch_model.bin",
     "directory": "fastcomposer",
 }
-SHAPELAND = "shapeland.safetensors"
 
 
-def fuse(flow: Workflow, parts: Node, clip, subjects: list, prompt: str, alpha: float, **encoder) -> list[Node]:
-    """Subjects encoded, fused into a prompt and delayed: the three nodes between loader and sampler."""
-    encoded = flow.add(
-        "ConceptLoomSubjectEncoder",
-        {"clip_vision": parts["CLIP_VISION"], "subjects": subjects, **encoder},
-        column=3,
-    )
-    fused = flow.add(
-        "ConceptLoomFuseSubjects",
-        {"clip": clip, "fuser": parts["fuser"], "subjects": [encoded[0]], "prompt": prompt},
-        column=3,
-    )
-    delayed = flow.add(
-        "ConceptLoomDelayedSubjectConditioning",
-        {"text_only": fused["text_only"], "subject": fused["subject"], "alpha": alpha},
-        column=3,
-    )
-    return [encoded, fused, delayed]
-
-
-def load(flow: Workflow) -> tuple[Node, Node]:
-    """Shapeland's model, and FastComposer's weights on top of it."""
-    base = flow.add("ConceptLoomLoadShapeland", column=0)
+def load(flow: Workflow) -> tuple[Base, Node]:
+    """Shapeland's model, and FastComposer's weights on top of it in column 1."""
+    base = shapeland_base(flow)
     parts = flow.add(
         "ConceptLoomLoadFastComposer",
-        {"file": SHAPELAND, "model": base["MODEL"], "clip": base["CLIP"], "clip_vision": base["CLIP_VISION"]},
-        column=0,
+        {"file": SHAPELAND, "model": base.model, "clip": base.clip, "clip_vision": base.vision},
+        column=1,
     )
     return base, parts
 
 
-def sampling(**changes) -> dict:
-    """KSampler's inputs on Shapeland."""
-    return {
-        "steps": 25,
-        "cfg": 4.0,
-        "sampler_name": "dpmpp_2m",
-        "scheduler": "normal",
-        "denoise": 1.0,
-        **changes,
-    }
+def in_words(flow: Workflow, column: int, parts: Node, subjects: list[Output], prompt: str, **encoder) -> Node:
+    """Subjects written into the words of a prompt; outputs `text_only`, `subject`, `subjects` and `report`."""
 
-
-def two_subjects(flow: Workflow, parts: Node) -> tuple[list[Node], list[Node], list[Node]]:
-    """A house and a star, and the prompt that both are fused into: the subjects' nodes, the prompt's (encoder, fuse,
-    delay), and what any sampler needs besides (negative prompt, latent)."""
-    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
-    text = "a house @subject and a star @subject on a navy background"
-    nodes = fuse(flow, parts, parts["CLIP"], [house[1][0], star[1][0]], text, 0.8, background="noise", crop=True)
-    negative = flow.add(
-        "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
-    )
-    latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=3)
-    return [*house, *star], nodes, [negative, latent]
-
-
-def compared(flow: Workflow, vae, plans: dict, rest: list[Node], seed: int) -> list:
-    """Pictures from one seed, by title, each from a model and a positive conditioning."""
-    negative, latent = rest
-    pictures = []
-    for title, (model, positive) in plans.items():
-        sampled = flow.add(
-            "KSampler",
+    def describe(inner: Subgraph) -> None:
+        encoded = inner.add(
+            "ConceptLoomSubjectEncoder",
             {
-                "model": model,
-                "positive": positive,
-                "negative": negative[0],
-                "latent_image": latent[0],
-                **sampling(seed=seed),
+                "clip_vision": inner.input("clip_vision"),
+                "subjects": [inner.input(f"subject {i + 1}") for i in range(len(subjects))],
+                **encoder,
             },
-            column=4,
-            title=title,
         )
-        pictures.append(flow.add("VAEDecode", {"samples": sampled[0], "vae": vae}, column=5)[0])
-    return pictures
+        fused = inner.add(
+            "ConceptLoomFuseSubjects",
+            {
+                "clip": inner.input("clip"),
+                "fuser": inner.input("fuser"),
+                "subjects": [encoded[0]],
+                "prompt": inner.input("prompt"),
+            },
+            column=1,
+        )
+        for name in ("text_only", "subject"):
+            inner.output(name, fused[name])
+        inner.output("subjects", encoded[0])
+        inner.output("report", fused["report"])
+
+    given = {"clip_vision": parts["CLIP_VISION"], "clip": parts["CLIP"], "fuser": parts["fuser"], "prompt": prompt}
+    given |= {f"subject {i + 1}": subject for i, subject in enumerate(subjects)}
+    return flow.place(flow.subgraph("Subjects in Words", describe), given, column)
 
 
-def show(flow: Workflow, pictures: list, prefix: str) -> None:
-    """One row of pictures, enlarged, and the last of them alone."""
-    row = pictures[0]
-    for picture in pictures[1:]:
-        row = flow.add(
-            "ImageStitch",
-            {"image1": row, "image2": picture, "direction": "right", "match_image_size": True, "spacing_width": 4},
-            column=6,
-        )[0]
-    for title, image in (("References, without, with", row), ("With the subjects", pictures[-1])):
-        larger = flow.add(
-            "ImageScaleBy", {"image": image, "upscale_method": "nearest-exact", "scale_by": 6.0}, column=7
-        )
-        flow.add("SaveImage", {"images": larger[0], "filename_prefix": prefix}, column=8, title=title)
+def two_drawn(flow: Workflow, *things: tuple[str, int]) -> tuple[list[Node], str]:
+    """Drawn subjects, each a noun and an identity, and a prompt for both."""
+    grounds = ("white", "gray")
+    subjects = [
+        drawn_subject(flow, f"a {noun} on a {ground} background", noun, identity)
+        for (noun, identity), ground in zip(things, grounds, strict=True)
+    ]
+    return subjects, " and ".join(f"a {noun} @subject" for noun, _ in things) + " on a navy background"
+
+
+def delayed(flow: Workflow, column: int, words: Node, alpha: float) -> Output:
+    """The prompt with the subjects from a step on."""
+    given = {"text_only": words["text_only"], "subject": words["subject"], "alpha": alpha}
+    return flow.add("ConceptLoomDelayedSubjectConditioning", given, column=column)[0]
 
 
 def shapeland(flow: Workflow) -> None:
     """Two drawn subjects written into the words of a prompt, and the same seed as plain text."""
-    base, parts = load(flow)
     flow.note(
-        "## Subjects in words\n"
-        "**Subject Encoder** looks at each reference once. **Fuse Subjects** writes what it saw into the word of that "
-        "subject. **Delayed Subject Conditioning** lets the plain text lay the picture out first.\n\n"
-        "Press **Run**. It costs what plain sampling costs.",
-        column=0,
+        "## START HERE: subjects in words\n"
+        "Press **Run**; nothing has to be downloaded. **Subjects in Words** looks at each reference once and writes "
+        "what it saw into the word before `@subject`. **Delayed Subject Conditioning** lets the plain text lay the "
+        "picture out first. It costs what plain sampling costs.\n\n"
+        "The picture at the end shows both references and, below them, the same prompt and seed without and with "
+        "them.\n\n" + YOUR_PHOTOS
     )
+    base, parts = load(flow)
     flow.note(
         "### Things to try\n"
         "- `alpha` of the delay: 0 is plain text, 1 gives the subjects every step\n"
         "- a `@subject` after another word in the prompt\n"
-        "- another `identity_seed` in a reference: the picture follows\n"
-        "- `weight` 0 of a subject leaves its word as text",
-        column=0,
+        "- another `identity_seed` of a subject: the picture follows\n"
+        "- `weight` 0 of a subject leaves its word as text"
     )
-    subjects, nodes, rest = two_subjects(flow, parts)
-    model, plain, fused = parts["MODEL"], nodes[1]["text_only"], nodes[2][0]
-    plans = {"Without (same seed)": (model, plain), "With the subjects": (model, fused)}
-    shown = [subjects[0][0], subjects[2][0], *compared(flow, base["VAE"], plans, rest, 0)]
-    judged = flow.add("ConceptLoomReadPicture", {"image": shown[-1], "reference": subjects[0][0]}, column=5)
-    flow.add("PreviewAny", {"source": judged[1]}, column=6, title="The judge: how much each thing looks like the house")
-    flow.add("PreviewAny", {"source": nodes[1]["report"]}, column=6, title="Where the subjects landed")
-    show(flow, shown, "conceptloom/fastcomposer")
-    flow.group("1. Subjects", subjects)
-    flow.group("2. Prompt with subjects", [*nodes, *rest])
+    (house, star), prompt = two_drawn(flow, ("house", 12), ("star", 5))
+    words = in_words(flow, 2, parts, [house["subject"], star["subject"]], prompt, background="noise", crop=True)
+    fused = delayed(flow, 3, words, 0.8)
+    shared = {
+        "model": parts["MODEL"],
+        "negative": text(flow, parts["CLIP"], "", "Negative prompt (empty)", 2),
+        "latent_image": empty(flow, SIDE, 3),
+    }
+    pictures = {
+        "house": house["image"],
+        "star": star["image"],
+        "without": sampled(flow, 4, "Without (same seed)", positive=words["text_only"], **shared),
+        "with": sampled(flow, 4, "With the subjects", positive=fused, **shared),
+    }
+    show(flow, 5, pictures, "conceptloom/fastcomposer", "References, without, with", base.vae, references=2, plain=True)
+    _grouped(flow)
 
 
 def with_freecustom(flow: Workflow) -> None:
     """The same subjects in the words and in self-attention: FastComposer's identity, FreeCustom's texture."""
-    base, parts = load(flow)
     flow.note(
-        "## Two systems, one subject\n"
-        "The subjects that Subject Encoder gives still fit every other SUBJECT input. Here they go into the words "
-        "(FastComposer) and into self-attention (FreeCustom), which carries their texture.",
-        column=0,
+        "## START HERE: two systems, one subject\n"
+        "Press **Run**; nothing has to be downloaded. The subjects that come out of **Subjects in Words** still fit "
+        "every other SUBJECT input. Here they go into the words (FastComposer) and into self-attention (FreeCustom), "
+        "which carries their texture.\n\n"
+        "The picture at the end shows both references and, below them, the picture with one system and with both. The "
+        "one under it shows where the new picture looked at each subject."
     )
-    subjects, nodes, rest = two_subjects(flow, parts)
+    base, parts = load(flow)
+    (mug, tree), prompt = two_drawn(flow, ("mug", 3), ("tree", 21))
+    words = in_words(flow, 2, parts, [mug["subject"], tree["subject"]], prompt, background="noise", crop=True)
+    fused = delayed(flow, 3, words, 0.8)
     patched = flow.add(
         "ConceptLoomMultiReferenceSelfAttention",
-        {"model": parts["MODEL"], "clip": parts["CLIP"], "vae": base["VAE"], "subjects": [nodes[0][0]]},
+        {"model": parts["MODEL"], "clip": parts["CLIP"], "vae": base.vae, "subjects": [words["subjects"]]},
         column=3,
+        title="Multi-Reference Self-Attention",
     )
-    model, fused = parts["MODEL"], nodes[2][0]
-    plans = {"FastComposer alone": (model, fused), "With FreeCustom": (patched[0], fused)}
-    shown = [subjects[0][0], subjects[2][0], *compared(flow, base["VAE"], plans, rest, 0)]
-    show(flow, shown, "conceptloom/fastcomposer_freecustom")
-    flow.group("1. Subjects", subjects)
-    flow.group("2. Prompt and self-attention", [*nodes, patched, *rest])
+    record = flow.add("ConceptLoomRecordAttentionShare", {"model": patched[0]}, column=4, width=210)
+    shared = {
+        "positive": fused,
+        "negative": text(flow, parts["CLIP"], "", "Negative prompt (empty)", 2),
+        "latent_image": empty(flow, SIDE, 2),
+    }
+    both = sampled(flow, 5, "With FreeCustom", model=record[0], **shared)
+    pictures = {
+        "mug": mug["image"],
+        "tree": tree["image"],
+        "words alone": sampled(flow, 5, "FastComposer alone", model=parts["MODEL"], **shared),
+        "both": both,
+    }
+    title = "References, FastComposer, with FreeCustom"
+    show(flow, 6, pictures, "conceptloom/fastcomposer_freecustom", title, base.vae, references=2)
+
+    def describe(inner: Subgraph) -> None:
+        latent = inner.input("latent")
+        decoded = inner.add("VAEDecode", {"samples": latent, "vae": inner.input("vae")})
+        given = {"record": inner.input("record"), "latent": latent, "image": decoded[0]}
+        share = inner.add("ConceptLoomAttentionShare", given, column=1)
+        larger = {"image": share[0], "upscale_method": "nearest-exact", "scale_by": 4.0}
+        inner.output("image", inner.add("ImageScaleBy", larger, column=2)[0])
+
+    given = {"record": record[1], "latent": both, "vae": base.vae}
+    where = flow.place(flow.subgraph("Where It Looked", describe), given, 6, width=180)
+    flow.add("PreviewImage", {"images": where[0]}, column=7, title="Attention share: mug, tree", width=WIDE)
+    flow.group("Model", 0)
+    flow.group("1. Model and subjects", 1)
+    flow.group("2. Prompt with the subjects", 2, 3)
+    flow.group("3. Drawing", 4, 5)
+    flow.group("4. Result", 6, 7)
 
 
 def sd15(flow: Workflow) -> None:
     """Two subjects with the published checkpoint and its settings."""
-    parts = flow.add("ConceptLoomLoadFastComposer", {"file": PUBLISHED["name"]}, column=0, models=[PUBLISHED])
-    base = flow.add("CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, column=0, models=[SD15], title="Its VAE")
     flow.note(
-        "## Your own people\n"
-        "The two references are drawn here so that the workflow runs at once. FastComposer was trained on people: "
-        "replace **Draw Scene** by **Load Image** with a photo of a face each, and the words in the prompt.\n\n"
-        "Put `@subject` after the word of each subject. The first subject takes the first one.",
-        column=0,
+        "## START HERE: your own people\n"
+        "Needs FastComposer's checkpoint and the one named below. FastComposer was trained on people: put **Load "
+        "Image** with a photo of a face in the place of each drawn picture, and your words into the prompt. Paint the "
+        "mask in the mask editor (right click), or leave it out. Put `@subject` after the word of each subject. The "
+        "first subject takes the first one.\n\n"
+        "A photo of a person needs that person's consent."
     )
+    base = checkpoint(flow, SD15, title="Its VAE")
     flow.note(
         "### When it does not work\n"
         "- The person is not alike: raise `alpha`, or give several photos (`pictures` of Subject Encoder)\n"
         "- The prompt is ignored: lower `alpha` to 0.5 to 0.6\n"
-        "- A small face in a large photo: paint a mask and set `crop`",
-        column=0,
+        "- A small face in a large photo: paint a mask, open **Subjects in Words** and set `crop`"
     )
-    ball = reference(flow, "a red striped ball on a white background", "ball", 2, 512, 3.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 512, 3.0)
-    text = "a photo of a man @subject and a woman @subject reading a book together"
-    nodes = fuse(flow, parts, parts["CLIP"], [ball[1][0], star[1][0]], text, 0.7)
-    negative = flow.add("CLIPTextEncode", {"clip": parts["CLIP"], "text": NEGATIVE}, column=3, title="Negative prompt")
-    latent = flow.add("EmptyLatentImage", {"width": 512, "height": 512, "batch_size": 1}, column=3)
-    sampled = flow.add(
-        "KSampler",
-        {
-            "model": parts["MODEL"],
-            "positive": nodes[2][0],
-            "negative": negative[0],
-            "latent_image": latent[0],
-            **sampling(seed=2, steps=50, cfg=5.0, sampler_name="ipndm", scheduler="ddim_uniform"),
-        },
-        column=4,
+    parts = flow.add("ConceptLoomLoadFastComposer", {"file": PUBLISHED["name"]}, column=1, models=[PUBLISHED])
+    man = photo_subject(flow, "a heart on a beige background", "man", 2, 512, 3.0, "a photo of a man")
+    woman = photo_subject(flow, "a moon on a mint background", "woman", 5, 512, 3.0, "a photo of a woman")
+    prompt = "a photo of a man @subject and a woman @subject reading a book together"
+    words = in_words(flow, 3, parts, [man[0], woman[0]], prompt)
+    latent = sampled(
+        flow,
+        5,
+        "With the subjects",
+        model=parts["MODEL"],
+        positive=delayed(flow, 4, words, 0.7),
+        negative=text(flow, parts["CLIP"], NEGATIVE, "Negative prompt", 3),
+        latent_image=empty(flow, 512, 4),
+        seed=2,
+        steps=50,
+        cfg=5.0,
+        sampler_name="ipndm",
+        scheduler="ddim_uniform",
     )
-    decoded = flow.add("VAEDecode", {"samples": sampled[0], "vae": base["VAE"]}, column=5)
-    flow.add("SaveImage", {"images": decoded[0], "filename_prefix": "conceptloom/fastcomposer"}, column=6)
-    flow.group("1. Subjects", [*ball, *star])
-    flow.group("2. Prompt with subjects", [*nodes, negative, latent])
+    decoded = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=6, width=160)
+    flow.add("SaveImage", {"images": decoded[0], "filename_prefix": "conceptloom/fastcomposer"}, column=7)
+    flow.group("Model", 0)
+    flow.group("1. Model and subjects", 1, 2)
+    flow.group("2. Prompt with the subjects", 3, 4)
+    flow.group("3. Drawing", 5)
+    flow.group("4. Result", 6, 7)
+
+
+def _grouped(flow: Workflow) -> None:
+    flow.group("Model", 0)
+    flow.group("1. Model and subjects", 1)
+    flow.group("2. Prompt with the subjects", 2, 3)
+    flow.group("3. Drawing", 4)
+    flow.group("4. Result", 5, 6)
 
 
 WORKFLOWS = {
-    "fastcomposer_shapeland": shapeland,
-    "fastcomposer_freecustom_shapeland": with_freecustom,
-    "fastcomposer_sd15": sd15,
+    "02_Two_subjects_FastComposer_no_download": shapeland,
+    "08_Two_systems_together_FastComposer_FreeCustom_no_download": with_freecustom,
+    "23_Two_people_FastComposer_needs_SD15": sd15,
 }

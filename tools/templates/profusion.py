@@ -2,215 +2,437 @@
 
 from __future__ import annotations
 
-from workflow_builder import Node, Workflow
+from workflow_builder import Node, Output, Subgraph, Workflow
 
-from .concept_parts import enlarged, stitched
-from .fastcomposer import load
-from .freecustom import NEGATIVE, SD15, reference
+from .fastcomposer import in_words, load, two_drawn
+from .parts import (
+    NEGATIVE,
+    SD15,
+    SHAPELAND,
+    SIDE,
+    YOUR_PHOTOS,
+    Base,
+    checkpoint,
+    drawn_subject,
+    empty,
+    shapeland_base,
+    show,
+    text,
+)
 
 LORA = "my subject.safetensors"
+SCALES = {"subject_scale": 4.0, "text_scale": 3.0, "fusion_scale": 4.0}
+"""For Shapeland; the nodes' own are the published ones."""
+SUBJECT = ("a house on a white background", "house", 12)
+TARGET = "a house on a navy background"
 
 
-def sampled(flow: Workflow, guider: Node, sampler, shared: dict, vae, title: str):
-    """A picture from a guider and a sampler."""
-    made = flow.add("SamplerCustomAdvanced", {"guider": guider[0], "sampler": sampler, **shared}, column=5, title=title)
-    return flow.add("VAEDecode", {"samples": made[0], "vae": vae}, column=6)[0]
-
-
-def schedule(flow: Workflow, model, steps: int, side: int, seed: int) -> dict:
+def schedule(flow: Workflow, model: Output, steps: int, side: int, seed: int, column: int) -> dict[str, Output]:
     """What all samplings of a workflow share: noise, sigmas and an empty latent."""
     return {
-        "noise": flow.add("RandomNoise", {"noise_seed": seed}, column=4)[0],
+        "noise": flow.add("RandomNoise", {"noise_seed": seed}, column=column)[0],
         "sigmas": flow.add(
-            "BasicScheduler", {"model": model, "scheduler": "ddim_uniform", "steps": steps, "denoise": 1.0}, column=4
+            "BasicScheduler",
+            {"model": model, "scheduler": "ddim_uniform", "steps": steps, "denoise": 1.0},
+            column=column,
         )[0],
-        "latent_image": flow.add("EmptyLatentImage", {"width": side, "height": side, "batch_size": 1}, column=4)[0],
+        "latent_image": empty(flow, side, column),
     }
 
 
-def shapeland(flow: Workflow) -> None:
+def fused(flow: Workflow, column: int, title: str, guider: Node, vae: Output, shared: dict[str, Output]) -> Output:
+    """A picture by Fusion Sampler from a guider."""
+
+    def describe(inner: Subgraph) -> None:
+        sampler = inner.add("ConceptLoomFusionSampler", {"fusion_steps": inner.input("fusion_steps", 1)})
+        sampling = inner.add(
+            "SamplerCustomAdvanced",
+            {
+                "guider": inner.input("guider"),
+                "sampler": sampler[0],
+                **{name: inner.input(name) for name in shared},
+            },
+            column=1,
+        )
+        decoded = inner.add("VAEDecode", {"samples": sampling[0], "vae": inner.input("vae")}, column=2)
+        inner.output("image", decoded[0])
+
+    given = {"guider": guider[0], "vae": vae, **shared}
+    return flow.place(flow.subgraph("Fusion Sampling", describe), given, column, title=title)[0]
+
+
+def plain(flow: Workflow, column: int, title: str, vae: Output, shared: dict[str, Output], **given: Output) -> Output:
+    """A picture by plain guidance with euler; given are model, positive and negative."""
+
+    def describe(inner: Subgraph) -> None:
+        names = ("model", "positive", "negative")
+        guider = inner.add("CFGGuider", {**{name: inner.input(name) for name in names}, "cfg": inner.input("cfg", 4.0)})
+        sampling = inner.add(
+            "SamplerCustomAdvanced",
+            {
+                "guider": guider[0],
+                "sampler": inner.add("KSamplerSelect", {"sampler_name": "euler"})[0],
+                **{name: inner.input(name) for name in shared},
+            },
+            column=1,
+        )
+        decoded = inner.add("VAEDecode", {"samples": sampling[0], "vae": inner.input("vae")}, column=2)
+        inner.output("image", decoded[0])
+
+    return flow.place(flow.subgraph("Plain Guidance", describe), {**given, "vae": vae, **shared}, column, title=title)[
+        0
+    ]
+
+
+def fastcomposer(flow: Workflow) -> None:
     """Two drawn subjects by plain guidance and by fusion sampling, with one seed."""
-    base, parts = load(flow)
     flow.note(
-        "## Likeness and prompt at once\n"
-        "**Fusion Guider** moves towards the text and towards the subject, each at a scale of its own. **Fusion "
-        "Sampler** draws the subject in before each step and renews a part of the noise, so that the picture can move "
-        "to where both agree.\n\n"
-        "Press **Run**. The subjects come from FastComposer here. An embedding, a LoRA or an IP-Adapter works the same "
-        "way.",
-        column=0,
+        "## START HERE: likeness and prompt at once\n"
+        "Press **Run**; nothing has to be downloaded. **Fusion Guider** moves towards the text and towards the "
+        "subjects, each at a scale of its own. **Fusion Sampler** draws the subjects in before each step and renews a "
+        "part of the noise, so that the picture can move to where both agree.\n\n"
+        "The subjects come from FastComposer here. An embedding, a LoRA or an IP-Adapter works the same way. The row "
+        "at the end shows both references, then the same seed by plain guidance and by fusion sampling."
     )
+    base, parts = load(flow)
     flow.note(
         "### Things to try\n"
         "- `subject_scale`: more is more likeness\n"
         "- `text_scale`: more follows the prompt better\n"
         "- `fusion_steps` 0: guidance alone\n"
-        "- `gamma`: lower it if the text is ignored",
-        column=0,
+        "- `gamma`: lower it if the text is ignored"
     )
-    house = reference(flow, "a house on a white background", "house", 12, 64, 1.0)
-    star = reference(flow, "a star on a gray background", "star", 5, 64, 1.0)
-    encoded = flow.add(
-        "ConceptLoomSubjectEncoder",
-        {
-            "clip_vision": parts["CLIP_VISION"],
-            "subjects": [house[1][0], star[1][0]],
-            "background": "noise",
-            "crop": True,
-        },
-        column=3,
-    )
-    fused = flow.add(
-        "ConceptLoomFuseSubjects",
-        {
-            "clip": parts["CLIP"],
-            "fuser": parts["fuser"],
-            "subjects": [encoded[0]],
-            "prompt": "a house @subject and a star @subject on a navy background",
-        },
-        column=3,
-    )
-    negative = flow.add(
-        "CLIPTextEncode", {"clip": parts["CLIP"], "text": ""}, column=3, title="Negative prompt (empty)"
-    )
-    shared = schedule(flow, parts["MODEL"], 25, 64, 0)
-    plain = flow.add(
-        "CFGGuider",
-        {"model": parts["MODEL"], "positive": fused["subject"], "negative": negative[0], "cfg": 4.0},
-        column=4,
-        title="Plain guidance by the subjects",
-    )
+    (fish, ball), prompt = two_drawn(flow, ("fish", 14), ("ball", 27))
+    words = in_words(flow, 2, parts, [fish["subject"], ball["subject"]], prompt, background="noise", crop=True)
+    negative = text(flow, parts["CLIP"], "", "Negative prompt (empty)", 2)
+    shared = schedule(flow, parts["MODEL"], 25, SIDE, 0, 3)
     guider = flow.add(
         "ConceptLoomFusionGuider",
         {
             "model": parts["MODEL"],
-            "text": fused["text_only"],
-            "negative": negative[0],
-            "subjects": [fused["subject"]],
-            "subject_scale": 4.0,
-            "text_scale": 3.0,
-            "fusion_scale": 4.0,
+            "text": words["text_only"],
+            "negative": negative,
+            "subjects": [words["subject"]],
+            **SCALES,
         },
+        column=3,
+    )
+    pictures = {
+        "fish": fish["image"],
+        "ball": ball["image"],
+        "plain": plain(
+            flow,
+            4,
+            "Plain guidance (same seed)",
+            base.vae,
+            shared,
+            model=parts["MODEL"],
+            positive=words["subject"],
+            negative=negative,
+        ),
+        "fusion": fused(flow, 4, "Fusion sampling", guider, base.vae, shared),
+    }
+    show(flow, 5, pictures, "conceptloom/profusion", "References, plain, fusion", references=2)
+    flow.group("Model", 0)
+    flow.group("1. Model and subjects", 1)
+    flow.group("2. Prompt and guidance", 2, 3)
+    flow.group("3. Drawing", 4)
+    flow.group("4. Result", 5, 6)
+
+
+def promptnet(flow: Workflow) -> None:
+    """A word that PromptNet makes of one picture, by plain guidance and by fusion sampling."""
+    flow.note(
+        "## START HERE: a word for one picture\n"
+        "Press **Run**; nothing has to be downloaded. **PromptNet Encode** makes a word of the picture, anew in every "
+        "step, and puts it in the place of `house` in the prompt. **Fusion Guider** and **Fusion Sampler** bring it "
+        "and the plain text together.\n\n"
+        "The row at the end shows the picture, then the same seed by plain text, by plain guidance with the word, and "
+        "by fusion sampling.\n\n" + YOUR_PHOTOS
+    )
+    base = shapeland_base(flow)
+    flow.note(
+        "### Things to try\n"
+        "- another `identity_seed` of the subject: the picture follows\n"
+        "- `update` once: the word is made in the first step alone, and costs nothing afterwards\n"
+        "- `subject_scale` and `text_scale`: likeness against prompt\n"
+        "- more likeness: the template that fine-tunes PromptNet on the picture"
+    )
+    house = drawn_subject(flow, *SUBJECT)
+    net = flow.add("ConceptLoomLoadPromptNet", {"model": base.model, "file": SHAPELAND}, column=1)
+    words = encode(flow, 2, base, net["promptnet"], house["subject"])
+    negative = text(flow, base.clip, "", "Negative prompt (empty)", 2)
+    shared = schedule(flow, net["MODEL"], 25, SIDE, 0, 3)
+    pictures = {
+        "reference": house["image"],
+        **three_ways(flow, 3, base, net["MODEL"], words, negative, shared),
+    }
+    show(flow, 5, pictures, "conceptloom/promptnet", "Reference, text, plain, fusion", references=1)
+    flow.group("Model", 0)
+    flow.group("1. Model and subject", 1)
+    flow.group("2. Prompt and guidance", 2, 3)
+    flow.group("3. Drawing", 4)
+    flow.group("4. Result", 5, 6)
+
+
+def encode(flow: Workflow, column: int, base: Base, net: Output, subject: Output) -> Node:
+    """The prompt with PromptNet's word; outputs `text_only` and `subject`."""
+    return flow.add(
+        "ConceptLoomPromptNetEncode",
+        {
+            "promptnet": net,
+            "clip": base.clip,
+            "clip_vision": base.vision,
+            "vae": base.vae,
+            "subjects": [subject],
+            "prompt": TARGET,
+        },
+        column=column,
+    )
+
+
+def three_ways(
+    flow: Workflow,
+    column: int,
+    base: Base,
+    model: Output,
+    words: Node,
+    negative: Output,
+    shared: dict[str, Output],
+) -> dict[str, Output]:
+    """The same seed by the plain text, by plain guidance with the subject and by fusion sampling."""
+    guider = flow.add(
+        "ConceptLoomFusionGuider",
+        {
+            "model": model,
+            "text": words["text_only"],
+            "negative": negative,
+            "subjects": [words["subject"]],
+            **SCALES,
+        },
+        column=column,
+    )
+    given = {"model": model, "negative": negative}
+    return {
+        "text": plain(
+            flow, column + 1, "Plain text (same seed)", base.vae, shared, positive=words["text_only"], **given
+        ),
+        "plain": plain(
+            flow, column + 1, "Plain guidance (same seed)", base.vae, shared, positive=words["subject"], **given
+        ),
+        "fusion": fused(flow, column + 1, "Fusion sampling", guider, base.vae, shared),
+    }
+
+
+def finetune(flow: Workflow) -> None:
+    """PromptNet and the model's attention, trained on variants of one picture, before and after."""
+    flow.note(
+        "## START HERE: one picture, learnt in a minute\n"
+        "Press **Run**; nothing has to be downloaded. **Augment Subject** makes variants of the subject's only "
+        "picture, and **Fine-tune PromptNet** trains 50 steps on them. Its *lora* goes on the model by the host's own "
+        "node.\n\n"
+        "The row at the end shows the picture, then the same seed by fusion sampling before and after."
+    )
+    base = shapeland_base(flow)
+    flow.note(
+        "### Things to try\n"
+        "- `steps` and `learning_rate`: more learns more, and forgets more of the prompt\n"
+        "- `rank` 8: a small LoRA\n"
+        "- **Save PromptNet** and **Save LoRA Weights** keep what was learnt"
+    )
+    scene = flow.add(
+        "ConceptLoomDrawScene",
+        {"description": SUBJECT[0], "seed": 3, "identity_seed": SUBJECT[2]},
+        column=1,
+        title="The picture",
+    )
+    net = flow.add("ConceptLoomLoadPromptNet", {"model": base.model, "file": SHAPELAND}, column=1)
+    variants = flow.add(
+        "ConceptLoomAugmentSubject", {"image": scene[0], "mask": scene[1], "count": 16, "size": SIDE}, column=2
+    )
+    subject = flow.add(
+        "ConceptLoomReferenceSubject",
+        {"image": scene[0], "mask": scene[1], "noun": SUBJECT[1], "weight": 1.0},
+        column=2,
+    )
+    tuned = flow.add(
+        "ConceptLoomFineTunePromptNet",
+        {
+            "model": net["MODEL"],
+            "promptnet": net["promptnet"],
+            "clip": base.clip,
+            "clip_vision": base.vision,
+            "vae": base.vae,
+            "images": variants["images"],
+            "masks": variants["masks"],
+            "captions": "a {}",
+            "size": SIDE,
+        },
+        column=3,
+    )
+    learnt = flow.add(
+        "LoraModelLoader",
+        {"model": net["MODEL"], "lora": tuned["lora"], "strength_model": 1.0, "bypass": False},
         column=4,
+        title="The LoRA on the model",
     )
-    euler = flow.add("KSamplerSelect", {"sampler_name": "euler"}, column=4)
-    fusion = flow.add("ConceptLoomFusionSampler", {"sampler": euler[0]}, column=4)
-    pictures = [
-        sampled(flow, plain, euler[0], shared, base["VAE"], "Plain guidance (same seed)"),
-        sampled(flow, guider, fusion[0], shared, base["VAE"], "Fusion sampling"),
-    ]
-    judged = flow.add("ConceptLoomReadPicture", {"image": pictures[-1], "reference": house[0][0]}, column=6)
-    flow.add("PreviewAny", {"source": judged[1]}, column=7, title="The judge: how much each thing looks like the house")
-    enlarged(
-        flow,
-        stitched(flow, [house[0][0], star[0][0], *pictures]),
-        6.0,
-        "References, plain, fusion",
-        "conceptloom/profusion",
-    )
-    enlarged(flow, pictures[-1], 6.0, "Fusion sampling", "conceptloom/profusion")
-    flow.group("1. Subjects", [*house, *star])
-    flow.group("2. Prompt with the subjects", [encoded, fused, negative])
-    flow.group("3. Guidance and sampler", [plain, guider, euler, fusion])
+    negative = text(flow, base.clip, "", "Negative prompt (empty)", 4)
+    shared = schedule(flow, net["MODEL"], 25, SIDE, 0, 4)
+    pictures = {"reference": scene[0]}
+    for name, title, model, promptnet in (
+        ("before", "Before", net["MODEL"], net["promptnet"]),
+        ("after", "After", learnt[0], tuned["promptnet"]),
+    ):
+        pictures[name] = by_word(flow, 5, title, base, model, promptnet, subject[0], negative, shared)
+    show(flow, 6, pictures, "conceptloom/finetune_promptnet", "Picture, before, after", references=1, plain=True)
+    flow.group("Model", 0)
+    flow.group("1. Picture and variants", 1, 2)
+    flow.group("2. Fine-tuning", 3)
+    flow.group("3. Drawing", 4, 5)
+    flow.group("4. Result", 6, 7)
+
+
+def by_word(
+    flow: Workflow,
+    column: int,
+    title: str,
+    base: Base,
+    model: Output,
+    promptnet: Output,
+    subject: Output,
+    negative: Output,
+    shared: dict[str, Output],
+) -> Output:
+    """A picture by fusion sampling with the word of a PromptNet."""
+
+    def describe(inner: Subgraph) -> None:
+        model = inner.input("model")
+        words = inner.add(
+            "ConceptLoomPromptNetEncode",
+            {
+                **{name: inner.input(name) for name in ("promptnet", "clip", "clip_vision", "vae")},
+                "subjects": [inner.input("subject")],
+                "prompt": inner.input("prompt"),
+            },
+        )
+        guider = inner.add(
+            "ConceptLoomFusionGuider",
+            {
+                "model": model,
+                "text": words["text_only"],
+                "negative": inner.input("negative"),
+                "subjects": [words["subject"]],
+                **{name: inner.input(name, value) for name, value in SCALES.items()},
+            },
+            column=1,
+        )
+        sampling = inner.add(
+            "SamplerCustomAdvanced",
+            {
+                "guider": guider[0],
+                "sampler": inner.add("ConceptLoomFusionSampler", {}, column=1)[0],
+                **{name: inner.input(name) for name in shared},
+            },
+            column=2,
+        )
+        decoded = inner.add("VAEDecode", {"samples": sampling[0], "vae": inner.input("vae")}, column=3)
+        inner.output("image", decoded[0])
+
+    given = {"model": model, "promptnet": promptnet, "clip": base.clip, "clip_vision": base.vision, "vae": base.vae}
+    given |= {"subject": subject, "prompt": TARGET, "negative": negative, **shared}
+    return flow.place(flow.subgraph("Fusion Sampling by PromptNet", describe), given, column, title=title)[0]
 
 
 def lora_sd15(flow: Workflow) -> None:
     """A subject of a LoRA that acts on its own conditioning alone."""
-    base = flow.add("CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, column=0, models=[SD15])
     flow.note(
-        "## A LoRA that leaves the prompt its say\n"
-        "The LoRA acts on one conditioning alone, by a hook. **Fusion Guider** guides towards that subject and towards "
-        "the plain text at two scales, and **Fusion Sampler** brings both together. It is meant for a LoRA that has "
-        "learnt too much of its training pictures and ignores the prompt.\n\n"
-        "Choose your LoRA in **Create Hook LoRA**, write its trigger word into *Prompt with the subject*, and the same "
-        "prompt with the plain class word into *Text*.",
-        column=0,
+        "## START HERE: a LoRA that leaves the prompt its say\n"
+        "Needs the checkpoint named below and a LoRA of yours. Choose it in **Create Hook LoRA**, write its trigger "
+        "word into *Prompt with the subject*, and the same prompt with the plain class word into *Text*. The LoRA "
+        "acts on one conditioning alone. **Fusion Guider** guides towards that subject and towards the plain text at "
+        "two scales, and **Fusion Sampler** brings both together.\n\n"
+        "It is meant for a LoRA that has learnt too much of its training pictures and ignores the prompt."
     )
+    base = checkpoint(flow, SD15)
     flow.note(
         "### When it does not work\n"
         "- The prompt is ignored: raise `text_scale`, or lower `subject_scale`\n"
         "- The subject is not alike: raise `subject_scale`, then `fusion_scale`\n"
         "- Colours burn: lower all three scales together, or `fusion_steps` 0\n"
-        "- Too slow: `start_percent` 0.4 of the sampler, or `reuse_differences` of the guider",
-        column=0,
+        "- Too slow: `start_percent` 0.4 of the sampler, or `reuse_differences` of the guider"
     )
     hooks = flow.add("CreateHookLora", {"lora_name": LORA}, column=1)
-    hooked = flow.add("SetClipHooks", {"clip": base["CLIP"], "hooks": hooks[0]}, column=1)
-    subject = flow.add(
-        "CLIPTextEncode",
-        {"clip": hooked[0], "text": "a photo of sks dog as a knight in shining armour, oil painting"},
-        column=2,
-        title="Prompt with the subject",
+    hooked = flow.add("SetClipHooks", {"clip": base.clip, "hooks": hooks[0]}, column=2)
+    subject = text(
+        flow,
+        hooked[0],
+        "a photo of sks dog as a knight in shining armour, oil painting",
+        "Prompt with the subject",
+        3,
     )
-    text = flow.add(
-        "CLIPTextEncode",
-        {"clip": base["CLIP"], "text": "a photo of a dog as a knight in shining armour, oil painting"},
-        column=2,
-        title="Text",
-    )
-    negative = flow.add("CLIPTextEncode", {"clip": base["CLIP"], "text": NEGATIVE}, column=2, title="Negative prompt")
+    words = text(flow, base.clip, "a photo of a dog as a knight in shining armour, oil painting", "Text", 3)
+    negative = text(flow, base.clip, NEGATIVE, "Negative prompt", 3)
+    shared = schedule(flow, base.model, 30, 512, 1, 4)
     guider = flow.add(
         "ConceptLoomFusionGuider",
-        {"model": base["MODEL"], "text": text[0], "negative": negative[0], "subjects": [subject[0]]},
-        column=3,
+        {"model": base.model, "text": words, "negative": negative, "subjects": [subject]},
+        column=4,
     )
-    fusion = flow.add("ConceptLoomFusionSampler", column=3)
-    shared = schedule(flow, base["MODEL"], 30, 512, 1)
-    picture = sampled(flow, guider, fusion[0], shared, base["VAE"], "Fusion sampling")
-    flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/profusion"}, column=7)
-    flow.group("1. The subject's LoRA", [hooks, hooked])
-    flow.group("2. Prompts", [subject, text, negative])
-    flow.group("3. Guidance and sampler", [guider, fusion])
+    picture = fused(flow, 5, "Fusion sampling", guider, base.vae, shared)
+    flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/profusion"}, column=6)
+    flow.group("Model", 0)
+    flow.group("1. The subject's LoRA", 1, 2)
+    flow.group("2. Prompts", 3)
+    flow.group("3. Guidance and drawing", 4, 5)
+    flow.group("4. Result", 6)
 
 
 def ipadapter_sd15(flow: Workflow) -> None:
     """A subject that an IP-Adapter sees in one picture."""
-    base = flow.add("CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, column=0, models=[SD15])
     flow.note(
-        "## An IP-Adapter that leaves the prompt its say\n"
-        "Needs the pack **ComfyUI_IPAdapter_plus** and its models. The adapter acts on the *subject* of **Fusion "
-        "Guider** alone, and the plain text is guided towards beside it, at a scale of its own. **Fusion Sampler** "
-        "brings both together.\n\n"
-        "The picture is drawn here; replace **Draw Scene** by **Load Image** with yours. A photo of a person needs "
-        "that person's consent.",
-        column=0,
+        "## START HERE: an IP-Adapter that leaves the prompt its say\n"
+        "Needs the pack **ComfyUI_IPAdapter_plus** with its models, and the checkpoint named below. The adapter acts "
+        "on the *subject* of **Fusion Guider** alone, and the plain text is guided towards beside it, at a scale of "
+        "its own. **Fusion Sampler** brings both together.\n\n"
+        "**Your own photo**: put **Load Image** in the place of the drawn picture. A photo of a person needs that "
+        "person's consent."
     )
+    base = checkpoint(flow, SD15)
     flow.note(
         "### When it does not work\n"
         "- The prompt is ignored: raise `text_scale`, or lower `subject_scale`\n"
         "- The subject is not alike: raise `subject_scale`, then `weight` of **IPAdapter**\n"
         "- Colours burn: lower all three scales together, or `fusion_steps` 0\n"
-        "- Two subjects: a second **IPAdapter** with its `attn_mask`, on the same model",
-        column=0,
+        "- Two subjects: a second **IPAdapter** with its `attn_mask`, on the same model"
     )
     drawn = {"description": "a red striped ball on a white background", "seed": 3, "identity_seed": 2, "size": 512}
-    photo = flow.add("ConceptLoomDrawScene", drawn, column=1, title="Picture of the subject")
-    loader = flow.add("IPAdapterUnifiedLoader", {"model": base["MODEL"], "preset": "PLUS (high strength)"}, column=1)
+    photo = flow.add("ConceptLoomDrawScene", drawn, column=1, title="In place of your photo")
+    loader = flow.add("IPAdapterUnifiedLoader", {"model": base.model, "preset": "PLUS (high strength)"}, column=1)
     adapted = flow.add(
         "IPAdapter",
         {"model": loader["model"], "ipadapter": loader["ipadapter"], "image": photo[0], "weight": 0.8},
         column=2,
     )
-    text = flow.add(
-        "CLIPTextEncode", {"clip": base["CLIP"], "text": "a photo of a ball on a beach"}, column=2, title="Prompt"
-    )
-    negative = flow.add("CLIPTextEncode", {"clip": base["CLIP"], "text": NEGATIVE}, column=2, title="Negative prompt")
+    words = text(flow, base.clip, "a photo of a ball on a beach", "Prompt", 2)
+    negative = text(flow, base.clip, NEGATIVE, "Negative prompt", 2)
+    shared = schedule(flow, adapted[0], 30, 512, 1, 3)
     guider = flow.add(
         "ConceptLoomFusionGuider",
-        {"model": adapted[0], "text": text[0], "negative": negative[0], "subjects": [text[0]]},
+        {"model": adapted[0], "text": words, "negative": negative, "subjects": [words]},
         column=3,
     )
-    fusion = flow.add("ConceptLoomFusionSampler", column=3)
-    shared = schedule(flow, adapted[0], 30, 512, 1)
-    picture = sampled(flow, guider, fusion[0], shared, base["VAE"], "Fusion sampling")
-    flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/profusion"}, column=7)
-    flow.group("1. The subject's IP-Adapter", [photo, loader, adapted])
-    flow.group("2. Prompts", [text, negative])
-    flow.group("3. Guidance and sampler", [guider, fusion])
+    picture = fused(flow, 4, "Fusion sampling", guider, base.vae, shared)
+    flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/profusion"}, column=5)
+    flow.group("Model", 0)
+    flow.group("1. The subject's IP-Adapter", 1, 2)
+    flow.group("2. Guidance and drawing", 3, 4)
+    flow.group("3. Result", 5)
 
 
 WORKFLOWS = {
-    "profusion_fastcomposer_shapeland": shapeland,
-    "profusion_ipadapter_sd15": ipadapter_sd15,
-    "profusion_lora_sd15": lora_sd15,
+    "04_One_picture_ProFusion_no_download": promptnet,
+    "07_Fine_tune_PromptNet_no_download": finetune,
+    "09_Likeness_and_prompt_ProFusion_no_download": fastcomposer,
+    "27_A_LoRA_and_a_prompt_ProFusion_needs_SD15": lora_sd15,
+    "28_An_IP-Adapter_and_a_prompt_ProFusion_needs_SD15": ipadapter_sd15,
 }

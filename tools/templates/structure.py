@@ -2,154 +2,154 @@
 
 from __future__ import annotations
 
-from workflow_builder import Node, Workflow
+from workflow_builder import Node, Output, Subgraph, Workflow
 
-from .concept_parts import SHAPELAND_BLOCKS, bank, enlarged, places, sample, shapeland_base, stitched
-
-
-def prompt(flow: Workflow, clip, text: str, title: str) -> Node:
-    """An encoded text."""
-    return flow.add("CLIPTextEncode", {"clip": clip, "text": text}, column=2, title=title)
+from .parts import SHAPELAND_BLOCKS, SIDE, WIDE, Base, along, bank, empty, inverted, places, shapeland_base, show, text
 
 
 def plug_and_play(flow: Workflow) -> None:
     """A drawn scene in other colours, with its shapes kept and without."""
-    base = flow.add("ConceptLoomLoadShapeland", column=0)
     flow.note(
-        "## Keep the structure, change the rest\n"
-        "**DDIM Inversion** finds the noise that makes a given picture. **Plug-and-Play Injection** holds the "
-        "picture's shapes while it is sampled again with another prompt.\n\n"
-        "Press **Run**. For a photo of your own, replace **Draw Scene** by **Load Image**, and the model by yours.",
-        column=0,
+        "## START HERE: keep the shapes, change the rest\n"
+        "Press **Run**; nothing has to be downloaded. **DDIM Inversion** finds the noise that makes a given picture. "
+        "**Plug-and-Play Injection** holds the picture's shapes while it is sampled again with another prompt.\n\n"
+        "The row at the end shows the picture, then the other prompt without and with injection.\n\n"
+        "**Your own photo**: put **Load Image** in the place of **Draw Scene**, and your checkpoint in the place of "
+        "**Load Shapeland**."
     )
+    base = shapeland_base(flow)
     flow.note(
         "### Things to try\n"
         "- another prompt: other colours, another background\n"
         "- `residual_until` and `attention_until`: 0 lets everything go, 1 holds it to the end\n"
-        "- the `error` of the inversion: more `refinements` bring it down",
-        column=0,
+        "- the error of the inversion: more `refinements` bring it down"
     )
     described = "a red striped star on a gray background"
     scene = flow.add(
         "ConceptLoomDrawScene", {"description": described, "seed": 3}, column=1, title="The picture to start from"
     )
-    encoded = flow.add("VAEEncode", {"pixels": scene[0], "vae": base["VAE"]}, column=1)
-    source = prompt(flow, base["CLIP"], described, "What the picture shows")
-    target = prompt(flow, base["CLIP"], "a green star on a navy background", "What it shall show")
-    negative = prompt(flow, base["CLIP"], "", "Negative prompt (empty)")
-    inverted = flow.add(
-        "ConceptLoomDDIMInversion",
-        {"model": base["MODEL"], "latent": encoded[0], "conditioning": source[0], "steps": 25},
-        column=3,
-    )
+    target = text(flow, base.clip, "a green star on a navy background", "What it should show", 1)
+    negative = text(flow, base.clip, "", "Negative prompt (empty)", 1)
+    inversion = inverted(flow, 2, base, described, 25, image=scene[0])
     injected = flow.add(
         "ConceptLoomPlugAndPlayInjection",
         {
-            "model": base["MODEL"],
-            "trajectory": inverted["trajectory"],
+            "model": base.model,
+            "trajectory": inversion["trajectory"],
             "blocks": SHAPELAND_BLOCKS,
             "attention_until": 0.8,
         },
         column=3,
     )
-    pictures = []
-    for title, model in (("Without injection", base["MODEL"]), ("With injection", injected[0])):
-        sampled = sample(flow, model, target[0], negative[0], inverted, title)
-        pictures.append(flow.add("VAEDecode", {"samples": sampled[0], "vae": base["VAE"]}, column=6)[0])
-    row = stitched(flow, [scene[0], *pictures])
-    flow.add("PreviewAny", {"source": inverted["error"]}, column=6, title="Error of the inversion")
-    enlarged(flow, row, 4.0, "Picture, without, with", "conceptloom/plug_and_play")
-    enlarged(flow, pictures[-1], 6.0, "With injection", "conceptloom/plug_and_play")
-    flow.group("1. Picture and prompts", [scene, encoded, source, target, negative])
-    flow.group("2. Inversion and injection", [inverted, injected])
+    given = {"positive": target, "negative": negative, "sigmas": inversion["sigmas"], "latent": inversion["noise"]}
+    given["vae"] = base.vae
+    pictures = {"picture": scene[0]}
+    for name, title, model in (
+        ("without", "Without injection", base.model),
+        ("with", "With injection", injected[0]),
+    ):
+        pictures[name] = along(flow, 4, title, model=model, **given)
+    show(flow, 5, pictures, "conceptloom/plug_and_play", "Picture, without, with", times=6.0)
+    flow.add("PreviewAny", {"source": inversion["error"]}, column=6, title="Error of the inversion", width=WIDE)
+    flow.group("Model", 0)
+    flow.group("1. Picture and prompts", 1)
+    flow.group("2. Inversion and injection", 2, 3)
+    flow.group("3. Drawing", 4)
+    flow.group("4. Result", 5, 6)
+
+
+def laid_out(flow: Workflow, column: int, base: Base, positive: Output, negative: Output, latent: Output) -> Node:
+    """The first steps of a sampling; outputs `preview`, what the model would draw, the `latent` after them, and the
+    `sigmas` of the others."""
+
+    def describe(inner: Subgraph) -> None:
+        model = inner.input("model")
+        schedule = inner.add(
+            "BasicScheduler",
+            {"model": model, "scheduler": "normal", "steps": inner.input("steps"), "denoise": 1.0},
+        )
+        split = inner.add("SplitSigmas", {"sigmas": schedule[0], "step": inner.input("first_steps")}, column=1)
+        guider = inner.add(
+            "CFGGuider",
+            {
+                "model": model,
+                "positive": inner.input("positive"),
+                "negative": inner.input("negative"),
+                "cfg": inner.input("cfg", 4.0),
+            },
+        )
+        sampling = inner.add(
+            "SamplerCustomAdvanced",
+            {
+                "noise": inner.add("RandomNoise", {"noise_seed": inner.input("noise_seed")})[0],
+                "guider": guider[0],
+                "sampler": inner.add("KSamplerSelect", {"sampler_name": "euler"})[0],
+                "sigmas": split[0],
+                "latent_image": inner.input("latent"),
+            },
+            column=2,
+        )
+        decoded = inner.add("VAEDecode", {"samples": sampling["denoised_output"], "vae": inner.input("vae")}, column=3)
+        inner.output("preview", decoded[0])
+        inner.output("latent", sampling["output"])
+        inner.output("sigmas", split[1])
+
+    given = {"model": base.model, "positive": positive, "negative": negative, "latent": latent, "vae": base.vae}
+    given |= {"steps": 30, "first_steps": 8, "noise_seed": 1}
+    return flow.place(flow.subgraph("Lay the Picture Out", describe), given, column)
 
 
 def self_template(flow: Workflow) -> None:
     """Places from the model's own early preview: no template picture."""
-    base = shapeland_base(flow)
     flow.note(
-        "## No template picture\n"
-        "The model lays its picture out in the first steps. What it would draw is decoded after 8 of 30 and "
-        "**Text to Masks** finds the things in it; from there on each concept is drawn in its own place (the idea of "
-        "TweedieMix).\n\n"
-        "Press **Run**. Another `noise_seed` gives another layout.",
-        column=0,
+        "## START HERE: no template picture\n"
+        "Press **Run**; nothing has to be downloaded. The model lays its picture out in the first steps. What it "
+        "would draw is decoded after 8 of 30, and **Places of Things** finds the things in it. From there on each "
+        "concept is drawn in its own place (the idea of TweedieMix).\n\n"
+        "The row at the end shows the preview, then the rest of the steps without and with the concepts. Another "
+        "`noise_seed` gives another layout."
     )
-    text = "a star and a fish on a navy background"
-    loaded, concepts = bank(flow, base, {"star.safetensors": "", "fish.safetensors": ""})
+    base = shapeland_base(flow)
+    prompt = "a star and a fish on a navy background"
+    concepts = bank(flow, base, {"star.safetensors": "", "fish.safetensors": ""})
+    plain = text(flow, base.clip, prompt, "Plain prompt", 1)
+    negative = text(flow, base.clip, "", "Negative prompt (empty)", 1)
+    first = laid_out(flow, 2, base, plain, negative, empty(flow, SIDE, 1))
     prompts = flow.add(
         "ConceptLoomConceptPrompts",
-        {"clip": base.clip, "concepts": concepts, "prompt": text, "negative_prompt": ""},
-        column=1,
-    )
-    plain = flow.add("CLIPTextEncode", {"clip": base.clip, "text": text}, column=2, title="Plain prompt")
-    negative = flow.add("CLIPTextEncode", {"clip": base.clip, "text": ""}, column=2, title="Negative prompt (empty)")
-    schedule = flow.add(
-        "BasicScheduler", {"model": base.model, "scheduler": "normal", "steps": 30, "denoise": 1.0}, column=1
-    )
-    split = flow.add("SplitSigmas", {"sigmas": schedule[0], "step": 8}, column=1)
-    latent = flow.add("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}, column=1)
-    chosen = flow.add("KSamplerSelect", {"sampler_name": "euler"}, column=1)
-
-    def part(model, positive, below, noise: Node, sigmas, start, title: str, column: int) -> Node:
-        guider = flow.add(
-            "CFGGuider",
-            {"model": model, "positive": positive, "negative": below, "cfg": 4.0},
-            column=column,
-            title=title,
-        )
-        return flow.add(
-            "SamplerCustomAdvanced",
-            {
-                "noise": noise[0],
-                "guider": guider[0],
-                "sampler": chosen[0],
-                "sigmas": sigmas,
-                "latent_image": start,
-            },
-            column=column,
-            title=title,
-        )
-
-    noise = flow.add("RandomNoise", {"noise_seed": 1}, column=1)
-    laid_out = part(base.model, plain[0], negative[0], noise, split[0], latent[0], "Layout", 2)
-    preview = flow.add(
-        "VAEDecode", {"samples": laid_out["denoised_output"], "vae": base.vae}, column=2, title="What it would draw"
-    )
-    segmenter = flow.add("ConceptLoomLoadSegmenter", {"kind": "Shapeland judge"}, column=1)
-    found = places(flow, segmenter, preview[0], "star, fish")
-    fused = flow.add(
-        "ConceptLoomMultiConceptFusion",
-        {"model": base.model, "prompts": prompts[0], "partition": found[1][0]},
+        {"clip": base.clip, "concepts": concepts, "prompt": prompt, "negative_prompt": ""},
         column=3,
     )
-    rest = part(
-        fused["model"],
-        fused["positive"],
-        fused["negative"],
-        flow.add("DisableNoise", column=3),
-        split[1],
-        laid_out["output"],
-        "Concepts in their places",
-        4,
+    place = places(flow, 3, first["preview"], "star, fish")
+    fused = flow.add(
+        "ConceptLoomMultiConceptFusion",
+        {"model": base.model, "prompts": prompts[0], "partition": place["partition"]},
+        column=4,
+        title="Multi-Concept Fusion",
     )
-    alone = part(
-        base.model,
-        plain[0],
-        negative[0],
-        flow.add("DisableNoise", column=3),
-        split[1],
-        laid_out["output"],
-        "Without",
-        4,
-    )
-    pictures = [preview[0]]
-    pictures += [flow.add("VAEDecode", {"samples": n["output"], "vae": base.vae}, column=5)[0] for n in (alone, rest)]
-    row = stitched(flow, pictures)
-    enlarged(flow, row, 4.0, "Preview, without, with concepts", "conceptloom/self_template")
-    enlarged(flow, pictures[-1], 6.0, "With concepts", "conceptloom/self_template")
-    flow.group("1. Concepts", loaded)
-    flow.group("2. Places from the preview", [segmenter, *found])
+    given = {"sigmas": first["sigmas"], "latent": first["latent"], "vae": base.vae}
+    pictures = {
+        "preview": first["preview"],
+        "without": along(flow, 5, "Without", model=base.model, positive=plain, negative=negative, **given),
+        "with": along(
+            flow,
+            5,
+            "Concepts in their places",
+            model=fused["model"],
+            positive=fused["positive"],
+            negative=fused["negative"],
+            **given,
+        ),
+    }
+    show(flow, 6, pictures, "conceptloom/self_template", "Preview, without, with concepts", times=6.0)
+    flow.group("Model", 0)
+    flow.group("1. Concepts and prompts", 1)
+    flow.group("2. Layout and places", 2, 3)
+    flow.group("3. Fusion and drawing", 4, 5)
+    flow.group("4. Result", 6, 7)
 
 
-WORKFLOWS = {"plug_and_play_shapeland": plug_and_play, "self_template_shapeland": self_template}
+WORKFLOWS = {
+    "10_No_template_picture_Concept_Weaver_no_download": self_template,
+    "11_Keep_the_shapes_Plug_and_Play_no_download": plug_and_play,
+}
