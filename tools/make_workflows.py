@@ -13,6 +13,8 @@ written:
 
 The subgraphs in BLUEPRINTS, which the node library offers, are written to subgraphs/NAME.json.
 
+With the cards of README_PICTURES, the pictures in README are written too.
+
 Those in FOR_SCRIPTS are for scripts alone: they have one file, workflows/api/operations/NAME.json.
 
 A real server supplies the node schemas, so a description that no longer fits its nodes fails here.
@@ -40,6 +42,14 @@ CARD_SIDE, CARD_GAP, CARD_BANNER = 400, 8, 56
 WIDE = 1.5
 """From this ratio of width to height on, a picture is taken for a row."""
 KEEP_CARDS = "--keep-cards"
+README_PICTURES = {
+    "01": "freecustom",
+    "02": "fastcomposer",
+    "03": "concept_weaver",
+    "05": "composer",
+    "09": "profusion",
+}
+"""Templates, by the beginning of their names, whose pictures README shows: docs/images/NAME.png."""
 NEEDS = {"SD15": "needs Stable Diffusion 1.5", "SDXL": "needs SDXL"}
 """Words on the card of a workflow that cannot be run here, by the end of its name."""
 THINGS = ("a house and a star", "a mug and a fish", "a heart and a moon", "a tree and a ball")
@@ -126,7 +136,12 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
         if not name.endswith("no_download"):
             drawn_references(name, api).save(FOLDER / f"{name}.jpg", quality=88)
     else:
-        save_card(FOLDER / f"{name}.jpg", next(picture.data for picture in pictures if picture.saved))
+        data = next(picture.data for picture in pictures if picture.saved)
+        save_card(FOLDER / f"{name}.jpg", data)
+        if name[:2] in README_PICTURES:
+            with Image.open(io.BytesIO(data)) as image:
+                # Without the workflow that the host writes into it.
+                image.convert("RGB").save(ROOT / "docs" / "images" / f"{README_PICTURES[name[:2]]}.png", optimize=True)
 
 
 def main(arguments: list[str]) -> None:

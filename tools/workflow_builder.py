@@ -206,7 +206,7 @@ class Workflow:
         self.columns.setdefault(column, []).append(data)
         return data
 
-    def note(self, text: str, column: int = 0, width: int = 274) -> Node:
+    def note(self, text: str, column: int = 0, width: int = 240) -> Node:
         """Adds a note in Markdown. It gets no colour of its own: that would be unreadable in one of the themes."""
         data = self._new(NOTE, column, width, None, ())
         lines = sum(1 + len(line) * 8 // width for line in text.splitlines())

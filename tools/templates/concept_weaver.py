@@ -173,7 +173,8 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
         "one's trigger and class word into `class_word`; the prompt names both class words. **Places of Things** "
         f"finds them in {where}, and each LoRA acts in its own place, in one evaluation of the model.\n\n"
         + (swap if photo else "")
-        + "A LoRA of a person needs that person's consent."
+        + "A LoRA of a person needs that person's consent.",
+        width=290 if photo else 240,
     )
     base, sam = checkpoint(flow, file), checkpoint(flow, SAM3, title="SAM3")
     flow.note(
@@ -181,7 +182,8 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
         "- not alike enough: `strength` up to 1.5, or a lower `residual_until`\n"
         "- the scene is lost: a higher `residual_until`\n"
         "- concepts take on the template's colours: **Renew Noise** before the sampling\n"
-        "- something is not found: another word in `nouns`, or a painted mask for **Concept Masks**"
+        "- something is not found: another word in `nouns`, or a painted mask for **Concept Masks**",
+        width=290 if photo else 240,
     )
     prompt, words = "a photo of a man and a woman sitting on a bench in a park", ("man", "woman")
     if photo:

@@ -169,7 +169,7 @@ def with_freecustom(flow: Workflow) -> None:
         inner.output("image", inner.add("ImageScaleBy", larger, column=2)[0])
 
     given = {"record": record[1], "latent": both, "vae": base.vae}
-    where = flow.place(flow.subgraph("Where It Looked", describe), given, 6, width=180)
+    where = flow.place(flow.subgraph("Where It Looked", describe), given, 6, width=150)
     flow.add("PreviewImage", {"images": where[0]}, column=7, title="Attention share: mug, tree", width=WIDE)
     flow.group("Model", 0)
     flow.group("1. Model and subjects", 1)

@@ -53,6 +53,7 @@ def shapeland(flow: Workflow) -> None:
         "positive": text(flow, base.clip, "a heart and a star on a navy background", "Prompt", 2),
         "negative": text(flow, base.clip, "", "Negative prompt (empty)", 2),
         "latent_image": empty(flow, SIDE, 2),
+        "seed": 4,
     }
     pictures = {
         "heart": heart["image"],
