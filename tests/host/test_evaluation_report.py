@@ -125,7 +125,7 @@ def test_plain_is_the_untouched_host(report, few_variants, host, shapeland):
 
 
 def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
-    from conceptloom.evaluation.reports.freecustom import VARIANTS, patched
+    from conceptloom.evaluation.reports.freecustom import VARIANTS, WEIGHT, WEIGHTS, patched
     from conceptloom.evaluation.scenes import make_case
     from conceptloom.evaluation.studio import Studio
     from conceptloom.host.freecustom.attention import KEY
@@ -142,7 +142,8 @@ def test_every_variant_is_the_node_with_one_thing_changed(report, shapeland):
     assert systems["paper"].settings == replace(own, formula="paper")
     assert systems["published"].settings == MrsaSettings()
     subjects = {name: [e.subject for e in system.encoded] for name, system in systems.items()}
-    assert all(s.mask is not None and s.weight == 1.0 for s in subjects["default"])
+    weights = {"default": WEIGHT, **{f"weight_{weight:g}": weight for weight in WEIGHTS}}
+    assert all(s.mask is not None and s.weight == weights[name] for name in weights for s in subjects[name])
     assert all(s.mask is not None and s.weight == 3.0 for s in subjects["published"])
     assert all(s.mask is None for s in subjects["no_mask"])
     assert all(0 < s.weight < 1e-3 and s.mask is not None for s in subjects["zero_bias"])
