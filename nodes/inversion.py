@@ -50,6 +50,14 @@ class DDIMInversion(Node):
                     tooltip="The noise levels. ddim_uniform, as published, divides the model's 1000 times evenly; "
                     "where steps is no divisor of 1000 it can take a step more.",
                 ),
+                io.Int.Input(
+                    "refinements",
+                    default=1,
+                    min=0,
+                    max=20,
+                    tooltip="Fixed-point refinements of each step. 1 makes the reconstruction several times more "
+                    "exact; more converge to it, and stop by themselves where a step does not converge.",
+                ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
@@ -58,14 +66,6 @@ class DDIMInversion(Node):
                     tooltip="At which noise level a step asks the model. pnp: at the one it goes to, as Plug-and-Play "
                     "does, the more exact. euler: at the one it comes from, the same as the host's Flip Sigmas with "
                     "the euler sampler.",
-                ),
-                io.Int.Input(
-                    "refinements",
-                    default=1,
-                    min=0,
-                    max=20,
-                    tooltip="Fixed-point refinements of each step. 1 makes the reconstruction several times more "
-                    "exact; more converge to it, and stop by themselves where a step does not converge.",
                 ),
             ],
             outputs=[

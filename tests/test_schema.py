@@ -41,6 +41,13 @@ def test_names(info):
         assert node["description"]
 
 
+def test_advanced_widgets_are_the_last(info):
+    """The classic renderer shows them all, in this order."""
+    for name, node in info.items():
+        order = [bool(field.options.get("advanced")) for field in schema.fields(node["input"]) if field.is_widget]
+        assert order == sorted(order), name
+
+
 @pytest.mark.parametrize(
     ("typed", "found"),
     [
