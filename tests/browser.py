@@ -69,6 +69,20 @@ SET_WIDGETS = """values => {
 INFORMATION = "UNet evaluations:"
 """Part of a text on a node that is good to know, and no advice."""
 
+OVERLAPS = """() => {
+    const scale = app.canvas.ds.scale
+    const boxes = app.graph.nodes.map(node => {
+        // Nodes 2.0 makes its own boxes, of the size that their content needs.
+        const shown = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+        if (shown) return [node.title, shown.left / scale, shown.top / scale, shown.right / scale, shown.bottom / scale]
+        const [x, y, width, height] = node.boundingRect
+        return [node.title, x, y, x + width, y + height]
+    })
+    return boxes.flatMap((a, i) => boxes.slice(i + 1)
+        .filter(b => Math.min(a[3], b[3]) - Math.max(a[1], b[1]) > 4 && Math.min(a[4], b[4]) - Math.max(a[2], b[2]) > 4)
+        .map(b => `overlap: ${a[0]}, ${b[0]}`))
+}"""
+
 TROUBLE = "[data-testid=error-overlay], [data-testid^=error-group-], [data-testid=missing-node-card]"
 
 
@@ -160,6 +174,7 @@ class Frontend:
         if run:
             self.page.evaluate(SET_WIDGETS, widgets or {})
             visit.pictures = press_run(self.page, visit.problems)
+        visit.problems += self.page.evaluate(OVERLAPS)
         self.page.screenshot(path=screenshot)
         visit.problems += self._heard
         visit.problems += [f"HTTP {status}: {url}" for status, url in self._refused if f"/{pack}/" in url]

@@ -49,7 +49,8 @@ from workflow_format import (
     types_fit,
 )
 
-WIDTH = 250
+WIDTH, LEAST_WIDTH = 250, 225
+"""Nodes 2.0 makes no node narrower than the least."""
 ROW_HEIGHT = 24
 TEXT_HEIGHT = 84
 GAP = 24
@@ -57,6 +58,8 @@ GROUP_PADDING = 12
 GROUP_TITLE = 40
 COLUMN_GAP = 34
 """Between the columns of a group; between groups their frames' edges are added."""
+SUBGRAPH_FOOTER = 44
+"""Height of what Nodes 2.0 shows below the node of a subgraph."""
 LANE = 16
 """Height of one wire above the nodes."""
 ROOM = 100
@@ -158,7 +161,7 @@ class Workflow:
             field = take.field._replace(required=not open_sockets)
             height += self._add_input(data, field, given, take.default)
         height += max(len(inner.gives) - sum("widget" not in entry for entry in data["inputs"]), 0) * ROW_HEIGHT
-        data["size"][1] = height + GROUP_PADDING
+        data["size"][1] = height + GROUP_PADDING + SUBGRAPH_FOOTER
         if open_sockets:
             for entry in data["inputs"]:
                 entry.pop("shape", None)
@@ -188,7 +191,7 @@ class Workflow:
             "id": len(self.nodes) + 1,
             "type": kind,
             "pos": [0, 0],
-            "size": [width, 0],
+            "size": [max(width, LEAST_WIDTH), 0],
             "flags": {},
             "order": len(self.nodes),
             "mode": 0,
@@ -209,7 +212,7 @@ class Workflow:
     def note(self, text: str, column: int = 0, width: int = 240) -> Node:
         """Adds a note in Markdown. It gets no colour of its own: that would be unreadable in one of the themes."""
         data = self._new(NOTE, column, width, None, ())
-        lines = sum(1 + len(line) * 8 // width for line in text.splitlines())
+        lines = sum(1 + len(line) * 7 // width for line in text.splitlines())
         data["size"][1] = 40 + 20 * lines
         data["widgets_values"] = [text]
         return Node(data, {"output_name": []})

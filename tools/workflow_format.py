@@ -31,7 +31,7 @@ TITLE_LETTER = 8
 """Mean width of a letter in a node's title."""
 WINDOW, FIT = (1920, 1080), 0.75
 """A common screen, and the share of it that a workflow fills when it is opened."""
-LEAST_ZOOM = 0.59
+LEAST_ZOOM = 0.58
 """The frontend draws no text below this."""
 
 

@@ -87,7 +87,7 @@ def controlnets_sd15(flow: Workflow) -> None:
         cfg=7.0,
         sampler_name="euler",
     )
-    picture = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=6, width=160)
+    picture = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=6)
     flow.add("SaveImage", {"images": picture[0], "filename_prefix": "conceptloom/composer"}, column=7)
     flow.group("Model", 0)
     flow.group("1. Pictures and ControlNets", 1)

@@ -65,7 +65,7 @@ def train_concept(flow: Workflow) -> None:
         )[0]
         for seed, ground in ((1, "white"), (2, "gray"), (3, "beige"))
     ]
-    batch = flow.add("BatchImagesNode", {"images": drawn}, column=2, width=180)
+    batch = flow.add("BatchImagesNode", {"images": drawn}, column=2)
     trained = flow.add(
         "ConceptLoomTrainConcept",
         {

@@ -144,7 +144,7 @@ def with_freecustom(flow: Workflow) -> None:
         column=3,
         title="Multi-Reference Self-Attention",
     )
-    record = flow.add("ConceptLoomRecordAttentionShare", {"model": patched[0]}, column=4, width=210)
+    record = flow.add("ConceptLoomRecordAttentionShare", {"model": patched[0]}, column=4, width=225)
     shared = {
         "positive": fused,
         "negative": text(flow, parts["CLIP"], "", "Negative prompt (empty)", 2),
@@ -169,7 +169,7 @@ def with_freecustom(flow: Workflow) -> None:
         inner.output("image", inner.add("ImageScaleBy", larger, column=2)[0])
 
     given = {"record": record[1], "latent": both, "vae": base.vae}
-    where = flow.place(flow.subgraph("Where It Looked", describe), given, 6, width=150)
+    where = flow.place(flow.subgraph("Where It Looked", describe), given, 6, width=225)
     flow.add("PreviewImage", {"images": where[0]}, column=7, title="Attention share: mug, tree", width=WIDE)
     flow.group("Model", 0)
     flow.group("1. Model and subjects", 1)
@@ -214,7 +214,7 @@ def sd15(flow: Workflow) -> None:
         sampler_name="ipndm",
         scheduler="ddim_uniform",
     )
-    decoded = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=6, width=160)
+    decoded = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=6)
     flow.add("SaveImage", {"images": decoded[0], "filename_prefix": "conceptloom/fastcomposer"}, column=7)
     flow.group("Model", 0)
     flow.group("1. Model and subjects", 1, 2)

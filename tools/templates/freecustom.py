@@ -112,7 +112,7 @@ def stable_diffusion(flow: Workflow, file: dict, size: int, steps: int, cfg: flo
         sampler_name="ddim",
         scheduler="ddim_uniform",
     )
-    decoded = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=5, width=180)
+    decoded = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=5)
     flow.add("SaveImage", {"images": decoded[0], "filename_prefix": "conceptloom/freecustom"}, column=6)
     flow.group("Model", 0)
     flow.group("1. Subjects", 1, 2)

@@ -26,7 +26,7 @@ SHAPELAND_BLOCKS = "all from the second on (published code)"
 YOUR_PHOTOS = (
     "**Your own photos** need a model that knows what they show: the templates that say *needs SD15* or *needs SDXL*."
 )
-WIDE = 400
+WIDE = 390
 """Width of the node that shows the row of pictures."""
 
 
@@ -211,7 +211,7 @@ def show(
         compared = {"image": images[-1], "references": images[:references], **({"plain": images[-2]} if plain else {})}
         judge = inner.add("ConceptLoomReadPicture", compared, column=1)
         inner.output("report", judge["report"])
-    node = flow.place(inner, given, column, width=150)
+    node = flow.place(inner, given, column, width=225)
     flow.add(
         "SaveImage",
         {"images": node["pictures"], "filename_prefix": prefix},
