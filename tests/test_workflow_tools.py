@@ -272,6 +272,7 @@ def test_layout_faults_are_found(ui, object_info):
     left, top = node(ui, 6)["pos"]
     node(ui, 2)["pos"] = [left - 2000, 0]
     node(ui, 4)["pos"] = [left, top + 200]
+    node(ui, 4)["size"][1] = 20
     assert layout_problems(ui, object_info) == [
         f"nodes 4 ({node(ui, 4)['type']}) and 6 (PreviewImage) overlap",
         "link 3 runs backwards, from node 4 to node 5",
