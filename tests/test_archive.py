@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from environment import ROOT, SHAPELAND_PARTS
-from workflow_format import MODEL_FILE
+from workflow_checks import MODEL_FILE
 
 tomllib = pytest.importorskip("tomllib", reason="tomllib needs Python 3.11")
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 from workflow_builder import Subgraph, Workflow
-from workflow_format import BYPASSED, MUTED, api_problems, layout_problems, to_api, types_fit, ui_problems
+from workflow_checks import api_problems, layout_problems, ui_problems
+from workflow_format import BYPASSED, MUTED, TITLE_HEIGHT, to_api, types_fit
 
 
 def weave(info: dict) -> Workflow:
@@ -278,6 +279,41 @@ def test_layout_faults_are_found(ui, object_info):
         "link 3 runs backwards, from node 4 to node 5",
         "link 5 runs backwards, from node 4 to node 7",
     ]
+
+
+def test_what_a_person_would_not_see_well_is_found(ui, object_info):
+    def problems(edit) -> str:
+        broken = copy.deepcopy(ui)
+        edit(broken)
+        return " | ".join(ui_problems(broken, object_info))
+
+    def widen(ui):
+        ui["groups"][2]["bounding"][2] += 2500
+
+    def cover(ui):
+        ui["groups"][2]["bounding"] = list(ui["groups"][1]["bounding"])
+
+    assert "it opens at 3" in problems(widen) and "%" in problems(widen)
+    assert "groups 'Weaving' and 'Cloth' overlap" in problems(cover)
+    assert "(PreviewImage) is in no group" in problems(cover)
+    assert "crosses the frame" in problems(lambda ui: ui["groups"][0]["bounding"].__setitem__(2, 100))
+    assert "too narrow for its title" in problems(
+        lambda ui: node(ui, 1).update(title="A title that is far longer than its yarn")
+    )
+    (inner,) = ui["definitions"]["subgraphs"]
+    assert "same number" in problems(lambda ui: node(ui["definitions"]["subgraphs"][0], 101).update(id=1))
+    assert inner["inputs"][0]["linkIds"] == [101, 102], "one input of the subgraph feeds two of a node"
+
+
+def test_a_long_link_runs_above_all_nodes(ui):
+    (link,) = [link for link in ui["links"] if link[1] == 4 and link[3] == 7]
+    first, last = (way for way in ui["extra"]["reroutes"] if link[0] in way["linkIds"])
+    assert {"id": link[0], "parentId": last["id"]} in ui["extra"]["linkExtensions"]
+    assert last["parentId"] == first["id"] and first["linkIds"] == last["linkIds"] == [link[0]]
+    tops = [place["pos"][1] - TITLE_HEIGHT for place in ui["nodes"]]
+    assert first["pos"][1] == last["pos"][1] < min(tops)
+    source, target = node(ui, 4), node(ui, 7)
+    assert source["pos"][0] + source["size"][0] < first["pos"][0] < last["pos"][0] < target["pos"][0]
 
 
 def test_types():

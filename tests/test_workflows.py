@@ -17,17 +17,8 @@ from environment import ROOT, absent_weights
 from hostserver import PACK, PromptError
 from PIL import Image
 from schema import all_fields
-from workflow_format import (
-    BYPASSED,
-    MODEL_FILE,
-    MUTED,
-    api_problems,
-    layout_problems,
-    link_problems,
-    subgraphs_of,
-    to_api,
-    ui_problems,
-)
+from workflow_checks import MODEL_FILE, api_problems, layout_problems, link_problems, ui_problems
+from workflow_format import BYPASSED, MUTED, subgraphs_of, to_api
 
 FOLDER = ROOT / "workflows"
 UI_FILES = sorted(FOLDER.glob("*.json"))

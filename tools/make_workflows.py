@@ -35,7 +35,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from run import alias_pack
 from templates import BLUEPRINTS, FOR_SCRIPTS, STAND_INS, WORKFLOWS
 from workflow_builder import Workflow
-from workflow_format import api_problems, to_api, ui_problems
+from workflow_checks import api_problems, ui_problems
+from workflow_format import to_api
 
 FOLDER = ROOT / "workflows"
 CARD_SIDE, CARD_GAP, CARD_BANNER = 400, 8, 56

@@ -42,26 +42,21 @@ from workflow_format import (
     PREVIEW_HEIGHT,
     SUBGRAPH_INPUT,
     SUBGRAPH_OUTPUT,
-    TITLE_HEIGHT,
     shows_picture,
     stored_after,
     title_width,
     types_fit,
 )
+from workflow_layout import lanes, long_links, place
 
+MARGIN = 12
+"""Below the last row of a node."""
 WIDTH, LEAST_WIDTH = 250, 225
 """Nodes 2.0 makes no node narrower than the least."""
 ROW_HEIGHT = 24
 TEXT_HEIGHT = 84
-GAP = 24
-GROUP_PADDING = 12
-GROUP_TITLE = 40
-COLUMN_GAP = 34
-"""Between the columns of a group; between groups their frames' edges are added."""
 SUBGRAPH_FOOTER = 44
 """Height of what Nodes 2.0 shows below the node of a subgraph."""
-LANE = 16
-"""Height of one wire above the nodes."""
 ROOM = 100
 """Numbers of nodes and links of a subgraph begin at a multiple of this: the frontend renumbers what is there twice."""
 
@@ -132,7 +127,7 @@ class Workflow:
         for field in live_fields(info, values):
             height += self._add_input(data, field, values)
         height += max(len(info["output"]) - sum("widget" not in entry for entry in data["inputs"]), 0) * ROW_HEIGHT
-        data["size"][1] = height + GROUP_PADDING + (picture if shows_picture(info) else 0)
+        data["size"][1] = height + MARGIN + (picture if shows_picture(info) else 0)
         return Node(data, info)
 
     def place(
@@ -161,7 +156,7 @@ class Workflow:
             field = take.field._replace(required=not open_sockets)
             height += self._add_input(data, field, given, take.default)
         height += max(len(inner.gives) - sum("widget" not in entry for entry in data["inputs"]), 0) * ROW_HEIGHT
-        data["size"][1] = height + GROUP_PADDING + SUBGRAPH_FOOTER
+        data["size"][1] = height + MARGIN + SUBGRAPH_FOOTER
         if open_sockets:
             for entry in data["inputs"]:
                 entry.pop("shape", None)
@@ -223,8 +218,9 @@ class Workflow:
 
     def ui(self) -> dict:
         """The finished workflow in UI format."""
-        frames = self._place()
-        reroutes, extensions = self._lanes()
+        passing = long_links(self.columns, self.links)
+        frames = place(self.columns, [group["columns"] for group in self.groups], len(passing))
+        reroutes, extensions = lanes(self.nodes, passing)
         groups = [
             {
                 "id": index + 1,
@@ -318,70 +314,6 @@ class Workflow:
         output.node.data["outputs"][output.slot]["links"].append(number)
         return number
 
-    def _frame_of(self, column: int) -> int | None:
-        """The index of the group that frames a column."""
-        return next((i for i, group in enumerate(self.groups) if column in group["columns"]), None)
-
-    def _long(self) -> dict[tuple[int, int], list[list]]:
-        """The links that pass over a column, by their output (node, slot), in the order in which they begin."""
-        column_of = {node["id"]: column for column, nodes in self.columns.items() for node in nodes}
-        order = sorted(self.columns)
-        passing: dict[tuple[int, int], list[list]] = {}
-        for link in self.links:
-            _, source, slot, target, *_ = link
-            if order.index(column_of[target]) - order.index(column_of[source]) > 1:
-                passing.setdefault((source, slot), []).append(link)
-        return passing
-
-    def _place(self) -> list[list[float]]:
-        """Puts every column to the right of the one before, and every node below the one above it, with room for the
-        long links above all nodes; returns the groups' frames."""
-        above = LANE * len(self._long()) + TITLE_HEIGHT
-        left, edges, bottom, last = 0.0, {}, 0.0, None
-        for column in sorted(self.columns):
-            frame = self._frame_of(column)
-            if edges:
-                left += COLUMN_GAP + (2 * GROUP_PADDING if frame != last or frame is None else 0)
-            last, top = frame, float(above)
-            for node in self.columns[column]:
-                node["pos"] = [left, top]
-                top += node["size"][1] + GAP + TITLE_HEIGHT
-            width = max(node["size"][0] for node in self.columns[column])
-            edges[column] = left, left + width
-            left, bottom = left + width, max(bottom, top - GAP - TITLE_HEIGHT)
-        top = -GROUP_TITLE - GROUP_PADDING
-        frames = []
-        for group in self.groups:
-            a, b = (edges[group["columns"][end]][end] for end in (0, -1))
-            frames.append([a - GROUP_PADDING, top, b - a + 2 * GROUP_PADDING, bottom + GROUP_PADDING - top])
-        return frames
-
-    def _lanes(self) -> tuple[list[dict], list[dict]]:
-        """Reroutes of the long links, which lead them above the nodes, and what ties the links to them."""
-        reroutes, extensions = [], []
-        nodes = {node["id"]: node for node in self.nodes}
-        for lane, ((source, _), links) in enumerate(self._long().items()):
-            y = LANE * (lane + 0.5) - GROUP_PADDING
-            node = nodes[source]
-            start = {
-                "id": len(reroutes) + 1,
-                "pos": [node["pos"][0] + node["size"][0] + COLUMN_GAP / 2, y],
-                "linkIds": [link[0] for link in links],
-            }
-            reroutes.append(start)
-            # One way for all, from which each goes down before its node.
-            before, stops = start, {}
-            for link in sorted(links, key=lambda link: nodes[link[3]]["pos"][0]):
-                x = nodes[link[3]]["pos"][0] - COLUMN_GAP / 2
-                if x not in stops:
-                    stops[x] = {"id": len(reroutes) + 1, "parentId": before["id"], "pos": [x, y], "linkIds": []}
-                    reroutes.append(stops[x])
-                    before = stops[x]
-                for stop in stops.values():
-                    stop["linkIds"].append(link[0])
-                extensions.append({"id": link[0], "parentId": stops[x]["id"]})
-        return reroutes, extensions
-
 
 class Take(NamedTuple):
     """An input of a subgraph.
@@ -456,13 +388,9 @@ class Subgraph(Workflow):
             take.links[:] = [number + first for number in take.links]
         self.gives = {name: (kind, number + first) for name, (kind, number) in self.gives.items()}
 
-    def _long(self) -> dict[tuple[int, int], list[list]]:
-        """None: a subgraph is small."""
-        return {}
-
     def definition(self) -> dict:
         """The subgraph as a workflow's file holds it."""
-        self._place()
+        place(self.columns)
         right = max(node["pos"][0] + node["size"][0] for node in self.nodes) + 100
 
         def sockets(kind: str, left: float, given: dict[str, tuple[str, list[int]]]) -> list[dict]:
