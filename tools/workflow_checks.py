@@ -209,6 +209,6 @@ def layout_problems(content: dict, info: dict[str, dict]) -> list[str]:
                 problems.append(f"nodes {one['id']} ({one['type']}) and {other['id']} ({other['type']}) overlap")
     places = {node["id"]: node["pos"][0] for node in content["nodes"]}
     for number, source, _, target, *_ in links_of(content):
-        if min(source, target) > 0 and places[source] >= places[target]:
+        if source in places and target in places and places[source] >= places[target]:
             problems.append(f"link {number} runs backwards, from node {source} to node {target}")
     return problems
