@@ -42,8 +42,8 @@ ABOUT = f"""
 
 *default* is weight {WEIGHT:g} in the {LAST_TWO_STAGES}. The others change one thing: *no_mask* takes the whole
 reference, *zero_bias* the mask with no weight, *all_blocks* looks at the references everywhere and *last_stage* in the
-last stage alone, *paper* is the paper's formula in place of the published code's, *weight_X* another weight and
-*published* that code's weight 3."""
+last stage alone, *paper* is the paper's formula in place of the published code's, in which the weight is a
+factor, so that below 1 it weakens the references; *weight_X* is another weight and *published* the code's weight 3."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
