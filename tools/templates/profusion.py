@@ -106,32 +106,9 @@ def fastcomposer(flow: Workflow) -> None:
     words = in_words(flow, 2, parts, [fish["subject"], ball["subject"]], prompt, background="noise", crop=True)
     negative = text(flow, parts["CLIP"], "", "Negative prompt (empty)", 2)
     shared = schedule(flow, parts["MODEL"], 25, SIDE, 0, 3)
-    guider = flow.add(
-        "ConceptLoomFusionGuider",
-        {
-            "model": parts["MODEL"],
-            "text": words["text_only"],
-            "negative": negative,
-            "subjects": [words["subject"]],
-            **SCALES,
-        },
-        column=3,
-    )
-    pictures = {
-        "fish": fish["image"],
-        "ball": ball["image"],
-        "plain": plain(
-            flow,
-            4,
-            "Plain guidance (same seed)",
-            base.vae,
-            shared,
-            model=parts["MODEL"],
-            positive=words["subject"],
-            negative=negative,
-        ),
-        "fusion": fused(flow, 4, "Fusion sampling", guider, base.vae, shared),
-    }
+    plans = {"plain": ("Plain guidance (same seed)", words["subject"])}
+    drawn = ways(flow, 3, base.vae, parts["MODEL"], words, negative, shared, plans)
+    pictures = {"fish": fish["image"], "ball": ball["image"], **drawn}
     show(flow, 5, pictures, "conceptloom/profusion", "References, plain, fusion", references=2)
     flow.group("Model", 0)
     flow.group("1. Model and subjects", 1)
@@ -163,10 +140,12 @@ def promptnet(flow: Workflow) -> None:
     words = encode(flow, 2, base, net["promptnet"], house["subject"])
     negative = text(flow, base.clip, "", "Negative prompt (empty)", 2)
     shared = schedule(flow, net["MODEL"], 25, SIDE, 0, 3)
-    pictures = {
-        "reference": house["image"],
-        **three_ways(flow, 3, base, net["MODEL"], words, negative, shared),
+    plans = {
+        "text": ("Plain text (same seed)", words["text_only"]),
+        "plain": ("Plain guidance (same seed)", words["subject"]),
     }
+    drawn = ways(flow, 3, base.vae, net["MODEL"], words, negative, shared, plans)
+    pictures = {"reference": house["image"], **drawn}
     show(flow, 5, pictures, "conceptloom/promptnet", "Reference, text, plain, fusion", references=1)
     flow.group("Model", 0)
     flow.group("1. Model and subject", 1)
@@ -191,37 +170,27 @@ def encode(flow: Workflow, column: int, base: Base, net: Output, subject: Output
     )
 
 
-def three_ways(
+def ways(
     flow: Workflow,
     column: int,
-    base: Base,
+    vae: Output,
     model: Output,
     words: Node,
     negative: Output,
     shared: dict[str, Output],
+    plans: dict[str, tuple[str, Output]],
 ) -> dict[str, Output]:
-    """The same seed by the plain text, by plain guidance with the subject and by fusion sampling."""
+    """The same seed by plain guidance, with a title and a positive conditioning each, and by fusion sampling."""
     guider = flow.add(
         "ConceptLoomFusionGuider",
-        {
-            "model": model,
-            "text": words["text_only"],
-            "negative": negative,
-            "subjects": [words["subject"]],
-            **SCALES,
-        },
+        {"model": model, "text": words["text_only"], "negative": negative, "subjects": [words["subject"]], **SCALES},
         column=column,
     )
-    given = {"model": model, "negative": negative}
-    return {
-        "text": plain(
-            flow, column + 1, "Plain text (same seed)", base.vae, shared, positive=words["text_only"], **given
-        ),
-        "plain": plain(
-            flow, column + 1, "Plain guidance (same seed)", base.vae, shared, positive=words["subject"], **given
-        ),
-        "fusion": fused(flow, column + 1, "Fusion sampling", guider, base.vae, shared),
+    pictures = {
+        name: plain(flow, column + 1, title, vae, shared, model=model, positive=positive, negative=negative)
+        for name, (title, positive) in plans.items()
     }
+    return {**pictures, "fusion": fused(flow, column + 1, "Fusion sampling", guider, vae, shared)}
 
 
 def finetune(flow: Workflow) -> None:
