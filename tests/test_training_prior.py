@@ -51,6 +51,12 @@ def test_the_loss_is_the_error_of_the_scaled_embedding(folder, model):
     model.zero_grad()
 
 
+def test_maps_beside_a_picture_are_no_pictures(folder):
+    names = [file.name for file in Captioned(folder, 64, 128).files]
+    assert len(names) == 12
+    assert not any("." in name.removesuffix(".png") for name in names)
+
+
 def test_captions_are_left_out_in_a_tenth(folder):
     pictures = Captioned(folder, 64, 128)
     said = [bool(pictures[row, epoch]["caption"]) for row in range(12) for epoch in range(60)]

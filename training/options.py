@@ -29,8 +29,9 @@ def check_workers(workers: int) -> None:
         raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {workers}")
 
 
-RUN_LEAST = {"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1, "sheet_every": 0}
-"""The least values of the options of `add_run`, for `check_least`."""
+RUN_LEAST = {"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1}
+UNET_LEAST = {**RUN_LEAST, "sheet_every": 0}
+"""The least values of the options of `add_run` and `add_unet`, for `check_least`."""
 
 
 def add_base(parser: ArgumentParser, data: str) -> None:
@@ -49,15 +50,20 @@ def add_run(parser: ArgumentParser, export: str, steps: int, batch_size: int) ->
     add("--batch-size", type=int, default=batch_size, help="pictures of a process at a time (default: %(default)s)")
     add("--accumulate", type=int, default=1, help="batches of a process in a step (default: %(default)s)")
     add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
-    add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
     add("--warmup", type=int, default=0, help="steps in which learning rates rise (default: %(default)s)")
     add("--resolution", type=int, help="of pictures, in pixels (default: the base's own)")
     add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that prepare pictures (default: %(default)s)")
     add("--save-minutes", type=float, default=10.0, help="between checkpoints (default: %(default)s)")
     add("--log-every", type=int, default=100, help="steps (default: %(default)s)")
-    add("--sheet-every", type=int, default=1000, help="steps between sample sheets; 0 for none (default: %(default)s)")
     add("--export", type=Path, metavar="FILE", help=f"what to write at the end (default: OUT/{export})")
+
+
+def add_unet(parser: ArgumentParser) -> None:
+    """Adds the options of a run that trains through a UNet and draws with it."""
+    add = parser.add_argument
+    add("--checkpointing", action="store_true", help="compute the UNet twice to save most of its memory")
+    add("--sheet-every", type=int, default=1000, help="steps between sample sheets; 0 for none (default: %(default)s)")
 
 
 def export_file(options: Namespace, name: str) -> Path:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..options import add_base, add_run, export_file
+from ..options import add_base, add_run, add_unet, export_file
 
 
 def main(argv: list[str]) -> None:
@@ -62,4 +62,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, default=1e-4, help="constant after --warmup (default: %(default)s)")
     add("--average", type=float, default=0.9999, help="of the weights, per step; 0 for none (default: %(default)s)")
     add_run(parser, "composer.safetensors", 100_000, 8)
+    add_unet(parser)
     return parser

@@ -20,13 +20,12 @@ from ...compositions.sketch import WHITE_ON_BLACK, as_sketch, contours
 from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
 from ..base import Base, Vocabulary
 from ..data.dataset import item_generator
+from ..data.pictures import ENDINGS, MAPS, find_pictures
 from ..draws import Shares, draw, toward_noise
 from ..signals import ignore_stop_requests
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
 KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY = 0.1, 0.1, 0.5, 0.7
-_BESIDE = (".sketch", ".depth", ".instances")
 _ONE_CHANNEL = ("L", "P", "I", "I;16", "F")
 
 
@@ -89,12 +88,7 @@ class Composed(torch.utils.data.Dataset):
     """
 
     def __init__(self, root: Path, resolution: int, seed: int = 0):
-        root = Path(root)
-        self.files = sorted(
-            file for file in root.rglob("*") if file.suffix.lower() in ENDINGS and not file.stem.endswith(_BESIDE)
-        )
-        if not self.files:
-            raise FileNotFoundError(f"--data: expected a folder with pictures ({', '.join(ENDINGS)}), got {root}")
+        self.files = find_pictures(root)
         self.resolution, self.seed = resolution, seed
 
     def __len__(self) -> int:
@@ -108,7 +102,7 @@ class Composed(torch.utils.data.Dataset):
         caption = caption_of(file)
         weights = list(WEIGHTS.values())[int(torch.randint(len(WEIGHTS), (), generator=generator))]
         mask = draw_mask(self.resolution, generator)
-        drawn, depth, instances = (self._beside(file, kind) for kind in ("sketch", "depth", "instances"))
+        drawn, depth, instances = (self._beside(file, kind) for kind in MAPS)
         sketch = contours(image) if drawn is None else as_sketch(drawn[..., None] / drawn.max(), WHITE_ON_BLACK)
         things = None if instances is None or not instances.any() else _instance_map(file, instances)
         covers = 0 < float(mask.mean()) < 1

@@ -14,7 +14,7 @@ from ..base import open_base
 from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import RUN_LEAST, check_average, check_least, check_workers
+from ..options import UNET_LEAST, check_average, check_least, check_workers
 from ..sampling import sample
 from ..shapeland.common import save_sheet
 from ..signals import Stopped
@@ -24,7 +24,7 @@ from .pictures import NAMES, Composed, caption_of, collate, read_batches
 SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 3.0
 ALONE = ("palette", "semantics", "sketch", "instances", "depth")
 """Representations that a sheet shows by themselves, beside the caption and all together."""
-_LEAST = {**RUN_LEAST, "learning_rate": 0, "local_width": 1, "body_share": 1}
+_LEAST = {**UNET_LEAST, "learning_rate": 0, "local_width": 1, "body_share": 1}
 _PREFIX = "adapter."
 _SCALED_TO = 128
 

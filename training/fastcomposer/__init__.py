@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..options import add_base, add_run, export_file
+from ..options import add_base, add_run, add_unet, export_file
 
 # Defaults that depend on --train.
 _DEFAULTS = {
@@ -79,5 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--object-types", nargs="+", metavar="CLASS", help="classes that count as subjects, such as person")
     add("--no-augmentation", action="store_true", help="show pictures and subjects as they are")
     add_run(parser, "fastcomposer.safetensors", 150_000, 16)
+    add_unet(parser)
     add("--export-precision", choices=("fp16", "fp32"), default="fp16", help="of that file (default: %(default)s)")
     return parser

@@ -14,7 +14,7 @@ from ..data.dataset import SubjectPictures
 from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import RUN_LEAST, check_average, check_least, check_workers
+from ..options import UNET_LEAST, check_average, check_least, check_workers
 from ..signals import Stopped
 from .batches import check_subjects, read_batches
 from .export import export, start_from
@@ -22,7 +22,7 @@ from .model import LORA, FastComposer
 from .sheet import open_sheet
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_LEAST = {**RUN_LEAST, "learning_rate": 0, "fuser_learning_rate": 0}
+_LEAST = {**UNET_LEAST, "learning_rate": 0, "fuser_learning_rate": 0}
 
 
 def train(options: Namespace, file: Path) -> None:

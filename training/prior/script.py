@@ -15,11 +15,12 @@ from ...encoders.files import whole_file
 from ..accelerator import accelerator_of
 from ..base import Vocabulary, open_base
 from ..data.dataset import item_generator
+from ..data.pictures import find_pictures
 from ..draws import Shares, shares_of
 from ..loop import Run
 from ..optimizers import warmup
 from ..options import RUN_LEAST, check_average, check_least, check_workers
-from ..promptnet.pictures import ENDINGS, read_square
+from ..promptnet.pictures import read_square
 from ..signals import Stopped, ignore_stop_requests
 from .model import UNCONDITIONAL, PriorTraining
 
@@ -38,8 +39,7 @@ class Captioned(torch.utils.data.Dataset):
     """
 
     def __init__(self, root: Path, resolution: int, width: int, seed: int = 0):
-        found = (file for file in Path(root).rglob("*") if file.suffix.lower() in ENDINGS)
-        self.files = sorted(file for file in found if file.with_suffix(".txt").exists())
+        self.files = [file for file in find_pictures(root) if file.with_suffix(".txt").exists()]
         if not self.files:
             raise FileNotFoundError(f"--data: expected a folder with pictures and their captions (.txt), got {root}")
         self.resolution, self.width, self.seed = resolution, width, seed

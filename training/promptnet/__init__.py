@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..options import add_base, add_run, export_file
+from ..options import add_base, add_run, add_unet, export_file
 
 
 def main(argv: list[str]) -> None:
@@ -53,4 +53,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--average", type=float, default=0.9999, help="of the weights, per step; 0 for none (default: %(default)s)")
     add("--l2", type=float, default=0.0, help="weight of the word's mean square in the loss (default: %(default)s)")
     add_run(parser, "promptnet.safetensors", 80_000, 8)
+    add_unet(parser)
     return parser

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 
 from ..base import LENGTH, Base, Vocabulary
 from ..data.dataset import item_generator
+from ..data.pictures import find_pictures
 from ..draws import Shares, draw
 from ..signals import ignore_stop_requests
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PLACE = "{}"
 """Where the thing is in a caption."""
 
@@ -41,9 +41,7 @@ class Things(torch.utils.data.Dataset):
 
     def __init__(self, root: Path, caption: str, resolution: int, seed: int = 0):
         root = Path(root)
-        self.files = sorted(file for file in root.rglob("*") if file.suffix.lower() in ENDINGS)
-        if not self.files:
-            raise FileNotFoundError(f"--data: expected a folder with pictures ({', '.join(ENDINGS)}), got {root}")
+        self.files = find_pictures(root)
         self.captions = [_caption(file, caption) for file in self.files]
         groups: dict[Path, list[int]] = {}
         for row, file in enumerate(self.files):

@@ -15,7 +15,7 @@ from ..base import Base, open_base
 from ..draws import shares_of
 from ..loop import Run
 from ..optimizers import warmup
-from ..options import RUN_LEAST, check_average, check_least, check_workers
+from ..options import UNET_LEAST, check_average, check_least, check_workers
 from ..sampling import States
 from ..shapeland.common import save_sheet
 from ..signals import Stopped
@@ -24,7 +24,7 @@ from .pictures import Things, collate, read_batches
 
 SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 5.0
 _SCALED_TO = 128
-_LEAST = {**RUN_LEAST, "learning_rate": 0, "l2": 0, "region_channels": 1}
+_LEAST = {**UNET_LEAST, "learning_rate": 0, "l2": 0, "region_channels": 1}
 
 
 def train(options: Namespace, file: Path) -> None:
