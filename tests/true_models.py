@@ -94,10 +94,40 @@ def _controlnet() -> dict[str, torch.Size]:
     return {f"control_model.{name}": tensor.shape for name, tensor in model.state_dict().items()}
 
 
+def _clip_l_vision() -> dict[str, torch.Size]:
+    import comfy.clip_model
+    import comfy.ops
+
+    config = json.loads((Path(comfy.clip_model.__file__).parent / "clip_vision_config_vitl.json").read_text())
+    model = comfy.clip_model.CLIPVisionModelProjection(config, torch.float16, "meta", comfy.ops.disable_weight_init)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def coadapter_state(kind: str) -> dict[str, torch.Tensor]:
+    """The sketch, color or style CoAdapter, or their fuser, as published, with random values."""
+    from comfy.t2i_adapter import adapter
+    from conceptloom.encoders.coadapter import CoAdapterFuser
+
+    channels = [320, 640, 1280, 1280]
+    torch.manual_seed(0)
+    if kind == "sketch":
+        net = adapter.Adapter(cin=64, channels=channels, nums_rb=2, ksize=1, sk=True, use_conv=False)
+    elif kind == "color":
+        net = adapter.Adapter_light(cin=192, channels=channels, nums_rb=4)
+    elif kind == "style":
+        net = adapter.StyleAdapter(width=1024, context_dim=768, num_head=8, n_layes=3, num_token=8)
+    else:
+        net = CoAdapterFuser()
+    return net.state_dict()
+
+
 def shapes_of(kind: str) -> dict[str, torch.Size]:
-    """Names and shapes of a checkpoint's tensors; `kind` is sd15, sdxl (of reduced depth), or sd15_controlnet."""
+    """Names and shapes of a checkpoint's tensors; `kind` is sd15, sdxl (of reduced depth), sd15_controlnet, or
+    clip_l_vision."""
     if kind == "sd15_controlnet":
         return _controlnet()
+    if kind == "clip_l_vision":
+        return _clip_l_vision()
     if kind == "sd15":
         return _unet(_unet_config("sd15")) | _autoencoder() | _clip_l("cond_stage_model.transformer.")
     clips = _clip_l("conditioner.embedders.0.transformer.") | _clip_g("conditioner.embedders.1.model.")

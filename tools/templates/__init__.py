@@ -7,11 +7,30 @@ from pathlib import Path
 
 from workflow_builder import Workflow
 
-from . import blueprints, composer, concept_training, concept_weaver, fastcomposer, freecustom, profusion, structure
+from . import (
+    blueprints,
+    composer,
+    composer_sd15,
+    concept_training,
+    concept_weaver,
+    fastcomposer,
+    freecustom,
+    profusion,
+    structure,
+)
 
 WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     name: describe
-    for module in (freecustom, fastcomposer, concept_weaver, concept_training, structure, profusion, composer)
+    for module in (
+        freecustom,
+        fastcomposer,
+        concept_weaver,
+        concept_training,
+        structure,
+        profusion,
+        composer,
+        composer_sd15,
+    )
     for name, describe in module.WORKFLOWS.items()
 }
 

@@ -1,120 +1,10 @@
-"""Workflows of Composer."""
+"""Workflows of Composer on Shapeland."""
 
 from __future__ import annotations
 
-from workflow_builder import Subgraph, Workflow
+from workflow_builder import Workflow
 
 from .composer_operations import OPERATIONS, REFINEMENT, compositional_generation, style_transfer, translation, try_on
-from .parts import NEGATIVE, SD15, checkpoint, empty, sampled, text
-
-SCRIBBLE = {
-    "name": "control_v11p_sd15_scribble_fp16.safetensors",
-    "url": "https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
-    "control_v11p_sd15_scribble_fp16.safetensors",
-    "directory": "controlnet",
-}
-DEPTH = {
-    "name": "control_v11f1p_sd15_depth_fp16.safetensors",
-    "url": "https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
-    "control_v11f1p_sd15_depth_fp16.safetensors",
-    "directory": "controlnet",
-}
-SIDE = 512
-
-
-def controlnets_sd15(flow: Workflow) -> None:
-    """The sketch of one picture and the depth of another, by two ControlNets."""
-    flow.note(
-        "## START HERE: the lines of one picture, the space of another\n"
-        "Needs the checkpoint and the two ControlNets named in the loaders. **Sketch and Depth** takes each picture "
-        "apart and puts the sketch of the first and the depth of the second together; **Apply Representation** gives "
-        "each to its ControlNet.\n\n"
-        "**Your own photos**: put **Load Image** in the place of each drawn picture, and take the depth from any "
-        "depth node."
-    )
-    base = checkpoint(flow, SD15)
-    flow.note(
-        "### Things to try\n"
-        "- `strength` and `end_percent` of **Sketch and Depth**: less of the sketch, or only at the beginning\n"
-        "- inside of it, `method` canny in a **Sketch** before **Decompose Image**, or `take_palette` with a color "
-        "adapter in a third **Apply Representation**"
-    )
-    scenes = (
-        ("a house and a star on a white background", 3, 12, "Your photo: lines"),
-        ("a mug and a fish on a gray background", 8, 5, "Your photo: depth"),
-    )
-    lines, space = (
-        flow.add(
-            "ConceptLoomDrawScene",
-            {"description": description, "seed": seed, "identity_seed": identity, "size": SIDE},
-            column=1,
-            title=title,
-        )
-        for description, seed, identity, title in scenes
-    )
-    merged = flow.place(
-        flow.subgraph("Sketch and Depth", _sketch_and_depth),
-        {"lines": lines[0], "space": space[0], "depth": space["depth"]},
-        2,
-    )
-    prompt = "a cottage in a snowy valley at dawn, oil painting"
-    sides = (text(flow, base.clip, prompt, "Prompt", 2), text(flow, base.clip, NEGATIVE, "Negative prompt", 2))
-    for column, (name, file) in enumerate((("sketch", SCRIBBLE), ("depth", DEPTH)), 3):
-        net = flow.add("ControlNetLoader", {"control_net_name": file["name"]}, column=1, models=[file])
-        node = flow.add(
-            "ConceptLoomApplyRepresentation",
-            {
-                "positive": sides[0],
-                "negative": sides[1],
-                "composition": merged[0],
-                "control_net": net[0],
-                "representation": name,
-            },
-            column=column,
-            title=f"Apply: {name}",
-            width=240,
-        )
-        sides = (node[0], node[1])
-    latent = sampled(
-        flow,
-        5,
-        "KSampler",
-        model=base.model,
-        positive=sides[0],
-        negative=sides[1],
-        latent_image=empty(flow, SIDE, 4),
-        seed=1,
-        cfg=7.0,
-        sampler_name="euler",
-    )
-    picture = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=6)
-    flow.add("SaveImage", {"images": picture[0], "filename_prefix": "conceptloom/composer"}, column=7)
-    flow.group("Model", 0)
-    flow.group("1. Pictures and ControlNets", 1)
-    flow.group("2. Sketch and depth, prompts", 2, 3, 4)
-    flow.group("3. Drawing", 5)
-    flow.group("4. Result", 6, 7)
-
-
-def _sketch_and_depth(inner: Subgraph) -> None:
-    """The sketch of a picture and the depth of another, as one composition."""
-    nothing = {"take_palette": False, "take_sketch": False, "take_intensity": False}
-    first = inner.add("ConceptLoomDecomposeImage", {"image": inner.input("lines"), **nothing, "take_sketch": True})
-    second = inner.add(
-        "ConceptLoomDecomposeImage", {"image": inner.input("space"), "depth": inner.input("depth"), **nothing}
-    )
-    picked = inner.add(
-        "ConceptLoomPickRepresentations",
-        {
-            "composition": first[0],
-            "sketch": True,
-            "strength": inner.input("strength", 0.8),
-            "end_percent": inner.input("end_percent", 0.7),
-        },
-        column=1,
-    )
-    merged = inner.add("ConceptLoomMergeCompositions", {"composition1": picked[0], "composition2": second[0]}, column=2)
-    inner.output("composition", merged[0])
 
 
 def three_pictures_shapeland(flow: Workflow) -> None:
@@ -189,7 +79,6 @@ TEMPLATES = {
 }
 """Operations that are templates, with their names; the others are for scripts."""
 WORKFLOWS = {
-    "29_Two_ControlNets_Composer_needs_SD15": controlnets_sd15,
     TEMPLATES["compositional_generation"]: three_pictures_shapeland,
     TEMPLATES["translation"]: other_text_shapeland,
     TEMPLATES["style_transfer"]: style_shapeland,
