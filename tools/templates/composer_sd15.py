@@ -132,21 +132,21 @@ def coadapters_sd15(flow: Workflow) -> None:
         if kind in ("sketch", "color")
     }
     vision = flow.add("CLIPVisionLoader", {"clip_name": CLIP_L["name"]}, column=1, models=[CLIP_L])
-    style = flow.add(
-        "StyleModelLoader", {"style_model_name": COADAPTERS["style"]["name"]}, column=1, models=[COADAPTERS["style"]]
-    )
-    fuser = flow.add(
-        "ConceptLoomLoadCoAdapterFuser",
-        {"file": COADAPTERS["fuser"]["name"]},
-        column=1,
-        models=[COADAPTERS["fuser"]],
-    )
     taken = flow.place(
         flow.subgraph("Sketch, Colors and Style", _sketch_colors_style),
         {"lines": lines[0], "look": look[0], "clip_vision": vision[0], **nets},
         2,
     )
     sides = _prompts(flow, base, "a cottage in a snowy valley at dawn, oil painting")
+    style = flow.add(
+        "StyleModelLoader", {"style_model_name": COADAPTERS["style"]["name"]}, column=2, models=[COADAPTERS["style"]]
+    )
+    fuser = flow.add(
+        "ConceptLoomLoadCoAdapterFuser",
+        {"file": COADAPTERS["fuser"]["name"]},
+        column=2,
+        models=[COADAPTERS["fuser"]],
+    )
     made = flow.add(
         "ConceptLoomApplyCoAdapter",
         {
