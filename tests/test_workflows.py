@@ -17,6 +17,8 @@ from environment import ROOT, absent_weights
 from hostserver import PACK, PromptError
 from PIL import Image
 from schema import all_fields
+from templates import BLUEPRINTS, FOR_SCRIPTS, WORKFLOWS
+from workflow_builder import Workflow
 from workflow_checks import MODEL_FILE, api_problems, layout_problems, link_problems, ui_problems
 from workflow_format import BYPASSED, MUTED, subgraphs_of, to_api
 
@@ -74,6 +76,25 @@ def test_name_can_stand_in_a_link(file):
 @each(UI_FILES, "workflows/")
 def test_api_twin_says_the_same(file, object_info):
     assert to_api(read(file), object_info) == read(FOLDER / "api" / file.name)
+
+
+@pytest.mark.parametrize("name", [*WORKFLOWS, *FOR_SCRIPTS, *BLUEPRINTS])
+def test_file_is_what_its_description_makes(name, object_info):
+    flow = Workflow(object_info, name)
+    if name in BLUEPRINTS:
+        made, file = BLUEPRINTS[name](flow), ROOT / "subgraphs" / f"{name}.json"
+    else:
+        {**WORKFLOWS, **FOR_SCRIPTS}[name](flow)
+        made, file = flow.ui(), FOLDER / f"{name}.json"
+        if name in FOR_SCRIPTS:
+            made, file = to_api(made, object_info), FOLDER / "api" / "operations" / f"{name}.json"
+    assert json.loads(json.dumps(made)) == read(file), "run tools/make_workflows.py --keep-cards"
+
+
+def test_every_file_has_a_description():
+    assert {file.stem for file in UI_FILES} == set(WORKFLOWS)
+    assert {file.stem for file in (FOLDER / "api" / "operations").glob("*.json")} == set(FOR_SCRIPTS)
+    assert {file.stem for file in (ROOT / "subgraphs").glob("*.json")} == set(BLUEPRINTS)
 
 
 @pytest.mark.parametrize("file", (ROOT / "subgraphs").glob("*.json"), ids=lambda file: file.stem)
