@@ -1,4 +1,4 @@
-"""Heat maps, which show a share between 0 and 1 at each point of a picture as a colour on the picture."""
+"""Heat maps, which show a share between 0 and 1 at each point of a picture as a color on the picture."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from ..subjects.masks import ASPECT_TOLERANCE, same_aspect
 
-# From dark blue through violet and orange to pale yellow: brightness rises all the way, so it also reads in grey.
+# From dark blue through violet and orange to pale yellow: brightness rises all the way, so it also reads in gray.
 _SCALE = ((0.05, 0.03, 0.30), (0.45, 0.05, 0.55), (0.80, 0.25, 0.40), (0.97, 0.58, 0.20), (0.98, 0.95, 0.65))
 
 
-def colours(values: torch.Tensor) -> torch.Tensor:
-    """Maps values (...) in 0..1 to RGB colours (..., 3) in 0..1."""
+def colors(values: torch.Tensor) -> torch.Tensor:
+    """Maps values (...) in 0..1 to RGB colors (..., 3) in 0..1."""
     scale = torch.tensor(_SCALE, device=values.device)
     place = values.clamp(0, 1) * (len(_SCALE) - 1)
     below = place.floor().long().clamp(max=len(_SCALE) - 2)
@@ -32,13 +32,13 @@ def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def overlay(pictures: torch.Tensor, maps: torch.Tensor, opacity: float) -> torch.Tensor:
-    """Blends maps (B, H, W), as colours, over greyscale pictures (B, H, W, 3).
+    """Blends maps (B, H, W), as colors, over grayscale pictures (B, H, W, 3).
 
-    Opacity 0 returns the pictures in colour, 1 the maps alone. The result is float, whatever the dtype of the pictures.
+    Opacity 0 returns the pictures in color, 1 the maps alone. The result is float, whatever the dtype of the pictures.
     """
     pictures, maps = pictures.float(), maps.float()
-    grey = pictures.mean(dim=-1, keepdim=True).expand_as(pictures)
-    return torch.lerp(grey if opacity > 0 else pictures, colours(maps), opacity)
+    gray = pictures.mean(dim=-1, keepdim=True).expand_as(pictures)
+    return torch.lerp(gray if opacity > 0 else pictures, colors(maps), opacity)
 
 
 def share_pictures(

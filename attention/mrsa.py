@@ -102,7 +102,7 @@ def plan_keys(
         rows: for each subject, the row of the batch that shows it; several subjects may share a row.
         n_rows: R, the number of rows in the batch.
         weights: w_i of each subject, positive.
-        biases: additional log-odds of each subject (balance); zeros for the published behaviour.
+        biases: additional log-odds of each subject (balance); zeros for the published behavior.
         owners: index of each subject among all subjects of the picture.
         formula: one of FORMULAS.
         device: device of the plan's tensors.

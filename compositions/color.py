@@ -1,4 +1,4 @@
-"""Colour spaces: sRGB, its hue, saturation and value, and CIELab."""
+"""Color spaces: sRGB, its hue, saturation and value, and CIELab."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EDGE, _SLOPE, _OFFSET = 216 / 24389, 841 / 108, 4 / 29
 
 
 def srgb_to_lab(colors: torch.Tensor) -> torch.Tensor:
-    """CIELab (..., 3) of sRGB colours (..., 3) in [0, 1]: L in 0..100, a and b about -128..127."""
+    """CIELab (..., 3) of sRGB colors (..., 3) in [0, 1]: L in 0..100, a and b about -128..127."""
     linear = torch.where(colors <= 0.04045, colors / 12.92, ((colors.clamp(min=0) + 0.055) / 1.055) ** 2.4)
     xyz = linear @ colors.new_tensor(_TO_XYZ).mT / colors.new_tensor(WHITE)
     f = torch.where(xyz > _EDGE, xyz.clamp(min=_EDGE) ** (1 / 3), xyz * _SLOPE + _OFFSET)
@@ -24,7 +24,7 @@ def srgb_to_lab(colors: torch.Tensor) -> torch.Tensor:
 
 
 def lab_to_srgb(lab: torch.Tensor) -> torch.Tensor:
-    """sRGB (..., 3) of CIELab colours (..., 3); those outside of sRGB are clipped to [0, 1]."""
+    """sRGB (..., 3) of CIELab colors (..., 3); those outside of sRGB are clipped to [0, 1]."""
     lightness, a, b = lab.unbind(-1)
     y = (lightness + 16) / 116
     f = torch.stack([y + a / 500, y, y - b / 200], -1)

@@ -88,7 +88,7 @@ def decompose(
 
 def decompose_subject(subject: Subject, semantics: Semantics | None = None, sigma: float = 10.0) -> Composition:
     """The composition of a subject: its prompt, its shape as an instance of its noun, its picture's semantics if they
-    are given, and the colours inside its mask."""
+    are given, and the colors inside its mask."""
     size = (subject.image.shape[0], subject.image.shape[1])
     mask = torch.ones(size)
     if subject.mask is not None:

@@ -18,7 +18,7 @@ from .palette import Palette, table_colors
 
 
 def local_map(name: str, value) -> torch.Tensor:
-    """The map (1, c, H, W) of a local representation: sketch, depth and intensity as they are, instances in the colours
+    """The map (1, c, H, W) of a local representation: sketch, depth and intensity as they are, instances in the colors
     of their own coding, and of a mask the picture in [-1, 1] with a hole of 0, and 1 where it is kept."""
     if name == INSTANCES:
         return coded(value).movedim(-1, 0)[None]

@@ -1,4 +1,4 @@
-"""Instances: which thing is where, and the colour codes in which models take such a map."""
+"""Instances: which thing is where, and the color codes in which models take such a map."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from .color import hsv_to_srgb
 
-OWN, ADE20K, GREYS = "composition", "ADE20K", "greys"
-CODINGS = (OWN, ADE20K, GREYS)
+OWN, ADE20K, GRAYS = "composition", "ADE20K", "grays"
+CODINGS = (OWN, ADE20K, GRAYS)
 _GOLDEN, _SATURATION, _VALUES = 0.61803, 0.75, (1.0, 0.8, 0.6)
 _SYNONYMS = {
     "person": ("man", "men", "woman", "women", "boy", "girl", "child", "children", "people"),
@@ -85,8 +85,8 @@ def coded(instances: InstanceMap, coding: str = OWN) -> torch.Tensor:
 
     Args:
         coding: OWN: a hue for each noun, darker for its second and third thing, with black lines between things of one
-            noun. ADE20K: the colours in which ControlNets for segments were trained; nouns without a class of its 150
-            are grey, and the background is black. GREYS: from black to white in the order of the things.
+            noun. ADE20K: the colors in which ControlNets for segments were trained; nouns without a class of its 150
+            are gray, and the background is black. GRAYS: from black to white in the order of the things.
 
     Raises:
         ValueError: the coding is unknown.
@@ -94,7 +94,7 @@ def coded(instances: InstanceMap, coding: str = OWN) -> torch.Tensor:
     if coding not in CODINGS:
         raise ValueError(f"coding: expected one of {', '.join(CODINGS)}, got {coding!r}")
     names = instances.names
-    if coding == GREYS:
+    if coding == GRAYS:
         levels = torch.linspace(0, 1, len(names) + 1)
         return levels[instances.labels.long()][..., None].expand(-1, -1, 3).contiguous()
     colors = [(0.0, 0.0, 0.0), *(_ade_color(name) for name in names)]
@@ -125,7 +125,7 @@ def _kind(name: str) -> str:
 
 @cache
 def _ade_table() -> dict[str, tuple[float, float, float]]:
-    """The colours of ADE20K's 150 classes by name."""
+    """The colors of ADE20K's 150 classes by name."""
     table = json.loads((Path(__file__).parent / "ade20k.json").read_text(encoding="utf-8"))
     return {name: _rgb(digits) for name, digits in table.items()}
 
@@ -149,7 +149,7 @@ def _ade_color(name: str) -> tuple[float, float, float]:
 
 
 def _seams(instances: InstanceMap) -> torch.Tensor:
-    """Pixels (H, W), boolean, whose neighbour to the right or below is another thing of the same noun."""
+    """Pixels (H, W), boolean, whose neighbor to the right or below is another thing of the same noun."""
     kinds = {kind: i + 1 for i, kind in enumerate(dict.fromkeys(map(_kind, instances.names)))}
     kind_of = torch.tensor([0, *(kinds[_kind(name)] for name in instances.names)])
     labels = instances.labels.long()

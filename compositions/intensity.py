@@ -1,4 +1,4 @@
-"""Intensity: a picture in grey. Composer draws the weights of red, green and blue from a set that is not published; the
+"""Intensity: a picture in gray. Composer draws the weights of red, green and blue from a set that is not published; the
 set here is the project's own."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recolouring: the lightness of one picture with the colours of another."""
+"""Recoloring: the lightness of one picture with the colors of another."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MODES = (LAB, LUMA)
 
 
 def luma_merge(light: torch.Tensor, color: torch.Tensor, mode: str = LAB, strength: float = 1.0) -> torch.Tensor:
-    """A picture (..., 3) with the lightness of `light` and the colours of `color`, both (..., 3) in [0, 1].
+    """A picture (..., 3) with the lightness of `light` and the colors of `color`, both (..., 3) in [0, 1].
 
     Args:
         mode: LAB takes L of CIELab; LUMA takes the intensity with Rec. 601's weights, for pictures that were drawn from
-            that intensity. Colours outside of sRGB are clipped.
+            that intensity. Colors outside of sRGB are clipped.
         strength: share of the merged picture in the result; 0 is `color`.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Palettes: how much of a picture has which colour, wherever it is (Composer, arXiv 2302.09778).
+"""Palettes: how much of a picture has which color, wherever it is (Composer, arXiv 2302.09778).
 
-A palette is a histogram over a fixed table of colours, smoothed over similar colours in CIELab, as the project rayleigh
+A palette is a histogram over a fixed table of colors, smoothed over similar colors in CIELab, as the project rayleigh
 builds it. The paper names 11 hues, 5 saturations and 5 lights, which the table's builder can read in two ways: with 156
-colours, as the code of the same group has it, and with 180, as DiffBlender's weights were trained. Both are here, and
+colors, as the code of the same group has it, and with 180, as DiffBlender's weights were trained. Both are here, and
 neither is ever taken for the other.
 """
 
@@ -30,19 +30,19 @@ _SATURATIONS = 5
 _LEAST = 1e-5
 """Smaller shares are left out after smoothing."""
 _MOST_SIDE = 241
-"""A larger picture is read at every n-th pixel, without averaging, which would make colours that it does not have."""
+"""A larger picture is read at every n-th pixel, without averaging, which would make colors that it does not have."""
 
 
 @cache
 def table_colors(table: str) -> torch.Tensor:
-    """The colours (K, 3) of a table in sRGB, float64: for each hue from pale to dark, and then greys."""
+    """The colors (K, 3) of a table in sRGB, float64: for each hue from pale to dark, and then grays."""
     lights = TABLES[table]
     values = torch.linspace(1, 0.2, lights + 2, dtype=torch.float64)[1:-1].tolist()
     rows = [(i / (_SATURATIONS + 1), 1.0) for i in range(1, _SATURATIONS + 1)]
     rows += [(1.0, 1.0), *((1.0, v) for v in values), *((0.4, v) for v in values[:-1])]
     hsv = torch.tensor([(hue, s, v) for hue in _HUES for s, v in rows], dtype=torch.float64)
-    greys = torch.linspace(1, 0, len(rows), dtype=torch.float64)[:, None].expand(-1, 3)
-    return torch.cat([hsv_to_srgb(hsv), greys])
+    grays = torch.linspace(1, 0, len(rows), dtype=torch.float64)[:, None].expand(-1, 3)
+    return torch.cat([hsv_to_srgb(hsv), grays])
 
 
 @cache
@@ -99,7 +99,7 @@ class Palette:
         return float((a - b).abs().sum())
 
     def main_colors(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `count` largest shares, scaled to sum 1 (n,), and their colours (n, 3), in descending order."""
+        """The `count` largest shares, scaled to sum 1 (n,), and their colors (n, 3), in descending order."""
         count = min(count, int((self.histogram > 0).sum()))
         shares, index = self.histogram.topk(count)
         return shares / shares.sum(), table_colors(self.table)[index]
@@ -135,10 +135,10 @@ def palette_of_picture(
 def palette_of_colors(
     colors: torch.Tensor, shares: torch.Tensor, table: str = DEFAULT_TABLE, sigma: float = SIGMA
 ) -> Palette:
-    """The palette of colours (n, 3) in [0, 1] with their shares (n,), which are scaled to sum 1.
+    """The palette of colors (n, 3) in [0, 1] with their shares (n,), which are scaled to sum 1.
 
     Raises:
-        ValueError: the shares do not fit the colours, or are not positive anywhere.
+        ValueError: the shares do not fit the colors, or are not positive anywhere.
     """
     if len(shares) != len(colors):
         raise ValueError(f"shares: expected one for each of {len(colors)} colors, got {len(shares)}")
@@ -147,7 +147,7 @@ def palette_of_colors(
     known = _table_lab(table) if table in TABLES else None
     if known is None:
         raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
-    # One row per distinct colour; squared distances of many pixels to many entries would be large.
+    # One row per distinct color; squared distances of many pixels to many entries would be large.
     distinct, inverse = _distinct(colors.detach().cpu().double())
     lab = srgb_to_lab(distinct)
     nearest = torch.cat([torch.cdist(part, known).argmin(1) for part in lab.split(1 << 16)])[inverse]
@@ -170,7 +170,7 @@ def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def smooth(histogram: torch.Tensor, table: str, sigma: float) -> torch.Tensor:
-    """A histogram (K,) averaged over similar colours, by a Gaussian in CIELab whose rows sum to 1."""
+    """A histogram (K,) averaged over similar colors, by a Gaussian in CIELab whose rows sum to 1."""
     if sigma <= 0:
         return histogram
     lab = _table_lab(table)
@@ -180,13 +180,13 @@ def smooth(histogram: torch.Tensor, table: str, sigma: float) -> torch.Tensor:
 
 
 def read_colors(text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads colours as people write them: "#ff0000, #00ff80 3" are one part red and three parts of a green.
+    """Reads colors as people write them: "#ff0000, #00ff80 3" are one part red and three parts of a green.
 
     Returns:
-        The colours (n, 3) in [0, 1], and their shares (n,).
+        The colors (n, 3) in [0, 1], and their shares (n,).
 
     Raises:
-        ValueError: an entry is no colour, or there is none.
+        ValueError: an entry is no color, or there is none.
     """
     colors, shares = [], []
     for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
@@ -219,11 +219,11 @@ _TILES = 64
 def palette_picture(
     palette: Palette, width: int, height: int, layout: str = STRIP, count: int = 16, seed: int = 0
 ) -> torch.Tensor:
-    """A picture (height, width, 3) of a palette's `count` main colours, each with its share of the area.
+    """A picture (height, width, 3) of a palette's `count` main colors, each with its share of the area.
 
     Args:
         layout: STRIP for strips from left to right, TILES for random tiles (of a Voronoi diagram), so that the picture
-            says nothing about where colours are.
+            says nothing about where colors are.
         seed: of the tiles.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 HOLE = 0.5
-"""Grey level of a hole, which is 0 where pictures are in [-1, 1]."""
+"""Gray level of a hole, which is 0 where pictures are in [-1, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Region:
 
     @property
     def shown(self) -> torch.Tensor:
-        """The picture (H, W, 3) with a grey hole."""
+        """The picture (H, W, 3) with a gray hole."""
         return torch.where(self.mask[..., None] > 0, torch.full_like(self.image, HOLE), self.image)
 
 

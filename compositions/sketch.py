@@ -29,9 +29,9 @@ def as_sketch(image: torch.Tensor, polarity: str = AUTO) -> torch.Tensor:
     """
     if polarity not in POLARITIES:
         raise ValueError(f"polarity: expected one of {', '.join(POLARITIES)}, got {polarity!r}")
-    grey = torch.nan_to_num(image[..., :3].float()).mean(-1).clamp(0, 1)
-    inverted = polarity == BLACK_ON_WHITE or (polarity == AUTO and float(grey.mean()) > 0.5)
-    return 1 - grey if inverted else grey
+    gray = torch.nan_to_num(image[..., :3].float()).mean(-1).clamp(0, 1)
+    inverted = polarity == BLACK_ON_WHITE or (polarity == AUTO and float(gray.mean()) > 0.5)
+    return 1 - gray if inverted else gray
 
 
 def contours(image: torch.Tensor) -> torch.Tensor:
@@ -86,13 +86,13 @@ def _thinned(strokes: torch.Tensor) -> torch.Tensor:
                 for dy, dx in ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
             ]
             up, _, right, _, down, _, left, _ = around
-            neighbours = torch.stack(around).sum(0)
+            neighbors = torch.stack(around).sum(0)
             rises = torch.stack([~a & b for a, b in zip(around, around[1:] + around[:1], strict=True)]).sum(0)
             if second:
                 open_side = ~(up & right & left) & ~(up & down & left)
             else:
                 open_side = ~(up & right & down) & ~(right & down & left)
-            kept = kept & ~((neighbours >= 2) & (neighbours <= 6) & (rises == 1) & open_side)
+            kept = kept & ~((neighbors >= 2) & (neighbors <= 6) & (rises == 1) & open_side)
         if torch.equal(kept, before):
             return kept
 

@@ -47,7 +47,7 @@ _PARTS = tuple(
     )
 )
 _FACTORED = ("pissa", "olora", "corda")
-"""PEFT initialisations that subtract something from the base model's weights first."""
+"""PEFT initializations that subtract something from the base model's weights first."""
 
 _NUMBERED = re.compile(rf"({DIFFUSION}|{TEXT}):(\d+):(up|down)")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -187,7 +187,7 @@ def scale_of(layer: Layer, group: Group, about: Mapping[str, str], rank: int | N
     PEFT stores alpha and rank in adapter_config.json, whose content `about` has under "adapter_config"; diffusers
     writes the same into the metadata of safetensors, by place. In LyCORIS, a LoKr of two whole factors has the scale 1,
     or the square root of the rank if training was rank-stabilised; in the latter case its alpha is that root times the
-    rank. To recognise it, alpha is compared with `rank`, the rank of the file's other layers; without `rank`, any alpha
+    rank. To recognize it, alpha is compared with `rank`, the rank of the file's other layers; without `rank`, any alpha
     that is not a whole number counts as rank-stabilised.
 
     Raises:

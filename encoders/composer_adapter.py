@@ -47,7 +47,7 @@ class ComposerAdapterConfig:
         sentence_width: of the caption's pooled embedding; 0 for none.
         semantics_width: of the image embedding.
         colors: entries of the palette's table.
-        table: hash of that table's colours.
+        table: hash of that table's colors.
         sigma: of the palette's smoothing.
         tokens: that semantics and palette each add to the text states.
         local_width: channels of the summed maps.

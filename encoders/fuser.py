@@ -77,7 +77,7 @@ def fuse_rows(
     """The text states that replace those of the subjects' nouns.
 
     Prompt emphasis (word:1.2) moves a state away from that of an empty prompt at the same position. The fuser ends in a
-    normalisation that would undo this, so emphasis is applied after it.
+    normalization that would undo this, so emphasis is applied after it.
 
     Args:
         fuser: the trained fuser.

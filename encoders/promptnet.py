@@ -155,7 +155,7 @@ class PromptNet(nn.Module):
             reference: (B, C, h, w), the picture's latents.
             noisy: (B, C, h, w), latents at the timestep, scaled as the UNet takes them.
             timestep: (B,), 0..999.
-            tokens: (B, t, V), the last hidden states of CLIP's vision tower, before its final normalisation.
+            tokens: (B, t, V), the last hidden states of CLIP's vision tower, before its final normalization.
 
         Raises:
             ValueError: the latents differ in size or hold no whole region.

@@ -29,7 +29,7 @@ draws the same seeds, {seeds} per set of references.
 - **identity**: cosine between the judge's embeddings of a subject's thing and its reference; a missing thing counts as
   unrelated (chance {chance:.3f}).
 - **leakage**: for two and more subjects the cosine between a subject's thing and the *other* references; for one, how
-  far the background has moved from the colour asked for (0) to the reference's (1), which **background** gives for
+  far the background has moved from the color asked for (0) to the reference's (1), which **background** gives for
   more.
 - **worst**: for two and more subjects the score of FastComposer's protocol: things and references pair greedily by
   likeness, whatever their nouns, and the worst pair counts; a missing thing counts as 0.

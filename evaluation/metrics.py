@@ -113,15 +113,15 @@ def prompt(mentions: Sequence[Mention], readings: list[Reading]) -> float:
 
 
 def background(picture: torch.Tensor, readings: list[Reading], asked: torch.Tensor, reference: torch.Tensor) -> float:
-    """How far the background has moved from the colour asked for (0) to that of the references (1).
+    """How far the background has moved from the color asked for (0) to that of the references (1).
 
-    The median colour outside all things (of the whole picture if they cover it) is projected onto the line between the
-    two colours and clipped to its ends.
+    The median color outside all things (of the whole picture if they cover it) is projected onto the line between the
+    two colors and clipped to its ends.
 
     Args:
         picture: (H, W, 3) in [0, 1].
         readings: the judge's readings, with masks (H, W).
-        asked, reference: colours (3,), different from each other.
+        asked, reference: colors (3,), different from each other.
     """
     covered = torch.zeros(picture.shape[:2])
     for reading in readings:

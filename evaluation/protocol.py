@@ -7,7 +7,7 @@ paths relative to it. Faces are read by facenet-pytorch with your own weights; w
 
 Xiao et al. (arXiv 2305.10431), section 5.1. A picture with several subjects scores what its worst one scores, so that a
 model that draws one person twice gains nothing. On Shapeland the same score is the report's *worst* metric, with the
-judge in place of the face recogniser.
+judge in place of the face recognizer.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def score(
 
 
 def face_reader(weights: Path) -> Callable[[Image.Image], torch.Tensor]:
-    """Detector and recogniser of facenet-pytorch with the settings of the published evaluation.
+    """Detector and recognizer of facenet-pytorch with the settings of the published evaluation.
 
     Args:
         weights: state dict of InceptionResnetV1 as trained on VGGFace2.
@@ -117,16 +117,16 @@ def face_reader(weights: Path) -> Callable[[Image.Image], torch.Tensor]:
             "Identity scores need facenet-pytorch: python -m pip install facenet-pytorch"
         ) from error
     state = read_state(weights, "--faces")
-    recogniser = InceptionResnetV1(pretrained=None, classify=False)
+    recognizer = InceptionResnetV1(pretrained=None, classify=False)
     # The classifier of its training identities is not needed here.
-    recogniser.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
-    recogniser.eval()
+    recognizer.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
+    recognizer.eval()
     detector = MTCNN(image_size=FACE_SIDE, margin=0, min_face_size=20, keep_all=True)
 
     @torch.inference_mode()
     def read(picture: Image.Image) -> torch.Tensor:
         crops = detector(picture)
-        return torch.zeros(0, 512) if crops is None else recogniser(crops)
+        return torch.zeros(0, 512) if crops is None else recognizer(crops)
 
     return read
 

@@ -41,8 +41,8 @@ class Case:
         prompt: names the nouns and the new background.
         mentions: what the prompt names, one per reference.
         references: the references, which share their background.
-        background: index of the new background's colour.
-        asked, left: colours (3,) of the new background and of the references'.
+        background: index of the new background's color.
+        asked, left: colors (3,) of the new background and of the references'.
     """
 
     seed: int

@@ -11,7 +11,7 @@ import comfy.samplers
 import torch
 
 from ..host import shapeland
-from ..shapeland.judge import Reading, centres_of, crop_thing
+from ..shapeland.judge import Reading, centers_of, crop_thing
 from ..shapeland.world import SIZE
 from .kept import Kept
 
@@ -91,6 +91,6 @@ class Studio:
         """Identity embeddings (n, d) of the things at exact `masks` (n, SIZE, SIZE) of pictures (n, SIZE, SIZE, 3), so
         that no misread silhouette spoils a reference."""
         inside = masks > 0.5
-        crops = crop_thing(pictures.movedim(-1, 1), inside, centres_of(inside))
+        crops = crop_thing(pictures.movedim(-1, 1), inside, centers_of(inside))
         comfy.model_management.load_model_gpu(self.judge)
         return self.judge.model.reader(crops.to(self.judge.load_device))["embedding"]

@@ -27,7 +27,7 @@ IDENTITIES = {"star": 41, "fish": 42, "heart": 43, "mug": 44, "house": 45, "ball
 """The nouns that have a concept, each with the seed by which Draw Scene draws the concept's identity."""
 NOUNS = tuple(IDENTITIES)
 BACKGROUND = "background"
-"""The concept of a background whose colour the world has no word for."""
+"""The concept of a background whose color the world has no word for."""
 PICTURES, RANK = 8, 8
 _GROUND = (0.95, 0.62, 0.30)
 _LOT = 5_190_733

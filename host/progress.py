@@ -73,7 +73,7 @@ def _as_preview(picture: torch.Tensor) -> tuple:
 
 
 def loss_picture(losses: Sequence[float], width: int = 512, height: int = 256) -> torch.Tensor:
-    """Plots the losses of a training, (height, width, 3): each step in grey, the running mean in a dark colour."""
+    """Plots the losses of a training, (height, width, 3): each step in gray, the running mean in a dark color."""
     from PIL import Image, ImageDraw
 
     picture = Image.new("RGB", (width, height), "white")
@@ -85,9 +85,9 @@ def loss_picture(losses: Sequence[float], width: int = 512, height: int = 256) -
     padded = torch.cat((values[:1].expand(window - 1), values))
     mean = padded.unfold(0, window, 1).mean(1)
     top = float(values.quantile(0.98)) or 1.0
-    for curve, colour, line in ((values, "#c8c8c8", 1), (mean, "#303060", 2)):
+    for curve, color, line in ((values, "#c8c8c8", 1), (mean, "#303060", 2)):
         xs = torch.linspace(8, width - 8, len(curve)).tolist()
         ys = (height - 8 - (curve / top).clamp(max=1) * (height - 16)).tolist()
-        draw.line(list(zip(xs, ys, strict=True)), fill=colour, width=line)
+        draw.line(list(zip(xs, ys, strict=True)), fill=color, width=line)
     draw.text((12, 8), f"{len(values)} steps, mean of the last {window}: {float(mean[-1]):.4f}", fill="black")
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3).float() / 255

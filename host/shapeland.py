@@ -54,6 +54,9 @@ class ModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {"num_heads": models.UNET_CONFIG["attention_head_dim"], "num_head_channels": -1}
     latent_format = LatentFormat
     memory_usage_factor = 0.5
+    reference_weight = 0.3
+    """Of subjects in self-attention, in place of the published 3: from 1 on, pictures of two lose their nouns (see
+    docs/report.md)."""
 
     def __init__(self):
         super().__init__(type(self).unet_config)

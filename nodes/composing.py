@@ -64,7 +64,7 @@ class MergeCompositions(Node):
             node_id="ConceptLoomMergeCompositions",
             display_name="Merge Compositions",
             category=CATEGORY,
-            description="All representations of two compositions: the sketch of one picture, the colours of another.",
+            description="All representations of two compositions: the sketch of one picture, the colors of another.",
             search_aliases=["Composer", "combine", "compose"],
             has_intermediate_output=True,
             inputs=[

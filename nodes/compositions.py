@@ -69,7 +69,7 @@ class DecomposeImage(Node):
                 io.Boolean.Input(
                     "take_sketch", default=True, tooltip="Takes the picture's contours, unless a sketch is connected."
                 ),
-                io.Boolean.Input("take_intensity", default=True, tooltip="Takes the picture in grey."),
+                io.Boolean.Input("take_intensity", default=True, tooltip="Takes the picture in gray."),
                 io.Combo.Input(
                     "intensity_weights",
                     options=list(WEIGHTS),
@@ -144,7 +144,7 @@ class DecomposeSubject(Node):
             node_id="ConceptLoomDecomposeSubject",
             display_name="Decompose Subject",
             category=CATEGORY,
-            description="The composition of a subject: its prompt, its shape, its colours, and with a vision tower its "
+            description="The composition of a subject: its prompt, its shape, its colors, and with a vision tower its "
             "semantics.",
             search_aliases=["Composer", "subject to composition", "try-on"],
             has_intermediate_output=True,

@@ -226,7 +226,7 @@ class AttentionShare(Node):
                 io.Boolean.Input(
                     "stretch",
                     default=False,
-                    tooltip="Stretches each map to the full colour range. Off, colours are shares from 0 to 1 and "
+                    tooltip="Stretches each map to the full color range. Off, colors are shares from 0 to 1 and "
                     "compare between subjects.",
                 ),
                 ShareRecordSocket.Input(

@@ -105,8 +105,8 @@ class RenewNoise(Node):
             display_name="Renew Noise",
             category="ConceptLoom/Concept Weaver",
             description="Puts fresh noise where concepts go. The noise of an inversion remembers its picture's "
-            "colours, which would tint the concepts; their shapes are kept by Plug-and-Play Injection all the same.",
-            search_aliases=["fresh noise", "noise inject", "colour", "color", "inversion", "Concept Weaver"],
+            "colors, which would tint the concepts; their shapes are kept by Plug-and-Play Injection all the same.",
+            search_aliases=["fresh noise", "noise inject", "color", "colour", "inversion", "Concept Weaver"],
             inputs=[
                 io.Latent.Input("noise", tooltip="From DDIM Inversion."),
                 PartitionSocket.Input("partition", tooltip="From Concept Masks; the background keeps its noise."),
@@ -124,7 +124,7 @@ class RenewNoise(Node):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much of the noise is fresh. 0 keeps the template's colours, 1 forgets them, and with "
+                    tooltip="How much of the noise is fresh. 0 keeps the template's colors, 1 forgets them, and with "
                     "several concepts their shapes as well.",
                 ),
             ],

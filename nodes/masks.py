@@ -104,11 +104,11 @@ class LoadSegmenter(Node):
                         ),
                         io.DynamicCombo.Option(SHAPELAND, []),
                     ],
-                    tooltip="SAM3: best, nothing to install. Grounding DINO + SAM: closest to the paper. Boxes + SAM: "
-                    "you say where. Shapeland judge: for the small model that ships with the pack.",
+                    tooltip="SAM3: the best; needs its checkpoint. Grounding DINO + SAM: closest to the paper. Boxes "
+                    "+ SAM: you say where. Shapeland judge: for the small model that ships with the pack.",
                 )
             ],
-            outputs=[SegmenterSocket.Output("segmenter", tooltip="For Text to Masks.")],
+            outputs=[SegmenterSocket.Output("segmenter", tooltip="For Text to Masks and Photo to Subject.")],
         )
 
     @classmethod
@@ -217,7 +217,7 @@ class ConceptMasks(Node):
                     min=0.0,
                     max=0.25,
                     step=0.005,
-                    tooltip="Width over which neighbours blend, as a share of the shorter side. 0 gives hard borders, "
+                    tooltip="Width over which neighbors blend, as a share of the shorter side. 0 gives hard borders, "
                     "which a layer's coarse grid softens by itself.",
                 ),
                 io.Combo.Input(
@@ -235,7 +235,7 @@ class ConceptMasks(Node):
                     "mask shows another kind of thing than its concept, and the one of higher score can be in front.",
                 ),
                 io.Image.Input(
-                    "image", optional=True, tooltip="Shown under the colours of the preview; in the shape of the masks."
+                    "image", optional=True, tooltip="Shown under the colors of the preview; in the shape of the masks."
                 ),
             ],
             outputs=[

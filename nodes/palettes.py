@@ -1,4 +1,4 @@
-"""Nodes of colour: palettes, and recolouring."""
+"""Nodes of color: palettes, and recoloring."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Palette(Node):
             node_id="ConceptLoomPalette",
             display_name="Palette",
             category=CATEGORY,
-            description="How much of a picture has which colour, wherever it is: of a picture, of a part of it, or of "
-            "colours that you pick (Composer).",
+            description="How much of a picture has which color, wherever it is: of a picture, of a part of it, or of "
+            "colors that you pick (Composer).",
             search_aliases=["Composer", "color palette", "color histogram", "colours", "extract colors", "rayleigh"],
             has_intermediate_output=True,
             inputs=[
@@ -42,7 +42,7 @@ class Palette(Node):
                 io.String.Input(
                     "colors",
                     default="",
-                    tooltip='Picked colours with their shares: "#ff8000, #202040 3" is one part orange, three parts '
+                    tooltip='Picked colors with their shares: "#ff8000, #202040 3" is one part orange, three parts '
                     "dark blue.",
                 ),
                 io.Float.Input(
@@ -51,14 +51,14 @@ class Palette(Node):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the picked colours where there is a picture too.",
+                    tooltip="Share of the picked colors where there is a picture too.",
                 ),
                 io.Combo.Input(
                     "table",
                     options=list(TABLES),
                     default=DEFAULT_TABLE,
                     advanced=True,
-                    tooltip="Colours of the histogram: 156 as this pack's adapters take it, 180 as DiffBlender does.",
+                    tooltip="Colors of the histogram: 156 as this pack's adapters take it, 180 as DiffBlender does.",
                 ),
                 io.Float.Input(
                     "sigma",
@@ -67,13 +67,13 @@ class Palette(Node):
                     max=50.0,
                     step=0.5,
                     advanced=True,
-                    tooltip="How far similar colours count too, in units of CIELab. 10 is the published value; 0 "
+                    tooltip="How far similar colors count too, in units of CIELab. 10 is the published value; 0 "
                     "smooths nothing.",
                 ),
             ],
             outputs=[
                 PaletteSocket.Output("palette", tooltip="For Decompose Image and Palette to Image."),
-                io.Image.Output(display_name="image", tooltip="Its main colours as strips."),
+                io.Image.Output(display_name="image", tooltip="Its main colors as strips."),
             ],
         )
 
@@ -98,7 +98,7 @@ class PaletteToImage(Node):
             node_id="ConceptLoomPaletteToImage",
             display_name="Palette to Image",
             category=CATEGORY,
-            description="A picture of a palette's main colours with their areas: a reference for "
+            description="A picture of a palette's main colors with their areas: a reference for "
             "Transfer Color, or a hint for color adapters that says nothing about places.",
             search_aliases=["Composer", "color reference", "color strip", "voronoi", "color transfer"],
             inputs=[
@@ -109,10 +109,10 @@ class PaletteToImage(Node):
                     "layout",
                     options=list(LAYOUTS),
                     default=STRIP,
-                    tooltip="strips: from left to right. tiles: in random places, for models that read colours with "
+                    tooltip="strips: from left to right. tiles: in random places, for models that read colors with "
                     "their places.",
                 ),
-                io.Int.Input("count", default=16, min=1, max=180, tooltip="Number of main colours."),
+                io.Int.Input("count", default=16, min=1, max=180, tooltip="Number of main colors."),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -137,8 +137,8 @@ class LumaMerge(Node):
             node_id="ConceptLoomLumaMerge",
             display_name="Luma Merge",
             category=CATEGORY,
-            description="The lightness of one picture with the colours of another: brings back the detail of a picture "
-            "that was recoloured.",
+            description="The lightness of one picture with the colors of another: brings back the detail of a picture "
+            "that was recolored.",
             search_aliases=["Composer", "recolor", "colorize", "luminance", "LAB", "color blend"],
             has_intermediate_output=True,
             inputs=[
@@ -146,7 +146,7 @@ class LumaMerge(Node):
                     "light", tooltip="Pictures whose lightness is kept; one for all, or as many as in color."
                 ),
                 io.Image.Input(
-                    "color", tooltip="Pictures whose colours are taken; one for all, or as many as in light."
+                    "color", tooltip="Pictures whose colors are taken; one for all, or as many as in light."
                 ),
                 io.Combo.Input(
                     "mode",
@@ -160,7 +160,7 @@ class LumaMerge(Node):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="0 leaves the coloured pictures as they are.",
+                    tooltip="0 leaves the colored pictures as they are.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The merged pictures.")],

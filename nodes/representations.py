@@ -80,7 +80,7 @@ class InstanceMap(Node):
             node_id="ConceptLoomInstanceMap",
             display_name="Instance Map",
             category=CATEGORY,
-            description="Which thing is where, from masks and their nouns; and the map as a picture in the colours of "
+            description="Which thing is where, from masks and their nouns; and the map as a picture in the colors of "
             "a model.",
             search_aliases=["Composer", "segmentation", "ADE20K", "seg map", "instances", "controlnet seg"],
             has_intermediate_output=True,
@@ -95,8 +95,8 @@ class InstanceMap(Node):
                     "coding",
                     options=list(CODINGS),
                     default=OWN,
-                    tooltip="Colours of the picture. composition: a hue for each noun. ADE20K: for ControlNets of "
-                    "segments. greys: a level for each thing.",
+                    tooltip="Colors of the picture. composition: a hue for each noun. ADE20K: for ControlNets of "
+                    "segments. grays: a level for each thing.",
                 ),
                 DetectionsSocket.Input(
                     "detections", optional=True, tooltip="From Text to Masks, where the masks come from it."
@@ -104,7 +104,7 @@ class InstanceMap(Node):
             ],
             outputs=[
                 InstancesSocket.Output("instances", tooltip="For Decompose Image."),
-                io.Image.Output(display_name="image", tooltip="The map in the chosen colours."),
+                io.Image.Output(display_name="image", tooltip="The map in the chosen colors."),
             ],
         )
 
@@ -131,7 +131,7 @@ class Intensity(Node):
             node_id="ConceptLoomIntensity",
             display_name="Intensity",
             category=CATEGORY,
-            description="A picture in grey, with a choice of weights for red, green and blue.",
+            description="A picture in gray, with a choice of weights for red, green and blue.",
             search_aliases=["Composer", "grayscale", "greyscale", "luminance", "recolor", "colorize"],
             has_intermediate_output=True,
             inputs=[
@@ -140,16 +140,16 @@ class Intensity(Node):
                     "weights",
                     options=list(WEIGHTS),
                     default=DEFAULT_WEIGHTS,
-                    tooltip="Of red, green and blue. Rec. 601 is what most models for recolouring were trained with.",
+                    tooltip="Of red, green and blue. Rec. 601 is what most models for recoloring were trained with.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The pictures in grey.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The pictures in gray.")],
         )
 
     @classmethod
     def execute(cls, image, weights) -> io.NodeOutput:
-        grey = intensity(image, WEIGHTS[weights])[..., None].expand(-1, -1, -1, 3)
-        return io.NodeOutput(grey, ui=preview(cls, grey[0]))
+        gray = intensity(image, WEIGHTS[weights])[..., None].expand(-1, -1, -1, 3)
+        return io.NodeOutput(gray, ui=preview(cls, gray[0]))
 
 
 class RegionMask(Node):
@@ -159,7 +159,7 @@ class RegionMask(Node):
             node_id="ConceptLoomRegionMask",
             display_name="Region Mask",
             category=CATEGORY,
-            description="The part of a picture that stays, with a grey hole where it is to be drawn anew.",
+            description="The part of a picture that stays, with a gray hole where it is to be drawn anew.",
             search_aliases=["Composer", "inpaint", "hole", "masked image", "grow mask"],
             has_intermediate_output=True,
             inputs=[

@@ -43,7 +43,7 @@ class ApplyRepresentation(Node):
                     "representation",
                     options=list(consumers.HINTS),
                     tooltip="sketch: scribble, lineart and sketch nets. depth: depth nets. instances: nets of segments "
-                    "with the colours of ADE20K. intensity: recolouring and brightness nets. mask: inpainting nets. "
+                    "with the colors of ADE20K. intensity: recoloring and brightness nets. mask: inpainting nets. "
                     "palette: color and shuffle nets.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="For nets that need one."),
@@ -96,9 +96,9 @@ class CompositionImages(Node):
                     for name, tooltip in (
                         ("sketch", "White strokes on black."),
                         ("depth", "Near is white."),
-                        ("instances", "Segments in the colours of ADE20K."),
-                        ("intensity", "The picture in grey."),
-                        ("palette", "Its main colours as tiles in random places."),
+                        ("instances", "Segments in the colors of ADE20K."),
+                        ("intensity", "The picture in gray."),
+                        ("palette", "Its main colors as tiles in random places."),
                     )
                 ),
                 io.Image.Output(
@@ -156,7 +156,7 @@ class CoAdapterCondition(Node):
             search_aliases=["CoAdapter", "t2i adapter"],
             inputs=[
                 io.ControlNet.Input("control_net", tooltip="A CoAdapter or T2I-Adapter for Stable Diffusion 1.5."),
-                io.Image.Input("image", tooltip="Its hint: a sketch with white strokes, a depth map, colours."),
+                io.Image.Input("image", tooltip="Its hint: a sketch with white strokes, a depth map, colors."),
                 io.Combo.Input(
                     "kind",
                     options=[kind for kind in KINDS if kind != STYLE],

@@ -62,7 +62,7 @@ class DrawScene(Node):
                     default="a red striped fish on a mint background",
                     tooltip="One to five things and a background. Things: "
                     + ", ".join(world.NOUNS)
-                    + ". Colours: "
+                    + ". Colors: "
                     + ", ".join(world.COLORS)
                     + ". Patterns: "
                     + ", ".join(world.PATTERNS)
@@ -83,7 +83,7 @@ class DrawScene(Node):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
-                    tooltip="Decides each thing's exact colours and pattern. The same number gives the same "
+                    tooltip="Decides each thing's exact colors and pattern. The same number gives the same "
                     "appearance in another place, and on another thing.",
                 ),
                 io.Int.Input(
@@ -127,7 +127,7 @@ class ReadPicture(Node):
             node_id="ConceptLoomReadPicture",
             display_name="Read Picture (Shapeland Judge)",
             category=CATEGORY,
-            description="Names the things in a Shapeland picture with their colours, pattern and mask, and measures "
+            description="Names the things in a Shapeland picture with their colors, pattern and mask, and measures "
             "how much each looks like a reference. A workflow can measure itself with it.",
             search_aliases=["shapeland", "judge", "evaluate", "segment", "mask by word", "identity similarity"],
             inputs=[

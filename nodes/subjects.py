@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..subjects.collage import place
 from ..subjects.masks import spotlight
-from ..subjects.subject import MAX_WEIGHT, Subject
+from ..subjects.subject import DEFAULT_WEIGHT, MAX_WEIGHT, Subject
 from .types import Node, SubjectSocket, gather_subjects, one_picture, preview, subject_inputs
 
 
@@ -17,7 +17,8 @@ class ReferenceSubject(Node):
             node_id="ConceptLoomReferenceSubject",
             display_name="Reference Subject",
             category="ConceptLoom/Subjects",
-            description="One subject from a reference picture: what all ConceptLoom systems put into new pictures.",
+            description="Start here: makes a subject of a picture, the mask of the thing in it, and its noun. All "
+            "ConceptLoom systems take it.",
             search_aliases=[
                 "subject",
                 "concept",
@@ -48,19 +49,19 @@ class ReferenceSubject(Node):
                 ),
                 io.Float.Input(
                     "weight",
-                    default=3.0,
+                    default=DEFAULT_WEIGHT,
                     min=0.0,
                     max=MAX_WEIGHT,
                     step=0.1,
-                    tooltip="How strongly the subject is drawn on: attention odds times e^weight. 3, the published "
-                    "value, suits Stable Diffusion; 1 suits Shapeland, whose small pictures drown at 3. 0 switches the "
-                    "subject off.",
+                    tooltip="How strongly the new picture attends to the subject. 3, the published value, suits Stable "
+                    "Diffusion, and 0.3 Shapeland. 0 switches the subject off. FastComposer and PromptNet, which put "
+                    "the subject into a word, tell only 0 from the rest.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip="White on the subject, in the shape of the picture. Without a wire the whole picture is "
-                    "drawn on, background included; an empty mask is refused.",
+                    "the subject, background included; an empty mask is refused.",
                 ),
                 io.Mask.Input(
                     "target_mask",

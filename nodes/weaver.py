@@ -185,7 +185,7 @@ class MultiConceptFusion(Node):
                     max=3.0,
                     step=0.05,
                     tooltip="Lambda: how far to move away from what the base model alone would draw. 0 is off; much of "
-                    "it burns colours.",
+                    "it burns colors.",
                 ),
                 *window_inputs(
                     "Concepts are seen from this part of sampling on; before, the plain prompt draws.",

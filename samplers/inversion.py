@@ -170,7 +170,7 @@ def reconstruct(
 def renew(noise: torch.Tensor, fresh: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """Replaces part of an inversion's noise (B, C, h, w) with fresh Gaussian noise of the same strength.
 
-    Inverted noise retains the colours of its picture. The two noises are independent, so sqrt(1 - s) z + sqrt(s) e
+    Inverted noise retains the colors of its picture. The two noises are independent, so sqrt(1 - s) z + sqrt(s) e
     keeps the variance; where the share is 0 the noise stays as it is, bit for bit.
 
     Args:

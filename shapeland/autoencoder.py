@@ -1,8 +1,8 @@
-"""Autoencoder between pictures and latents: factor 4, eight channels, no normalisation over the picture at its ends.
+"""Autoencoder between pictures and latents: factor 4, eight channels, no normalization over the picture at its ends.
 
 Stable Diffusion's own autoencoder ends both halves in a group norm of 32 groups. With the few channels that suffice
 here, each group would hold one or two, so the norm would remove a channel's mean over the picture, and with it the
-colours. This one normalises in its residual branches only and works at half resolution, at a tenth of the cost.
+colors. This one normalizes in its residual branches only and works at half resolution, at a tenth of the cost.
 """
 
 from __future__ import annotations

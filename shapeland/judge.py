@@ -1,7 +1,7 @@
-"""The judge: reads noun, colours, pattern, identity and mask of each thing in a picture.
+"""The judge: reads noun, colors, pattern, identity and mask of each thing in a picture.
 
 It is trained on the world's ground truth alone, never on generated pictures, and works in two steps. `Segmenter`
-predicts for each pixel which noun it belongs to and where that thing's centre is; pixels that vote for the same centre
+predicts for each pixel which noun it belongs to and where that thing's center is; pixels that vote for the same center
 are one thing. `Reader` then looks at each thing alone, with its surroundings blanked out.
 """
 
@@ -19,7 +19,7 @@ CROP = 40
 IDENTITY_NUMBERS = 14
 EMBEDDING = 32
 _GRID = 3.0
-_SAME_CENTRE = 6.5
+_SAME_CENTER = 6.5
 _SMALLEST = 24
 
 
@@ -28,9 +28,9 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Segmenter(nn.Module):
-    """Predicts nouns and centres: (n, 3, 64, 64) in [0, 1] -> logits (n, 1 + nouns, 64, 64), offsets (n, 2, 64, 64).
+    """Predicts nouns and centers: (n, 3, 64, 64) in [0, 1] -> logits (n, 1 + nouns, 64, 64), offsets (n, 2, 64, 64).
 
-    Offsets are in pixels, (x, y), from the pixel to its thing's centre.
+    Offsets are in pixels, (x, y), from the pixel to its thing's center.
     """
 
     def __init__(self, width: int = 32):
@@ -72,7 +72,7 @@ class Reader(nn.Module):
 
     def forward(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
         features = self.body(crops)
-        # Mean and maximum: how much of a colour there is, and whether a mark is there at all.
+        # Mean and maximum: how much of a color there is, and whether a mark is there at all.
         pooled = torch.cat((features.mean((2, 3)), features.amax((2, 3))), 1)
         parts = dict(zip(self.SIZES, self.head(pooled).split(list(self.SIZES.values()), 1), strict=True))
         parts["embedding"] = F.normalize(parts["embedding"], dim=1)
@@ -98,21 +98,21 @@ class Reading:
         return f"{COLORS[self.color]} and {COLORS[self.second]} {PATTERNS[self.pattern]} {NOUNS[self.noun]}"
 
 
-def crop_thing(pictures: torch.Tensor, masks: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Cuts windows (n, 4, CROP, CROP) around `centres` (n, 2; x, y), rounded to integers, out of `pictures` (n, 3, H,
+def crop_thing(pictures: torch.Tensor, masks: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """Cuts windows (n, 4, CROP, CROP) around `centers` (n, 2; x, y), rounded to integers, out of `pictures` (n, 3, H,
     W), with everything outside `masks` (n, H, W) blanked; the fourth channel is the mask."""
     half = CROP // 2
     stack = torch.cat((pictures * masks[:, None], masks[:, None].to(pictures.dtype)), 1)
     stack = F.pad(stack, (half,) * 4)
-    columns = centres.round().long()[:, :1] + torch.arange(CROP, device=stack.device)
-    rows = centres.round().long()[:, 1:] + torch.arange(CROP, device=stack.device)
+    columns = centers.round().long()[:, :1] + torch.arange(CROP, device=stack.device)
+    rows = centers.round().long()[:, 1:] + torch.arange(CROP, device=stack.device)
     index = torch.arange(len(stack), device=stack.device)[:, None, None]
     return stack[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def group_votes(foreground: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
-    """Masks (H, W) of the things whose pixels vote for the same centre. The fullest cell of a coarse grid of votes
-    gives a centre, its voters are removed, and so on until too few are left for a thing. `foreground` (H, W) bool,
+    """Masks (H, W) of the things whose pixels vote for the same center. The fullest cell of a coarse grid of votes
+    gives a center, its voters are removed, and so on until too few are left for a thing. `foreground` (H, W) bool,
     `offsets` (2, H, W)."""
     ys, xs = foreground.nonzero(as_tuple=True)
     votes = torch.stack((xs + offsets[0, ys, xs], ys + offsets[1, ys, xs]), 1)
@@ -120,8 +120,8 @@ def group_votes(foreground: torch.Tensor, offsets: torch.Tensor) -> list[torch.T
     while len(votes) >= _SMALLEST:
         cells = (votes / _GRID).round()
         _, inverse, counts = cells.unique(dim=0, return_inverse=True, return_counts=True)
-        centre = votes[inverse == counts.argmax()].mean(0)
-        near = (votes - centre).norm(dim=1) < _SAME_CENTRE
+        center = votes[inverse == counts.argmax()].mean(0)
+        near = (votes - center).norm(dim=1) < _SAME_CENTER
         if not near.any():
             break
         if near.sum() >= _SMALLEST:
@@ -157,7 +157,7 @@ class Judge(nn.Module):
             return readings
         picture = torch.tensor([i for i, _ in found], device=small.device)
         masks = torch.stack([m for _, m in found])
-        parts = self.reader(crop_thing(small[picture], masks, centres_of(masks)))
+        parts = self.reader(crop_thing(small[picture], masks, centers_of(masks)))
         # Segmenter and reader both predict the noun: the sum of the two log-probabilities decides.
         area = masks.sum((1, 2)).clamp(min=1)
         seen = (logits[picture, 1:].log_softmax(1) * masks[:, None]).sum((2, 3)) / area[:, None]
@@ -180,7 +180,7 @@ class Judge(nn.Module):
         return readings
 
 
-def centres_of(masks: torch.Tensor) -> torch.Tensor:
+def centers_of(masks: torch.Tensor) -> torch.Tensor:
     """Centroids (n, 2; x, y) of bool masks (n, H, W)."""
     weight = masks.float()
     area = weight.sum((1, 2)).clamp(min=1)

@@ -42,7 +42,7 @@ def describe(
         for reference in references:
             own = _likeness(things, reference[0])
             beside = "" if plain is None else f" (plain prompt {_likeness(plain, reference[0])})"
-            said = own if own == NOT_SEEN else f"{own} like its reference"
+            said = own if own == NOT_SEEN else f"likeness {own} of 1"
             found.append(f"{NOUNS[reference[0].noun]}: {said}{beside}")
         found += [f"seen: {thing.describe()}, {thing.confidence:.0%} sure" for thing in things] or ["nothing is seen"]
         lines += [f"picture {i + 1}: {line}" for line in found] if len(readings) > 1 else found

@@ -16,7 +16,7 @@ class Score:
     """How well a picture matches its caption.
 
     `things`: number of things in the caption. `nouns_right`: whether every noun appears as often as the caption says,
-    and no other does. `described`: number of things whose colour the caption gives, `described_right`: how many of them
+    and no other does. `described`: number of things whose color the caption gives, `described_right`: how many of them
     have it; `patterned` and `patterned_right`: the same for patterns. `twins`: cosine of the identity embeddings of two
     things with the same noun, or None if the caption has no such pair or the picture does not show it.
     """
@@ -55,7 +55,7 @@ def score_picture(mentions: list[Mention], readings: list[Reading]) -> Score:
     return Score(asked.total(), nouns_right, described, right, patterned, pattern_right, twins)
 
 
-def summarise(scores: list[Score]) -> dict[str, float]:
+def summarize(scores: list[Score]) -> dict[str, float]:
     """Shares over many pictures: nouns (with counts), the same among captions of one, two and three things, colors and
     patterns (of things whose color or pattern is given), and mean twin similarity; NaN without data."""
     twins = [s.twins for s in scores if s.twins is not None]

@@ -1,6 +1,6 @@
 """The drawn world: pictures of one to three things on a background, with ground truth for everything in them.
 
-A **thing** has a noun (its silhouette) and an **identity**: two colours and a pattern with continuous parameters.
+A **thing** has a noun (its silhouette) and an **identity**: two colors and a pattern with continuous parameters.
 Captions name the noun and only sometimes part of the identity, so an identity contains more than words tell. Equal
 nouns in one picture share one identity: a model that draws two of them has to carry appearance from one to the other,
 which is what self-attention does and what multi-reference methods build on.
@@ -26,13 +26,13 @@ DOWN = ("top", "bottom")
 MAX_THINGS = 5
 """Most things in one picture; the pictures that Shapeland's models are trained on have up to three."""
 
-# Hue in degrees at the centre of each named thing colour; identities vary around it (see `random_identity`).
+# Hue in degrees at the center of each named thing color; identities vary around it (see `random_identity`).
 THING_HUES = {
     "red": 0.0, "orange": 28.0, "yellow": 55.0, "green": 120.0,
     "teal": 180.0, "blue": 224.0, "purple": 276.0, "pink": 322.0,
 }  # fmt: skip
 COLORS = tuple(THING_HUES)
-# Muted colours that no thing has, so that a thing never blends into its background.
+# Muted colors that no thing has, so that a thing never blends into its background.
 BACKGROUND_RGB = {
     "white": (0.94, 0.94, 0.93), "gray": (0.55, 0.56, 0.58), "black": (0.10, 0.10, 0.12),
     "beige": (0.84, 0.76, 0.62), "navy": (0.13, 0.19, 0.34), "mint": (0.72, 0.87, 0.79),
@@ -42,7 +42,7 @@ BACKGROUNDS = tuple(BACKGROUND_RGB)
 _DETAIL_RGB = np.array((0.16, 0.15, 0.18), np.float32)
 _SUPERSAMPLING = 3
 _SECOND_SHARE = (0.33, 0.45)
-# Captions place a thing at an edge of the picture if its centre is nearer to it than this, in pixels.
+# Captions place a thing at an edge of the picture if its center is nearer to it than this, in pixels.
 _EDGE = 24.0
 
 
@@ -60,7 +60,7 @@ class Identity:
     """The appearance of a thing: what a reference picture shows and words do not.
 
     `color` and `second` index COLORS, `rgb` and `second_rgb` are their exact values in [0, 1]; `pattern` indexes
-    PATTERNS, `period` is in pixels, `angle` in radians, `share` is the share of the area in the second colour.
+    PATTERNS, `period` is in pixels, `angle` in radians, `share` is the share of the area in the second color.
     """
 
     color: int
@@ -73,7 +73,7 @@ class Identity:
     share: float
 
     def vector(self) -> np.ndarray:
-        """The identity as 14 numbers of comparable scale: both colours, pattern one-hot, period, share, angle."""
+        """The identity as 14 numbers of comparable scale: both colors, pattern one-hot, period, share, angle."""
         low, high = PERIOD
         first, last = _SECOND_SHARE
         # A pattern looks the same after half a turn (stripes), a quarter turn (dots, checks) or any turn (rings).
@@ -94,7 +94,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Thing:
-    """A noun with an identity at a place: centre `x`, `y`, `radius` in pixels, `tilt` in radians, mirrored or not."""
+    """A noun with an identity at a place: center `x`, `y`, `radius` in pixels, `tilt` in radians, mirrored or not."""
 
     noun: int
     identity: Identity
@@ -132,7 +132,7 @@ class Picture:
     depth: np.ndarray
 
     def palette(self) -> np.ndarray:
-        """Colours of the picture and their shares of its area: rows (r, g, b, share), background first; sum 1."""
+        """Colors of the picture and their shares of its area: rows (r, g, b, share), background first; sum 1."""
         areas = self.masks.reshape(len(self.masks), -1).mean(1)
         rows = [(*self.scene.background_rgb, 1.0 - areas.sum())]
         for thing, area in zip(self.scene.things, areas, strict=True):
@@ -211,7 +211,7 @@ _SILHOUETTES = (_ball, _star, _heart, _tree, _fish, _mug, _house, _moon)
 
 
 def _second_color(identity: Identity, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Where the second colour is, at pixel offsets (u, v) from the thing's centre."""
+    """Where the second color is, at pixel offsets (u, v) from the thing's center."""
     c, s = np.cos(identity.angle), np.sin(identity.angle)
     a, b = (u * c + v * s) / identity.period, (v * c - u * s) / identity.period
     share = identity.share
@@ -379,12 +379,12 @@ def parse_caption(caption: str) -> tuple[list[Mention], int | None]:
         elif word in NOUNS or word in PLURALS:
             noun = NOUNS.index(word) if word in NOUNS else PLURALS.index(word)
             if current.get("color") is not None and current.get("color") == current.get("second"):
-                raise ValueError(f"'{caption}' gives a {word} the same colour twice, but the two colours must differ.")
+                raise ValueError(f"'{caption}' gives a {word} the same color twice, but the two colors must differ.")
             mentions.append(Mention(noun, **current))
             current = {}
         else:
             raise ValueError(
-                f"Shapeland does not know the word '{word}' in '{caption}': things are {', '.join(NOUNS)}; colours "
+                f"Shapeland does not know the word '{word}' in '{caption}': things are {', '.join(NOUNS)}; colors "
                 f"{', '.join(COLORS)}; patterns {', '.join(PATTERNS)}; sizes {', '.join(SIZES)}; places "
                 f"{', '.join((*ACROSS, *DOWN))}; backgrounds {', '.join(BACKGROUNDS)}."
             )
@@ -415,9 +415,9 @@ def size_of(radius: float, count: int) -> int | None:
     return 0 if third < 1 else 1 if third > 2 else None
 
 
-def edge_of(centre: float) -> int | None:
+def edge_of(center: float) -> int | None:
     """0 at the left or the top, 1 at the right or the bottom, None in between."""
-    return 0 if centre < _EDGE else 1 if centre > SIZE - _EDGE else None
+    return 0 if center < _EDGE else 1 if center > SIZE - _EDGE else None
 
 
 def _places(rng: np.random.Generator, mentions: list[Mention]) -> list[tuple[int, float, float, float]]:
@@ -452,8 +452,8 @@ def _places(rng: np.random.Generator, mentions: list[Mention]) -> list[tuple[int
         fits = np.ones(tries, bool) if count == 1 else gaps[:, apart].min(1) > 0.86
         # Given positions take precedence over the order, which is dropped if no attempt satisfies both.
         if attempt < 40:
-            centres = np.stack([xs[:, owners == i].mean(1) for i in range(len(mentions))], 1)
-            fits &= (np.diff(centres, axis=1) > 0).all(1)
+            centers = np.stack([xs[:, owners == i].mean(1) for i in range(len(mentions))], 1)
+            fits &= (np.diff(centers, axis=1) > 0).all(1)
         if fits.any():
             best = int(fits.argmax())
             things = zip(owners.tolist(), xs[best].tolist(), ys[best].tolist(), radii[best].tolist(), strict=True)
@@ -513,7 +513,7 @@ def scene_from(
 
 
 def describe(rng: np.random.Generator, noun: int, identity: Identity, count: int = 1) -> Mention:
-    """A mention that gives a random part of `identity`: often the colour, sometimes the second one or the pattern."""
+    """A mention that gives a random part of `identity`: often the color, sometimes the second one or the pattern."""
     says_color = rng.random() < 0.75
     return Mention(
         noun,

@@ -107,7 +107,7 @@ def paste(
     Args:
         context: (H, W, 3), values 0..1.
         subjects: pictures (h, w, 3), each with its mask (h', w') or None for the whole picture.
-        boxes: one per subject; the subject keeps its proportions and is centred in its box.
+        boxes: one per subject; the subject keeps its proportions and is centered in its box.
         scale: size relative to the largest that fits into the box.
         flip: mirrors the subjects left to right.
         feather_radius: width of the soft edge in pixels of the context.
@@ -139,8 +139,8 @@ def paste(
         left = round(box.x + (box.width - size[1]) / 2)
         rows, columns = _overlap(top, size[0], context.shape[0]), _overlap(left, size[1], context.shape[1])
         inner = alpha[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-        colours = cutout[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-        picture[rows, columns] = torch.lerp(picture[rows, columns], colours, inner[..., None])
+        colors = cutout[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+        picture[rows, columns] = torch.lerp(picture[rows, columns], colors, inner[..., None])
         seen[:, rows, columns] *= 1 - inner
         seen[index, rows, columns] = inner
     return picture, seen

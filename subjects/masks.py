@@ -20,7 +20,7 @@ def as_mask(mask: torch.Tensor, name: str = "mask") -> torch.Tensor:
     """Converts a mask to (H, W) float.
 
     Args:
-        mask: (H, W), (1, H, W), (H, W, C) or (1, H, W, C); colours are averaged.
+        mask: (H, W), (1, H, W), (H, W, C) or (1, H, W, C); colors are averaged.
         name: name of the mask in error messages.
 
     Raises:
@@ -88,7 +88,7 @@ def binarize(mask: torch.Tensor | None, threshold: float, size: Sequence[int] = 
 def token_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Samples a boolean mask (H, W) on a layer's token grid (h, w); returns (h*w,), boolean.
 
-    Nearest-neighbour sampling at the top left of each cell, as in FreeCustom's code (arXiv 2405.13870). A subject so
+    Nearest-neighbor sampling at the top left of each cell, as in FreeCustom's code (arXiv 2405.13870). A subject so
     small that no sample hits it keeps every token it touches, instead of silently disappearing in coarse layers.
     """
     pixels = mask[None, None].float()

@@ -79,7 +79,7 @@ def assemble(
     Args:
         masks: (H', W') each, 1 on the concept; a concept with an empty mask gets no pixel, but not all may be empty.
         dilation: how far masks are dilated, as a share of the picture's shorter side.
-        feather: width over which neighbours blend, as a share of the same side.
+        feather: width over which neighbors blend, as a share of the same side.
         overlap: one of OVERLAPS, which concept is in front.
         scores: the detector's score of each mask; only needed for SURER_IN_FRONT.
 
@@ -166,7 +166,7 @@ def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def soften(partition: torch.Tensor, radius: int) -> torch.Tensor:
-    """Blends neighbours of a partition (N + 1, H, W) within `radius` pixels of their border; radius 0 returns it.
+    """Blends neighbors of a partition (N + 1, H, W) within `radius` pixels of their border; radius 0 returns it.
 
     Applies two moving averages in turn, the same to all maps and only over pixels of the picture, so that the sum stays
     1 up to its edge. For large radii and large pictures, they are computed on the means of cells of several pixels, and
@@ -195,8 +195,8 @@ def layer_masks(partition: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def picture(partition: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-    """A preview (h, w, 3) of a partition (N + 1, H, W): one colour per concept over a dark grey background, or over an
-    image (H', W', 3) in greyscale. Large partitions are reduced.
+    """A preview (h, w, 3) of a partition (N + 1, H, W): one color per concept over a dark gray background, or over an
+    image (H', W', 3) in grayscale. Large partitions are reduced.
 
     Raises:
         ValueError: image and partition differ in aspect ratio.
@@ -206,13 +206,13 @@ def picture(partition: torch.Tensor, image: torch.Tensor | None = None) -> torch
         given, expected = (f"{width}x{height}" for height, width in (image.shape[:2], size))
         raise ValueError(f"image: expected the shape of the masks ({expected}), got {given}")
     small = _to_look_at(partition).cpu()
-    colours = torch.stack([_colour(i) for i in range(len(small) - 1)])
-    coloured, background = torch.einsum("nhw,nc->hwc", small[:-1], colours), small[-1, ..., None]
+    colors = torch.stack([_color(i) for i in range(len(small) - 1)])
+    colored, background = torch.einsum("nhw,nc->hwc", small[:-1], colors), small[-1, ..., None]
     if image is None:
-        return coloured + 0.15 * background
-    grey = _to_look_at(image.movedim(-1, 0)[:3]).cpu().float().mean(0)[None, None]
-    grey = F.interpolate(grey, small.shape[1:], mode="bilinear", antialias=True)[0, 0, :, :, None].clamp(0, 1)
-    return (0.25 + 0.75 * grey) * coloured + 0.7 * grey * background
+        return colored + 0.15 * background
+    gray = _to_look_at(image.movedim(-1, 0)[:3]).cpu().float().mean(0)[None, None]
+    gray = F.interpolate(gray, small.shape[1:], mode="bilinear", antialias=True)[0, 0, :, :, None].clamp(0, 1)
+    return (0.25 + 0.75 * gray) * colored + 0.7 * gray * background
 
 
 def _stack(masks: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -271,7 +271,7 @@ def _normalized(partition: torch.Tensor) -> torch.Tensor:
     return partition / partition.sum(0, keepdim=True)
 
 
-def _colour(index: int) -> torch.Tensor:
+def _color(index: int) -> torch.Tensor:
     """(3,): hues a golden ratio apart stay distinct however many there are."""
     phase = 2 * math.pi * index / _GOLDEN_RATIO
     return torch.tensor([0.5 + 0.45 * math.cos(phase - third * 2 * math.pi / 3) for third in range(3)])

@@ -15,7 +15,7 @@ def fit(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def cover(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Crops the centre of a picture (H, W, 3) to the aspect ratio of `size`, and resizes it to (h, w, 3)."""
+    """Crops the center of a picture (H, W, 3) to the aspect ratio of `size`, and resizes it to (h, w, 3)."""
     height, width = image.shape[:2]
     scale = min(height / size[0], width / size[1])
     h, w = round(size[0] * scale), round(size[1] * scale)

@@ -11,6 +11,8 @@ import torch
 
 from .masks import as_mask, check_aspect
 
+DEFAULT_WEIGHT = 3.0
+"""The published one, for Stable Diffusion."""
 MAX_WEIGHT = 10.0
 """Largest weight. e^10 in attention odds already outweighs everything else, and logits stay safe in half precision."""
 
@@ -38,14 +40,14 @@ class Subject:
     noun: str
     mask: torch.Tensor | None = None
     prompt: str = ""
-    weight: float = 3.0
+    weight: float = DEFAULT_WEIGHT
     target_mask: torch.Tensor | None = None
     encodings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         image = self.image
         if image.ndim != 3 or image.shape[-1] not in (3, 4) or 0 in image.shape:
-            raise ValueError(f"image: expected one colour picture (height, width, 3), got {tuple(image.shape)}")
+            raise ValueError(f"image: expected one color picture (height, width, 3), got {tuple(image.shape)}")
         if not torch.isfinite(image).all():
             raise ValueError("image: expected finite values, got NaN or infinity")
         noun = self.noun.strip()

@@ -78,7 +78,7 @@ def make_variants(
         raise ValueError("mask: expected white on the subject in the middle square of the picture, got none there")
     moves = torch.stack([_move(motion, seed, number) for number in range(count)]).to(both)
     grid = F.affine_grid(moves, [count, 4, side, side], align_corners=False)
-    # Colours are weighted by the mask, so that what is outside of it does not bleed in at the edges.
+    # Colors are weighted by the mask, so that what is outside of it does not bleed in at the edges.
     seen = torch.cat([both[:, :3] * both[:, 3:], both[:, 3:]], 1).expand(count, -1, -1, -1)
     moved = F.grid_sample(seen, grid, mode="bilinear", align_corners=False)
     masks = moved[:, 3].clamp(0, 1)

@@ -53,7 +53,7 @@ class Row:
         return float((a & b).sum() / (a | b).sum())
 
     def ground(self, at: int) -> torch.Tensor:
-        """The mean colour of a picture where no thing is."""
+        """The mean color of a picture where no thing is."""
         return self.pictures[at][~self.covered(at)].mean(0)
 
 
@@ -72,12 +72,12 @@ def rows_of(server):
 
 
 def light(colors: torch.Tensor) -> torch.Tensor:
-    """The lightness of colours (..., 3), as Luma Merge has it."""
+    """The lightness of colors (..., 3), as Luma Merge has it."""
     return colors @ torch.tensor([0.299, 0.587, 0.114])
 
 
 def check_variations(row):
-    """With its sketch the thing stays in place; either way it has the picture's colours."""
+    """With its sketch the thing stays in place; either way it has the picture's colors."""
     assert row.nouns(2) == ["fish"] and row.overlap(0, 2) > 0.5
     assert all({"red", "teal"} <= row.colors(at) for at in (0, 1, 2))
 
@@ -104,20 +104,20 @@ def check_region_editing(row):
 
 
 def check_compositional_generation(row):
-    """The first's things in their places, the second's colours on them, the third's ground."""
+    """The first's things in their places, the second's colors on them, the third's ground."""
     assert row.nouns(3) == ["house", "tree"] and row.overlap(0, 3) > 0.6
     assert "green" in row.colors(3) and (row.ground(3) - row.ground(2)).abs().max() < 0.15
 
 
 def check_colorization(row):
-    """The shape of the grey picture, in the palette's colours."""
+    """The shape of the gray picture, in the palette's colors."""
     assert row.nouns(1) == ["fish"] and row.overlap(0, 1) > 0.8
     assert row.colors(1) & {"purple", "orange", "yellow"} and not row.colors(1) & row.colors(0)
     assert float(light(row.ground(1))) < 0.35
 
 
 def check_style_transfer(row):
-    """The first's things, in the second's colours and on its ground."""
+    """The first's things, in the second's colors and on its ground."""
     assert row.nouns(2) == ["house", "star"] and row.overlap(0, 2) > 0.8
     assert "purple" in row.colors(2) and not row.colors(2) & {"green", "teal"}
     assert (row.ground(2) - row.ground(1)).abs().max() < 0.1
@@ -136,14 +136,14 @@ def check_pose_transfer(row):
 
 
 def check_recoloring(row):
-    """Other colours with exactly the lightness of the original, as far as colours can have it."""
+    """Other colors with exactly the lightness of the original, as far as colors can have it."""
     assert row.nouns(1) == ["house"] and row.overlap(0, 1) > 0.8 and "blue" in row.colors(1)
     assert float((light(row.pictures[2]) - light(row.pictures[0])).abs().mean()) < 0.02
     assert (row.ground(2) - row.ground(0)).abs().max() > 0.1
 
 
 def check_try_on(row):
-    """A mug in the other mug's colours, and nothing changed outside."""
+    """A mug in the other mug's colors, and nothing changed outside."""
     assert row.nouns(2) == ["mug"] and row.colors(2) & {"blue", "orange"} and not row.colors(2) & {"red", "teal"}
     changed = (row.pictures[2] - row.pictures[0]).abs().amax(-1) > 0.02
     near = torch.nn.functional.max_pool2d(row.covered(0).float()[None], 9, 1, 4)[0] > 0

@@ -31,7 +31,7 @@ from conceptloom.compositions.composition import (
     pick,
 )
 from conceptloom.compositions.depth import normalized_depth
-from conceptloom.compositions.instance_map import ADE20K, CODINGS, GREYS, OWN, ade_class, coded, instance_map
+from conceptloom.compositions.instance_map import ADE20K, CODINGS, GRAYS, OWN, ade_class, coded, instance_map
 from conceptloom.compositions.intensity import WEIGHTS, intensity
 from conceptloom.compositions.luma import MODES, luma_merge
 from conceptloom.compositions.palette import (
@@ -269,7 +269,7 @@ class TestInstances:
         picture = coded(instance_map(torch.ones(1, 2, 2), ["sky"]), ADE20K)
         assert (picture[0, 0] * 255).round().tolist() == [6, 230, 230]
         assert coded(instance_map(torch.ones(1, 2, 2), ["spaceship"]), ADE20K)[0, 0].tolist() == [0.5] * 3
-        assert coded(instance_map(torch.ones(1, 2, 2), [""]), GREYS)[0, 0].tolist() == [1.0] * 3
+        assert coded(instance_map(torch.ones(1, 2, 2), [""]), GRAYS)[0, 0].tolist() == [1.0] * 3
 
 
 class TestDepthAndIntensity:
@@ -290,12 +290,12 @@ class TestDepthAndIntensity:
     def test_intensity(self):
         for weights in WEIGHTS.values():
             assert sum(weights) == pytest.approx(1)
-            grey = torch.full((4, 4, 3), 0.3)
-            torch.testing.assert_close(intensity(grey, weights), grey[..., 0])
+            gray = torch.full((4, 4, 3), 0.3)
+            torch.testing.assert_close(intensity(gray, weights), gray[..., 0])
         assert float(intensity(flat(1, 0, 0))[0, 0]) == pytest.approx(0.299)
         torch.testing.assert_close(intensity(noise(4, 4, 3), (2, 2, 2)), noise(4, 4, 3).mean(-1))
         with pytest.raises(ValueError, match="weights: expected numbers from 0 on"):
-            intensity(grey, (1, -1, 1))
+            intensity(gray, (1, -1, 1))
 
 
 class TestSemantics:
@@ -326,7 +326,7 @@ class TestSemantics:
 
 
 class TestRegion:
-    def test_a_hole_is_grey_and_the_rest_is_kept(self):
+    def test_a_hole_is_gray_and_the_rest_is_kept(self):
         image, mask = noise(8, 8, 3), torch.zeros(8, 8)
         mask[2:4, 2:4] = 0.9
         found = Region(image, mask)
@@ -512,7 +512,7 @@ class TestLumaMerge:
         torch.testing.assert_close(luma_merge(image, image, mode), image, rtol=0, atol=1 / 255)
         assert torch.equal(luma_merge(1 - image, image, mode, strength=0.0), image)
 
-    def test_lightness_is_the_sources_and_colour_the_others(self):
+    def test_lightness_is_the_sources_and_color_the_others(self):
         light, color = 0.3 + 0.4 * noise(32, 32, 3), 0.35 + 0.3 * noise(32, 32, 3, seed=1)
         merged = luma_merge(light, color)
         lab, source, given = (srgb_to_lab(one.double()) for one in (merged, light, color))

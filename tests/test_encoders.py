@@ -130,7 +130,7 @@ def test_factors_are_the_nearest_of_their_rank(shape):
     assert down.shape[1:] == difference.shape[1:]
 
 
-def test_reference_is_torchvision_s_to_one_grey_level():
+def test_reference_is_torchvision_s_to_one_gray_level():
     v2 = pytest.importorskip("torchvision.transforms.v2.functional", reason="torchvision is not installed")
     generator = torch.Generator().manual_seed(0)
     for height, width in ((300, 200), (131, 97), (64, 250), (224, 224)):

@@ -69,11 +69,11 @@ class TestBackground:
     asked, left = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 0.5, 0.0])
 
     @pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (0.25, 0.25), (1.0, 1.0), (1.5, 1.0), (-0.5, 0.0)])
-    def test_is_the_place_on_the_line_between_the_colours(self, share, expected):
+    def test_is_the_place_on_the_line_between_the_colors(self, share, expected):
         picture = (self.asked + share * (self.left - self.asked)).expand(8, 8, 3)
         assert metrics.background(picture, [], self.asked, self.left) == pytest.approx(expected)
 
-    def test_colours_off_the_line_do_not_count(self):
+    def test_colors_off_the_line_do_not_count(self):
         picture = (self.asked + torch.tensor([0.0, 0.0, 1.0])).expand(8, 8, 3)
         assert metrics.background(picture, [], self.asked, self.left) == pytest.approx(0.0)
 
@@ -186,10 +186,10 @@ class TestCases:
     def test_references_carry_their_identity_and_exact_mask(self):
         for reference in make_case(3, 0).references:
             inside = reference.mask > 0.99
-            colours = reference.image[inside]
+            colors = reference.image[inside]
             main = torch.tensor(reference.identity.rgb)
             assert inside.sum() > 100
-            assert ((colours - main).abs().amax(1) < 0.02).float().mean() > 0.3
+            assert ((colors - main).abs().amax(1) < 0.02).float().mean() > 0.3
 
     def test_draws_what_was_asked_with_and_without_the_identities(self):
         case = make_case(1, 0)

@@ -62,10 +62,10 @@ def test_instances_and_depth():
 
 def test_intensity_semantics_mask_and_caption():
     picture = torch.rand(64, 64, 3)
-    grey = picture @ torch.tensor([0.299, 0.587, 0.114])
-    assert obedience.intensity(picture, grey) == pytest.approx(1, abs=1e-5)
-    assert obedience.intensity(picture, 1 - 0.5 * grey) == pytest.approx(-1, abs=1e-5)
-    assert obedience.intensity(flat(0.5, 0.5, 0.5), grey) == 0
+    gray = picture @ torch.tensor([0.299, 0.587, 0.114])
+    assert obedience.intensity(picture, gray) == pytest.approx(1, abs=1e-5)
+    assert obedience.intensity(picture, 1 - 0.5 * gray) == pytest.approx(-1, abs=1e-5)
+    assert obedience.intensity(flat(0.5, 0.5, 0.5), gray) == 0
     a, b = Semantics(torch.tensor([1.0, 0])), Semantics(torch.tensor([0.6, 0.8]))
     assert obedience.semantics(a, b) == pytest.approx(0.6)
     region = Region(picture, square(0, 0, 32).float())

@@ -26,7 +26,7 @@ def test_negative_likeness_counts_as_none():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Pictures whose colour stands for the faces they show."""
+    """Pictures whose color stands for the faces they show."""
     for name, color in {"ann": "#ff0000", "bob": "#00ff00", "both": "#ffff00", "nobody": "#000000"}.items():
         Image.new("RGB", (4, 4), color).save(tmp_path / f"{name}.png")
     entries = [

@@ -237,7 +237,7 @@ class TestLaws:
     ):
         """The joint prompt ignores the style; composing it with the text finds the one cluster that has both, and
         fusion takes back what guidance overshoots."""
-        centres = torch.tensor([(-2.0, -2), (2, -2), (-2, 2), (2, 2)], dtype=torch.float64)
+        centers = torch.tensor([(-2.0, -2), (2, -2), (-2, 2), (2, 2)], dtype=torch.float64)
         joint, text = torch.tensor([[0, 0.8, 0, 0.2], [0, 0, 0.975, 0.025]], dtype=torch.float64)
         weights = {
             "u": torch.tensor([0.85, 0.05, 0.0975, 0.0025], dtype=torch.float64),
@@ -248,9 +248,9 @@ class TestLaws:
 
         def denoised(x, sigma, name):
             variance = 0.09 + sigma[0] ** 2
-            likely = weights[name].log() - (x[:, None] - centres).square().sum(-1) / (2 * variance)
+            likely = weights[name].log() - (x[:, None] - centers).square().sum(-1) / (2 * variance)
             posterior = likely.softmax(1)
-            return (posterior @ centres * sigma[0] ** 2 + 0.09 * x) / variance
+            return (posterior @ centers * sigma[0] ** 2 + 0.09 * x) / variance
 
         def model(x, sigma, model_options, seed=None):
             negative = denoised(x, sigma, "u")
@@ -262,7 +262,7 @@ class TestLaws:
         sigmas = torch.cat([SIGMA[TIMES], torch.zeros(1).double()])
         x = sigmas[0] * torch.randn(6000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         made = run(model, x, sigmas, Fusion(repeats, eta))
-        there = (made - centres[3]).norm(dim=1) < 1
+        there = (made - centers[3]).norm(dim=1) < 1
         assert float(there.double().mean()) == pytest.approx(fraction, abs=0.01)
         assert made[there].mean(0).tolist() == pytest.approx(mean, abs=0.04)
         assert std is None or float(made[there].std(0).mean()) == pytest.approx(std, abs=0.03)

@@ -33,12 +33,12 @@ def test_published_counting_on_pndm_is_the_effective_step(start, first):
     texts = [t for i, t in enumerate(times) if i <= start]
     assert times[len(texts)] == first
     step = sorted(set(times), reverse=True).index(first)
-    # 1 - start / 50 rounds up or down; the published comparison of floats falls on one of two neighbours.
+    # 1 - start / 50 rounds up or down; the published comparison of floats falls on one of two neighbors.
     assert first_subject_step(1 - start / 50, 50, PUBLISHED_PNDM) in (step, step - 1)
     assert step == start
 
 
-def test_boundary_parts_neighbours():
+def test_boundary_parts_neighbors():
     sigmas = [14.6, 5.13443089, 4.69167137, 0.03, 0.0]
     for step in (1, 2, 3):
         assert sigmas[step - 1] > boundary_sigma(sigmas, step) > sigmas[step]

@@ -98,7 +98,7 @@ def test_promptnet_is_fine_tuned_saved_and_drawn_with_the_hosts_lora_nodes(serve
 
 
 def test_compositions_are_taken_apart_combined_and_kept(server):
-    """Sketch and instances of one picture, colours and meaning of another, on a larger canvas."""
+    """Sketch and instances of one picture, colors and meaning of another, on a larger canvas."""
 
     def ours(kind, **inputs):
         return {"class_type": f"ConceptLoom{kind}", "inputs": inputs}
@@ -125,13 +125,13 @@ def test_compositions_are_taken_apart_combined_and_kept(server):
         ),
         "strip": ours("PaletteToImage", palette=["colors", 0], width=96, height=64, layout="tiles", count=8, seed=1),
         "region": ours("RegionMask", image=["star", 0], mask=["star", 1], grow=2),
-        "grey": ours("Intensity", image=["house", 0], weights="mean"),
+        "gray": ours("Intensity", image=["house", 0], weights="mean"),
         "one": decomposed(
             "star",
             sketch=["edges", 0],
             instances=["map", 0],
             mask=["region", 1],
-            depth=["grey", 0],
+            depth=["gray", 0],
             caption="a star on a navy background",
         ),
         "two": decomposed("house", clip_vision=["world", 3], palette=["colors", 0]),
@@ -151,16 +151,16 @@ def test_compositions_are_taken_apart_combined_and_kept(server):
         "kept": ours("SaveComposition", composition=["large", 0], filename="two pictures"),
         "thing": ours("CompositionSubject", composition=["one", 0], noun="star", weight=1.0),
         "again": ours("DecomposeSubject", subject=["thing", 0], clip_vision=["world", 3]),
-        "recoloured": ours("LumaMerge", light=["star", 0], color=["house", 0], mode="CIELab", strength=1.0),
+        "recolored": ours("LumaMerge", light=["star", 0], color=["house", 0], mode="CIELab", strength=1.0),
         **{
             f"show {name}": {"class_type": "PreviewImage", "inputs": {"images": [name, 0]}}
-            for name in ("strip", "recoloured")
+            for name in ("strip", "recolored")
         },
         "end": ours("InspectComposition", composition=["again", 0]),
     }
     run = server.run(workflow)
     shown = [picture.node for picture in run.pictures]
-    assert {"seen", "steps", "end", "show strip", "show recoloured", "both"} <= set(shown)
+    assert {"seen", "steps", "end", "show strip", "show recolored", "both"} <= set(shown)
     assert shown.count("steps") == 3, "what follows runs once for each share"
     (said,) = run.entry["outputs"]["kept"]["text"]
     assert said.splitlines()[1:] == [

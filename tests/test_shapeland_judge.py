@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conceptloom.shapeland import report, world
-from conceptloom.shapeland.judge import CROP, EMBEDDING, Reading, centres_of, crop_thing, group_votes
-from conceptloom.shapeland.score import assign, score_picture, summarise
+from conceptloom.shapeland.judge import CROP, EMBEDDING, Reading, centers_of, crop_thing, group_votes
+from conceptloom.shapeland.score import assign, score_picture, summarize
 
 
 def reading(noun, color=0, second=1, embedding=0, pixels=100):
@@ -15,7 +15,7 @@ def reading(noun, color=0, second=1, embedding=0, pixels=100):
 
 
 def true_votes(picture):
-    """What a perfect segmenter says of a picture: where things are, and the offset of each pixel to its centre."""
+    """What a perfect segmenter says of a picture: where things are, and the offset of each pixel to its center."""
     ys, xs = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     masks = torch.from_numpy(picture.masks) > 0.5
     offsets = torch.zeros(2, 64, 64)
@@ -47,7 +47,7 @@ def test_crop_shows_the_thing_at_its_own_scale_and_nothing_else():
     mask[0, 10:30, 2:12] = True
     crop = crop_thing(picture, mask, torch.tensor([[5.0, 20.0]]))
     assert crop.shape == (1, 4, CROP, CROP)
-    # The thing's centre lands in the middle of the window; parts beyond the picture's edge are blank.
+    # The thing's center lands in the middle of the window; parts beyond the picture's edge are blank.
     half = CROP // 2
     assert torch.equal(crop[0, :3, half, half], picture[0, :, 20, 5])
     assert crop[0, 3].sum() == mask.sum()
@@ -55,13 +55,13 @@ def test_crop_shows_the_thing_at_its_own_scale_and_nothing_else():
     assert crop[0, :3][:, crop[0, 3] == 0].abs().sum() == 0
 
 
-def test_centres_are_centroids():
+def test_centers_are_centroids():
     mask = torch.zeros(1, 64, 64, dtype=torch.bool)
     mask[0, 10:21, 30:33] = True
-    assert torch.equal(centres_of(mask), torch.tensor([[31.0, 15.0]]))
+    assert torch.equal(centers_of(mask), torch.tensor([[31.0, 15.0]]))
 
 
-def test_scores_count_nouns_colours_patterns_and_twins():
+def test_scores_count_nouns_colors_patterns_and_twins():
     red_star, pair, plain = world.Mention(1, color=0), world.Mention(0, count=2, color=3), world.Mention(4)
     right = score_picture([red_star, plain], [reading(4, color=5), reading(1, color=0)])
     assert (right.nouns_right, right.described, right.described_right) == (True, 1, 1)
@@ -76,7 +76,7 @@ def test_scores_count_nouns_colours_patterns_and_twins():
     striped, dotted = world.Mention(1, pattern=0), world.Mention(0, count=2, pattern=1)
     patterns = score_picture([striped, dotted], [reading(1), reading(0), reading(0)])
     assert (patterns.things, patterns.patterned, patterns.patterned_right) == (3, 3, 1)
-    total = summarise([right, twins, missing, patterns])
+    total = summarize([right, twins, missing, patterns])
     assert total == {
         "nouns": pytest.approx(3 / 4),
         "nouns_1": 0.0,
@@ -86,7 +86,7 @@ def test_scores_count_nouns_colours_patterns_and_twins():
         "patterns": pytest.approx(1 / 3),
         "twins": 1.0,
     }
-    assert all(np.isnan(v) for v in summarise([]).values())
+    assert all(np.isnan(v) for v in summarize([]).values())
 
 
 def test_a_mention_takes_no_more_things_than_it_names():
@@ -99,7 +99,7 @@ def test_report_says_what_is_there_and_how_alike():
     seen = "seen: red and orange striped star, 90% sure"
     assert report.describe([[star]]) == seen
     assert report.describe([[other, star], []], [[star], [reading(0)]], [other]).splitlines() == [
-        "picture 1: star: 1.00 like its reference (plain prompt 0.00)",
+        "picture 1: star: likeness 1.00 of 1 (plain prompt 0.00)",
         "picture 1: ball: not seen (plain prompt not seen)",
         f"picture 1: {seen}",
         f"picture 1: {seen}",

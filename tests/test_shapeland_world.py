@@ -43,8 +43,8 @@ def test_things_are_named_from_left_to_right_with_true_words_for_place_and_size(
     told = 0
     for scene in scenes(300):
         mentions, _ = world.parse_caption(scene.caption)
-        centres = [np.mean([t.x for t in scene.things if t.noun == m.noun]) for m in mentions]
-        assert centres == sorted(centres)
+        centers = [np.mean([t.x for t in scene.things if t.noun == m.noun]) for m in mentions]
+        assert centers == sorted(centers)
         low, high = world.RADIUS[len(scene.things)]
         for m in mentions:
             thing = next(t for t in scene.things if t.noun == m.noun)
@@ -176,7 +176,7 @@ def test_masks_of_a_description_come_in_the_order_of_its_words():
         ("three balls and three stars", "6 things"),
         ("a red", "must name"),
         ("", "must name"),
-        ("a red and red ball", "same colour"),
+        ("a red and red ball", "same color"),
         ("a left ball", "must follow"),
         ("at the top a ball", "must follow"),
         ("two balls at the left", "one only"),

@@ -74,8 +74,8 @@ def test_encodings_are_added_to_a_new_subject():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"image": torch.rand(2, 8, 8, 3)}, "image: expected one colour picture .*, got \\(2, 8, 8, 3\\)"),
-        ({"image": torch.rand(8, 8, 1)}, "image: expected one colour picture"),
+        ({"image": torch.rand(2, 8, 8, 3)}, "image: expected one color picture .*, got \\(2, 8, 8, 3\\)"),
+        ({"image": torch.rand(8, 8, 1)}, "image: expected one color picture"),
         ({"image": torch.full((8, 8, 3), float("nan"))}, "image: expected finite values"),
         ({"noun": "  "}, "noun: expected a word"),
         ({"weight": -1.0}, "weight: expected a number from 0 .* got -1"),

@@ -245,12 +245,12 @@ def test_bad_input_gets_its_sentence(arguments, sentence):
         assemble(**arguments)
 
 
-def test_the_preview_shows_each_concept_in_a_colour_of_its_own():
+def test_the_preview_shows_each_concept_in_a_color_of_its_own():
     partition = divide(block(*((0, 10, 8 * i, 8 * i + 8) for i in range(5))), 0)
     seen = picture(partition)
     assert seen.shape == (40, 40, 3) and seen.min() >= 0 and seen.max() <= 1
-    colours = torch.stack([seen[5, 8 * i + 4] for i in range(5)] + [seen[30, 30]])
-    distances = torch.cdist(colours, colours) + torch.eye(6)
+    colors = torch.stack([seen[5, 8 * i + 4] for i in range(5)] + [seen[30, 30]])
+    distances = torch.cdist(colors, colors) + torch.eye(6)
     assert distances.min() > 0.25
     over = picture(partition, torch.rand(80, 80, 3))
     assert over.shape == (40, 40, 3) and over.min() >= 0 and over.max() <= 1

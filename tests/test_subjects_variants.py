@@ -16,7 +16,7 @@ def picture(side=64):
     return torch.rand(side, side, 3, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
 
 
-def centre(mask):
+def center(mask):
     rows, columns = mask.nonzero().float().unbind(1)
     return float(columns.mean()), float(rows.mean())
 
@@ -35,21 +35,21 @@ def test_scale_turn_shift_and_mirror_are_within_their_ranges_and_reach_them():
     areas = made.masks.sum((1, 2)) / mask.sum()
     scales = areas.sqrt()
     assert 0.58 < float(scales.min()) < 0.65 and 0.95 < float(scales.max()) < 1.02
-    centres = torch.tensor([centre(one) for one in made.masks])
-    shifts = (centres - 63.5).abs().amax(0) / 128
+    centers = torch.tensor([center(one) for one in made.masks])
+    shifts = (centers - 63.5).abs().amax(0) / 128
     assert (shifts < 0.21).all() and (shifts > 0.18).all()
 
 
 def test_turning_and_mirroring():
-    """A bar from the centre to the right: its end tells the angle."""
+    """A bar from the center to the right: its end tells the angle."""
     mask = torch.zeros(128, 128)
     mask[60:68, 64:120] = 1
     image = mask[..., None].expand(-1, -1, 3)
     made = make_variants(image, mask, 200, 128, 1, Motion(degrees=10, translate=0, smallest=1, largest=1))
-    centres = torch.tensor([centre(one) for one in made.masks]) - 63.5
-    mirrored = centres[:, 0] < 0
+    centers = torch.tensor([center(one) for one in made.masks]) - 63.5
+    mirrored = centers[:, 0] < 0
     assert 60 < int(mirrored.sum()) < 140
-    angles = torch.rad2deg(torch.atan2(centres[:, 1], centres[:, 0].abs()))
+    angles = torch.rad2deg(torch.atan2(centers[:, 1], centers[:, 0].abs()))
     assert 8.5 < float(angles.max()) < 10.5 and -10.5 < float(angles.min()) < -8.5
 
 

@@ -81,8 +81,8 @@ def test_pictures_are_taken_apart(folder, base):
             hidden = item["mask"][3] == 0
             assert hidden.any() and not item["mask"][:3, hidden].any()
             assert torch.allclose(item["mask"][:3, ~hidden], item["target"][:, ~hidden])
-            grey = item["intensity"][0]
-            assert (grey <= image.amax(-1) + 1e-5).all() and (grey >= image.amin(-1) - 1e-5).all()
+            gray = item["intensity"][0]
+            assert (gray <= image.amax(-1) + 1e-5).all() and (gray >= image.amin(-1) - 1e-5).all()
             for i, name in enumerate(NAMES):
                 seen[name] += int(item["kept"][i])
             assert bool(item["caption"]) == bool(item["kept"][0])

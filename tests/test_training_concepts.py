@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conceptloom.training.concepts.augment import AUGMENTATIONS, CUSTOM, GREY, NONE, STRONG, augment
+from conceptloom.training.concepts.augment import AUGMENTATIONS, CUSTOM, GRAY, NONE, STRONG, augment
 from conceptloom.training.concepts.learner import ConceptWeights, Recipe, latent_mask, masked_error, prediction_weight
 from conceptloom.training.concepts.pictures import Pictures
 
@@ -14,12 +14,12 @@ def generators(count):
 
 
 class TestAugmentation:
-    def test_strong_pastes_a_third_to_the_whole_anywhere_on_grey(self):
+    def test_strong_pastes_a_third_to_the_whole_anywhere_on_gray(self):
         image = torch.full((40, 60, 3), 0.9)
         sizes, corners = [], set()
         for generator in generators(200):
             view = augment(image, None, 48, STRONG, generator)
-            shown = (view.image[..., 0] - GREY).abs() > 0.2
+            shown = (view.image[..., 0] - GRAY).abs() > 0.2
             rows, columns = shown.any(1).nonzero().flatten(), shown.any(0).nonzero().flatten()
             sizes.append(len(rows))
             corners.add((int(rows[0]), int(columns[0])))
@@ -35,8 +35,8 @@ class TestAugmentation:
         image, said = torch.full((48, 48, 3), 0.9), {}
         for generator in generators(300):
             view = augment(image, None, 48, CUSTOM, generator)
-            grey = float(((view.image[..., 0] - GREY).abs() < 0.2).float().mean())
-            said.setdefault(view.prefix, []).append(grey)
+            gray = float(((view.image[..., 0] - GRAY).abs() < 0.2).float().mean())
+            said.setdefault(view.prefix, []).append(gray)
         assert set(said) == {"", "a far away ", "very small ", "zoomed in ", "close up "}
         assert min(said["a far away "] + said["very small "]) > 0.6
         assert max(said[""] + said["zoomed in "]) == 0

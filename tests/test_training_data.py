@@ -783,7 +783,7 @@ def test_subject_stands_in_noise_and_keeps_its_pixels(shapeland):
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(90, 61), (61, 90), (50, 50), (33, 200), (201, 40)])
 def test_map_follows_its_picture_and_invents_no_ids(height, width, mirrored):
-    """Each segment has a colour of its own; wherever the small picture shows one unmixed, the map has its segment."""
+    """Each segment has a color of its own; wherever the small picture shows one unmixed, the map has its segment."""
     names = torch.tensor([0, 7, 200, 100, 2**31 + 5])
     tones = torch.tensor([[0, 0, 255], [255, 0, 0], [0, 255, 0], [255, 255, 0], [255, 0, 255]], dtype=torch.uint8)
     ys, xs = torch.meshgrid(torch.arange(height) // 10, torch.arange(width) // 9, indexing="ij")
@@ -1102,7 +1102,7 @@ def test_each_thing_is_drawn_in_its_own_folder(tmp_path):
     for text in tmp_path.rglob("*.txt"):
         assert re.fullmatch(r"a \{\} on a \w+ background\n", text.read_text())
 
-    # The same colours in both pictures of a thing, and others in those of another.
+    # The same colors in both pictures of a thing, and others in those of another.
     def colors(thing):
         found = []
         for number in range(2):

@@ -12,7 +12,7 @@ from workflow_format import BYPASSED, MUTED, TITLE_HEIGHT, to_api, types_fit
 def weave(info: dict) -> Workflow:
     """A workflow with every kind of input."""
     flow = Workflow(info, "weave")
-    first = flow.add("ToyYarn", {"shade": 3, "colour": "#ff0000"}, title="First yarn")
+    first = flow.add("ToyYarn", {"shade": 3, "color": "#ff0000"}, title="First yarn")
     second = flow.add("ToyYarn", {"seed": 7})
     flow.note("## Two yarns\nPress **Run**.")
     inner = Subgraph(info, "Square")
@@ -49,12 +49,12 @@ def ui(object_info) -> dict:
 
 API = {
     "1": {
-        "inputs": {"shade": 3, "seed": 0, "colour": "#ff0000"},
+        "inputs": {"shade": 3, "seed": 0, "color": "#ff0000"},
         "class_type": "ToyYarn",
         "_meta": {"title": "First yarn"},
     },
     "2": {
-        "inputs": {"shade": 1, "seed": 7, "colour": "#22cc88"},
+        "inputs": {"shade": 1, "seed": 7, "color": "#22cc88"},
         "class_type": "ToyYarn",
         "_meta": {"title": "Yarn"},
     },
@@ -254,7 +254,7 @@ def test_faults_of_ui_workflows_are_found(ui, object_info):
     assert "no cnr_id" in problems(lambda ui: node(ui, 1)["properties"].pop("cnr_id"))
     assert "does not end" in problems(lambda ui: node(ui, 5)["inputs"][0].update(link=None))
     assert "does not begin" in problems(lambda ui: node(ui, 1)["outputs"][0].update(links=[]))
-    assert "stores no value for colour" in problems(lambda ui: node(ui, 1)["widgets_values"].pop())
+    assert "stores no value for color" in problems(lambda ui: node(ui, 1)["widgets_values"].pop())
     assert "no widget takes: [1]" in problems(lambda ui: node(ui, 1)["widgets_values"].append(1))
     assert "outside 0 to 9" in problems(lambda ui: node(ui, 1).update(widgets_values=[10, 0, "fixed", "#ff0000"]))
     assert "rescale" in problems(lambda ui: ui["extra"].update(workflowRendererVersion="Vue"))

@@ -1,6 +1,6 @@
-"""Draws the pack's icon: coloured threads woven into one cloth. `python tools/make_icon.py`
+"""Draws the pack's icon: colored threads woven into one cloth. `python tools/make_icon.py`
 
-Every warp thread (upright) is a subject with its own colour, every weft thread (across) the
+Every warp thread (upright) is a subject with its own color, every weft thread (across) the
 picture that takes them all in; they pass over and under each other in a twill.
 """
 
@@ -39,8 +39,8 @@ def draw() -> Image.Image:
     warp_height = 0.5 + 0.5 * np.cos(phase * (y - 1.0 + column))
     weft_height = 0.5 - 0.5 * np.cos(phase * (x - 1.0 + row))
 
-    colours = np.array(WARP, float)
-    warp = colours[column % len(WARP)] * thread_shade(warp_across, y, warp_height)[..., None]
+    colors = np.array(WARP, float)
+    warp = colors[column % len(WARP)] * thread_shade(warp_across, y, warp_height)[..., None]
     weft = np.array(WEFT, float) * thread_shade(weft_across, x, weft_height)[..., None]
 
     picture = np.empty((side, side, 3))

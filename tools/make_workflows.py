@@ -39,7 +39,7 @@ from workflow_checks import api_problems, ui_problems
 from workflow_format import to_api
 
 FOLDER = ROOT / "workflows"
-CARD_SIDE, CARD_GAP, CARD_BANNER = 400, 8, 56
+CARD_SIDE, CARD_GAP, CARD_BANNER, LABEL_SIZE = 400, 8, 56, 20
 WIDE = 1.5
 """From this ratio of width to height on, a picture is taken for a row."""
 KEEP_CARDS = "--keep-cards"
@@ -83,7 +83,17 @@ def save_card(file: Path, picture: bytes) -> None:
         card = Image.new("RGB", (CARD_SIDE, CARD_SIDE), "#ffffff")
         card.paste(row, (0, 0))
         card.paste(last, ((CARD_SIDE - side) // 2, row.height + CARD_GAP))
-    card.save(file, quality=88)
+    labeled(card, "no download").save(file, quality=88)
+
+
+def labeled(card: Image.Image, label: str) -> Image.Image:
+    """A card with a label in its lower left corner: the dialog cuts long names, which end with what is needed."""
+    pen, font = ImageDraw.Draw(card), ImageFont.load_default(LABEL_SIZE)
+    width = round(pen.textlength(label, font))
+    place = (0, card.height - 2 * LABEL_SIZE, width + 2 * LABEL_SIZE, card.height)
+    pen.rectangle(place, "#26272b")
+    pen.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), label, "#ffffff", font, anchor="mm")
+    return card
 
 
 def drawn_references(name: str, api: dict) -> Image.Image:

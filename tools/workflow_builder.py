@@ -205,7 +205,7 @@ class Workflow:
         return data
 
     def note(self, text: str, column: int = 0, width: int = 240) -> Node:
-        """Adds a note in Markdown. It gets no colour of its own: that would be unreadable in one of the themes."""
+        """Adds a note in Markdown. It gets no color of its own: that would be unreadable in one of the themes."""
         data = self._new(NOTE, column, width, None, ())
         lines = sum(1 + len(line) * 7 // width for line in text.splitlines())
         data["size"][1] = 40 + 20 * lines
@@ -213,7 +213,7 @@ class Workflow:
         return Node(data, {"output_name": []})
 
     def group(self, title: str, *columns: int, color: str = "#3f789e") -> None:
-        """Draws a titled frame around all nodes of neighbouring columns."""
+        """Draws a titled frame around all nodes of neighboring columns."""
         self.groups.append({"title": title, "columns": columns, "color": color})
 
     def ui(self) -> dict:

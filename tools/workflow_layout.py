@@ -38,7 +38,7 @@ def place(columns: Columns, groups: Sequence[Sequence[int]] = (), above: int = 0
 
     Args:
         columns: their nodes get their places.
-        groups: the neighbouring columns of each group.
+        groups: the neighboring columns of each group.
         above: number of long links for which there is room above all nodes.
 
     Returns:

@@ -44,7 +44,7 @@ def draw(seed: int, numbers: Iterable[int], latent_shape: Sequence[int], times: 
 
 def toward_noise(t: torch.Tensor, times: int) -> torch.Tensor:
     """Timesteps that are mostly high, of uniform ones (n,): (1 - (t/T)^3) T, T2I-Adapter's cubic sampling (Mou et al.,
-    arXiv 2302.08453). High noise is where colours and layout are decided."""
+    arXiv 2302.08453). High noise is where colors and layout are decided."""
     share = (t.double() + 0.5) / times
     return ((1 - share**3) * times).long()
 

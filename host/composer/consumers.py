@@ -1,7 +1,7 @@
 """Single representations for what consumes them today: ControlNets, T2I-Adapters, unCLIP and style models.
 
 Each takes its hint in a convention of its own: sketches with white strokes on black, which T2I-Adapters were trained on
-without grey; depth that is near where it is white; the colours of ADE20K for segments; and pictures with holes that are
+without gray; depth that is near where it is white; the colors of ADE20K for segments; and pictures with holes that are
 -1, or beside which the mask is given.
 """
 
@@ -33,7 +33,7 @@ def hint_of(composition: Composition, name: str, binary: bool = False) -> torch.
     """The picture (1, H, W, 3) of a representation as ControlNets and T2I-Adapters take it.
 
     Args:
-        name: one of HINTS. The palette's has its colours in random places, for color adapters read them with their
+        name: one of HINTS. The palette's has its colors in random places, for color adapters read them with their
             places.
         binary: makes a sketch black and white.
 

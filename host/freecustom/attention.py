@@ -21,7 +21,7 @@ import torch
 from ...attention import mrsa
 from ...subjects.masks import binarize, check_aspect, same_aspect
 from ...subjects.pictures import fit
-from ...subjects.subject import Subject
+from ...subjects.subject import DEFAULT_WEIGHT, Subject
 from ..advice import advise, executing_node
 from ..model.families import family_of, network_of
 from ..model.patching import NEGATIVE, POSITIVE, TEXT, Evaluation, Sampling, attach, attached
@@ -37,6 +37,7 @@ log = logging.getLogger("conceptloom")
 KEY = "conceptloom_freecustom"
 NAME = "Multi-Reference Self-Attention (FreeCustom)"
 CROWDED = 20.0
+"""Attention odds of the references from which a picture at the default weight is lost."""
 LATENT_SIZES_KEPT = 4
 
 _NOT_FOR_REFERENCES = (
@@ -173,11 +174,14 @@ class FreeCustom:
 
     def _advise(self, sampling: Sampling) -> None:
         """Gives advice about settings that are allowed, but rarely intended."""
-        if self.crowding > CROWDED:
+        # Shapeland names a weight of its own, from which references drown its few tokens.
+        config = type(sampling.guider.model_patcher.model.model_config)
+        usual = getattr(config, "reference_weight", DEFAULT_WEIGHT)
+        if self.crowding > CROWDED * math.exp(usual - DEFAULT_WEIGHT):
             advise(
                 NAME,
-                f"the references outweigh the picture {self.crowding:.0f} to 1: lower their weights or tighten their "
-                "masks",
+                f"the references outweigh the picture {_ratio(self.crowding)} to 1: lower their weights ({usual:g} is "
+                "usual for this model) or tighten their masks",
                 sampling.node,
             )
         prompt = executing_prompt()
@@ -432,3 +436,7 @@ class ReferenceRun:
         """Releases all tensors."""
         self.devices.clear()
         self.share = self.job = None
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"

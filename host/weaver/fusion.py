@@ -125,7 +125,7 @@ def apply(
         return model.clone(), positive
     advice = _misplaced(concepts, partition.names)
     if settings.suppression > 1 and settings.mode == FEATURES:
-        advice.append(f"a suppression of {settings.suppression:g} is far beyond 0.3 and burns colours")
+        advice.append(f"a suppression of {settings.suppression:g} is far beyond 0.3 and burns colors")
     if settings.layers == DECODER:
         sites = [site for site in sites if site.in_decoder]
     if settings.mode == SCORES and not settings.window.is_whole:

@@ -5,7 +5,7 @@ import torch
 
 
 class ToyVAE:
-    """Eight by eight pixels make one cell of a latent, a fixed mixture of their mean colour."""
+    """Eight by eight pixels make one cell of a latent, a fixed mixture of their mean color."""
 
     def __init__(self, latent_channels=4):
         self.latent_channels = latent_channels
@@ -114,7 +114,7 @@ class Toy:
         return model
 
     def subject(self, seed=0, size=(128, 128), mask="part", **changes):
-        """A subject of random colours; its mask covers a quarter of it."""
+        """A subject of random colors; its mask covers a quarter of it."""
         from conceptloom.subjects.subject import Subject
 
         image = torch.rand(*size, 3, generator=torch.Generator().manual_seed(seed))

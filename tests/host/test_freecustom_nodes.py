@@ -138,7 +138,7 @@ def test_references_that_drown_the_picture_are_said(patch, reference, toy, caplo
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 64, 64, 3), torch.full((1, 64, 64), 254 / 255), torch.ones(1, 32, 32)])
-def test_colour_soft_and_small_masks_are_taken(patch, reference, toy, mask):
+def test_color_soft_and_small_masks_are_taken(patch, reference, toy, mask):
     picture = toy.sample(patch(subjects={"subject0": reference(mask=mask)}))
     assert not torch.equal(picture, toy.sample())
 

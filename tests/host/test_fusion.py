@@ -816,7 +816,7 @@ def test_strong_suppression_is_told_of(toy, caplog):
     toy.sample(fused(toy, Bank(toy, 1), suppression=1.0))
     assert "suppression" not in caplog.text
     toy.sample(fused(toy, Bank(toy, 1), suppression=1.5))
-    assert "a suppression of 1.5 is far beyond 0.3 and burns colours" in caplog.text
+    assert "a suppression of 1.5 is far beyond 0.3 and burns colors" in caplog.text
 
 
 def test_where_no_concept_is_drawn_it_is_told_of(toy, caplog):

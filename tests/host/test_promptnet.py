@@ -138,7 +138,7 @@ class TestSplice:
         torch.testing.assert_close(weak[:, 2:4], states[:, 2:4] * 0.25)
 
     def test_two_subjects_emphasis_and_a_second_chunk(self, shapeland, promptnet, monkeypatch):
-        """Each subject's word is its own, wherever it is and whatever is emphasised beside it."""
+        """Each subject's word is its own, wherever it is and whatever is emphasized beside it."""
         from conceptloom.encoders.promptnet import PromptNet
 
         long = "a (star:1.3) and " + "a red ball and " * 20 + "a (cup:0.8) on a navy background"

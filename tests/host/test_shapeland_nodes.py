@@ -45,7 +45,7 @@ def test_read_picture_masks_the_chosen_noun_and_compares_with_the_reference(node
     assert mask.shape == (2, 64, 64) and mask[0, 9].all() and mask.sum() == 64
     beside = " (plain prompt 1.00)"
     assert text.splitlines() == [
-        "picture 1: heart: 1.00 like its reference" + beside,
+        "picture 1: heart: likeness 1.00 of 1" + beside,
         "picture 1: seen: red and orange striped star, 50% sure",
         "picture 1: seen: red and orange striped heart, 50% sure",
         "picture 2: heart: not seen" + beside,

@@ -9,7 +9,7 @@ Yarn = io.Custom("TOY_YARN")
 
 
 class ToyYarn(io.ComfyNode):
-    """A custom socket type, a colour, and a seed with its own control."""
+    """A custom socket type, a color, and a seed with its own control."""
 
     @classmethod
     def define_schema(cls):
@@ -20,14 +20,14 @@ class ToyYarn(io.ComfyNode):
             inputs=[
                 io.Int.Input("shade", default=1, min=0, max=9, tooltip="How dark."),
                 io.Int.Input("seed", default=0, min=0, max=99, control_after_generate=True, tooltip="Seed."),
-                io.Color.Input("colour", default="#22cc88", tooltip="Its colour."),
+                io.Color.Input("color", default="#22cc88", tooltip="Its color."),
             ],
             outputs=[Yarn.Output("yarn", display_name="yarn")],
         )
 
     @classmethod
-    def execute(cls, shade, seed, colour):
-        return io.NodeOutput((shade, colour))
+    def execute(cls, shade, seed, color):
+        return io.NodeOutput((shade, color))
 
 
 class ToyWeave(io.ComfyNode):

@@ -28,7 +28,7 @@ def photo_to_subject(flow: Workflow) -> dict:
     flow.place(flow.subgraph(flow.name, describe), open_sockets=True)
     return flow.blueprint(
         "ConceptLoom/Subjects",
-        "A subject from a photo: the segmenter (Load Segmenter) finds its mask by the noun.",
+        "A subject from a photo, without painting: connect Load Segmenter, which finds the mask by the noun.",
         ["photo", "reference", "mask by text", "person", "character", "face"],
     )
 

@@ -8,7 +8,7 @@ from .composer_operations import OPERATIONS, REFINEMENT, compositional_generatio
 
 
 def three_pictures_shapeland(flow: Workflow) -> None:
-    """Sketch and depth of one picture, colours of a second, meaning of a third, and a text."""
+    """Sketch and depth of one picture, colors of a second, meaning of a third, and a text."""
     flow.note(
         "## START HERE: one picture from three others and a text\n"
         "Press **Run**; nothing has to be downloaded. Each drawn picture is taken apart. The **Keep** "
@@ -18,8 +18,8 @@ def three_pictures_shapeland(flow: Workflow) -> None:
     )
     flow.note(
         "### Things to try\n"
-        "- another thing in a `caption`, or another text\n"
-        "- `strength` of a **Keep** node: how much its representations count; 0 leaves them out"
+        "- another thing in a **caption**, or another text\n"
+        "- **strength** of a **Keep** node: how much its representations count; 0 leaves them out"
     )
     compositional_generation(flow)
     _grouped(flow)

@@ -124,7 +124,7 @@ def caption(flow: Workflow, given: Source, text: str) -> Output:
 
 
 def palette(flow: Workflow, given: Source, colors: str) -> Output:
-    """A palette of given colours alone, as a composition of the picture's size."""
+    """A palette of given colors alone, as a composition of the picture's size."""
     chosen = flow.add("ConceptLoomPalette", {"colors": colors}, column=1, title="The colors")
     return flow.add(
         "ConceptLoomDecomposeImage", {"image": given.image, "palette": chosen["palette"], **NOTHING_ELSE}, column=2
@@ -231,7 +231,7 @@ def variations(flow: Workflow) -> None:
 
 
 def interpolation(flow: Workflow) -> None:
-    """Meaning and colours go from one picture to another, with the sketch of the first."""
+    """Meaning and colors go from one picture to another, with the sketch of the first."""
     parts = load(flow)
     one = source(flow, parts, "a red heart on a white background", 3, 1)
     two = source(flow, parts, "a blue ball on a navy background", 4, 2)
@@ -249,7 +249,7 @@ def interpolation(flow: Workflow) -> None:
 
 
 def reconfiguration(flow: Workflow) -> None:
-    """An edit by one changed representation: other colours, the rest as in the picture."""
+    """An edit by one changed representation: other colors, the rest as in the picture."""
     parts = load(flow)
     one = source(flow, parts, "a red striped house on a mint background", 3, 1)
     kept = pick(flow, one.composition, "sketch", "instances", "depth")
@@ -267,7 +267,7 @@ def region_editing(flow: Workflow) -> None:
 
 
 def compositional_generation(flow: Workflow) -> None:
-    """Sketch and depth of one picture, meaning of a second, colours of a third, and a text."""
+    """Sketch and depth of one picture, meaning of a second, colors of a third, and a text."""
     parts = load(flow)
     one = source(flow, parts, "a house and a tree on a gray background", 3, 1)
     two = source(flow, parts, "a green dotted house and a tree on a white background", 7, 4)
@@ -284,7 +284,7 @@ def compositional_generation(flow: Workflow) -> None:
 
 
 def colorization(flow: Workflow) -> None:
-    """A picture in grey, in chosen colours."""
+    """A picture in gray, in chosen colors."""
     parts = load(flow)
     one = source(flow, parts, "a red striped fish on a mint background", 3, 1)
     colors = palette(flow, one, "#202c40 12, #7030a0 2, #f0a030 2")
@@ -324,7 +324,7 @@ def pose_transfer(flow: Workflow) -> None:
 
 
 def recoloring(flow: Workflow) -> None:
-    """Other colours, with the lightness of the original."""
+    """Other colors, with the lightness of the original."""
     parts = load(flow)
     one = source(flow, parts, "a red striped house on a mint background", 3, 1)
     colors = palette(flow, one, "#c8b898 12, #2040c0 2, #e0c020 1")
@@ -352,7 +352,7 @@ def text_to_image(flow: Workflow) -> None:
 
 
 def color_sweep(flow: Workflow) -> None:
-    """One sketch and text in colours between two palettes."""
+    """One sketch and text in colors between two palettes."""
     parts = load(flow)
     one = source(flow, parts, "a heart on a white background", 3, 1)
     kept = pick(flow, one.composition, "sketch", "caption")

@@ -52,14 +52,14 @@ def controlnets_sd15(flow: Workflow) -> None:
         "Needs the checkpoint and the two ControlNets named in the loaders. **Sketch and Depth** takes each picture "
         "apart and puts the sketch of the first and the depth of the second together; **Apply Representation** gives "
         "each to its ControlNet.\n\n"
-        "**Your own photos**: put **Load Image** in the place of each drawn picture, and take the depth from any "
+        "**Your own photos**: put **Load Image** in the place of each *Your photo*, and take the depth from any "
         "depth node."
     )
     base = checkpoint(flow, SD15)
     flow.note(
         "### Things to try\n"
-        "- `strength` and `end_percent` of **Sketch and Depth**: less of the sketch, or only at the beginning\n"
-        "- inside of it, `method` canny in a **Sketch** before **Decompose Image**, or `take_palette` with a color "
+        "- **strength** and **end_percent** of **Sketch and Depth**: less of the sketch, or only at the beginning\n"
+        "- inside of it, **method** canny in a **Sketch** before **Decompose Image**, or **take_palette** with a color "
         "adapter in a third **Apply Representation**"
     )
     scenes = (
@@ -114,14 +114,14 @@ def _sketch_and_depth(inner: Subgraph) -> None:
 
 
 def coadapters_sd15(flow: Workflow) -> None:
-    """The sketch of one picture with the colours and the style of another, by CoAdapter."""
+    """The sketch of one picture with the colors and the style of another, by CoAdapter."""
     flow.note(
         "## START HERE: the lines of one picture, the colors and style of another\n"
         "Needs the checkpoint, the three CoAdapters, their fuser and the vision tower named in the loaders "
         "(clip-vit-large-patch14 is called model.safetensors where it is downloaded: rename it). "
         "**Sketch, Colors and Style** takes the pictures apart; the fuser lets the adapters see one another.\n\n"
-        "**Your own photos**: put **Load Image** in the place of the drawn pictures.\n\n"
-        "**Try**: `sketch_weight`, `color_weight` and `style_weight`, or another prompt."
+        "**Your own photos**: put **Load Image** in the place of the nodes *Your photo*.\n\n"
+        "**Try**: **sketch_weight**, **color_weight** and **style_weight**, or another prompt."
     )
     base = checkpoint(flow, SD15)
     lines = _photo(flow, "a house and a tree on a white background", 3, 12, "Your photo: lines")
@@ -185,15 +185,15 @@ def _sketch_colors_style(inner: Subgraph) -> None:
 
 
 def recolor_sd15(flow: Workflow) -> None:
-    """A picture in other colours, with its light and shade kept."""
+    """A picture in other colors, with its light and shade kept."""
     flow.note(
         "## START HERE: other colors, the same light\n"
-        "Needs the checkpoint and the ControlNet named in the loaders. **Decompose Image** takes the picture in grey, "
+        "Needs the checkpoint and the ControlNet named in the loaders. **Decompose Image** takes the picture in gray, "
         "the ControlNet draws it anew in the colors of the prompt, and **Luma Merge** puts these on the lightness of "
         "the original, so that no line moves.\n\n"
-        "**Your own photo**: put **Load Image** in the place of the drawn picture. A black and white photo is colored "
+        "**Your own photo**: put **Load Image** in the place of *Your photo*. A black and white photo is colored "
         "in the same way.\n\n"
-        "**Try**: other colors in the prompt, or a lower `strength` of **Luma Merge**."
+        "**Try**: other colors in the prompt, or a lower **strength** of **Luma Merge**."
     )
     base = checkpoint(flow, SD15)
     photo = _photo(flow, "a house and a star on a white background", 3, 12, "Your photo")
@@ -215,10 +215,10 @@ def between_sd15(flow: Workflow) -> None:
         "## START HERE: from the look of one picture to that of another\n"
         "Needs the checkpoint, the style model and the vision tower named in the loaders "
         "(clip-vit-large-patch14 is called model.safetensors where it is downloaded: rename it). "
-        "**Between Two Pictures** mixes what the vision tower sees in both, once for each of the `shares`, and every "
+        "**Between Two Pictures** mixes what the vision tower sees in both, once for each of the **shares**, and every "
         "mix becomes a picture.\n\n"
-        "**Your own photos**: put **Load Image** in the place of the drawn pictures.\n\n"
-        "**Try**: `shares` with more steps, the `strength` of **Apply Style Model**, or another prompt."
+        "**Your own photos**: put **Load Image** in the place of the nodes *Your photo*.\n\n"
+        "**Try**: **shares** with more steps, the **strength** of **Apply Style Model**, or another prompt."
     )
     base = checkpoint(flow, SD15)
     one = _photo(flow, "a red heart on a white background", 3, 1, "Your photo: at 0")

@@ -97,11 +97,12 @@ def shapeland(flow: Workflow) -> None:
     base = shapeland_base(flow)
     flow.note(
         "### Things to try\n"
-        "- another `seed` of the template: other places\n"
-        "- another `seed` of **Renew Noise**: the concepts drawn anew; its `strength` 0 keeps the template's colours\n"
-        "- `strength` of a concept: 0 is the plain star\n"
-        "- `suppression`: how far to move away from what the base model alone would draw\n"
-        "- `attention_until`: lower lets the concepts change the shapes"
+        "- another **seed** of the template: other places\n"
+        "- another **seed** of **Renew Noise**: the concepts drawn anew; its **strength** 0 keeps the template's "
+        "colors\n"
+        "- **strength** of a concept: 0 is the plain star\n"
+        "- **suppression**: how far to move away from what the base model alone would draw\n"
+        "- **attention_until**: lower lets the concepts change the shapes"
     )
     prompt = "a star and a fish and a house on a navy background"
     concepts = bank(flow, base, {f"{word}.safetensors": "" for word in LOOKS})
@@ -170,7 +171,7 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
     flow.note(
         "## START HERE: two LoRAs that do not mix\n"
         "Needs the two checkpoints named below and two LoRAs of yours. Choose them in **Load Concept** and write each "
-        "one's trigger and class word into `class_word`; the prompt names both class words. **Places of Things** "
+        "one's trigger and class word into **class_word**; the prompt names both class words. **Places of Things** "
         f"finds them in {where}, and each LoRA acts in its own place, in one evaluation of the model.\n\n"
         + (swap if photo else "")
         + "A LoRA of a person needs that person's consent.",
@@ -179,10 +180,10 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
     base, sam = checkpoint(flow, file), checkpoint(flow, SAM3, title="SAM3")
     flow.note(
         "### When it does not work\n"
-        "- not alike enough: `strength` up to 1.5, or a lower `residual_until`\n"
-        "- the scene is lost: a higher `residual_until`\n"
-        "- concepts take on the template's colours: **Renew Noise** before the sampling\n"
-        "- something is not found: another word in `nouns`, or a painted mask for **Concept Masks**",
+        "- too little likeness: **strength** up to 1.5, or a lower **residual_until**\n"
+        "- the scene is lost: a higher **residual_until**\n"
+        "- concepts take on the template's colors: **Renew Noise** before the sampling\n"
+        "- something is not found: another word in **nouns**, or a painted mask for **Concept Masks**",
         width=290 if photo else 240,
     )
     prompt, words = "a photo of a man and a woman sitting on a bench in a park", ("man", "woman")

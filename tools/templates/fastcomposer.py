@@ -72,11 +72,11 @@ def in_words(flow: Workflow, column: int, parts: Node, subjects: list[Output], p
     return flow.place(flow.subgraph("Subjects in Words", describe), given, column)
 
 
-def two_drawn(flow: Workflow, *things: tuple[str, int]) -> tuple[list[Node], str]:
-    """Drawn subjects, each a noun and an identity, and a prompt for both."""
+def two_drawn(flow: Workflow, *things: tuple[str, int], weighted: bool = False) -> tuple[list[Node], str]:
+    """Drawn subjects, each a noun and an identity, and a prompt for both; see `drawn_subject`."""
     grounds = ("white", "gray")
     subjects = [
-        drawn_subject(flow, f"a {noun} on a {ground} background", noun, identity)
+        drawn_subject(flow, f"a {noun} on a {ground} background", noun, identity, weighted=weighted)
         for (noun, identity), ground in zip(things, grounds, strict=True)
     ]
     return subjects, " and ".join(f"a {noun} @subject" for noun, _ in things) + " on a navy background"
@@ -93,18 +93,18 @@ def shapeland(flow: Workflow) -> None:
     flow.note(
         "## START HERE: subjects in words\n"
         "Press **Run**; nothing has to be downloaded. **Subjects in Words** looks at each reference once and writes "
-        "what it saw into the word before `@subject`. **Delayed Subject Conditioning** lets the plain text lay the "
-        "picture out first. It costs what plain sampling costs.\n\n"
+        "what it saw into the word before **@subject**: the first input into the first such word, and so on. **Delayed "
+        "Subject Conditioning** leaves the first steps, which lay the picture out, to the plain text. The picture "
+        "takes as long as one without subjects.\n\n"
         "The picture at the end shows both references and, below them, the same prompt and seed without and with "
         "them.\n\n" + YOUR_PHOTOS
     )
     base, parts = load(flow)
     flow.note(
         "### Things to try\n"
-        "- `alpha` of the delay: 0 is plain text, 1 gives the subjects every step\n"
-        "- a `@subject` after another word in the prompt\n"
-        "- another `identity_seed` of a subject: the picture follows\n"
-        "- `weight` 0 of a subject leaves its word as text"
+        "- **alpha** of **Delayed Subject Conditioning**: 0 is plain text, 1 gives the subjects every step\n"
+        "- **@subject** after another word in the prompt\n"
+        "- change **identity_seed** of a subject: it gets other colors, and so does the new picture"
     )
     (house, star), prompt = two_drawn(flow, ("house", 12), ("star", 5))
     words = in_words(flow, 2, parts, [house["subject"], star["subject"]], prompt, background="noise", crop=True)
@@ -135,7 +135,7 @@ def with_freecustom(flow: Workflow) -> None:
         "one under it shows where the new picture looked at each subject."
     )
     base, parts = load(flow)
-    (mug, tree), prompt = two_drawn(flow, ("mug", 3), ("tree", 21))
+    (mug, tree), prompt = two_drawn(flow, ("mug", 3), ("tree", 21), weighted=True)
     words = in_words(flow, 2, parts, [mug["subject"], tree["subject"]], prompt, background="noise", crop=True)
     fused = delayed(flow, 3, words, 0.8)
     patched = flow.add(
@@ -182,18 +182,19 @@ def sd15(flow: Workflow) -> None:
     """Two subjects with the published checkpoint and its settings."""
     flow.note(
         "## START HERE: your own people\n"
-        "Needs FastComposer's checkpoint and the one named below. FastComposer was trained on people: put **Load "
+        "Needs FastComposer's checkpoint and the one in **Load Checkpoint**. FastComposer was trained on people: put "
+        "**Load "
         "Image** with a photo of a face in the place of each drawn picture, and your words into the prompt. Paint the "
-        "mask in the mask editor (right click), or leave it out. Put `@subject` after the word of each subject. The "
+        "mask in the mask editor (right click), or leave it out. Put **@subject** after the word of each subject. The "
         "first subject takes the first one.\n\n"
         "A photo of a person needs that person's consent."
     )
     base = checkpoint(flow, SD15, title="Its VAE")
     flow.note(
         "### When it does not work\n"
-        "- The person is not alike: raise `alpha`, or give several photos (`pictures` of Subject Encoder)\n"
-        "- The prompt is ignored: lower `alpha` to 0.5 to 0.6\n"
-        "- A small face in a large photo: paint a mask, open **Subjects in Words** and set `crop`"
+        "- Too little likeness: raise **alpha**, or give several photos (**pictures** of Subject Encoder)\n"
+        "- The prompt is ignored: lower **alpha** to 0.5 to 0.6\n"
+        "- A small face in a large photo: paint a mask, open **Subjects in Words** and set **crop**"
     )
     parts = flow.add("ConceptLoomLoadFastComposer", {"file": PUBLISHED["name"]}, column=1, models=[PUBLISHED])
     man = photo_subject(flow, "a heart on a beige background", "man", 2, 512, 3.0, "a photo of a man")

@@ -27,22 +27,23 @@ def shapeland(flow: Workflow) -> None:
     """Two drawn subjects, the same seed without them, and what the judge says."""
     flow.note(
         "## START HERE: two subjects, one picture\n"
-        "Press **Run**; nothing has to be downloaded. Each **Drawn subject** is a picture of one thing with colours "
-        "and a pattern of its own. **Multi-Reference Self-Attention** lets the new picture look at both while it is "
-        "drawn.\n\n"
+        "Press **Run**; nothing has to be downloaded. Each **Drawn subject** is a picture of one thing, in its own "
+        "colors and pattern. While the new picture is sampled, **Multi-Reference Self-Attention** lets it attend to "
+        "both.\n\n"
         "The picture at the end shows both references and, below them, the same prompt and seed without and with them. "
-        "The judge says how much each thing looks like its reference.\n\n" + YOUR_PHOTOS
+        "The judge, a small network that reads such pictures, says how alike each thing is: 1 is the same look, 0 an "
+        "unrelated one.\n\n" + YOUR_PHOTOS
     )
     base = shapeland_base(flow)
     flow.note(
         "### Things to try\n"
-        "- another `identity_seed` of a subject: the picture follows\n"
-        "- `weight` of a subject: 0 switches it off\n"
-        "- another `seed` of both **KSampler**: faster, because the references are kept\n"
-        "- `blocks`: the last stage alone keeps more of the prompt, all blocks copy more"
+        "- change **identity_seed** of a subject: it gets other colors, and so does the new picture\n"
+        "- change **weight** of a subject: 0 switches it off\n"
+        "- change **seed** in both samplers, to the same number: this run is faster, because the references are kept\n"
+        "- **blocks**: *last decoder stage* keeps more of the prompt, *all blocks* copies more"
     )
-    heart = drawn_subject(flow, "a heart on a white background", "heart", 30)
-    star = drawn_subject(flow, "a star on a gray background", "star", 8)
+    heart = drawn_subject(flow, "a heart on a white background", "heart", 30, weighted=True)
+    star = drawn_subject(flow, "a star on a gray background", "star", 8, weighted=True)
     patched = flow.add(
         "ConceptLoomMultiReferenceSelfAttention",
         {"model": base.model, "clip": base.clip, "vae": base.vae, "subjects": [heart["subject"], star["subject"]]},
@@ -73,20 +74,25 @@ def stable_diffusion(flow: Workflow, file: dict, size: int, steps: int, cfg: flo
     """Two subjects on a downloaded checkpoint."""
     flow.note(
         "## START HERE: your own subjects\n"
-        "Needs the checkpoint named below. For each photo of yours: put **Load Image** in the place of a drawn "
-        "picture, paint the subject white in its mask editor (right click), and connect image and mask. Write its "
-        "`noun`, describe the whole photo in `prompt`, and name the noun in your prompt.\n\n"
-        "No painting: the blueprint **Photo to Subject** (Nodes, Subgraph Blueprints) finds the mask by the noun.\n\n"
+        "Needs the checkpoint in **Load Checkpoint**; ComfyUI offers to download it. The nodes *Your photo* draw "
+        "stand-ins, so that **Run** works at once.\n\n"
+        "For each photo of yours\n"
+        "1. put **Load Image** in the place of *Your photo*: connect IMAGE and MASK to **Reference Subject**;\n"
+        "2. right-click it, open the mask editor and paint over the subject, in any color;\n"
+        "3. in **Reference Subject**, write the subject's **noun**, and describe the photo in **prompt**;\n"
+        "4. write the noun in *Prompt* too.\n\n"
+        "**Without painting**: double-click the canvas and add the blueprint **Photo to Subject**. It finds the mask "
+        "by the noun, with **Load Segmenter** and a SAM3 checkpoint.\n\n"
         "References work best when they show the thing in use: a hat that is worn, a cup that is held. **Concept "
         "Collage** pastes a subject into such a picture."
     )
     base = checkpoint(flow, file)
     flow.note(
         "### When it does not work\n"
-        "- The subject is weak: raise its `weight` (3 to 4), and describe its whole reference in `prompt`\n"
-        "- The picture falls apart: lower the weights, or end at 0.7\n"
-        "- Subjects mix: give each a `target_mask`\n"
-        "- Then try other seeds: a new one costs hardly more than without references"
+        "- The subject is weak: raise its **weight** (3 to 4), and describe its whole reference in **prompt**\n"
+        "- The picture falls apart: lower the weights, or set **end_percent** to 0.7\n"
+        "- Subjects mix: give each a **target_mask**\n"
+        "- Try other seeds: not every one works, and a new one costs hardly more than without references"
     )
     first = photo_subject(flow, f"a {nouns[0]} on a white background", nouns[0], 2, size, 3.0)
     second = photo_subject(flow, f"a {nouns[1]} on a gray background", nouns[1], 5, size, 3.0)

@@ -21,10 +21,13 @@ SDXL = {
 }
 SHAPELAND = "shapeland.safetensors"
 SIDE = 64
+SHAPELAND_WEIGHT = 0.3
+"""Of a subject in self-attention, where Stable Diffusion has 3."""
 SHAPELAND_BLOCKS = "all from the second on (published code)"
 """Plug-and-Play's blocks for Shapeland, where the paper's do not keep shapes."""
 YOUR_PHOTOS = (
-    "**Your own photos** need a model that knows what they show: the templates that say *needs SD15* or *needs SDXL*."
+    "**Your own photos** need a checkpoint that knows what they show: begin with template 21, for Stable Diffusion "
+    "1.5. This model knows its drawn world alone: star, heart, fish, house, tree, mug, ball, moon."
 )
 WIDE = 390
 """Width of the node that shows the row of pictures."""
@@ -52,11 +55,15 @@ def checkpoint(flow: Workflow, file: dict, title: str | None = None) -> Base:
     return Base(node["MODEL"], node["CLIP"], node["VAE"])
 
 
-def drawn_subject(flow: Workflow, description: str, noun: str, identity: int, column: int = 1) -> Node:
-    """A subject from a drawn picture; outputs `subject` and `image`."""
+def drawn_subject(
+    flow: Workflow, description: str, noun: str, identity: int, column: int = 1, weighted: bool = False
+) -> Node:
+    """A subject from a drawn picture; outputs `subject` and `image`. The weight is an input if `weighted`: it acts in
+    self-attention alone."""
 
     def describe(inner: Subgraph) -> None:
         text = inner.input("description")
+        weight = inner.input("weight", SHAPELAND_WEIGHT) if weighted else SHAPELAND_WEIGHT
         drawing = inner.add(
             "ConceptLoomDrawScene", {"description": text, "seed": 3, "identity_seed": inner.input("identity_seed")}
         )
@@ -67,7 +74,7 @@ def drawn_subject(flow: Workflow, description: str, noun: str, identity: int, co
                 "mask": drawing[1],
                 "noun": inner.input("noun"),
                 "prompt": text,
-                "weight": inner.input("weight", 0.3),
+                "weight": weight,
             },
             column=1,
         )
@@ -179,8 +186,10 @@ def show(
     for description, identity in (looks or {}).values():
         drawing = {"description": description, "seed": 2, "identity_seed": identity}
         images.append(inner.add("ConceptLoomDrawScene", drawing)[0])
-    given = dict(pictures)
-    for name, taken in {name: inner.input(name) for name in pictures}.items():
+    # Not by what they show, which a person changes.
+    names = {name: f"reference {i + 1}" if i < references > 1 else name for i, name in enumerate(pictures)}
+    given = {names[name]: output for name, output in pictures.items()}
+    for name, taken in {name: inner.input(names[name]) for name in pictures}.items():
         output = pictures[name]
         if output.node.info["output"][output.slot] == "LATENT":
             taken = inner.add("VAEDecode", {"samples": taken, "vae": inner.input("vae")})[0]

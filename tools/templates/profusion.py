@@ -97,10 +97,10 @@ def fastcomposer(flow: Workflow) -> None:
     base, parts = load(flow)
     flow.note(
         "### Things to try\n"
-        "- `subject_scale`: more is more likeness\n"
-        "- `text_scale`: more follows the prompt better\n"
-        "- `fusion_steps` 0: guidance alone\n"
-        "- `gamma`: lower it if the text is ignored"
+        "- **subject_scale**: more is more likeness\n"
+        "- **text_scale**: more follows the prompt better\n"
+        "- **fusion_steps** 0: guidance alone\n"
+        "- **gamma**: lower it if the text is ignored"
     )
     (fish, ball), prompt = two_drawn(flow, ("fish", 14), ("ball", 27))
     words = in_words(flow, 2, parts, [fish["subject"], ball["subject"]], prompt, background="noise", crop=True)
@@ -120,19 +120,19 @@ def fastcomposer(flow: Workflow) -> None:
 def promptnet(flow: Workflow) -> None:
     """A word that PromptNet makes of one picture, by plain guidance and by fusion sampling."""
     flow.note(
-        "## START HERE: a word for one picture\n"
-        "Press **Run**; nothing has to be downloaded. **PromptNet Encode** makes a word of the picture, anew in every "
-        "step, and puts it in the place of `house` in the prompt. **Fusion Guider** and **Fusion Sampler** bring it "
-        "and the plain text together.\n\n"
+        "## START HERE: one picture becomes a word of the prompt\n"
+        "Press **Run**; nothing has to be downloaded. **PromptNet Encode** turns the picture into a word, anew in "
+        "every step, which replaces **house** in the prompt. **Fusion Guider** and **Fusion Sampler** bring it and the "
+        "plain text together.\n\n"
         "The row at the end shows the picture, then the same seed by plain text, by plain guidance with the word, and "
         "by fusion sampling.\n\n" + YOUR_PHOTOS
     )
     base = shapeland_base(flow)
     flow.note(
         "### Things to try\n"
-        "- another `identity_seed` of the subject: the picture follows\n"
-        "- `update` once: the word is made in the first step alone, and costs nothing afterwards\n"
-        "- `subject_scale` and `text_scale`: likeness against prompt\n"
+        "- change **identity_seed** of the subject: it gets other colors, and so does the new picture\n"
+        "- set **update** to *once*: the word is made in the first step alone, and costs nothing afterwards\n"
+        "- **subject_scale** and **text_scale**: likeness against prompt\n"
         "- more likeness: the template that fine-tunes PromptNet on the picture"
     )
     house = drawn_subject(flow, *SUBJECT)
@@ -205,8 +205,8 @@ def finetune(flow: Workflow) -> None:
     base = shapeland_base(flow)
     flow.note(
         "### Things to try\n"
-        "- `steps` and `learning_rate`: more learns more, and forgets more of the prompt\n"
-        "- `rank` 8: a small LoRA\n"
+        "- **steps** and **learning_rate**: more learns more, and forgets more of the prompt\n"
+        "- **rank** 8: a small LoRA\n"
         "- **Save PromptNet** and **Save LoRA Weights** keep what was learnt"
     )
     scene = flow.add(
@@ -325,10 +325,10 @@ def lora_sd15(flow: Workflow) -> None:
     base = checkpoint(flow, SD15)
     flow.note(
         "### When it does not work\n"
-        "- The prompt is ignored: raise `text_scale`, or lower `subject_scale`\n"
-        "- The subject is not alike: raise `subject_scale`, then `fusion_scale`\n"
-        "- Colours burn: lower all three scales together, or `fusion_steps` 0\n"
-        "- Too slow: `start_percent` 0.4 of the sampler, or `reuse_differences` of the guider"
+        "- The prompt is ignored: raise **text_scale**, or lower **subject_scale**\n"
+        "- Too little likeness: raise **subject_scale**, then **fusion_scale**\n"
+        "- Colors burn: lower all three scales together, or **fusion_steps** 0\n"
+        "- Too slow: **start_percent** 0.4 of the sampler, or **reuse_differences** of the guider"
     )
     hooks = flow.add("CreateHookLora", {"lora_name": LORA}, column=1)
     hooked = flow.add("SetClipHooks", {"clip": base.clip, "hooks": hooks[0]}, column=2)
@@ -369,10 +369,10 @@ def ipadapter_sd15(flow: Workflow) -> None:
     base = checkpoint(flow, SD15)
     flow.note(
         "### When it does not work\n"
-        "- The prompt is ignored: raise `text_scale`, or lower `subject_scale`\n"
-        "- The subject is not alike: raise `subject_scale`, then `weight` of **IPAdapter**\n"
-        "- Colours burn: lower all three scales together, or `fusion_steps` 0\n"
-        "- Two subjects: a second **IPAdapter** with its `attn_mask`, on the same model"
+        "- The prompt is ignored: raise **text_scale**, or lower **subject_scale**\n"
+        "- Too little likeness: raise **subject_scale**, then **weight** of **IPAdapter**\n"
+        "- Colors burn: lower all three scales together, or **fusion_steps** 0\n"
+        "- Two subjects: a second **IPAdapter** with its **attn_mask**, on the same model"
     )
     drawn = {"description": "a red striped ball on a white background", "seed": 3, "identity_seed": 2, "size": 512}
     photo = flow.add("ConceptLoomDrawScene", drawn, column=1, title="In place of your photo")

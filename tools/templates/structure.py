@@ -8,7 +8,7 @@ from .parts import SHAPELAND_BLOCKS, SIDE, WIDE, Base, along, bank, empty, inver
 
 
 def plug_and_play(flow: Workflow) -> None:
-    """A drawn scene in other colours, with its shapes kept and without."""
+    """A drawn scene in other colors, with its shapes kept and without."""
     flow.note(
         "## START HERE: keep the shapes, change the rest\n"
         "Press **Run**; nothing has to be downloaded. **DDIM Inversion** finds the noise that makes a given picture. "
@@ -20,9 +20,9 @@ def plug_and_play(flow: Workflow) -> None:
     base = shapeland_base(flow)
     flow.note(
         "### Things to try\n"
-        "- another prompt: other colours, another background\n"
-        "- `residual_until` and `attention_until`: 0 lets everything go, 1 holds it to the end\n"
-        "- the error of the inversion: more `refinements` bring it down"
+        "- another prompt: other colors, another background\n"
+        "- **residual_until** and **attention_until**: 0 lets everything go, 1 holds it to the end\n"
+        "- the error of the inversion: more **refinements** bring it down"
     )
     described = "a red striped star on a gray background"
     scene = flow.add(
@@ -107,7 +107,7 @@ def self_template(flow: Workflow) -> None:
         "would draw is decoded after 8 of 30, and **Places of Things** finds the things in it. From there on each "
         "concept is drawn in its own place (the idea of TweedieMix).\n\n"
         "The row at the end shows the preview, then the rest of the steps without and with the concepts. Another "
-        "`noise_seed` gives another layout."
+        "**noise_seed** gives another layout."
     )
     base = shapeland_base(flow)
     prompt = "a star and a fish on a navy background"

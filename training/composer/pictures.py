@@ -143,7 +143,7 @@ class Composed(torch.utils.data.Dataset):
         if beside is None:
             return None
         with Image.open(beside) as opened:
-            # 16 bits, numbers of a colour table and floats are kept as they are; converted, they would be cut.
+            # 16 bits, numbers of a color table and floats are kept as they are; converted, they would be cut.
             image = opened if opened.mode in _ONE_CHANNEL else opened.convert("L")
             values = torch.from_numpy(np.array(image).astype(np.float32))
         return self._fitted(values[..., None], "nearest-exact" if kind == "instances" else "bilinear")[..., 0]

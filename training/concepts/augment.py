@@ -15,7 +15,7 @@ import torch.nn.functional as F
 STRONG, CUSTOM, NONE = "strong", "custom diffusion", "none"
 AUGMENTATIONS = (NONE, CUSTOM, STRONG)
 
-GREY = 0.5
+GRAY = 0.5
 _FAR, _NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 
@@ -37,7 +37,7 @@ class View:
 def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str, generator: torch.Generator) -> View:
     """A view (side, side) of a picture (H, W, 3), with its mask (H', W') or None.
 
-    If the picture is pasted onto grey, it alone counts in the loss, minus a small border, so that grey is not learnt.
+    If the picture is pasted onto gray, it alone counts in the loss, minus a small border, so that gray is not learnt.
 
     Raises:
         ValueError: the kind is unknown.
@@ -57,7 +57,7 @@ def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str
     words = (_NEAR if scale > 1 else _FAR)[int(draw[1] * 1000) % 2] if kind == CUSTOM else ""
     if size >= side:
         return View(small[y : y + side, x : x + side], shown[y : y + side, x : x + side], words)
-    canvas, counted = torch.full((side, side, 3), GREY), torch.zeros(side, side)
+    canvas, counted = torch.full((side, side, 3), GRAY), torch.zeros(side, side)
     canvas[y : y + size, x : x + size] = small
     border = max(1, side // 64)
     inner = torch.zeros(size, size)
@@ -67,7 +67,7 @@ def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str
 
 
 def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
-    """The centre square of a picture (H, W, 3), resized to (side, side, 3)."""
+    """The center square of a picture (H, W, 3), resized to (side, side, 3)."""
     edge = min(image.shape[:2])
     top, left = (image.shape[0] - edge) // 2, (image.shape[1] - edge) // 2
     square = image[top : top + edge, left : left + edge].movedim(-1, 0)[None].float()

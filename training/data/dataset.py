@@ -175,7 +175,7 @@ def augment_object(crop: torch.Tensor, size: int, generator: torch.Generator) ->
     """FastComposer's augmentations of a subject's crop (3, h, w), uint8: (3, size, size) in [0, 1].
 
     In this order: half of the tall crops keep their top square only; black padding to a square, resized to `size`;
-    then, each with its own probability, rotation by up to 30 degrees (0.75), colour jitter (0.5), blur (0.5), greyscale
+    then, each with its own probability, rotation by up to 30 degrees (0.75), color jitter (0.5), blur (0.5), grayscale
     (0.1), mirroring (0.5) and elastic distortion (0.5).
     """
     if _chance(0.5, generator):

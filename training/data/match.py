@@ -59,7 +59,7 @@ class Annotated:
 
 def segment_crop(pixels: np.ndarray, ids: np.ndarray, segment: Segment) -> np.ndarray:
     """The box of a segment, padded to a square (side, side, 3). Everything that is not the segment has CLIP's mean
-    colour. CLIP's own preprocessing would cut off the ends of a long box."""
+    color. CLIP's own preprocessing would cut off the ends of a long box."""
     x1, y1, x2, y2 = segment.bbox
     side = max(x2 - x1, y2 - y1)
     square = np.empty((side, side, 3), np.uint8)

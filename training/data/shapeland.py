@@ -107,7 +107,7 @@ def _write_scene(folder: Folder, image_id: str, scene: world.Scene, looks: bool)
 def open_towers(device: str = "cpu") -> ClipSimilarity:
     """Cosine similarities by Shapeland's CLIP towers, for phrases of the world's words and crops up to its size.
 
-    A thing is embedded once on each of the world's backgrounds, and the mean is taken: CLIP's mean colour is not one of
+    A thing is embedded once on each of the world's backgrounds, and the mean is taken: CLIP's mean color is not one of
     them, and on it the towers hardly tell things apart.
 
     Raises FileNotFoundError if the towers' weights are missing, ValueError if a phrase or a crop is not the world's.

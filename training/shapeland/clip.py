@@ -35,7 +35,7 @@ class Clip(torch.nn.Module):
 
     Pictures and captions are compared in CLIP's contrastive loss. Things and phrases are compared in a sigmoid loss
     over all pairs of the batch, with the world's truth as target (a phrase is true of every thing that has what it
-    says); this makes the state of a noun's token carry the colours and pattern of that noun, not of its neighbour.
+    says); this makes the state of a noun's token carry the colors and pattern of that noun, not of its neighbor.
 
     Both losses are low as soon as most pairs can be told apart: a linear map read the pattern from the noun's state in
     only 48% of the phrases that give it. So linear maps, which are dropped after training, also read everything that is
@@ -101,7 +101,7 @@ def phrase_is_true(said: torch.Tensor, have: torch.Tensor) -> torch.Tensor:
 
 
 _COLOR_WORDS = np.array([w in world.COLORS for w in WORDS])
-# By index in KINDS, for everything but noun and colours.
+# By index in KINDS, for everything but noun and colors.
 _OTHER_WORDS = {
     kind: np.array([w in words for w in WORDS])
     for kind, words in enumerate((world.PATTERNS, world.SIZES, world.ACROSS, world.DOWN), KINDS.index("pattern"))

@@ -2,7 +2,7 @@
 
 The towers were trained on the same things, so mapping a picture of a thing to the words for its looks needs no UNet:
 given the state of a noun without attributes and the picture of its thing, the fuser learns to give the state that the
-noun has after the words for the thing's colours and pattern.
+noun has after the words for the thing's colors and pattern.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def train_judge(device: str, steps: int, shipped: bool = False) -> None:
-    """Trains segmentation, centres, attributes and identity in one run; writes weights and `report.json`. A run without
+    """Trains segmentation, centers, attributes and identity in one run; writes weights and `report.json`. A run without
     a checkpoint starts from the shipped weights if `shipped`."""
     data = open_scenes(4)
     torch.manual_seed(SEED)
@@ -106,7 +106,7 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
         pair = [judge.reader(side[chosen].to(device))["embedding"] for side in crops]
         return {
             "segments": F.cross_entropy(logits.float(), nouns.to(device)),
-            "centres": ((votes.float() - offsets.to(device)).abs().sum(1) * inside).sum() / inside.sum() / 10,
+            "centers": ((votes.float() - offsets.to(device)).abs().sum(1) * inside).sum() / inside.sum() / 10,
             "noun": F.cross_entropy(parts["noun"].float(), truth["noun"]),
             "color": F.cross_entropy(parts["color"].float(), truth["color"][:, 0]),
             "second": F.cross_entropy(parts["second"].float(), truth["color"][:, 1]),
@@ -129,7 +129,7 @@ def train_judge(device: str, steps: int, shipped: bool = False) -> None:
 def measure_accuracy(judge: Judge, data: Scenes, rows: np.ndarray, device: str) -> dict[str, float]:
     """Measures the judge on held-out pictures.
 
-    Returns the shares of things whose noun, both colours and pattern are read correctly among those found (matched by
+    Returns the shares of things whose noun, both colors and pattern are read correctly among those found (matched by
     mask, with an IoU of at least 0.5); `found` and `false` readings per true thing; the share of `pictures` with all
     nouns right; the mean mask `iou`; `auc`, how often two things with one identity and different nouns are more similar
     than two with different identities; the mean similarities `same` and `other` of such pairs; and `twins`, that of two

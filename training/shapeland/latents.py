@@ -25,7 +25,7 @@ class SceneBatch:
         latents: (n, 8, 16, 16), of unit variance.
         words: (n, MAX_WORDS) int64, see `scenes.WORDS`.
         cells: (n, 3, 16, 16), the share of each latent cell that each thing covers.
-        classes: (n, 3, 4) int64, noun, colour, second colour and pattern of each thing, -1 if there is none.
+        classes: (n, 3, 4) int64, noun, color, second color and pattern of each thing, -1 if there is none.
         describes: (n, 3, 77), 1 where a token describes the thing.
         named: (n, 3, 16, 16), like `cells`, for all things together that the caption names with the thing's noun.
         present: (n, 3), 1 if there is a thing.

@@ -2,7 +2,7 @@
 
 From random weights, the loss of a small UNet teaches a word's looks slowly. The two towers were trained on the same
 things, so this stage needs no UNet: the caption with a thing's noun alone, whose word is replaced by S*, shall give the
-text states that the caption has with the words for the thing's colours and pattern.
+text states that the caption has with the words for the thing's colors and pattern.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ...attention.localization import localization_loss
 from ...shapeland import models, world
 from ...shapeland.autoencoder import CHANNELS
 from ...shapeland.judge import Judge
-from ...shapeland.score import score_picture, summarise
+from ...shapeland.score import score_picture, summarize
 from ..loop import Lanes, Run, bfloat16_where_fast, replica
 from ..open_attention import OpenAttention
 from ..optimizers import MuonAdamW
@@ -70,7 +70,7 @@ def visibility(alpha: torch.Tensor) -> torch.Tensor:
 
 
 class Readers(torch.nn.Module):
-    """Linear maps that read nouns, colours and patterns from the UNet's features during training.
+    """Linear maps that read nouns, colors and patterns from the UNet's features during training.
 
     As in REPA (arXiv 2410.06940), which trains features to tell what a pretrained encoder sees in the picture; here the
     world itself knows. The maps are dropped after training.
@@ -86,7 +86,7 @@ class Readers(torch.nn.Module):
         """Mean cross-entropy of the four readings.
 
         `features` (n, c, h, w), one per map; `cells` (n, 3, 16, 16), the share of each cell that a thing covers;
-        `classes` (n, 3, 4), noun, colour, second colour and pattern of each thing, -1 if there is none.
+        `classes` (n, 3, 4), noun, color, second color and pattern of each thing, -1 if there is none.
         """
         total = torch.zeros((), device=cells.device)
         for layer, feature in zip(self.maps, features, strict=True):
@@ -295,4 +295,4 @@ def evaluate(
         readings = judge.read((drawn + 1) / 2)
         scores += [score_picture(m, r) for (m, _), r in zip(asked[chunk], readings, strict=True)]
     save_sheet(sheets[0], sheet)
-    return {k: round(v, 4) for k, v in summarise(scores).items()}
+    return {k: round(v, 4) for k, v in summarize(scores).items()}
