@@ -25,6 +25,7 @@ FOLDERS = {
     "ConceptLoomLoadFastComposer": "fastcomposer",
     "ConceptLoomLoadComposerAdapter": "composer_adapters",
     "ConceptLoomLoadPromptNet": "promptnet",
+    "ConceptLoomLoadCaptionPrior": "caption_priors",
 }
 # Modules that come with the host, or are this repository's own.
 NOT_INSTALLED = {
@@ -115,7 +116,8 @@ def test_everything_that_the_nodes_import_is_in_it(tracked, archive):
 
 def test_the_weights_that_nodes_and_templates_use_are_in_it(archive):
     wanted = {f"{WEIGHTS}/{part}.safetensors" for part in SHAPELAND_PARTS}
-    for file in (ROOT / "workflows" / "api").glob("*no_download.json"):
+    api = ROOT / "workflows" / "api"
+    for file in (*api.glob("*no_download.json"), *api.glob("operations/*.json")):
         for node in json.loads(file.read_text(encoding="utf-8")).values():
             named = [value for value in node["inputs"].values() if isinstance(value, str) and MODEL_FILE.search(value)]
             wanted |= {f"{WEIGHTS}/{FOLDERS[node['class_type']]}/{name}" for name in named}

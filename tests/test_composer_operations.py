@@ -1,5 +1,5 @@
-"""Composer's thirteen operations and a second pass, as workflows on the real server with Shapeland's adapter; a judge
-reads what they draw."""
+"""Composer's thirteen operations, a second pass and the prior, as workflows on the real server, with Shapeland's
+weights; a judge reads what they draw."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import torch
 from environment import ROOT, absent_weights
 from PIL import Image
 from templates.composer import TEMPLATES
-from templates.composer_operations import OPERATIONS, REFINEMENT
+from templates.composer_operations import CASCADE, OPERATIONS
 from test_workflows import judge
 
 pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
@@ -169,6 +169,13 @@ def check_refinement(row):
     assert row.overlap(0, 2) > 0.75 and row.overlap(1, 2) > 0.75
 
 
-@pytest.mark.parametrize("operation", [*OPERATIONS, *REFINEMENT])
+def check_caption_prior(row):
+    """The caption's things, with other looks for other semantics."""
+    assert all(row.nouns(at) == ["star", "tree"] for at in range(3))
+    looks = [row.colors(at) for at in range(3)]
+    assert looks[1] != looks[2] and looks[0] not in looks[1:]
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, *CASCADE])
 def test_it_does_what_it_says(rows_of, operation):
     globals()[f"check_{operation}"](*rows_of(operation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workflow_builder import Workflow
 
-from .composer_operations import OPERATIONS, REFINEMENT, compositional_generation, style_transfer, translation, try_on
+from .composer_operations import CASCADE, OPERATIONS, compositional_generation, style_transfer, translation, try_on
 
 
 def three_pictures_shapeland(flow: Workflow) -> None:
@@ -84,4 +84,4 @@ WORKFLOWS = {
     TEMPLATES["style_transfer"]: style_shapeland,
     TEMPLATES["try_on"]: try_on_shapeland,
 }
-FOR_SCRIPTS = {f"composer_{name}": flow for name, flow in {**OPERATIONS, **REFINEMENT}.items() if name not in TEMPLATES}
+FOR_SCRIPTS = {f"composer_{name}": flow for name, flow in {**OPERATIONS, **CASCADE}.items() if name not in TEMPLATES}

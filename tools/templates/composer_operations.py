@@ -381,6 +381,23 @@ def refinement(flow: Workflow) -> None:
     show_row(flow, 8, pictures, PREFIX, "Picture, drawn small, refined", parts.vae)
 
 
+def caption_prior(flow: Workflow) -> None:
+    """A caption alone, and with the semantics that a prior draws for it, twice: from the same noise, two looks."""
+    parts = load(flow)
+    loaded = flow.add("ConceptLoomLoadCaptionPrior", {"file": SHAPELAND}, column=1)
+    text = "a star and a tree on a navy background"
+    found = [
+        flow.add(
+            "ConceptLoomCaptionPrior",
+            {"prior": loaded["prior"], "clip": parts.clip, "caption": text, "seed": seed},
+            column=2,
+        )[0]
+        for seed in (1, 2)
+    ]
+    alone = pick(flow, found[0], "caption")
+    show(flow, parts, [], [drawn(flow, parts, composition) for composition in (alone, *found)])
+
+
 def _nouns(description: str) -> str:
     """The nouns of a description such as "a red heart and a star on a white background"."""
     things, _, _ = description.partition(" on a ")
@@ -403,4 +420,5 @@ OPERATIONS = {
     "color_sweep": color_sweep,
 }
 """The paper's operations."""
-REFINEMENT = {"refinement": refinement}
+CASCADE = {"refinement": refinement, "caption_prior": caption_prior}
+"""What stands around Composer in the paper: the prior before it, and what refines its pictures."""
