@@ -74,14 +74,14 @@ def controlnets_sd15(flow: Workflow) -> None:
     )
     sides = _prompts(flow, base, "a cottage in a snowy valley at dawn, oil painting")
     for column, (name, file) in enumerate((("sketch", SCRIBBLE), ("depth", DEPTH)), 3):
-        net = flow.add("ControlNetLoader", {"control_net_name": file["name"]}, column=1, models=[file])
+        net = _loaded(flow, "ControlNetLoader", "control_net_name", file, 1)
         node = flow.add(
             "ConceptLoomApplyRepresentation",
             {
                 "positive": sides[0],
                 "negative": sides[1],
                 "composition": merged[0],
-                "control_net": net[0],
+                "control_net": net,
                 "representation": name,
             },
             column=column,
@@ -127,34 +127,26 @@ def coadapters_sd15(flow: Workflow) -> None:
     lines = _photo(flow, "a house and a tree on a white background", 3, 12, "Your photo: lines")
     look = _photo(flow, "a yellow striped ball and a red star on a navy background", 5, 2, "Your photo: colors, style")
     nets = {
-        f"{kind}_adapter": flow.add("ControlNetLoader", {"control_net_name": file["name"]}, column=1, models=[file])[0]
-        for kind, file in COADAPTERS.items()
-        if kind in ("sketch", "color")
+        f"{kind}_adapter": _loaded(flow, "ControlNetLoader", "control_net_name", COADAPTERS[kind], 1)
+        for kind in ("sketch", "color")
     }
-    vision = flow.add("CLIPVisionLoader", {"clip_name": CLIP_L["name"]}, column=1, models=[CLIP_L])
+    vision = _loaded(flow, "CLIPVisionLoader", "clip_name", CLIP_L, 1)
     taken = flow.place(
         flow.subgraph("Sketch, Colors and Style", _sketch_colors_style),
-        {"lines": lines[0], "look": look[0], "clip_vision": vision[0], **nets},
+        {"lines": lines[0], "look": look[0], "clip_vision": vision, **nets},
         2,
     )
     sides = _prompts(flow, base, "a cottage in a snowy valley at dawn, oil painting")
-    style = flow.add(
-        "StyleModelLoader", {"style_model_name": COADAPTERS["style"]["name"]}, column=2, models=[COADAPTERS["style"]]
-    )
-    fuser = flow.add(
-        "ConceptLoomLoadCoAdapterFuser",
-        {"file": COADAPTERS["fuser"]["name"]},
-        column=2,
-        models=[COADAPTERS["fuser"]],
-    )
+    style = _loaded(flow, "StyleModelLoader", "style_model_name", COADAPTERS["style"], 2)
+    fuser = _loaded(flow, "ConceptLoomLoadCoAdapterFuser", "file", COADAPTERS["fuser"], 2)
     made = flow.add(
         "ConceptLoomApplyCoAdapter",
         {
             "positive": sides[0],
             "negative": sides[1],
-            "fuser": fuser[0],
+            "fuser": fuser,
             "conditions": [taken["sketch"], taken["color"]],
-            "style_model": style[0],
+            "style_model": style,
             "style": taken["style"],
         },
         column=3,
@@ -197,10 +189,10 @@ def recolor_sd15(flow: Workflow) -> None:
     )
     base = checkpoint(flow, SD15)
     photo = _photo(flow, "a house and a star on a white background", 3, 12, "Your photo")
-    net = flow.add("ControlNetLoader", {"control_net_name": RECOLOR["name"]}, column=1, models=[RECOLOR])
+    net = _loaded(flow, "ControlNetLoader", "control_net_name", RECOLOR, 1)
     taken = flow.add("ConceptLoomDecomposeImage", {"image": photo[0], **NOTHING_ELSE, "take_intensity": True}, column=2)
     sides = _prompts(flow, base, "a teal house and a golden star, pastel background, vivid colors")
-    given = {"positive": sides[0], "negative": sides[1], "composition": taken[0], "control_net": net[0]}
+    given = {"positive": sides[0], "negative": sides[1], "composition": taken[0], "control_net": net}
     node = flow.add(
         "ConceptLoomApplyRepresentation", {**given, "representation": "intensity"}, column=3, title="Apply: intensity"
     )
@@ -223,19 +215,17 @@ def between_sd15(flow: Workflow) -> None:
     base = checkpoint(flow, SD15)
     one = _photo(flow, "a red heart on a white background", 3, 1, "Your photo: at 0")
     two = _photo(flow, "a blue striped ball on a navy background", 4, 2, "Your photo: at 1")
-    vision = flow.add("CLIPVisionLoader", {"clip_name": CLIP_L["name"]}, column=1, models=[CLIP_L])
-    style = flow.add(
-        "StyleModelLoader", {"style_model_name": COADAPTERS["style"]["name"]}, column=1, models=[COADAPTERS["style"]]
-    )
+    vision = _loaded(flow, "CLIPVisionLoader", "clip_name", CLIP_L, 1)
+    style = _loaded(flow, "StyleModelLoader", "style_model_name", COADAPTERS["style"], 1)
     mixed = flow.place(
         flow.subgraph("Between Two Pictures", _between),
-        {"first": one[0], "second": two[0], "clip_vision": vision[0]},
+        {"first": one[0], "second": two[0], "clip_vision": vision},
         2,
     )
     sides = _prompts(flow, base, "a still life on a table")
     styled = flow.add(
         "StyleModelApply",
-        {"conditioning": sides[0], "style_model": style[0], "clip_vision_output": mixed[0]},
+        {"conditioning": sides[0], "style_model": style, "clip_vision_output": mixed[0]},
         column=3,
     )
     _drawn(flow, base, styled[0], sides[1], 4)
@@ -261,6 +251,11 @@ def _photo(flow: Workflow, description: str, seed: int, identity: int, title: st
     """A picture that is drawn in place of a photo; outputs its image and its depth."""
     given = {"description": description, "seed": seed, "identity_seed": identity, "size": SIDE}
     return flow.add("ConceptLoomDrawScene", given, column=1, title=title)
+
+
+def _loaded(flow: Workflow, kind: str, widget: str, file: dict, column: int) -> Output:
+    """What a loader gives of a file that the frontend offers to download."""
+    return flow.add(kind, {widget: file["name"]}, column=column, models=[file])[0]
 
 
 def _prompts(flow: Workflow, base: Base, prompt: str) -> tuple[Output, Output]:
