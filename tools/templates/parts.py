@@ -29,6 +29,8 @@ YOUR_PHOTOS = (
     "**Your own photos** need a checkpoint that knows what they show: begin with template 21, for Stable Diffusion "
     "1.5. This model knows its drawn world alone: star, heart, fish, house, tree, mug, ball, moon."
 )
+SPACING = 4
+"""Between pictures side by side."""
 WIDE = 390
 """Width of the node that shows the row of pictures."""
 
@@ -148,7 +150,13 @@ def stitched(flow: Workflow, pictures: list[Output | Input], column: int, direct
     for place, picture in enumerate(pictures[1:]):
         row = flow.add(
             "ImageStitch",
-            {"image1": row, "image2": picture, "direction": direction, "match_image_size": True, "spacing_width": 4},
+            {
+                "image1": row,
+                "image2": picture,
+                "direction": direction,
+                "match_image_size": True,
+                "spacing_width": SPACING,
+            },
             column=column + place,
         )[0]
     return row
@@ -212,8 +220,16 @@ def show(
     references += len(looks or {})
     rows = [images[:references], images[references:]] if references > 1 else [images]
     sheet = stitched(inner, [stitched(inner, row, 2) for row in rows], 2 + len(images), "down")
+    across = len(rows[0])
     larger = inner.add(
-        "ImageScaleBy", {"image": sheet, "upscale_method": "nearest-exact", "scale_by": times}, column=4 + len(images)
+        "ImageScaleToMaxDimension",
+        {
+            "image": sheet,
+            "upscale_method": "nearest-exact",
+            # Not by a factor: a person's photo in the place of a drawn picture may be large already.
+            "largest_size": round(times * (SIDE * across + SPACING * (across - 1))),
+        },
+        column=4 + len(images),
     )
     inner.output("pictures", larger[0])
     if references:
