@@ -63,8 +63,8 @@ class LoadSegmenter(Node):
             node_id="ConceptLoomLoadSegmenter",
             display_name="Load Segmenter",
             category=CATEGORY,
-            description="Loads what finds things by their nouns, for Text to Masks. Only files that are on your disk: "
-            "nothing is downloaded.",
+            description="Loads a model that finds things by their nouns, for Text to Masks and Photo to Subject, from "
+            "files that you have.",
             search_aliases=["SAM", "SAM3", "Grounding DINO", "segment anything", "lang-sam", "detector"],
             inputs=[
                 io.DynamicCombo.Input(
@@ -104,8 +104,9 @@ class LoadSegmenter(Node):
                         ),
                         io.DynamicCombo.Option(SHAPELAND, []),
                     ],
-                    tooltip="SAM3: the best; needs its checkpoint. Grounding DINO + SAM: closest to the paper. Boxes "
-                    "+ SAM: you say where. Shapeland judge: for the small model that ships with the pack.",
+                    tooltip="SAM3: the best; needs its checkpoint. Grounding DINO + SAM: closest to the paper. boxes "
+                    "+ SAM: you say where. Shapeland judge: for pictures of "
+                    "the small model that ships with the pack; needs no file.",
                 )
             ],
             outputs=[SegmenterSocket.Output("segmenter", tooltip="For Text to Masks and Photo to Subject.")],

@@ -54,8 +54,8 @@ class ReferenceSubject(Node):
                     max=MAX_WEIGHT,
                     step=0.1,
                     tooltip="How strongly the new picture attends to the subject. 3, the published value, suits Stable "
-                    "Diffusion, and 0.3 Shapeland. 0 switches the subject off. FastComposer and PromptNet, which put "
-                    "the subject into a word, tell only 0 from the rest.",
+                    "Diffusion, and 0.3 Shapeland. 0 switches the subject off. For FastComposer and PromptNet, which "
+                    "put the subject into a word, only zero or not zero matters.",
                 ),
                 io.Mask.Input(
                     "mask",

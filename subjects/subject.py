@@ -57,7 +57,10 @@ class Subject:
             raise ValueError(f"weight: expected a number from 0 (off) to {MAX_WEIGHT:g}, got {self.weight:g}")
         mask = None if self.mask is None else as_mask(self.mask)
         if mask is not None:
-            remedy = "paint the subject in the mask editor of Load Image, or remove the wire to use the whole picture"
+            remedy = (
+                "paint the subject with the mask brush of Load Image's mask editor (its paint brush colors the "
+                "picture), or remove the wire to use the whole picture"
+            )
             _check_white(mask, "mask", "the subject", remedy)
             check_aspect(mask, tuple(image.shape[:2]))
         target_mask = None if self.target_mask is None else as_mask(self.target_mask, name="target_mask")

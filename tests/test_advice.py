@@ -33,8 +33,7 @@ def free(*subjects: str) -> tuple[str, dict]:
 
 
 DROWNED = (
-    "The references outweigh the picture {} to 1: lower their weights (0.3 is usual for this model) or tighten their "
-    "masks."
+    'The references outweigh the picture {} to 1: lower the weight of "star" ({}) to about 0.3, or tighten the masks.'
 )
 LACKING = 'Name "star" in the prompt: a subject appears where the picture shows its noun.'
 
@@ -46,11 +45,11 @@ def test_freecustom_says_it_on_its_own_node_and_takes_it_back(advised):
     drowned |= {"patch": free("star 1", "star 2"), "record": record}
     house = {"about": text("a house on a navy background")}
     sampler = {**sampled(model=["record", 0], positive=["about", 0])[1], "seed": 100}
-    assert advised("KSampler", sampler, **drowned, **house) == {"patch": f"{DROWNED.format(7282)}\n{LACKING}"}
+    assert advised("KSampler", sampler, **drowned, **house) == {"patch": f"{DROWNED.format(7282, 8.2)}\n{LACKING}"}
     stars = {"about": text("two stars on a navy background")}
-    assert advised("KSampler", sampler, **drowned, **stars) == {"patch": DROWNED.format(7282)}
+    assert advised("KSampler", sampler, **drowned, **stars) == {"patch": DROWNED.format(7282, 8.2)}
     published = {**drowned, "star 1": subject(weight=3.0), "star 2": subject(weight=0.0)}
-    assert advised("KSampler", sampler, **published, **stars) == {"patch": DROWNED.format(20)}
+    assert advised("KSampler", sampler, **published, **stars) == {"patch": DROWNED.format(20, 3)}
     mild = {**drowned, "star 1": subject(weight=0.1), "star 2": subject(weight=0.0)}
     assert advised("KSampler", sampler, **mild, **stars) == {"patch": "No warnings."}
     assert advised("KSampler", {**sampler, "seed": 101}, **mild, **stars) == {}

@@ -345,8 +345,8 @@ ROWS = [
     Row(
         "ReferenceSubject",
         {"mask": ["black", 0]},
-        "mask: expected white on the subject, got an empty mask (all black): paint the subject in the mask editor of "
-        "Load Image, or remove the wire to use the whole picture",
+        "mask: expected white on the subject, got an empty mask (all black): paint the subject with the mask brush "
+        "of Load Image's mask editor (its paint brush colors the picture), or remove the wire to use the whole picture",
     ),
     Row(
         "ReferenceSubject", {"target_mask": ["two masks", 1]}, "target_mask: expected one mask (height, width), got (2"

@@ -178,10 +178,12 @@ class FreeCustom:
         config = type(sampling.guider.model_patcher.model.model_config)
         usual = getattr(config, "reference_weight", DEFAULT_WEIGHT)
         if self.crowding > CROWDED * math.exp(usual - DEFAULT_WEIGHT):
+            heavy = {one.subject.noun: one.subject.weight for one in self.active if one.subject.weight > usual}
+            which = " and ".join(f'"{noun}" ({weight:g})' for noun, weight in heavy.items())
+            remedy = f"lower the weight of {which} to about {usual:g}" if heavy else "lower the weights"
             advise(
                 NAME,
-                f"the references outweigh the picture {_ratio(self.crowding)} to 1: lower their weights ({usual:g} is "
-                "usual for this model) or tighten their masks",
+                f"the references outweigh the picture {_ratio(self.crowding)} to 1: {remedy}, or tighten the masks",
                 sampling.node,
             )
         prompt = executing_prompt()

@@ -64,7 +64,7 @@ def try_on_shapeland(flow: Workflow) -> None:
 
 
 def _grouped(flow: Workflow) -> None:
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Pictures, taken apart", 1)
     flow.group("2. A new composition", 2, 3, 4)
     flow.group("3. Drawing", 5)

@@ -273,7 +273,7 @@ def _sampled(flow: Workflow, base: Base, positive: Output, negative: Output, col
 def _saved(flow: Workflow, picture: Output, drawn_in: int, column: int) -> None:
     """Saves the result and puts frames around everything; it was drawn in a column."""
     flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/composer"}, column=column)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Pictures and files", 1)
     flow.group("2. Taken apart, prompts", *range(2, drawn_in))
     flow.group("3. Drawing", drawn_in)

@@ -93,7 +93,7 @@ def train_concept(flow: Workflow) -> None:
     }
     title = "Picture, any star, the concept"
     show(flow, 6, pictures, "conceptloom/train_concept", title, base.vae, references=1, plain=True, times=6.0)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Pictures", 1)
     flow.group("2. Training", 2, 3)
     flow.group("3. Drawing it", 4, 5)

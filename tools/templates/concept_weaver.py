@@ -121,7 +121,7 @@ def shapeland(flow: Workflow) -> None:
         "Concepts, template, result",
         looks=LOOKS,
     )
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Concepts and template", 1)
     flow.group("2. Places, noise and prompts", 2, 3)
     flow.group("3. Fusion and drawing", 4, 5)
@@ -212,7 +212,7 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
     inversion = inverted(flow, start, base, prompt, 50, **source)
     picture = weave(flow, start + 1, base, concepts, inversion, place["partition"], prompt, NEGATIVE, cfg=7.5)
     flow.add("SaveImage", {"images": picture, "filename_prefix": "conceptloom/concept_weaver"}, column=start + 4)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Concepts and scene", *range(1, start))
     flow.group("2. Places, noise and prompts", start, start + 1)
     flow.group("3. Fusion and drawing", start + 2, start + 3)

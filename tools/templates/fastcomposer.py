@@ -171,7 +171,7 @@ def with_freecustom(flow: Workflow) -> None:
     given = {"record": record[1], "latent": both, "vae": base.vae}
     where = flow.place(flow.subgraph("Where It Looked", describe), given, 6, width=225)
     flow.add("PreviewImage", {"images": where[0]}, column=7, title="Attention share: mug, tree", width=WIDE)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Model and subjects", 1)
     flow.group("2. Prompt with the subjects", 2, 3)
     flow.group("3. Drawing", 4, 5)
@@ -217,7 +217,7 @@ def sd15(flow: Workflow) -> None:
     )
     decoded = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=6)
     flow.add("SaveImage", {"images": decoded[0], "filename_prefix": "conceptloom/fastcomposer"}, column=7)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Model and subjects", 1, 2)
     flow.group("2. Prompt with the subjects", 3, 4)
     flow.group("3. Drawing", 5)
@@ -225,7 +225,7 @@ def sd15(flow: Workflow) -> None:
 
 
 def _grouped(flow: Workflow) -> None:
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Model and subjects", 1)
     flow.group("2. Prompt with the subjects", 2, 3)
     flow.group("3. Drawing", 4)

@@ -31,8 +31,8 @@ def shapeland(flow: Workflow) -> None:
         "colors and pattern. While the new picture is sampled, **Multi-Reference Self-Attention** lets it attend to "
         "both.\n\n"
         "The picture at the end shows both references and, below them, the same prompt and seed without and with them. "
-        "The judge, a small network that reads such pictures, says how alike each thing is: 1 is the same look, 0 an "
-        "unrelated one.\n\n" + YOUR_PHOTOS
+        "The judge, a small network that reads such pictures, says how alike each thing is: 1 is the same look, 0 or "
+        "less another one.\n\n" + YOUR_PHOTOS
     )
     base = shapeland_base(flow)
     flow.note(
@@ -63,7 +63,7 @@ def shapeland(flow: Workflow) -> None:
         "with": sampled(flow, 3, "With the subjects", model=patched[0], **shared),
     }
     show(flow, 4, pictures, "conceptloom/freecustom", "References, without, with", base.vae, references=2, plain=True)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Subjects", 1)
     flow.group("2. Model and prompt", 2)
     flow.group("3. Drawing", 3)
@@ -75,21 +75,23 @@ def stable_diffusion(flow: Workflow, file: dict, size: int, steps: int, cfg: flo
     flow.note(
         "## START HERE: your own subjects\n"
         "Needs the checkpoint in **Load Checkpoint**; ComfyUI offers to download it. The nodes *Your photo* draw "
-        "stand-ins, so that **Run** works at once.\n\n"
+        "stand-ins until you put photos there.\n\n"
         "For each photo of yours\n"
         "1. put **Load Image** in the place of *Your photo*: connect IMAGE and MASK to **Reference Subject**;\n"
-        "2. right-click it, open the mask editor and paint over the subject, in any color;\n"
+        "2. upload the photo, right-click it, open the mask editor, paint over the subject and save;\n"
         "3. in **Reference Subject**, write the subject's **noun**, and describe the photo in **prompt**;\n"
-        "4. write the noun in *Prompt* too.\n\n"
+        "4. put the noun into the text of *Prompt*, in the place of the drawn one.\n\n"
+        "**Only one photo**: bypass the other **Reference Subject** and take its noun out of *Prompt*.\n\n"
         "**Without painting**: double-click the canvas and add the blueprint **Photo to Subject**. It finds the mask "
         "by the noun, with **Load Segmenter** and a SAM3 checkpoint.\n\n"
         "References work best when they show the thing in use: a hat that is worn, a cup that is held. **Concept "
-        "Collage** pastes a subject into such a picture."
+        "Collage** pastes a subject into such a picture.",
+        width=300,
     )
     base = checkpoint(flow, file)
     flow.note(
         "### When it does not work\n"
-        "- The subject is weak: raise its **weight** (3 to 4), and describe its whole reference in **prompt**\n"
+        "- The subject is weak: raise its **weight** from 3 to 4, and describe its whole reference in **prompt**\n"
         "- The picture falls apart: lower the weights, or set **end_percent** to 0.7\n"
         "- Subjects mix: give each a **target_mask**\n"
         "- Try other seeds: not every one works, and a new one costs hardly more than without references"
@@ -120,7 +122,7 @@ def stable_diffusion(flow: Workflow, file: dict, size: int, steps: int, cfg: flo
     )
     decoded = flow.add("VAEDecode", {"samples": latent, "vae": base.vae}, column=5)
     flow.add("SaveImage", {"images": decoded[0], "filename_prefix": "conceptloom/freecustom"}, column=6)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Subjects", 1, 2)
     flow.group("2. Model and prompt", 3)
     flow.group("3. Drawing", 4)

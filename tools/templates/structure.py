@@ -51,7 +51,7 @@ def plug_and_play(flow: Workflow) -> None:
         pictures[name] = along(flow, 4, title, model=model, **given)
     show(flow, 5, pictures, "conceptloom/plug_and_play", "Picture, without, with", times=6.0)
     flow.add("PreviewAny", {"source": inversion["error"]}, column=6, title="Error of the inversion", width=WIDE)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Picture and prompts", 1)
     flow.group("2. Inversion and injection", 2, 3)
     flow.group("3. Drawing", 4)
@@ -142,7 +142,7 @@ def self_template(flow: Workflow) -> None:
         ),
     }
     show(flow, 6, pictures, "conceptloom/self_template", "Preview, without, with concepts", times=6.0)
-    flow.group("Model", 0)
+    flow.group("Start", 0)
     flow.group("1. Concepts and prompts", 1)
     flow.group("2. Layout and places", 2, 3)
     flow.group("3. Fusion and drawing", 4, 5)
