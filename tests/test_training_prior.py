@@ -9,6 +9,7 @@ from conceptloom.encoders.files import read
 from conceptloom.training import data, prior
 from conceptloom.training.prior.script import Captioned, collate
 from environment import absent_weights
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
 
@@ -84,8 +85,12 @@ def test_a_continued_run_is_the_uninterrupted_one_and_its_file_loads(folder, tmp
 
 
 def test_bad_options_are_told(folder, tmp_path):
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    Image.new("RGB", (64, 64)).save(silent / "a.png")
     for more, said in (
-        (("--data", str(tmp_path / "nothing")), "--data: expected a folder with pictures and their captions"),
+        (("--data", str(tmp_path / "nothing")), "--data: expected a folder with pictures (.png"),
+        (("--data", str(silent)), "--data: expected a folder with pictures and their captions"),
         (("--inner", "30"), "--inner: expected a multiple of twice the heads (4), got 30"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):

@@ -12,7 +12,7 @@ import torch
 from environment import ROOT
 from PIL import Image
 from safetensors.torch import save_file
-from templates.composer_sd15 import CLIP_L, COADAPTERS, DEPTH, RECOLOR, SCRIBBLE
+from templates.composer_sd15 import CLIP_L, COADAPTERS, DEPTH, SCRIBBLE
 from true_models import coadapter_state, fastcomposer_state, kohya_lora, write_checkpoint
 
 SIDE = 64
@@ -84,25 +84,21 @@ def test_fusion_sampling_runs_with_a_lora_on_one_conditioning(checkpoint, server
 def test_representations_go_to_controlnets(checkpoint, server):
     folder = server.base / "models" / "controlnet"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / file["name"] for file in (SCRIBBLE, DEPTH, RECOLOR)]
+    files = [folder / file["name"] for file in (SCRIBBLE, DEPTH)]
     write_checkpoint("sd15_controlnet", files[0])
-    for file in files[1:]:
-        file.hardlink_to(files[0])
+    files[1].hardlink_to(files[0])
     try:
         log, picture = draw(server, "29_Two_ControlNets_Composer_needs_SD15")
-        _, recolored = draw(server, "31_Other_colors_Composer_needs_SD15")
     finally:
         for file in files:
             file.unlink()
         forget(server)
     assert "missing" not in log.lower() and "unexpected" not in log.lower()
     assert picture.std() > 1
-    # It has the lightness of the drawn house: its white ground is the brightest, and most of it.
-    assert np.median(recolored.mean(-1)) > 200
 
 
 @pytest.mark.parametrize("checkpoint", ["sd15"], indirect=True)
-def test_representations_go_to_coadapters_and_looks_are_mixed(checkpoint, server):
+def test_representations_go_to_coadapters(checkpoint, server):
     files = {kind: server.base / "models" / file["directory"] / file["name"] for kind, file in COADAPTERS.items()}
     vision = server.base / "models" / CLIP_L["directory"] / CLIP_L["name"]
     for file in (*files.values(), vision):
@@ -112,13 +108,12 @@ def test_representations_go_to_coadapters_and_looks_are_mixed(checkpoint, server
     write_checkpoint("clip_l_vision", vision)
     try:
         log, picture = draw(server, "30_Lines_colors_and_style_CoAdapter_needs_SD15")
-        between, last = draw(server, "32_Between_two_looks_Composer_needs_SD15", count=3)
     finally:
         for file in (*files.values(), vision):
             file.unlink()
         forget(server)
-    assert "missing" not in (log + between).lower() and "unexpected" not in (log + between).lower()
-    assert picture.std() > 1 and last.std() > 1
+    assert "missing" not in log.lower() and "unexpected" not in log.lower()
+    assert picture.std() > 1
 
 
 @pytest.mark.parametrize("checkpoint", ["sd15"], indirect=True)
@@ -152,9 +147,8 @@ def with_drawn_masks(api):
     return {**kept, "scene": {"class_type": "ConceptLoomDrawScene", "inputs": scene}}
 
 
-def draw(server, name, change=lambda api: api, count=1):
-    """The last of the `count` saved pictures of a workflow, made small and in one step, and the log; NaN would be
-    black."""
+def draw(server, name, change=lambda api: api):
+    """The last saved picture of a workflow, made small and in one step, and the log; NaN would be black."""
     api = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in api.values():
         if node["class_type"] in ("KSampler", "ConceptLoomDDIMInversion", "BasicScheduler"):
@@ -169,7 +163,6 @@ def draw(server, name, change=lambda api: api, count=1):
     run = server.run(change(api))
     # Previews of cached nodes come after the picture.
     saved = [picture for picture in run.pictures if picture.saved]
-    assert len(saved) == count
     picture = Image.open(io.BytesIO(saved[-1].data)).convert("RGB")
     assert picture.size == (SIDE, SIDE)
     return server.log_text()[before:], np.asarray(picture)
