@@ -25,6 +25,7 @@ from ...subjects.masks import ASPECT_TOLERANCE, same_aspect
 from ..model import carried
 from ..model.carried import carried_by, carry
 from ..model.families import family_of, network_of
+from ..model.patching import RUNS, is_compiled
 from ..model.sites import CROSS
 from ..model.window import Window
 
@@ -260,20 +261,25 @@ class FeaturesCond(comfy.conds.CONDRegular):
     """`Features` of one conditioning (n = 1) as an input of a model call: repeated for the batch, cropped with the area
     of the conditioning, and joined with those of other conditionings.
 
-    Where one of them lacks what is added to the timestep embedding or to a level, zeros take its place, so that prompt
-    and negative prompt are evaluated in one call. Tokens have no such zero: conditionings with other tokens are
-    evaluated apart.
+    Prompt and negative prompt are evaluated in one call: where one of them lacks what is added to the timestep
+    embedding or to a level, zeros take its place, and in cross-attention each row sees its own tokens alone.
 
     Args:
         features: see `Features`.
         text: number of text states that its tokens follow. ComfyUI repeats the shorter of two texts in a batch, in
-            which tokens would count for less: such conditionings are evaluated apart too.
+            which tokens would count for less: such conditionings are evaluated apart.
         rows: pictures in the call.
+        alike: only conditionings with as many tokens may join it.
     """
 
-    def __init__(self, features: Features, text: int, rows: int = 1):
+    def __init__(self, features: Features, text: int, rows: int = 1, alike: bool = False):
         super().__init__(features)
-        self.text, self.rows = text, rows
+        self.text, self.rows, self.alike = text, rows, alike
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return 0 if self.cond.tokens is None else self.cond.tokens.shape[1]
 
     def process_cond(self, batch_size: int, area=None, **_) -> FeaturesCond:
         """The features for a call of `batch_size` pictures on an area (h, w, y, x) of the latent."""
@@ -285,29 +291,27 @@ class FeaturesCond(comfy.conds.CONDRegular):
             None,
             {level: value.expand(batch_size, -1, -1, -1) for level, value in levels.items()},
         )
-        return FeaturesCond(rows, self.text, batch_size)
+        return FeaturesCond(rows, self.text, batch_size, self.alike)
 
     def can_concat(self, other) -> bool:
-        """Whether all that both have has the same shapes, and tokens follow as much text."""
+        """Whether the levels that both have have the same shapes, and tokens follow as much text."""
         if not isinstance(other, FeaturesCond):
             return False
         one, two = self.cond, other.cond
-        if one.tokens is not None or two.tokens is not None:
-            same = one.tokens is not None and two.tokens is not None and one.tokens.shape[1:] == two.tokens.shape[1:]
-            if not same or self.text != other.text:
-                return False
+        if self.text != other.text and (self.count or other.count):
+            return False
+        if self.count != other.count and (self.alike or other.alike):
+            return False
         shared = one.levels.keys() & two.levels.keys()
         return all(one.levels[level].shape[1:] == two.levels[level].shape[1:] for level in shared)
 
     def concat(self, others) -> Features:
         """All rows in one."""
         every = [self, *others]
-        tokens = [one.cond.tokens for one in every]
         numbers = {level for one in every for level in one.cond.levels}
         return Features(
             _rows([one.cond.time for one in every], every),
-            None if tokens[0] is None else torch.cat(tokens),
-            None,
+            *_tokens(every),
             {level: _rows([one.cond.levels.get(level) for one in every], every) for level in numbers},
         )
 
@@ -328,18 +332,47 @@ def _rows(values: Sequence[torch.Tensor | None], every: Sequence[FeaturesCond]) 
     return torch.cat(list(filled))
 
 
-def _joinable(conds: list[list[dict] | None]) -> list[list[dict] | None]:
+def _tokens(every: Sequence[FeaturesCond]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The tokens of several conditionings in one tensor, and which rows have which (see `Features`). The latter stays
+    on the CPU, where it is read."""
+    most = max(one.count for one in every)
+    like = next((one.cond.tokens for one in every if one.count), None)
+    if like is None:
+        return None, None
+    padded = [
+        like.new_zeros(one.rows, most, like.shape[2])
+        if one.cond.tokens is None
+        else torch.nn.functional.pad(one.cond.tokens, (0, 0, 0, most - one.count))
+        for one in every
+    ]
+    if all(one.count == most for one in every):
+        return torch.cat(padded), None
+    counts = torch.tensor([one.count for one in every for _ in range(one.rows)])
+    return torch.cat(padded), torch.arange(most) < counts[:, None]
+
+
+def _joinable(conds: list[list[dict] | None], options: dict) -> list[list[dict] | None]:
     """Conditionings of one evaluation, of which each has features if one has: otherwise ComfyUI would evaluate those
-    without apart."""
+    without apart. Where cross-attention is not the host's own, or is compiled, rows of a call cannot see different
+    numbers of tokens."""
+    told = options.get("transformer_options", {})
+    alike = (
+        "attn2" in told.get("patches_replace", {})
+        or "attn2_patch" in told.get("patches", {})
+        or bool(told.get(RUNS))
+        or is_compiled(told)
+    )
     if not any(TAG in entry.get("model_conds", {}) for entries in conds if entries for entry in entries):
         return conds
 
     def joined(entry: dict) -> dict:
         inputs = entry.get("model_conds", {})
-        if TAG in inputs or "c_crossattn" not in inputs:
+        if "c_crossattn" not in inputs:
             return entry
-        nothing = FeaturesCond(NOTHING, inputs["c_crossattn"].cond.shape[1])
-        return {**entry, "model_conds": {**inputs, TAG: nothing}}
+        own = inputs.get(TAG)
+        features = own.cond if own else NOTHING
+        given = FeaturesCond(features, inputs["c_crossattn"].cond.shape[1], alike=alike)
+        return {**entry, "model_conds": {**inputs, TAG: given}}
 
     return [entries and [joined(entry) for entry in entries] for entries in conds]
 

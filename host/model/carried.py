@@ -75,7 +75,7 @@ def prepared(
     key: str,
     open_run: Callable[[Any, Any, torch.Tensor], CarriedRun],
     models_of: Callable[[Any], Iterable[Any]],
-    joinable: Callable[[Conds], Conds] | None = None,
+    joinable: Callable[[Conds, dict], Conds] | None = None,
 ):
     """Returns a clone of the MODEL that makes use of what conditionings carry, and is otherwise the same.
 
@@ -85,8 +85,8 @@ def prepared(
         open_run: (content, model patcher, noise (B, C, h, w)) -> a run; called when a sampling begins.
         models_of: content -> the model patchers that it needs, which ComfyUI then loads together with the MODEL and
             keeps in memory while it samples.
-        joinable: changes the conditionings of an evaluation (a list per prompt) once all runs have written theirs, so
-            that ComfyUI can evaluate them in one batch.
+        joinable: (conditionings of an evaluation, a list per prompt; ComfyUI's model options) -> the conditionings,
+            changed so that ComfyUI can evaluate them in one batch; called once all runs have written theirs.
     """
     model = model.clone()
     wrappers = {
@@ -133,10 +133,10 @@ def _opened(entry: dict, key: str, runs: Mapping[int, CarriedRun]) -> dict:
     return {**entry, "model_conds": {**entry["model_conds"], key: _Running(runs[id(content)])}}
 
 
-def _calc_cond_batch(key: str, joinable: Callable[[Conds], Conds] | None) -> Callable:
+def _calc_cond_batch(key: str, joinable: Callable[[Conds, dict], Conds] | None) -> Callable:
     def wrapper(executor, model, conds, x, timestep, options):
         written = [_written(entries, key, x, timestep) for entries in conds]
-        return executor(model, joinable(written) if joinable else written, x, timestep, options)
+        return executor(model, joinable(written, options) if joinable else written, x, timestep, options)
 
     return wrapper
 

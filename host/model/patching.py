@@ -229,6 +229,11 @@ def _outer_sample(key: str, system: System, node: str | None) -> Callable:
     return outer_sample
 
 
+def is_compiled(options: Mapping) -> bool:
+    """Whether a node has compiled the model, by ComfyUI's transformer options."""
+    return _COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+
+
 @contextmanager
 def _uncompiled(name: str, options: Mapping) -> Iterator[None]:
     """Runs compiled modules uncompiled for the duration of the context.
@@ -239,7 +244,7 @@ def _uncompiled(name: str, options: Mapping) -> Iterator[None]:
     Raises:
         ValueError: a node has compiled the model, and this version of PyTorch cannot run it uncompiled.
     """
-    compiled = _COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    compiled = is_compiled(options)
     if not hasattr(torch.compiler, "set_stance"):
         if compiled:
             raise ValueError(

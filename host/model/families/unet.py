@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import comfy.utils
 import torch
@@ -170,7 +171,12 @@ class UNetFamily:
         if features.time is not None:
             patches["emb_patch"] = [*patches.get("emb_patch", []), to_time]
         if features.tokens is not None:
+            text = context.shape[1]
             context = torch.cat([context, features.tokens.to(context)], 1)
+            if features.kept is not None:
+                seen = [text + count for count in features.kept.sum(1).tolist()]
+                cross = [site for site in self.sites(network) if site.kind == CROSS]
+                options = self.install(network, options, dict.fromkeys(cross, partial(_own_tokens, seen)))
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
     def sees_places(self, network: torch.nn.Module, layer: str) -> bool:
@@ -220,6 +226,17 @@ def _of_size(value: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 def _branches(block: torch.nn.Module) -> list[ResBlock]:
     """The residual blocks in `block` that keep the resolution."""
     return [module for module in block.modules() if isinstance(module, ResBlock) and not module.updown]
+
+
+def _own_tokens(seen: Sequence[int], call: AttentionCall) -> torch.Tensor:
+    """Cross-attention in which each row of the batch sees so many of the keys, its first."""
+    found, start = [], 0
+    for length, rows in groupby(seen):
+        end = start + len(list(rows))
+        part = slice(start, end)
+        found.append(call.attend(call.q[part], call.k[part, :length], call.v[part, :length]))
+        start = end
+    return torch.cat(found)
 
 
 def _as_host_patch(handler: Handler, previous: Callable | None) -> Callable:
