@@ -52,7 +52,7 @@ README_PICTURES = {
 }
 """Templates, by the beginning of their names, whose pictures README shows: docs/images/NAME.png."""
 NEEDS = {"SD15": "needs Stable Diffusion 1.5", "SDXL": "needs SDXL"}
-"""Words on the card of a workflow that cannot be run here, by the end of its name."""
+"""Words on the card of a workflow that needs a download, by the end of its name."""
 THINGS = ("a house and a star", "a mug and a fish", "a heart and a moon", "a tree and a ball")
 """Shown on such a card where the workflow draws no reference."""
 
@@ -68,9 +68,9 @@ def is_row(image: Image.Image) -> bool:
     return image.width >= WIDE * image.height
 
 
-def save_card(file: Path, picture: bytes) -> None:
-    """Writes the picture of a template's card; small drawn pictures are enlarged without blur. Of a row of pictures,
-    the card shows the row and, large below it, its last."""
+def save_card(file: Path, picture: bytes, label: str) -> None:
+    """Writes the picture of a template's card with a label; small drawn pictures are enlarged without blur. Of a row of
+    pictures, the card shows the row and, large below it, its last."""
     with Image.open(io.BytesIO(picture)) as opened:
         image = opened.convert("RGB")
     if not is_row(image):
@@ -83,7 +83,7 @@ def save_card(file: Path, picture: bytes) -> None:
         card = Image.new("RGB", (CARD_SIDE, CARD_SIDE), "#ffffff")
         card.paste(row, (0, 0))
         card.paste(last, ((CARD_SIDE - side) // 2, row.height + CARD_GAP))
-    labeled(card, "no download").save(file, quality=88)
+    labeled(card, label).save(file, quality=88)
 
 
 def labeled(card: Image.Image, label: str) -> Image.Image:
@@ -148,7 +148,7 @@ def make(server: HostServer, info: dict, name: str, describe: Callable[[Workflow
             drawn_references(name, api).save(FOLDER / f"{name}.jpg", quality=88)
     else:
         data = next(picture.data for picture in pictures if picture.saved)
-        save_card(FOLDER / f"{name}.jpg", data)
+        save_card(FOLDER / f"{name}.jpg", data, NEEDS.get(name.rpartition("_")[2], "no download"))
         if name[:2] in README_PICTURES:
             with Image.open(io.BytesIO(data)) as image:
                 # Without the workflow that the host writes into it.

@@ -94,10 +94,9 @@ def controlnets_sd15(flow: Workflow) -> None:
 
 def _sketch_and_depth(inner: Subgraph) -> None:
     """The sketch of a picture and the depth of another, as one composition."""
-    nothing = {"take_palette": False, "take_sketch": False, "take_intensity": False}
-    first = inner.add("ConceptLoomDecomposeImage", {"image": inner.input("lines"), **nothing, "take_sketch": True})
+    first = inner.add("ConceptLoomDecomposeImage", {"image": inner.input("lines"), **NOTHING_ELSE, "take_sketch": True})
     second = inner.add(
-        "ConceptLoomDecomposeImage", {"image": inner.input("space"), "depth": inner.input("depth"), **nothing}
+        "ConceptLoomDecomposeImage", {"image": inner.input("space"), "depth": inner.input("depth"), **NOTHING_ELSE}
     )
     picked = inner.add(
         "ConceptLoomPickRepresentations",

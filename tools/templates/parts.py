@@ -195,7 +195,9 @@ def show(
         drawing = {"description": description, "seed": 2, "identity_seed": identity}
         images.append(inner.add("ConceptLoomDrawScene", drawing)[0])
     # Not by what they show, which a person changes.
-    names = {name: f"reference {i + 1}" if i < references > 1 else name for i, name in enumerate(pictures)}
+    names = {
+        name: f"reference {i + 1}" if references > 1 and i < references else name for i, name in enumerate(pictures)
+    }
     given = {names[name]: output for name, output in pictures.items()}
     for name, taken in {name: inner.input(names[name]) for name in pictures}.items():
         output = pictures[name]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 import comfy.utils
 import torch
@@ -27,6 +28,8 @@ _PARTS = {"k": "to_k", "v": "to_v", "q": "to_q", "out": "to_out.0"}
 _OUTSIDE_THE_PICTURE = ("time_embed", "label_emb", "emb_layers")
 
 _LAYER_PATCHES = "forward_timestep_embed_patch"
+_CROSS: WeakKeyDictionary[torch.nn.Module, list[Site]] = WeakKeyDictionary()
+"""Cross-attention of models: to look for it takes milliseconds, and each call would."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,9 @@ class UNetFamily:
             context = torch.cat([context, features.tokens.to(context)], 1)
             if features.kept is not None:
                 seen = [text + count for count in features.kept.sum(1).tolist()]
-                cross = [site for site in self.sites(network) if site.kind == CROSS]
+                cross = _CROSS.get(network)
+                if cross is None:
+                    cross = _CROSS[network] = [site for site in self.sites(network) if site.kind == CROSS]
                 options = self.install(network, options, dict.fromkeys(cross, partial(_own_tokens, seen)))
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
