@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import groupby
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.utils
@@ -28,8 +29,24 @@ _PARTS = {"k": "to_k", "v": "to_v", "q": "to_q", "out": "to_out.0"}
 _OUTSIDE_THE_PICTURE = ("time_embed", "label_emb", "emb_layers")
 
 _LAYER_PATCHES = "forward_timestep_embed_patch"
-_CROSS: WeakKeyDictionary[torch.nn.Module, list[Site]] = WeakKeyDictionary()
-"""Cross-attention of models: to look for it takes milliseconds, and each call would."""
+
+
+def _once_per_network(look):
+    """A method of the family that looks at a network once: each look takes milliseconds, and calls of the model ask.
+
+    While torch.compile traces, it looks anew; a weak dictionary cannot be traced, and the compiled call does not ask.
+    """
+    seen: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+
+    @wraps(look)
+    def remembered(self, network: torch.nn.Module):
+        if torch.compiler.is_compiling():
+            return look(self, network)
+        if network not in seen:
+            seen[network] = look(self, network)
+        return seen[network]
+
+    return remembered
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,7 @@ class UNetFamily:
         """See `sites.Family`."""
         return isinstance(module, UNetModel)
 
+    @_once_per_network
     def sites(self, network: torch.nn.Module) -> tuple[Site, ...]:
         """See `sites.Family`."""
         found = []
@@ -142,6 +160,7 @@ class UNetFamily:
         """See `sites.CrossAttentionFamily`."""
         return comfy.utils.unet_to_diffusers(model.model_config.unet_config)
 
+    @_once_per_network
     def levels(self, network: torch.nn.Module) -> tuple[tuple[int, int], ...]:
         """See `sites.EncoderFamily`."""
         self.sites(network)  # refuses video models, whose batch are frames
@@ -178,9 +197,7 @@ class UNetFamily:
             context = torch.cat([context, features.tokens.to(context)], 1)
             if features.kept is not None:
                 seen = [text + count for count in features.kept.sum(1).tolist()]
-                cross = _CROSS.get(network)
-                if cross is None:
-                    cross = _CROSS[network] = [site for site in self.sites(network) if site.kind == CROSS]
+                cross = [site for site in self.sites(network) if site.kind == CROSS]
                 options = self.install(network, options, dict.fromkeys(cross, partial(_own_tokens, seen)))
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
