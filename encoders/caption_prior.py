@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,9 +139,7 @@ class CaptionPrior(nn.Module):
         Raises:
             ValueError: weights are missing, unknown, or do not fit together.
         """
-        net = cls(PriorConfig.of_state(state, heads), operations, **settings)
-        load_exactly(net, state, "a prior")
-        return net.eval().requires_grad_(False)
+        return load_exactly(partial(cls, PriorConfig.of_state(state, heads)), state, "a prior", operations, **settings)
 
 
 class _Block(nn.Module):

@@ -91,9 +91,8 @@ class CoAdapterFuser(nn.Module):
         levels = sum(key.startswith("spatial_ch_projs.") and key.endswith(".weight") for key in state)
         layers = len({key.split(".")[1] for key in state if key.startswith("transformer_layes.")})
         channels = [len(state.get(f"spatial_ch_projs.{i}.weight", ())) for i in range(levels)]
-        net = cls(channels, state["seq_proj"].shape[0], layers=layers)
-        load_exactly(net, state, "CoAdapter's fuser")
-        return net.eval().requires_grad_(False)
+        width = state["seq_proj"].shape[0]
+        return load_exactly(lambda _: cls(channels, width, layers=layers), state, "CoAdapter's fuser")
 
 
 class _Block(nn.Module):

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,9 +238,7 @@ class ComposerAdapter(nn.Module):
         Raises:
             ValueError: weights are missing, unknown, or do not fit the architecture.
         """
-        net = cls(config, operations, **settings)
-        load_exactly(net, state, "a Composer adapter")
-        return net.eval().requires_grad_(False)
+        return load_exactly(partial(cls, config), state, "a Composer adapter", operations, **settings)
 
 
 class _Stack(nn.Module):

@@ -7,16 +7,17 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 SAFETENSORS, TORCH = "safetensors", "torch"
+Net = TypeVar("Net", bound=torch.nn.Module)
 
 _AGAIN, _CODE = "fetch it again", ", which could run code: get the weights as safetensors"
 _TORN = f"a damaged file of torch, or a part of one: {_AGAIN}"
@@ -102,23 +103,30 @@ def state_of(value: Any, path: Path, name: str) -> dict[str, torch.Tensor]:
     return dict(value)
 
 
-def load_exactly(net: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Gives a network weights that must be its own, by name and shape.
+def load_exactly(
+    make: Callable[..., Net], state: Mapping[str, torch.Tensor], what: str, operations: Any = torch.nn, **settings
+) -> Net:
+    """A network for inference with weights that must be its own, by name and shape.
 
     Args:
-        net: the network.
+        make: (operations, **settings) -> the network.
         state: the weights.
         what: what they are to be, for the error message.
+        operations, settings: of its layers.
 
     Raises:
         ValueError: weights are missing, unknown, or of another shape.
     """
-    own = {key: value.shape for key, value in net.state_dict().items()}
+    # Asked of torch's layers, because those of ComfyUI may have no weights before they are loaded.
+    with torch.device("meta"):
+        own = {key: value.shape for key, value in make(torch.nn).state_dict().items()}
     wrong = next((key for key in {**own, **state} if own.get(key) != getattr(state.get(key), "shape", None)), None)
     if wrong is not None:
         given, wanted = _shape(getattr(state.get(wrong), "shape", None)), _shape(own.get(wrong))
         raise ValueError(f"file: expected the weights of {what}, got {given} for {wrong}, where it has {wanted}")
+    net = make(operations, **settings)
     net.load_state_dict(state)
+    return net.eval().requires_grad_(False)
 
 
 def _shape(shape: torch.Size | None) -> str:

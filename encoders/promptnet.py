@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,6 +88,8 @@ class PromptNetConfig:
         Raises:
             ValueError: weights are missing.
         """
+        if "region_prompt_output.weight" not in state:
+            raise ValueError("file: expected the weights of a PromptNet, got a file without region_prompt_output")
         try:
             levels = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("down_blocks."))
             channels = tuple(len(state[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels))
@@ -192,9 +195,9 @@ class PromptNet(nn.Module):
         """
         state = {key.removeprefix(PREFIX): value for key, value in state.items()}
         state = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
-        net = cls(PromptNetConfig.of_state(state, heads), operations, **settings)
-        load_exactly(net, state, "a PromptNet")
-        return net.eval().requires_grad_(False)
+        return load_exactly(
+            partial(cls, PromptNetConfig.of_state(state, heads)), state, "a PromptNet", operations, **settings
+        )
 
 
 def save(net: PromptNet, file: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
