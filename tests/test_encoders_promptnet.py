@@ -173,7 +173,7 @@ class TestWeights:
             ),
             (lambda s: s.update({"extra.weight": torch.ones(2)}), "got 2 for extra.weight, where it has nothing"),
             (lambda s: s.update({"conv_in.bias": torch.ones(3)}), "got 3 for conv_in.bias, where it has 32"),
-            (lambda s: s.clear(), "expected the weights of a PromptNet"),
+            (lambda s: s.clear(), "expected the weights of a PromptNet, got a file without region_prompt_output"),
         ],
     )
     def test_other_weights_are_refused(self, change, message):

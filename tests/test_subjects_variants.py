@@ -69,6 +69,12 @@ def test_each_variant_depends_on_the_seed_and_its_number_alone():
     assert not torch.equal(few.images, make_variants(image, mask, 2, 64, 8).images)
 
 
+def test_a_subject_at_the_edge_stays_in_every_variant():
+    mask = disc(64, 4, 58, 8)
+    made = make_variants(picture(), mask, 100, 64, 0, Motion(translate=0.5))
+    assert (made.masks.sum((1, 2)) > 0).all()
+
+
 def test_the_middle_square_is_used():
     image, mask = picture(64).repeat(1, 2, 1), torch.zeros(64, 128)
     mask[:, 32:96] = disc()

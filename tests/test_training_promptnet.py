@@ -197,6 +197,13 @@ class TestScript:
             run(folder, tmp_path, "--steps", "1", *options)
         assert message in str(found.value)
 
+    def test_channels_that_the_heads_of_the_base_do_not_divide(self, base, monkeypatch):
+        from conceptloom.training.promptnet.script import config_of
+
+        monkeypatch.setattr(base.unet.config, "attention_head_dim", [5, 10, 20, 20], raising=False)
+        with pytest.raises(ValueError, match=r"--channels: expected multiples of the base's numbers of heads \(5 10"):
+            config_of(base, [64, 128, 256, 256])
+
     def test_a_folder_without_pictures(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="--data: expected a folder with pictures"):
             run(tmp_path, tmp_path / "out", "--steps", "1")

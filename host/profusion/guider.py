@@ -29,6 +29,9 @@ KEY = "conceptloom_fusion_guider"
 _AREA = "conceptloom_area"
 """Entry of a subject's conditioning: its area, taken from the host, which would evaluate the area alone and give all
 other sides a part of the same area."""
+_OWN = "conceptloom_own"
+"""Marks the entries of a subject's conditioning: to sides without an area the host adds a part of each other side's
+area, which for a subject would be strength where it has none."""
 _REGION = ("mask", "mask_strength", "strength", "uuid")
 _RANGE = {"timestep_start", "timestep_end"}
 _CONTROL = ("control", "control_apply_to_uncond")
@@ -190,10 +193,14 @@ class FusionGuider(comfy.samplers.CFGGuider):
         """Denoised latents of text, negative and subjects, in this order, which other packs' patches know; None for
         what is not asked for."""
         names = [POSITIVE if text else None, NEGATIVE if negative else None, *subjects]
-        conds = [None if name is None else self.conds[name] for name in names]
+        conds = [self.conds[name] if name in (POSITIVE, NEGATIVE) else name and self._own(name) for name in names]
         found = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
         self.evaluations += sum(name is not None for name in names)
         return [None if name is None else one for name, one in zip(names, found, strict=True)]
+
+    def _own(self, name: str) -> list[dict]:
+        """The entries of a subject's conditioning without those that the host added."""
+        return [entry for entry in self.conds[name] if _OWN in entry]
 
     def _guided(self, mixed, negative, scale: float, x, timestep, options) -> torch.Tensor:
         """Guidance by the host, so that whatever else acts on it has its say."""
@@ -209,7 +216,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _coverage(self, x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor | float]:
         """Of each subject that is seen at this noise level how strong it is where: a map (n, 1, h, w), or a number."""
-        entries = {j: self.conds[_subject(j)] for j in range(self.count)}
+        entries = {j: self._own(_subject(j)) for j in range(self.count)}
         if any(_RANGE & entry.keys() for held in entries.values() for entry in held):
             sigma = float(timestep[0])
             entries = {j: [entry for entry in held if _holds(entry, sigma)] for j, held in entries.items()}
@@ -243,7 +250,7 @@ def _weakened(j: int) -> str:
 def _as_subject(conditioning: list) -> list:
     found = []
     for states, extras in conditioning:
-        extras = {ROLE_TAG: POSITIVE, **extras}
+        extras = {ROLE_TAG: POSITIVE, **extras, _OWN: True}
         extras.pop("set_area_to_bounds", None)
         if "area" in extras:
             extras[_AREA] = extras.pop("area")

@@ -22,17 +22,19 @@ import torch
 
 from ...encoders.files import read, state_of
 from ...encoders.promptnet import PromptNet, heads_of
+from ...encoders.words import whole_word
 from ...subjects.pictures import cover
 from ...subjects.subject import Subject
 from ..model import carried
 from ..model.carried import carry
-from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, stand_in
+from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, locate, stand_in
 from .spliced import Slots, SplicedText, slots_of
 
 TAG = "conceptloom_promptnet"
 EVERY_EVALUATION, EVERY_STEP, ONCE = "every evaluation", "every step", "once"
 UPDATES = (EVERY_EVALUATION, EVERY_STEP, ONCE)
 
+_END_OF_EMPHASIS = re.compile(r"(:[\d.]+)?[\s)]*\Z")
 _UNPREPARED = (
     "PromptNet Encode: model: expected one from Load PromptNet in the sampler, which makes the subject's word, got "
     "another (connect yours to Load PromptNet's input)."
@@ -131,10 +133,14 @@ def encode(
         raise ValueError("subjects: expected at least one subject, got none")
     plain, ends = find_subjects(prompt, [subject.noun for subject in subjects], marker)
     tokenizer = checked_tokenizer(promptnet, clip)
-    text = clip.encode_from_tokens_scheduled(clip.tokenize(plain))
+    tokens, _ = locate(clip, plain, ends)
+    text = clip.encode_from_tokens_scheduled(tokens)
+    active = [i for i, subject in enumerate(subjects) if subject.weight]
+    if not active:
+        return text, text
     _, word = stand_in(tokenizer, plain)
-    held, ends = _with_stand_ins(plain, ends, [subject.noun for subject in subjects], word)
-    seen = tuple(look(promptnet, clip_vision, subject.image) for subject in subjects)
+    held, ends = _with_stand_ins(plain, [ends[i] for i in active], [subjects[i].noun for i in active], word)
+    seen = tuple(look(promptnet, clip_vision, subjects[i].image) for i in active)
     return text, conditioning(promptnet, clip, vae, held, ends, seen, update)
 
 
@@ -161,14 +167,19 @@ def conditioning(
 
 
 def _with_stand_ins(prompt: str, ends: Sequence[int], nouns: Sequence[str], word: str) -> tuple[str, list[int]]:
-    """The prompt with the words that end at `ends` replaced by a word of one token, and where each of these ends."""
+    """The prompt with the words that end at `ends` replaced by a word of one token, and where each of these ends. The
+    end of an emphasis may stand behind a word."""
     text, found, done = "", {}, 0
     for i in sorted(range(len(ends)), key=ends.__getitem__):
-        before, noun = prompt[done : ends[i]].rstrip(), nouns[i]
-        own = before.casefold().endswith(noun.casefold())
-        said = len(noun) if own else len(re.search(r"[\w'-]*$", before)[0])
-        text += before[: len(before) - said] + word
+        before = prompt[done : ends[i]]
+        emphasis = _END_OF_EMPHASIS.search(before)[0]
+        before = before.removesuffix(emphasis)
+        own = re.search(rf"{whole_word(nouns[i])}\Z|[\w'-]+\Z", before, re.IGNORECASE)
+        if own is None:
+            raise ValueError(f"prompt: expected {MARKER} right after a word, got it after {before[-12:]!r}")
+        text += before[: own.start()] + word
         found[i], done = len(text), ends[i]
+        text += emphasis.rstrip()
     return text + prompt[done:], [found[i] for i in range(len(ends))]
 
 
@@ -248,6 +259,12 @@ class WordRun:
         self.tokens = torch.stack([seen.tokens for seen in words.subjects])
         regions = (size[0] // config.region_side) * (size[1] // config.region_side)
         self.text = SplicedText(words.clip, words.slots, regions)
+        room = self.text.room
+        if room < 0:
+            raise ValueError(
+                f"PromptNet Encode: prompt: expected the subjects' words at least {-room} tokens nearer to the "
+                f"beginning, for {regions} vectors in the place of each at this size of the latent"
+            )
         self._kept: tuple[tuple, dict[int, torch.Tensor]] | None = None
 
     def write(self, inputs: Mapping[str, Any], entry: Mapping[str, Any], x: torch.Tensor, sigma: torch.Tensor) -> dict:

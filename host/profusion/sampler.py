@@ -12,8 +12,15 @@ from ...samplers.fusion import Fusion, Levels, sample_fusion
 from ..model.window import Window
 from .guider import FusionGuider
 
-_WHOLE_SCHEDULES = ("dpm_fast_function", "dpm_adaptive_function", "sample_unipc", "sample_unipc_bh2")
-"""Functions of SAMPLERs that cannot run one step by itself."""
+_WHOLE_SCHEDULES = (
+    "dpm_fast_function",
+    "dpm_adaptive_function",
+    "sample_unipc",
+    "sample_unipc_bh2",
+    "sample_heunpp2",
+    "sample_lcm_upscale",
+)
+"""Functions of SAMPLERs that cannot run one step by itself, or would be another sampler then."""
 
 
 def fusion_sampler(base, repeats: int, eta: float, window: Window):

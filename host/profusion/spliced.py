@@ -54,6 +54,12 @@ class SplicedText:
         self.clip, self.slots, self.count = clip, slots, count
         self._neutral: torch.Tensor | None = None
 
+    @property
+    def room(self) -> int:
+        """How many tokens fit between the last vector of a chunk and its end token; less than 0 if vectors do not."""
+        taken = [index for chunk, _ in self.slots.places for index in self.carriers(chunk)]
+        return len(self.slots.rows[0]) - 2 - max(taken)
+
     def carriers(self, chunk: int) -> list[int]:
         """The places of all vectors in a chunk, from left to right."""
         here = sorted(index for c, index in self.slots.places if c == chunk)

@@ -195,6 +195,18 @@ class TestEquations:
         assert close(made[..., :6], (u + 4 * (a - u) + 3 * (c - u))[..., :6])
         assert close(made[..., 8:], (u + 3 * (c - u))[..., 8:])
 
+    def test_areas_of_text_and_negative_are_not_the_subjects(self, toy, denoised, guide, subject):
+        """The host gives every side, the negative too, a part of each other side's area."""
+        from conceptloom.samplers.fusion import FUSION
+
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 3
+        part = [[states, {**extras, "area": (16, 4, 0, 12)}] for states, extras in toy.positive]
+        for one in (subject("a dog", mask=half()), subject("a dog")):
+            plain, local = guide(one), guide(one, text=[*toy.positive, *part])
+            for stage in (FUSION, None):
+                made, expected = denoised(x, 3.0, local, stage), denoised(x, 3.0, plain, stage)
+                assert close(made[..., :12], expected[..., :12])
+
     def test_gamma_weakens_the_rows_of_the_subject_in_fusion_alone(self, denoised, guide, plain, subject):
         from conceptloom.host.words import SUBJECT_ROWS
         from conceptloom.samplers.fusion import FUSION, REFINEMENT
@@ -303,15 +315,6 @@ class TestCompany:
     def test_references_are_seen_by_subjects_alone(self, toy, draw, guide):
         """With the same prompt for both: what the references change is the difference that guidance goes along."""
         model = toy.apply(toy.subject(0))
-        roles = []
-
-        def note(executor, *args, **kwargs):
-            roles.append(args[5]["cond_or_uncond"])
-            return executor(*args, **kwargs)
-
-        from comfy.patcher_extension import WrappersMP
-
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "note", note)
         made = draw(guide(toy.positive, model=model, text_scale=2.0, subject_scale=2.0))
         assert not close(made, draw(guide(toy.positive, text_scale=2.0, subject_scale=2.0)), 1e-3)
         without = draw(guide(toy.positive, model=model, text_scale=2.0, subject_scale=0.0))
@@ -403,7 +406,7 @@ class TestRefusals:
         ):
             Guidance(text_scale=0.0, subject_scale=0.0)
 
-    @pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"])
+    @pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2", "heunpp2"])
     def test_samplers_of_whole_schedules(self, name):
         with pytest.raises(ValueError, match="sampler: expected one that can run a single step"):
             fusion(sampler=name)

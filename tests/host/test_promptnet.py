@@ -53,10 +53,10 @@ def promptnet(host):
     return wrap(network())
 
 
-def subject(noun="star", seed=0, size=(64, 64)):
+def subject(noun="star", seed=0, size=(64, 64), weight=3.0):
     from conceptloom.subjects.subject import Subject
 
-    return Subject(torch.rand(*size, 3, generator=torch.Generator().manual_seed(seed)), noun)
+    return Subject(torch.rand(*size, 3, generator=torch.Generator().manual_seed(seed)), noun, weight=weight)
 
 
 def encode(shapeland, promptnet, prompt="a star @subject on a navy background", subjects=None, **options):
@@ -165,6 +165,30 @@ class TestSplice:
             states = run_of(shapeland, shown).states(shown[0][0], torch.zeros(1, 8, SIDE, SIDE), torch.ones(1), 1.0)
             expected = plain(shapeland, "a house on a navy background")[0][0]
             torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("prompt", "noun", "expected"),
+        [
+            ("a football @subject on a navy background", "ball", "a house on a navy background"),
+            ("a woman @subject on a navy background", "man", "a house on a navy background"),
+            ("a (star:1.3) @subject on a navy background", "star", "a (house:1.3) on a navy background"),
+            ("a ((red star)) @subject on a navy background", "star", "a ((red house)) on a navy background"),
+        ],
+    )
+    def test_the_word_before_the_marker_is_replaced(self, shapeland, promptnet, vectors, prompt, noun, expected):
+        _, shown = encode(shapeland, promptnet, prompt, [subject(noun)])
+        words = carried(shown)
+        vectors(placed(shapeland, "house", words.slots.places[0][1]))
+        states = run_of(shapeland, shown).states(shown[0][0], torch.zeros(1, 8, SIDE, SIDE), torch.ones(1), 1.0)
+        torch.testing.assert_close(states, plain(shapeland, expected)[0][0], rtol=0, atol=1e-5)
+
+    def test_weight_zero_switches_a_subject_off(self, shapeland, promptnet):
+        prompt = "a star and a cup on a navy background"
+        off = subject("star", weight=0.0)
+        text, shown = encode(shapeland, promptnet, prompt, [off, subject("cup", 1)])
+        assert len(carried(shown).subjects) == 1 and carried(shown).slots.places == ((0, 5),)
+        text, shown = encode(shapeland, promptnet, prompt, [off, subject("cup", 1, weight=0.0)])
+        assert shown is text
 
 
 def test_the_network_gets_what_the_unet_gets(shapeland, promptnet):
@@ -332,11 +356,22 @@ class TestRefusals:
         [
             ("a house on a navy background", "prompt: expected @subject after each subject's word, or the noun"),
             ("a star @subject and a cup @subject", "prompt: expected one @subject per subject, got 2 for 1"),
+            ("a star, @subject", "prompt: expected a word before the marker of subject 1, got ','"),
         ],
     )
     def test_places_that_do_not_fit(self, shapeland, promptnet, prompt, message):
         with pytest.raises(ValueError, match=message):
             encode(shapeland, promptnet, prompt)
+
+    def test_vectors_that_do_not_fit_behind_a_late_word(self, shapeland, promptnet):
+        """Four regions are four vectors, and the word's place is the last but one."""
+        from conceptloom.host.profusion.promptnet import prepared
+
+        _, shown = encode(shapeland, promptnet, "red " * 72 + "star")
+        with pytest.raises(
+            ValueError, match="PromptNet Encode: prompt: expected the subjects' words at least 1 tokens"
+        ):
+            TestSampling.draw(shapeland, shown, prepared(shapeland[0]), side=2 * SIDE)
 
     def test_latents_of_other_channels(self, shapeland):
         from conceptloom.host.profusion.promptnet import prepared, wrap

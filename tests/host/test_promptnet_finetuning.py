@@ -159,11 +159,26 @@ def test_the_loss_falls(parts):
 
 
 def test_the_loss_counts_inside_the_masks(parts):
-    half = torch.zeros(64, 64)
+    """What the model makes outside of a mask changes no loss, and inside it does."""
+    from conceptloom.host.profusion import finetuning
+
+    half, seen = torch.zeros(64, 64), []
     half[:, :32] = 1
-    plain, masked = fine_tune(parts, steps=1), fine_tune(parts, pictures(masks=[half] * 3), steps=1)
-    key = "region_prompt_output.weight"
-    assert not torch.equal(plain.promptnet.module.state_dict()[key], masked.promptnet.module.state_dict()[key])
+    loss = finetuning.masked_error
+
+    def changed(denoised, x0, masks, weight):
+        values = [loss(denoised, x0, masks, weight)]
+        for part in (slice(8, None), slice(None, 8)):
+            other = denoised.detach().clone()
+            other[..., part] += 1
+            values.append(loss(other, x0, masks, weight))
+        seen.append([float(value.detach()) for value in values])
+        return values[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "masked_error", changed)
+        fine_tune(parts, pictures(masks=[half] * 3), steps=1)
+    assert all(plain == outside != inside for plain, outside, inside in seen) and seen
 
 
 def test_a_cancelled_one_continues_as_if_it_had_not_been(parts, tmp_path):

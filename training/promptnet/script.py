@@ -84,11 +84,16 @@ def config_of(base: Base, channels: list[int] | None = None, region_channels: in
         ValueError: the number of levels is not the UNet's, or a width does not suit.
     """
     unet, levels = base.unet.config, len(base.unet.config.block_out_channels)
+    heads = unet.attention_head_dim  # diffusers' name for the number of heads
+    heads = (heads,) * levels if isinstance(heads, int) else tuple(heads)
     chosen = tuple(channels or unet.block_out_channels)
     if len(chosen) != levels or any(width < 32 or width % 32 for width in chosen):
         raise ValueError(f"--channels: expected {levels} multiples of 32, got {' '.join(map(str, chosen))}")
-    heads = unet.attention_head_dim  # diffusers' name for the number of heads
-    heads = (heads,) * levels if isinstance(heads, int) else tuple(heads)
+    if any(width % count for width, count in zip(chosen, heads, strict=True)):
+        raise ValueError(
+            f"--channels: expected multiples of the base's numbers of heads ({' '.join(map(str, heads))}), got "
+            f"{' '.join(map(str, chosen))}"
+        )
     side = base.latent_shape[-1]
     return PromptNetConfig(
         channels=chosen,
