@@ -19,6 +19,7 @@ from .instance_map import InstanceMap
 from .palette import Palette
 from .region import Region
 from .semantics import Semantics, between
+from .sketch import resized_strokes
 
 CAPTION, SEMANTICS, PALETTE = "caption", "semantics", "palette"
 SKETCH, INSTANCES, DEPTH, INTENSITY, MASK = "sketch", "instances", "depth", "intensity", "mask"
@@ -31,6 +32,8 @@ FIRST, SECOND, REFUSE = "first", "second", "refuse"
 POLICIES = (REFUSE, FIRST, SECOND)
 CROP, PAD, STRETCH = "crop", "pad", "stretch"
 FITS = (CROP, PAD, STRETCH)
+NO_CANVAS = (1, 1)
+"""The size of a composition that comes from no picture."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Part:
             )
 
 
+_STROKES = "strokes"
+"""How a sketch is resized."""
 _KINDS = {CAPTION: Caption, SEMANTICS: Semantics, PALETTE: Palette, INSTANCES: InstanceMap, MASK: Region}
 
 
@@ -184,7 +189,8 @@ def merge(first: Composition, second: Composition, policy: str = REFUSE) -> Comp
             "connect Align Composition"
         )
     parts = {**first.parts, **second.parts} if policy == SECOND else {**second.parts, **first.parts}
-    holder = second if local[1] and not local[0] else first
+    without = first.size == NO_CANVAS and not local[0]
+    holder = second if (local[1] and not local[0]) or without else first
     # Things are cut out of the picture in which they were found.
     shown = next(
         (one for one in (first, second) if INSTANCES in parts and parts[INSTANCES] is one.parts.get(INSTANCES)), holder
@@ -197,10 +203,10 @@ def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> C
 
     Args:
         fit: CROP fills the canvas and cuts off what is over, PAD shows everything and fills the rest, STRETCH changes
-            the aspect ratio. A mask of which nothing is left is left out.
+            the aspect ratio.
 
     Raises:
-        ValueError: the fit is unknown.
+        ValueError: the fit is unknown, or it cuts off all of a representation.
     """
     if fit not in FITS:
         raise ValueError(f"fit: expected one of {', '.join(FITS)}, got {fit!r}")
@@ -209,8 +215,12 @@ def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> C
     parts = {}
     for name, part in composition.parts.items():
         value = _aligned(name, part.value, size, fit) if name in LOCAL else part.value
-        if value is not None:
-            parts[name] = replace(part, value=value)
+        if value is None:
+            raise ValueError(
+                f"fit: expected one that leaves something of the {name}, got {fit}; choose pad, or leave the {name} "
+                "out by Pick Representations"
+            )
+        parts[name] = replace(part, value=value)
     picture = None if composition.picture is None else _fitted(composition.picture, size, fit, "bilinear")
     return Composition(size, parts, picture)
 
@@ -242,8 +252,10 @@ def interpolate(first: Composition, second: Composition, share: float, local_fro
             key: (1 - share) * getattr(own, key) + share * getattr(others, key)
             for key in ("strength", "start_percent", "end_percent")
         }
+        how["strength"] = min(how["strength"], MAX_STRENGTH)  # sums of floats may be a little more
         parts[name] = Part(_BETWEEN[name](own.value, others.value, share), **how)
-    return Composition(base.size, parts, base.picture)
+    other = first if base is second else second
+    return Composition(other.size if base.size == NO_CANVAS else base.size, parts, base.picture)
 
 
 def _between_captions(first: Caption, second: Caption, share: float) -> Caption:
@@ -260,13 +272,16 @@ _BETWEEN = {CAPTION: _between_captions, SEMANTICS: between, PALETTE: Palette.mix
 def _aligned(name: str, value: Any, size: tuple[int, int], fit: str) -> Any:
     """A local representation on another canvas, or None if nothing of it is left."""
     if isinstance(value, InstanceMap):
-        labels = _fitted(value.labels[..., None].float(), size, fit, "nearest-exact", fill=0.0)
-        return InstanceMap(labels[..., 0].round().int(), value.names)
+        labels = _fitted(value.labels[..., None].float(), size, fit, "nearest-exact", fill=0.0)[..., 0].round().int()
+        return InstanceMap(labels, value.names) if labels.any() or not value.labels.any() else None
     if isinstance(value, Region):
         # What a canvas has more than the picture is to be drawn.
         mask = _fitted(value.mask[..., None], size, fit, "nearest-exact", fill=1.0)[..., 0]
         return Region(_fitted(value.image, size, fit, "bilinear"), mask) if 0 < float(mask.mean()) < 1 else None
-    return _fitted(value[..., None], size, fit, "bilinear", fill=0.0 if name == SKETCH else None)[..., 0]
+    if name != SKETCH:
+        return _fitted(value[..., None], size, fit, "bilinear")[..., 0]
+    strokes = _fitted(value[..., None], size, fit, _STROKES, fill=0.0)[..., 0]
+    return strokes if strokes.any() else None
 
 
 def _fitted(planes: torch.Tensor, size: tuple[int, int], fit: str, mode: str, fill: float | None = None):
@@ -276,7 +291,10 @@ def _fitted(planes: torch.Tensor, size: tuple[int, int], fit: str, mode: str, fi
     scale = {CROP: (max(scales),) * 2, PAD: (min(scales),) * 2, STRETCH: scales}[fit]
     inner = tuple(max(1, round(length * s)) for length, s in zip((height, width), scale, strict=True))
     x = planes.movedim(-1, 0)[None].float()
-    x = F.interpolate(x, inner, mode=mode, **({"antialias": True} if mode == "bilinear" else {}))
+    if mode == _STROKES:
+        x = resized_strokes(x[0, 0], inner)[None, None]
+    else:
+        x = F.interpolate(x, inner, mode=mode, **({"antialias": True} if mode == "bilinear" else {}))
     for dim, (now, wanted) in enumerate(zip(inner, size, strict=True), 2):
         if now > wanted:
             x = x.narrow(dim, (now - wanted) // 2, wanted)

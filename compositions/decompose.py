@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from ..subjects.masks import fit_mask, same_aspect
-from ..subjects.pictures import fit
 from ..subjects.subject import Subject
 from .composition import (
     CAPTION,
@@ -28,7 +27,7 @@ from .intensity import intensity as intensity_of
 from .palette import Palette, palette_of_picture
 from .region import Region
 from .semantics import Semantics
-from .sketch import AUTO, as_sketch
+from .sketch import AUTO, as_sketch, resized_strokes
 
 
 def decompose(
@@ -68,7 +67,7 @@ def decompose(
             raise ValueError(
                 f"{name}: expected the shape of the picture ({size[1]}x{size[0]}), got {map_.shape[1]}x{map_.shape[0]}"
             )
-    strokes = None if sketch is None else as_sketch(fit(sketch[..., :3], size), polarity)
+    strokes = None if sketch is None else resized_strokes(as_sketch(sketch, polarity), size)
     near = None if depth is None else normalized_depth(fit_plane(depth, size), depth_is_distance)
     parts = {
         CAPTION: Caption(((caption.strip(), 1.0),)) if caption.strip() else None,

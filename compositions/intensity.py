@@ -29,4 +29,5 @@ def intensity(image: torch.Tensor, weights: tuple[float, float, float] = WEIGHTS
     total = sum(weights)
     if min(weights) < 0 or total <= 0:
         raise ValueError(f"weights: expected numbers from 0 on, some of them above, got {weights}")
-    return image[..., :3] @ image.new_tensor([weight / total for weight in weights])
+    colors = image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image[..., :3]
+    return colors @ image.new_tensor([weight / total for weight in weights])

@@ -116,8 +116,10 @@ def palette_of_picture(
         table, sigma: see `Palette`.
 
     Raises:
-        ValueError: no pixel counts, or the mask has another shape.
+        ValueError: no pixel counts, values are not finite, or the mask has another shape.
     """
+    if not torch.isfinite(image).all():
+        raise ValueError("image: expected finite values, got NaN or infinity")
     step = max(image.shape[0] // _MOST_SIDE + 1, 1), max(image.shape[1] // _MOST_SIDE + 1, 1)
     counted = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
     if image.shape[-1] == 4:

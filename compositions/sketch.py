@@ -34,6 +34,16 @@ def as_sketch(image: torch.Tensor, polarity: str = AUTO) -> torch.Tensor:
     return 1 - gray if inverted else gray
 
 
+def resized_strokes(sketch: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A sketch (H, W) at another size. Smaller ones keep the brightest of what becomes a pixel, for a mean makes thin
+    strokes gray, which adapters take for none."""
+    if size == tuple(sketch.shape):
+        return sketch
+    if size[0] < sketch.shape[0] and size[1] < sketch.shape[1]:
+        return F.adaptive_max_pool2d(sketch[None, None], size)[0, 0]
+    return F.interpolate(sketch[None, None], size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+
+
 def contours(image: torch.Tensor) -> torch.Tensor:
     """The edges (H, W) of a picture (H, W, 3), 0 or 1: a difference of two Gaussians, on the dark side of edges.
 

@@ -114,7 +114,7 @@ class LoadConcept(Node):
             ],
             outputs=[
                 ConceptSocket.Output("concept", tooltip="The concept, for Concept Bank and whatever draws concepts."),
-                io.String.Output("report", tooltip="What was found in the file, and what of it is not used."),
+                io.String.Output("report", tooltip="What was found in the file."),
             ],
         )
 

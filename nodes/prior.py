@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..compositions.composition import CAPTION, SEMANTICS, Caption, Composition
+from ..compositions.composition import CAPTION, NO_CANVAS, SEMANTICS, Caption, Composition
 from ..host.composer import prior as host
 from .types import CompositionSocket, Node, PriorSocket, own_places, register_folder
 
@@ -85,7 +85,7 @@ class CaptionPrior(Node):
         if not caption.strip():
             raise ValueError("caption: expected what the picture is to show, got an empty text")
         (semantics,) = host.draw(prior, clip, caption, 1, seed, steps, guidance)
-        found = Composition((1, 1)).with_part(CAPTION, Caption(((caption.strip(), 1.0),)))
+        found = Composition(NO_CANVAS).with_part(CAPTION, Caption(((caption.strip(), 1.0),)))
         return io.NodeOutput(found.with_part(SEMANTICS, semantics))
 
 

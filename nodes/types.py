@@ -135,7 +135,7 @@ def own_places(name: str) -> tuple[Path, ...]:
 
 
 def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
-    """Returns the picture (H, W, C) of an IMAGE (1, H, W, C).
+    """Returns the picture (H, W, C) of an IMAGE (1, H, W, C); one channel becomes three.
 
     Raises:
         ValueError: it is a batch of several.
@@ -143,7 +143,7 @@ def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     if image.ndim != 4 or len(image) != 1:
         given = f"a batch of {len(image)}" if image.ndim == 4 else f"a tensor of shape {tuple(image.shape)}"
         raise ValueError(f"{name}: expected one picture, got {given}")
-    return image[0]
+    return image[0].expand(-1, -1, 3) if image.shape[-1] == 1 else image[0]
 
 
 def training_pictures(images: torch.Tensor, masks: torch.Tensor | None, captions: str) -> Pictures:

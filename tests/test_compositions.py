@@ -109,6 +109,10 @@ class TestPalette:
             torch.testing.assert_close(colors[i], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4)
         assert colors[143].tolist() == [1, 1, 1] and colors[155].tolist() == [0, 0, 0]
 
+    def test_values_that_are_not_finite(self):
+        with pytest.raises(ValueError, match="image: expected finite values, got NaN or infinity"):
+            palette_of_picture(torch.full((4, 4, 3), float("nan")))
+
     def test_a_palette_does_not_depend_on_places(self):
         image = noise(40, 30, 3)
         shuffled = image.flatten(0, 1)[torch.randperm(1200)].view(40, 30, 3)
@@ -218,6 +222,16 @@ class TestSketch:
         drawn[200, 100:200] = 1
         assert sketch.simplified(drawn)[200].sum() > 90
 
+    def test_thin_strokes_outlive_a_smaller_size(self):
+        drawn = torch.zeros(64, 64)
+        drawn[21], drawn[:, 40] = 1, 1
+        found = sketch.resized_strokes(drawn, (32, 32))
+        assert (found[10] == 1).all() and (found[:, 20] == 1).all() and int(found.sum()) == 63
+        assert sketch.resized_strokes(drawn, (64, 64)) is drawn
+        assert float(sketch.resized_strokes(drawn, (128, 128)).max()) > 0.9
+        given = align(Composition((64, 64), {SKETCH: Part(drawn)}), (32, 32))
+        assert torch.equal(given[SKETCH], found)
+
     def test_canny_finds_the_border_of_a_square(self):
         pytest.importorskip("kornia", reason="kornia is not installed (pip install kornia)")
         square = torch.zeros(32, 32, 3)
@@ -296,6 +310,7 @@ class TestDepthAndIntensity:
         torch.testing.assert_close(intensity(noise(4, 4, 3), (2, 2, 2)), noise(4, 4, 3).mean(-1))
         with pytest.raises(ValueError, match="weights: expected numbers from 0 on"):
             intensity(gray, (1, -1, 1))
+        assert torch.equal(intensity(torch.full((2, 2, 1), 0.5)), torch.full((2, 2), 0.5))
 
 
 class TestSemantics:
@@ -401,6 +416,11 @@ class TestComposition:
         # Things are cut out of the picture in which they were found.
         assert merge(pick(given, [SKETCH]), pick(other, [INSTANCES])).picture is other.picture
         assert pick(given, [PALETTE]).picture is None
+        # One from no picture takes the other's canvas.
+        nowhere = Composition(compositions.NO_CANVAS, pick(given, [CAPTION]).parts)
+        palette = pick(other, [PALETTE])
+        for made in (merge(nowhere, palette), merge(palette, nowhere), interpolate(nowhere, palette, 0.5)):
+            assert made.size == (32, 48)
         # Global representations have no canvas.
         assert (
             merge(pick(small, [PALETTE]), sketch_of).size == merge(sketch_of, pick(small, [PALETTE])).size == (32, 48)
@@ -421,6 +441,17 @@ class TestComposition:
             torch.testing.assert_close(found[INTENSITY][0], found[INTENSITY][10], rtol=0, atol=1e-6)
             assert not found[SKETCH][:10].any(), "strokes do not go on"
         assert align(given, given.size) is given
+        corner = torch.zeros(32, 48)
+        corner[:4, :4] = 1
+        for name, value in ((SKETCH, corner), (INSTANCES, instance_map(corner[None], ["cup"]))):
+            at_the_side = Composition((32, 48), {name: Part(value)})
+            if fit == compositions.CROP:
+                with pytest.raises(
+                    ValueError, match=f"fit: expected one that leaves something of the {name}, got crop"
+                ):
+                    align(at_the_side, (32, 32), fit)
+            else:
+                assert name in align(at_the_side, (32, 32), fit)
         odd = align(given, (49, 65), fit)
         assert odd.size == compositions.size_of(odd[DEPTH]) == (49, 65)
 
@@ -444,6 +475,9 @@ class TestComposition:
         assert middle[CAPTION].texts == (("a star", 0.75), ("a mug", 0.25))
         assert str(middle[CAPTION]) == "75% 'a star', 25% 'a mug'"
         assert interpolate(a, a, 0.4)[CAPTION] == a[CAPTION]
+        early, late = pick(a, [PALETTE], 10.0, 0.0, 0.5), pick(b, [PALETTE], 10.0, 0.5, 1.0)
+        part = interpolate(early, late, 0.08).parts[PALETTE]
+        assert part.strength == 10 and (part.start_percent, part.end_percent) == pytest.approx((0.04, 0.54))
         assert interpolate(pick(a, [PALETTE]), pick(b, [CAPTION]), 0.5).get(CAPTION) == b[CAPTION]
 
     def test_a_file_holds_all_of_it(self, tmp_path):

@@ -171,7 +171,8 @@ def prepared(model):
             checked(composed.adapter.module, patcher)
         except ValueError as error:
             raise ValueError(f"{NAME}: {error}") from error
-        return ComposedRun(composed, patcher.model, noise)
+        # The model has this clone's own only once it is loaded, which it is not yet.
+        return ComposedRun(composed, patcher.get_model_object("model_sampling"), noise)
 
     model = carried.prepared(model, TAG, open_run, lambda composed: (composed.adapter.patcher,), _joinable)
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, TAG)
@@ -191,14 +192,14 @@ class ComposedRun:
 
     Args:
         composed: the content of the conditioning.
-        model: ComfyUI's BaseModel.
+        sampling: the model's `model_sampling`.
         noise: (B, C, h, w), with the size of the latents.
 
     Raises:
         ValueError: maps have another aspect ratio.
     """
 
-    def __init__(self, composed: Composed, model, noise: torch.Tensor):
+    def __init__(self, composed: Composed, sampling, noise: torch.Tensor):
         self.composed, self.size = composed, (noise.shape[-2], noise.shape[-1])
         given = composed.composition
         tolerance = max(ASPECT_TOLERANCE, 1 / min(self.size))
@@ -209,7 +210,7 @@ class ComposedRun:
                 "Align Composition"
             )
         self.windows = {
-            name: Window(part.start_percent, part.end_percent).levels(model.model_sampling)
+            name: Window(part.start_percent, part.end_percent).levels(sampling)
             for name, part in composed.composition.parts.items()
         }
         self._kept: dict[tuple[str, ...], Features | None] = {}
@@ -270,11 +271,13 @@ class FeaturesCond(comfy.conds.CONDRegular):
             which tokens would count for less: such conditionings are evaluated apart.
         rows: pictures in the call.
         alike: only conditionings with as many tokens may join it.
+        exact: only conditionings with as many text states may join it. ComfyUI asks the first of a batch alone, so
+            this is for all of an evaluation if one of them has tokens.
     """
 
-    def __init__(self, features: Features, text: int, rows: int = 1, alike: bool = False):
+    def __init__(self, features: Features, text: int, rows: int = 1, alike: bool = False, exact: bool = False):
         super().__init__(features)
-        self.text, self.rows, self.alike = text, rows, alike
+        self.text, self.rows, self.alike, self.exact = text, rows, alike, exact
 
     @property
     def count(self) -> int:
@@ -291,19 +294,16 @@ class FeaturesCond(comfy.conds.CONDRegular):
             None,
             {level: value.expand(batch_size, -1, -1, -1) for level, value in levels.items()},
         )
-        return FeaturesCond(rows, self.text, batch_size, self.alike)
+        return FeaturesCond(rows, self.text, batch_size, self.alike, self.exact)
 
     def can_concat(self, other) -> bool:
-        """Whether the levels that both have have the same shapes, and tokens follow as much text."""
+        """Whether tokens follow as much text, and rows may see different numbers of them. Levels fit where the areas
+        have one size."""
         if not isinstance(other, FeaturesCond):
             return False
-        one, two = self.cond, other.cond
-        if self.text != other.text and (self.count or other.count):
+        if self.text != other.text and (self.exact or other.exact):
             return False
-        if self.count != other.count and (self.alike or other.alike):
-            return False
-        shared = one.levels.keys() & two.levels.keys()
-        return all(one.levels[level].shape[1:] == two.levels[level].shape[1:] for level in shared)
+        return self.count == other.count or not (self.alike or other.alike)
 
     def concat(self, others) -> Features:
         """All rows in one."""
@@ -362,8 +362,10 @@ def _joinable(conds: list[list[dict] | None], options: dict) -> list[list[dict] 
         or bool(told.get(RUNS))
         or is_compiled(told)
     )
-    if not any(TAG in entry.get("model_conds", {}) for entries in conds if entries for entry in entries):
+    every = [entry.get("model_conds", {}) for entries in conds if entries for entry in entries]
+    if not any(TAG in inputs for inputs in every):
         return conds
+    exact = any(inputs[TAG].count for inputs in every if TAG in inputs)
 
     def joined(entry: dict) -> dict:
         inputs = entry.get("model_conds", {})
@@ -371,15 +373,18 @@ def _joinable(conds: list[list[dict] | None], options: dict) -> list[list[dict] 
             return entry
         own = inputs.get(TAG)
         features = own.cond if own else NOTHING
-        given = FeaturesCond(features, inputs["c_crossattn"].cond.shape[1], alike=alike)
+        given = FeaturesCond(features, inputs["c_crossattn"].cond.shape[1], 1, alike, exact)
         return {**entry, "model_conds": {**inputs, TAG: given}}
 
     return [entries and [joined(entry) for entry in entries] for entries in conds]
 
 
 def _cropped(value: torch.Tensor, level: int, area) -> torch.Tensor:
+    """A level's map on an area, at the size that the level has there wherever the area is."""
     if area is None:
         return value
     height, width, y, x = area
     step = 2 ** max(0, level)
-    return value[:, :, y // step : -(-(y + height) // step), x // step : -(-(x + width) // step)]
+    part = value[:, :, y // step : -(-(y + height) // step), x // step : -(-(x + width) // step)]
+    own = -(-height // step), -(-width // step)
+    return part if part.shape[2:] == own else torch.nn.functional.interpolate(part, own, mode="nearest-exact")

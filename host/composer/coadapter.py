@@ -15,6 +15,7 @@ import torch
 from ...encoders.coadapter import CoAdapterFuser
 from ...encoders.files import read_state
 
+_SKETCH = "sketch"
 _SIDE = 512
 """Of the pictures of Stable Diffusion 1.5."""
 
@@ -44,6 +45,9 @@ class Condition:
                 f"control_net: expected a T2I-Adapter for Stable Diffusion 1.5, such as a CoAdapter, got a "
                 f"{type(self.adapter).__name__} of another kind"
             )
+        if self.kind == _SKETCH:
+            # Sketch adapters were trained without gray.
+            object.__setattr__(self, "image", (self.image > self.image.max() / 2).float())
 
 
 def load(path: str) -> CoAdapterFuser:

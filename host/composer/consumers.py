@@ -48,7 +48,7 @@ def hint_of(composition: Composition, name: str, binary: bool = False) -> torch.
     elif name == PALETTE:
         picture = palette_picture(value, composition.size[1], composition.size[0], TILES)
     else:
-        plane = (value > 0.5).float() if name == SKETCH and binary else value
+        plane = (value > value.max() / 2).float() if name == SKETCH and binary else value
         picture = plane[..., None].expand(-1, -1, 3)
     return picture[None].contiguous()
 

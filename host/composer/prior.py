@@ -110,11 +110,21 @@ def _tokenized(clip, texts: list[str]) -> tuple[Any, list[list], int]:
     if len(names) > 1:
         raise ValueError(f"clip: expected a single text encoder, as Stable Diffusion 1 and 2 have, got {len(names)}")
     name = f"clip_{names[0]}"
-    return getattr(clip.cond_stage_model, name), rows, getattr(clip.tokenizer, name).end_token
+    encoder, tokenizer = getattr(clip.cond_stage_model, name, None), getattr(clip.tokenizer, name, None)
+    if encoder is None or tokenizer is None:
+        raise ValueError(f"clip: expected a CLIP text encoder, got {names[0]}")
+    return encoder, rows, tokenizer.end_token
 
 
 def _check(prior: LoadedPrior, encoder) -> None:
-    width, projection = prior.module.config.width, encoder.transformer.text_projection.weight
+    width = prior.module.config.width
+    projection = getattr(getattr(encoder.transformer, "text_projection", None), "weight", None)
+    # ComfyUI makes one where the file has none, as that of Stable Diffusion 1.5, whose values mean nothing.
+    if projection is None or not projection.any() or not torch.isfinite(projection).all():
+        raise ValueError(
+            "clip: expected a CLIP text encoder with its projection to image embeddings, got one without; load it from "
+            "a file of its own"
+        )
     if tuple(projection.shape) != (width, width):
         given = " to ".join(map(str, reversed(projection.shape)))
         raise ValueError(f"clip: expected a text encoder of width {width} for this prior, got one of {given}")

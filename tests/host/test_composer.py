@@ -203,6 +203,35 @@ class TestEffect:
         assert torch.equal(early, estimate(model, palette, *point(10.0)))
         assert not torch.equal(late, estimate(model, palette, *point(0.3)))
 
+    def test_the_schedule_is_that_of_the_clone_that_is_sampled(self, toy, adapter, model):
+        """Whatever was loaded before: with another model_sampling, half of the schedule ends elsewhere."""
+        from comfy.model_sampling import EDM, ModelSamplingContinuousEDM
+        from conceptloom.compositions.composition import pick
+
+        late = encode(toy, adapter, pick(composition("depth"), ["depth"], 1.0, 0.5, 1.0), toy.positive)
+        other = model.clone()
+        changed = type("Sampling", (ModelSamplingContinuousEDM, EDM), {})(toy.base.model_config)
+        changed.set_parameters(0.002, 120.0, 1.0)
+        other.add_object_patch("model_sampling", changed)
+        # The middle of the discrete schedule is at 1.61, and that of the other at 0.49.
+        here = point(1.0)
+        for _ in range(2):
+            assert not torch.equal(estimate(model, late, *here), estimate(model, toy.positive, *here))
+            assert torch.equal(estimate(other, late, *here), estimate(other, toy.positive, *here))
+
+    def test_areas_at_different_places_are_joined(self, toy, adapter, model):
+        """A level may have one cell more of one area than of another of the same size."""
+        parts = []
+        for x, given in ((0, None), (5, composition("depth")), (10, composition("sketch", seed=1))):
+            states = toy.positive if given is None else encode(toy, adapter, given, toy.positive)
+            parts.append([[entry, {**extras, "area": (16, 6, 0, x)}] for entry, extras in states][0])
+        toy.rows.clear()
+        joined = estimate(model, parts, *point())
+        assert max(toy.rows) > 1
+        for x, part in zip((0, 5, 10), parts, strict=True):
+            alone, own = estimate(model, [part], *point()), slice(x + (x > 0), x + 5)
+            torch.testing.assert_close(joined[..., own], alone[..., own], rtol=0, atol=1e-3)
+
     def test_an_area_gets_its_part_of_the_maps(self, toy, adapter, model):
         """The left half of a latent with its area alone is a latent of that size with the left half of the maps."""
         given = composition(*LOCALS)
@@ -236,6 +265,11 @@ class TestEffect:
         other = encode(toy, adapter, composition("semantics", seed=3), long)
         alone = estimate(model, short, *point())
         torch.testing.assert_close(guided(model, other, short, 0.0), alone, rtol=0, atol=1e-4)
+        # Nor where the first of three has none, and both others fit it.
+        maps = encode(toy, adapter, composition("depth"), toy.positive)
+        positive = (estimate(model, maps, *point()) + alone) / 2
+        expected = 2 * positive - estimate(model, long, *point())
+        torch.testing.assert_close(guided(model, [*maps, *short], long, 2.0), expected, rtol=0, atol=1e-4)
 
     def test_an_area_of_the_positive_leaves_the_negative_alone(self, toy, adapter, model):
         area = {"area": (16, 8, 0, 0)}

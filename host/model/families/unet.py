@@ -32,7 +32,7 @@ _LAYER_PATCHES = "forward_timestep_embed_patch"
 
 
 def _once_per_network(look):
-    """A method of the family that looks at a network once: each look takes milliseconds, and calls of the model ask.
+    """A method of the family that looks at a network once: each look takes milliseconds, and every call asks.
 
     While torch.compile traces, it looks anew; a weak dictionary cannot be traced, and the compiled call does not ask.
     """
@@ -88,7 +88,6 @@ class UNetFamily:
         """See `sites.Family`."""
         return isinstance(module, UNetModel)
 
-    @_once_per_network
     def sites(self, network: torch.nn.Module) -> tuple[Site, ...]:
         """See `sites.Family`."""
         found = []
@@ -160,7 +159,6 @@ class UNetFamily:
         """See `sites.CrossAttentionFamily`."""
         return comfy.utils.unet_to_diffusers(model.model_config.unet_config)
 
-    @_once_per_network
     def levels(self, network: torch.nn.Module) -> tuple[tuple[int, int], ...]:
         """See `sites.EncoderFamily`."""
         self.sites(network)  # refuses video models, whose batch are frames
@@ -173,12 +171,18 @@ class UNetFamily:
                 last = number, branches[-1].out_channels
         return (*found, last)
 
+    @_once_per_network
+    def _places(self, network: torch.nn.Module) -> tuple[dict[int, int], tuple[Site, ...]]:
+        """The last block of each level, -1 being the input, and all cross-attention."""
+        blocks = {-1: 0, **{level: number for level, (number, _) in enumerate(self.levels(network))}}
+        return blocks, tuple(site for site in self.sites(network) if site.kind == CROSS)
+
     def with_additions(self, executor, features, x, timesteps, context, y, control, transformer_options, **kwargs):
         """See `sites.EncoderFamily`."""
         options = transformer_options.copy()
         patches = options["patches"] = options.get("patches", {}).copy()
         network = executor.class_obj
-        blocks = {-1: 0, **{level: number for level, (number, _) in enumerate(self.levels(network))}}
+        blocks, cross = self._places(network)
         added = {blocks[level]: value for level, value in features.levels.items()}
 
         def to_level(h, told):
@@ -197,7 +201,6 @@ class UNetFamily:
             context = torch.cat([context, features.tokens.to(context)], 1)
             if features.kept is not None:
                 seen = [text + count for count in features.kept.sum(1).tolist()]
-                cross = [site for site in self.sites(network) if site.kind == CROSS]
                 options = self.install(network, options, dict.fromkeys(cross, partial(_own_tokens, seen)))
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
