@@ -92,7 +92,10 @@ def _without(text: str, class_word: str, kept: str) -> str:
         held = iter(rest[::2])
         marked = "\0".join([first, *rest[1::2]])
         return re.sub("\0", lambda _: next(held), _without(marked, class_word, ""))
-    phrase = rf"(?:(?<!\w){_DETERMINERS}\s+(?:(?!and\b|with\b|or\b)[\w-]+\s+){{0,4}}?)?{whole_word(class_word)}"
+    # No adjective: what joins things, the article of the next thing, and the concept's own word.
+    own = f"|{whole_word(kept)}" if kept else ""
+    adjective = rf"(?!(?:and|with|or|{_DETERMINERS})\b{own})[\w-]+"
+    phrase = rf"(?:(?<!\w){_DETERMINERS}\s+(?:{adjective}\s+){{0,4}}?)?{whole_word(class_word)}"
     after, before = r"\s*,?\s*(?<!\w)(?:and|with)\s+|\s*,\s*", r"\s*,?\s+(?:and|with)(?!\w)\s*|\s*,\s*"
     joined = f"(?:{after}){phrase}|{phrase}(?:{before})|{phrase}"
     return re.sub(joined, " ", text, flags=re.IGNORECASE)

@@ -49,8 +49,8 @@ class Delta:
         if self.bias is not None and tuple(self.bias.shape) != shapes[0][:1]:
             raise ValueError(f"expected a bias of {shapes[0][0]} numbers, got the shape {tuple(self.bias.shape)}")
         factors = _balanced(*self.factors) if len(self.factors) == 2 else self.factors
-        object.__setattr__(self, "factors", tuple(_half(f) for f in factors))
-        object.__setattr__(self, "bias", None if self.bias is None else _half(self.bias))
+        object.__setattr__(self, "factors", tuple(half(f) for f in factors))
+        object.__setattr__(self, "bias", None if self.bias is None else half(self.bias))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +82,12 @@ def keys_fingerprint(keys: torch.Tensor) -> str:
     return hashlib.sha256(keys.detach().cpu().half().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def _half(tensor: torch.Tensor) -> torch.Tensor:
+def half(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in half precision, on the CPU.
+
+    Raises:
+        ValueError: its values are not finite in it.
+    """
     half = tensor.detach().to("cpu", torch.half)
     if not torch.isfinite(half).all():
         raise ValueError("expected numbers that are finite in half precision, got NaN or infinity")

@@ -49,6 +49,23 @@ def test_the_others_can_be_left_out(base, own, others, expected):
     assert concept_text(base, own, others, DROP_OTHERS) == expected
 
 
+@pytest.mark.parametrize(
+    ("base", "own", "other", "expected"),
+    [
+        ("a cat on a dog", CAT, DOG, "a <new1> cat on"),
+        ("a cat on a dog", DOG, CAT, "on a <new2> dog"),
+        ("the cat looks at the dog", CAT, DOG, "the <new1> cat looks at"),
+        ("a cat wearing a hat", CAT, Name("hat", "<h>"), "a <new1> cat wearing"),
+        ("a sunny garden behind a dog and a cat", CAT, DOG, "a sunny garden behind a <new1> cat"),
+        ("a beach where a dog plays with a cat", CAT, DOG, "a beach where plays with a <new1> cat"),
+        ("a cat and a dog on the beach", CAT, Name("beach", "<b>"), "a <new1> cat and a dog on"),
+        ("a sks cat watching a ohwx dog", Name("sks cat", ""), Name("ohwx dog", ""), "a sks cat watching"),
+    ],
+)
+def test_what_is_left_out_ends_at_the_next_thing(base, own, other, expected):
+    assert concept_text(base, own, [other], DROP_OTHERS) == expected
+
+
 def test_a_text_without_the_concept_is_refused():
     with pytest.raises(ValueError, match="prompt: expected 'cat' or <new1> in it, got 'a dog'"):
         concept_text("a dog", CAT, [])

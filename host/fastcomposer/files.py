@@ -25,7 +25,7 @@ from ..model.families import family_of, network_of
 from ..model.files import load_state
 from ..model.patching import unload_compiled
 from ..model.sites import CROSS
-from ..weaver.weights import DIFFUSION_MODEL, adapters_by_weight, host_patch, named_layers
+from ..weaver.weights import DIFFUSION_MODEL, adapters_by_weight, host_patch, named_layers, unpatched
 from . import delay
 
 AS_LORA, AS_FILE, WITHOUT = "LoRA", "file", "none"
@@ -247,17 +247,18 @@ def _difference(state: dict[str, torch.Tensor], model, rank: int) -> dict[str, t
     """The difference of a UNet to a MODEL, as a LoRA with names that every LoRA loader reads."""
     names = family_of(network_of(model.model, CROSS)).diffusers_names(model.model)
     unload_compiled(model)
-    own = model.model_state_dict(DIFFUSION_MODEL)
+    # Not the weights as they are now: those of another clone with LoRAs may be loaded.
+    own = model.get_key_patches(DIFFUSION_MODEL)
     lora = {}
     progress = comfy.utils.ProgressBar(len(state))
     for key, tensor in state.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        base = own.get(f"diffusion_model.{names.get(key)}")
-        if base is None or base.shape != tensor.shape:
+        base = f"diffusion_model.{names.get(key)}"
+        if base not in own or own[base][0][0].shape != tensor.shape:
             raise ValueError(
                 f"model: expected the Stable Diffusion 1.5 that the file was trained from, got one with another {key}"
             )
-        difference = tensor.float() - base.float().cpu()
+        difference = tensor.float() - unpatched(own, base)
         name = f"diffusion_model.{names[key].removesuffix('.weight').removesuffix('.bias')}"
         if difference.any():
             if tensor.ndim >= 2:

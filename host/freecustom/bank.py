@@ -56,6 +56,9 @@ class Bank:
             key: everything that the entries depend on; objects are given by id.
             kept_alive: these objects, so that their ids are not reused.
         """
+        # A pass that is larger than the bank leaves groups in which nothing is kept.
+        for other in [k for k, held in self.groups.items() if k != key and not held.entries]:
+            del self.groups[other]
         group = self.groups.setdefault(key, BankGroup(kept_alive))
         self.groups.move_to_end(key)
         return group

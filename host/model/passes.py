@@ -19,7 +19,9 @@ from .layers import unhandled_layers
 from .patching import Evaluation
 from .sites import Handler, Site
 
-_FEATURE_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
+_INPUT_PATCHES, _OUTPUT_PATCH = ("input_block_patch", "input_block_patch_after_skip"), "output_block_patch"
+_DOWNSCALE = "nodes_model_downscale"
+"""The end of that module's name: ComfyUI loads it by its file."""
 KERNEL_OVERRIDE = "optimized_attention_override"
 _OPTIONS = ("sample_sigmas", KERNEL_OVERRIDE)
 
@@ -29,9 +31,20 @@ class StopForward(Exception):  # noqa: N818 (not an error: it ends a forward pas
 
 
 def feature_patches(evaluation: Evaluation) -> dict[str, list]:
-    """Patches of other nodes that change features alike for every row, and therefore also apply to extra passes."""
+    """Patches of other nodes that change features alike for every row, and therefore also apply to extra passes.
+
+    Of those of input blocks only ComfyUI's own, which shrinks (PatchModelAddDownscale): other packs' add what belongs
+    to the sampled picture, such as a hint (ControlNeXt) or what is around a hole (Fooocus inpainting).
+    """
     patches = evaluation.options.get("patches", {})
-    return {name: patches[name] for name in _FEATURE_PATCHES if name in patches}
+    found = {
+        name: [patch for patch in patches[name] if getattr(patch, "__module__", "").endswith(_DOWNSCALE)]
+        for name in _INPUT_PATCHES
+        if name in patches
+    }
+    if _OUTPUT_PATCH in patches:
+        found[_OUTPUT_PATCH] = patches[_OUTPUT_PATCH]
+    return {name: kept for name, kept in found.items() if kept}
 
 
 Conds = dict[str, torch.Tensor | int | float]

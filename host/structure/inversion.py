@@ -28,6 +28,8 @@ from ..model.patching import POSITIVE
 
 NAME = "DDIM Inversion"
 MAX_ERROR = 0.15
+_LIMITS = ("area", "mask", "gligen")
+"""Options of a conditioning that keep it from acting everywhere alike."""
 """Relative error of the reconstruction above which it no longer shows the same picture."""
 
 Callback = Callable[[int, torch.Tensor, torch.Tensor, int], None]
@@ -227,6 +229,13 @@ def _check_conditioning(conditioning: list, pictures: int) -> None:
             "conditioning: expected one prompt for the whole picture and all steps, got "
             + (f"{len(conditioning)} that are combined or follow each other" if conditioning else "an empty one")
         )
-    context = conditioning[0][0]
+    context, extras = conditioning[0]
+    limits = [name for name in _LIMITS if extras.get(name) is not None]
+    if extras.get("start_percent", 0.0) > 0 or extras.get("end_percent", 1.0) < 1:
+        limits.append("a part of the schedule")
+    if limits:
+        raise ValueError(
+            f"conditioning: expected one prompt for the whole picture and all steps, got one with {limits[0]}"
+        )
     if context is not None and len(context) not in (1, pictures):
         raise ValueError(f"conditioning: expected one prompt or as many as pictures ({pictures}), got {len(context)}")

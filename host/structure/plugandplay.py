@@ -139,7 +139,9 @@ class PlugAndPlay:
             ValueError: the inversion was made with another model, or has another size or batch size.
         """
         steps = len(sampling.sigmas) - 1
-        until = int(self.settings.residual_until * steps), int(self.settings.attention_until * steps)
+        # A share that is a whole number of steps may be a little less as a float.
+        shares = self.settings.residual_until, self.settings.attention_until
+        until = tuple(int(share * steps + 1e-6) for share in shares)
         if not any(until):
             return None
         model = sampling.guider.model_patcher.model

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ...encoders.concepts import Concept
+from ...encoders.concepts import Concept, half
 from ..model.families import network_of
 from ..model.sites import CROSS, Site, sees_whole
 from .weights import DIFFUSION_MODEL, Weights, difference
@@ -96,7 +96,9 @@ def _differences(concept: Concept, weights: Weights, seen: set[str]) -> Iterable
         layers.setdefault(layer, {})[kind] = difference(patch, weights[key], key)
     for layer, found in layers.items():
         bias = found.get("bias")
-        yield layer, (found.get("weight", ()), bias and bias[0])
+        weight = found.get("weight", ())
+        # A difference in full is as large as the layer, and there may be one for each layer of the model.
+        yield layer, (tuple(half(f) for f in weight) if len(weight) == 1 else weight, bias and bias[0])
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def encode_prompts(
     bank = [*concepts, *([background] if background is not None else [])]
     join(bank)
     names = [Name(concept.class_word, concept.placeholder) for concept in bank]
-    lines = [line.strip() for line in texts.splitlines()]
+    lines = [line.strip() for line in texts.rstrip().splitlines()]
     if len(lines) > len(bank):
         raise ValueError(f"texts: expected at most one line for each of the {len(bank)} concepts, got {len(lines)}")
     lines += [""] * (len(bank) - len(lines))

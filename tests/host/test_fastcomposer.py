@@ -615,7 +615,9 @@ def test_small_file_replaces_the_trained_layers_of_a_stock_tower(published, tmp_
 
 
 def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
-    """At full rank the difference is exact up to half precision, biases and norms included."""
+    """At full rank the difference is exact up to half precision, biases and norms included, even while a clone of the
+    model with a LoRA on it is loaded."""
+    import comfy.model_management
     from conceptloom.encoders.fuser import Fuser
     from conceptloom.host.fastcomposer import files
     from conceptloom.host.shapeland import load_model
@@ -628,6 +630,10 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     fuser = {f"postfuse_module.{key}": value for key, value in Fuser(128, 128).state_dict().items()}
     save_file({**{f"unet.{key}": value for key, value in changed.items()}, **fuser}, tmp_path / "all.safetensors")
     base = load_model(before)
+    other = base.clone()
+    key = "diffusion_model.input_blocks.0.0.weight"
+    other.add_patches({key: (torch.ones_like(base.model.state_dict()[key]),)})
+    comfy.model_management.load_models_gpu([other])
     files.convert(str(tmp_path / "all.safetensors"), tmp_path, "lora", files.AS_LORA, 768, base)
     lora = tmp_path / "fastcomposer" / "lora.safetensors"
     patched = files.load(str(lora), model=base).model
@@ -635,8 +641,6 @@ def test_lora_of_a_changed_unet_gives_it_back(host, vision, tmp_path):
     x, t, context = torch.randn(1, 8, 16, 16), torch.tensor([500.0]), torch.randn(1, 77, 128)
 
     def predict(model):
-        import comfy.model_management
-
         comfy.model_management.load_models_gpu([model])
         with torch.inference_mode():
             return model.model.diffusion_model(x, t, context=context)

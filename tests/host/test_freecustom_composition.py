@@ -191,6 +191,20 @@ def test_features_changed_for_all_rows_are_changed_for_references(toy):
     assert set(rows) == {2, 3}
 
 
+def test_what_other_packs_add_to_the_pictures_features_stays_out_of_references(toy):
+    """Fooocus inpainting and ControlNeXt add maps of the picture's size."""
+    rows = []
+
+    def add(h, options):
+        rows.append(len(h))
+        return h + torch.ones(1, 1, 16, 16) if options["block"] == ("input", 0) else h
+
+    model = toy.model.clone()
+    model.set_model_input_block_patch(add)
+    toy.sample(toy.apply(*(toy.subject(i, size=(128, 64 + 64 * i)) for i in range(3)), model=model))
+    assert set(rows) == {2}
+
+
 class TestBatches:
     def test_first_of_a_batch_equals_a_single(self, toy):
         model = toy.apply(toy.subject(), toy.subject(1))
@@ -408,10 +422,12 @@ class TestOtherModels:
 
         from conceptloom.host.model.families.unet import UNetFamily
 
-        unet = toy.base.diffusion_model
+        unet, applied = toy.base.diffusion_model, toy.apply(toy.subject())
         unet.output_blocks[3].append(VanillaTemporalModule())
         try:
             with pytest.raises(ValueError, match="video layers"):
                 UNetFamily().sites(unet)
+            with pytest.raises(ValueError, match="video layers"):
+                toy.sample(applied)
         finally:
             del unet.output_blocks[3][-1]

@@ -328,6 +328,10 @@ class TestBank:
         for name in "abc":
             bank.put(bank.open((name,), ()), (1,), {0: torch.zeros(40, dtype=torch.uint8)})
         assert [key[0] for key in bank.groups] == ["b", "c"]
+        # What does not fit at all is not kept, nor is what was made for it.
+        for name in "de":
+            bank.put(bank.open((name,), ()), (1,), {0: torch.zeros(101, dtype=torch.uint8)})
+        assert [key[0] for key in bank.groups] == ["b", "c", "e"]
         bank.open(("b",), ())
         bank.put(bank.open(("d",), ()), (1,), {0: torch.zeros(40, dtype=torch.uint8)})
         assert [key[0] for key in bank.groups] == ["b", "d"] and bank.size == 80
