@@ -67,8 +67,8 @@ class ReferenceSubject(Node):
                     "target_mask",
                     optional=True,
                     tooltip="White where the subject may appear in the new picture, in that picture's shape, which "
-                    "keeps subjects from mixing. Without a wire the subject may appear anywhere; an empty mask is "
-                    "refused.",
+                    "keeps subjects from mixing. For FreeCustom; FastComposer and PromptNet do not use it. Without a "
+                    "wire the subject may appear anywhere; an empty mask is refused.",
                 ),
             ],
             outputs=[SubjectSocket.Output("subject", tooltip="The subject, for any ConceptLoom system.")],
