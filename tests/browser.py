@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ class Frontend:
         self.page = browser.new_page()
         self._heard: list[str] = []
         self._refused: list[tuple[int, str]] = []
+        self._open, self._last = 0, time.monotonic()
         self._watch()
         self.page.add_init_script(FEW_FRAMES)
         self.page.goto(server.url)
@@ -157,11 +159,29 @@ class Frontend:
             if answer.status >= 400:
                 self._refused.append((answer.status, answer.url))
 
+        def request(_) -> None:
+            self._open += 1
+            self._last = time.monotonic()
+
+        def answered(_) -> None:
+            self._open -= 1
+            self._last = time.monotonic()
+
+        self.page.on("request", request)
+        self.page.on("requestfinished", answered)
+        self.page.on("requestfailed", answered)
         self.page.on("pageerror", lambda error: self._heard.append(f"exception: {error}"))
         self.page.on("console", console)
         self.page.on("response", response)
 
-    def visit(self, pack: str, template: str, screenshot: Path, widgets: dict | None = None, run: bool = True) -> Visit:
+    def _settle(self) -> None:
+        """Waits until the frontend has asked for nothing for half a second, at most three times as long: after loading
+        it looks for missing models and media."""
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline and (self._open > 0 or time.monotonic() - self._last < 0.5):
+            self.page.wait_for_timeout(50)
+
+    def visit(self, pack: str, template: str, widgets: dict | None = None, run: bool = True) -> Visit:
         """Opens a template of a pack by its card and, if `run`, presses Run and waits for the pictures; collects all
         problems since the last visit. Failed requests count for files of the pack.
 
@@ -169,13 +189,13 @@ class Frontend:
         """
         visit = Visit()
         open_template(self.page, pack, template, visit.problems)
+        self._settle()
         visit.problems += seen_trouble(self.page)
         visit.api = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
         if run:
             self.page.evaluate(SET_WIDGETS, widgets or {})
             visit.pictures = press_run(self.page, visit.problems)
         visit.problems += self.page.evaluate(OVERLAPS)
-        self.page.screenshot(path=screenshot)
         visit.problems += self._heard
         visit.problems += [f"HTTP {status}: {url}" for status, url in self._refused if f"/{pack}/" in url]
         self._heard.clear()
@@ -208,7 +228,6 @@ def open_template(page, pack: str, template: str, problems: list[str]) -> None:
     )
     # Pictures appear on nodes that are drawn, and only those in view are.
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.wait_for_timeout(1500)  # the frontend looks for missing models and media after loading
 
 
 def seen_trouble(page) -> list[str]:

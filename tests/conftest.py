@@ -37,11 +37,25 @@ SERVED = (
     "test_workflow_tools",
     "test_composer_operations",
     "test_server",
+    "test_true_models",
     "test_refusals",
     "test_advice",
-    "test_true_models",
 )
-"""Files whose tests run on the real server, in this order: the last ones make it forget what it ran."""
+"""Files whose tests run on the real server, in this order: true models make it forget what it ran, and the last ones
+are short, for the other process waits for them if it is done."""
+LONG = (
+    "test_fusion",
+    "test_training_fastcomposer",
+    "test_training_data",
+    "test_concepts",
+    "test_fastcomposer",
+    "test_freecustom_model",
+    "test_freecustom_composition",
+    "test_promptnet_finetuning",
+    "test_concept_training",
+    "test_shapeland_training",
+)
+"""Files of the others that take longest."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -62,7 +76,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the slowest tests first."""
     if ONE_OF_SEVERAL:
-        items.sort(key=lambda item: SERVED.index(item.path.stem) if item.path.stem in SERVED else len(SERVED))
+        order = {name: place for place, name in enumerate((*SERVED, *LONG))}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

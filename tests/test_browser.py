@@ -51,12 +51,12 @@ VISITS = [(template, "nodes2") for template in TEMPLATES] + [(RICHEST, "classic"
 
 
 @pytest.mark.parametrize(("template", "renderer"), VISITS or [NO_TEMPLATE])
-def test_template(frontends, template, renderer, tmp_path):
+def test_template(frontends, template, renderer):
     if absent_weights():
         pytest.skip(f"Shapeland's weights are incomplete: no {absent_weights()}")
     api = json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
     run = template in RUN
-    seen = frontends(renderer).visit(PACK, template, tmp_path / "seen.png", short_inputs(api), run)
+    seen = frontends(renderer).visit(PACK, template, short_inputs(api), run)
     assert seen.problems == []
     assert bool(seen.pictures) == run
     assert seen.api == api
@@ -66,12 +66,12 @@ class TestToyTemplate:
     """The same on the toy pack: what our tools build loads, runs and converts, and trouble is seen."""
 
     @pytest.fixture
-    def visit(self, browser, server, tmp_path):
+    def visit(self, browser, server):
         """Opens and runs a template of the toy pack in a page of its own, for a page lists the templates it found."""
 
         def run(template: str, renderer: str):
             with Frontend(browser, server, renderer) as opened:
-                return opened.visit("toy", template, tmp_path / f"{template}_{renderer}.png")
+                return opened.visit("toy", template)
 
         return run
 

@@ -894,7 +894,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_broken_file_is_told_by_what_it_seems_to_be(loader, kind, server):
+def test_a_broken_file_is_told_by_what_it_seems_to_be(loader, kind, server, object_info):
     content, what = BROKEN[kind]
     place, field, more = LOADERS[loader]
     folder = server.base / "models" / place
@@ -902,14 +902,13 @@ def test_a_broken_file_is_told_by_what_it_seems_to_be(loader, kind, server):
     names = [f"{kind}.{ending}" for ending in ("safetensors", "bin", "pt")]
     for name in names:
         (folder / name).write_bytes(content)
-    info = server.get("/object_info")
     key = "kind.sam" if field == "sam" else field
     for name in names:
         inputs = {**GOOD.get(loader, PARTS["composer"][1]), **more, key: name}
-        message = told(server, workflow_of(PREFIX + loader, inputs, info))
+        message = told(server, workflow_of(PREFIX + loader, inputs, object_info))
         assert message.startswith(
-            f"{NODE}: {info[PREFIX + loader]['display_name']}: {field}: expected a file of weights, got {name}, which "
-            f"seems to be {what}"
+            f"{NODE}: {object_info[PREFIX + loader]['display_name']}: {field}: expected a file of weights, got {name}, "
+            f"which seems to be {what}"
         )
         assert "\n" not in message
 

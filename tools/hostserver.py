@@ -222,14 +222,15 @@ class HostServer:
 
     def finish(self, prompt_id: str, timeout: float = 3600) -> dict:
         """Waits for a workflow and returns its history entry; raises PromptError if it fails or `timeout` passes."""
-        deadline = time.monotonic() + timeout
+        deadline, pause = time.monotonic() + timeout, 0.005
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise PromptError("the server ended while the workflow ran")
             entry = self.result(prompt_id)
             if entry is not None:
                 return entry
-            time.sleep(0.1)
+            time.sleep(pause)
+            pause = min(0.1, 1.5 * pause)
         raise PromptError(f"not finished after {timeout:.0f} s")
 
     def pictures(self, entry: dict) -> list[Picture]:
