@@ -7,8 +7,9 @@ map of zeros. They may come from different pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -77,8 +78,6 @@ class Part:
             )
 
 
-_STROKES = "strokes"
-"""How a sketch is resized."""
 _KINDS = {CAPTION: Caption, SEMANTICS: Semantics, PALETTE: Palette, INSTANCES: InstanceMap, MASK: Region}
 
 
@@ -206,7 +205,7 @@ def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> C
             the aspect ratio.
 
     Raises:
-        ValueError: the fit is unknown, or it cuts off all of a representation.
+        ValueError: the fit is unknown, or nothing is left of a representation.
     """
     if fit not in FITS:
         raise ValueError(f"fit: expected one of {', '.join(FITS)}, got {fit!r}")
@@ -216,12 +215,13 @@ def align(composition: Composition, size: tuple[int, int], fit: str = CROP) -> C
     for name, part in composition.parts.items():
         value = _aligned(name, part.value, size, fit) if name in LOCAL else part.value
         if value is None:
+            remedy = "choose pad" if fit == CROP else "choose a larger canvas"
             raise ValueError(
-                f"fit: expected one that leaves something of the {name}, got {fit}; choose pad, or leave the {name} "
-                "out by Pick Representations"
+                f"fit: expected one that keeps a part of the {name}, got {fit}, which loses it; {remedy}, or leave the "
+                f"{name} out with Pick Representations"
             )
         parts[name] = replace(part, value=value)
-    picture = None if composition.picture is None else _fitted(composition.picture, size, fit, "bilinear")
+    picture = None if composition.picture is None else _fitted(composition.picture, size, fit, _smooth)
     return Composition(size, parts, picture)
 
 
@@ -272,29 +272,31 @@ _BETWEEN = {CAPTION: _between_captions, SEMANTICS: between, PALETTE: Palette.mix
 def _aligned(name: str, value: Any, size: tuple[int, int], fit: str) -> Any:
     """A local representation on another canvas, or None if nothing of it is left."""
     if isinstance(value, InstanceMap):
-        labels = _fitted(value.labels[..., None].float(), size, fit, "nearest-exact", fill=0.0)[..., 0].round().int()
+        labels = _fitted(value.labels[..., None].float(), size, fit, _hard, fill=0.0)[..., 0].round().int()
         return InstanceMap(labels, value.names) if labels.any() or not value.labels.any() else None
     if isinstance(value, Region):
         # What a canvas has more than the picture is to be drawn.
-        mask = _fitted(value.mask[..., None], size, fit, "nearest-exact", fill=1.0)[..., 0]
-        return Region(_fitted(value.image, size, fit, "bilinear"), mask) if 0 < float(mask.mean()) < 1 else None
+        mask = _fitted(value.mask[..., None], size, fit, _hard, fill=1.0)[..., 0]
+        return Region(_fitted(value.image, size, fit, _smooth), mask) if 0 < float(mask.mean()) < 1 else None
     if name != SKETCH:
-        return _fitted(value[..., None], size, fit, "bilinear")[..., 0]
-    strokes = _fitted(value[..., None], size, fit, _STROKES, fill=0.0)[..., 0]
+        return _fitted(value[..., None], size, fit, _smooth)[..., 0]
+    strokes = _fitted(value[..., None], size, fit, resized_strokes, fill=0.0)[..., 0]
     return strokes if strokes.any() else None
 
 
-def _fitted(planes: torch.Tensor, size: tuple[int, int], fit: str, mode: str, fill: float | None = None):
-    """Planes (H, W, C) on a canvas (h, w); padded with `fill`, or with their border if it is None."""
+_hard = partial(F.interpolate, mode="nearest-exact")
+_smooth = partial(F.interpolate, mode="bilinear", antialias=True)
+
+
+def _fitted(planes: torch.Tensor, size: tuple[int, int], fit: str, resize: Callable, fill: float | None = None):
+    """Planes (H, W, C) on a canvas (h, w), resized by `resize`; padded with `fill`, or with their border if it is
+    None."""
     height, width = planes.shape[:2]
     scales = size[0] / height, size[1] / width
     scale = {CROP: (max(scales),) * 2, PAD: (min(scales),) * 2, STRETCH: scales}[fit]
     inner = tuple(max(1, round(length * s)) for length, s in zip((height, width), scale, strict=True))
     x = planes.movedim(-1, 0)[None].float()
-    if mode == _STROKES:
-        x = resized_strokes(x[0, 0], inner)[None, None]
-    else:
-        x = F.interpolate(x, inner, mode=mode, **({"antialias": True} if mode == "bilinear" else {}))
+    x = resize(x, inner)
     for dim, (now, wanted) in enumerate(zip(inner, size, strict=True), 2):
         if now > wanted:
             x = x.narrow(dim, (now - wanted) // 2, wanted)

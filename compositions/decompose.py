@@ -67,7 +67,7 @@ def decompose(
             raise ValueError(
                 f"{name}: expected the shape of the picture ({size[1]}x{size[0]}), got {map_.shape[1]}x{map_.shape[0]}"
             )
-    strokes = None if sketch is None else resized_strokes(as_sketch(sketch, polarity), size)
+    strokes = None if sketch is None else resized_strokes(as_sketch(sketch, polarity)[None, None], size)[0, 0]
     near = None if depth is None else normalized_depth(fit_plane(depth, size), depth_is_distance)
     parts = {
         CAPTION: Caption(((caption.strip(), 1.0),)) if caption.strip() else None,

@@ -94,7 +94,7 @@ def _without(text: str, class_word: str, kept: str) -> str:
         return re.sub("\0", lambda _: next(held), _without(marked, class_word, ""))
     # No adjective: what joins things, the article of the next thing, and the concept's own word.
     own = f"|{whole_word(kept)}" if kept else ""
-    adjective = rf"(?!(?:and|with|or|{_DETERMINERS})\b{own})[\w-]+"
+    adjective = rf"(?!(?:and|with|or|{_DETERMINERS})(?![\w-]){own})[\w-]+"
     phrase = rf"(?:(?<!\w){_DETERMINERS}\s+(?:{adjective}\s+){{0,4}}?)?{whole_word(class_word)}"
     after, before = r"\s*,?\s*(?<!\w)(?:and|with)\s+|\s*,\s*", r"\s*,?\s+(?:and|with)(?!\w)\s*|\s*,\s*"
     joined = f"(?:{after}){phrase}|{phrase}(?:{before})|{phrase}"

@@ -88,10 +88,10 @@ def half(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: its values are not finite in it.
     """
-    half = tensor.detach().to("cpu", torch.half)
-    if not torch.isfinite(half).all():
+    found = tensor.detach().to("cpu", torch.half)
+    if not torch.isfinite(found).all():
         raise ValueError("expected numbers that are finite in half precision, got NaN or infinity")
-    return half.contiguous()
+    return found.contiguous()
 
 
 def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,8 @@ class PromptNetEncode(Node):
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the model."),
                 subject_inputs(
-                    "The subjects, in the order of their words in the prompt. Their whole pictures are seen."
+                    "The subjects, in the order of their words in the prompt. Their whole pictures are seen, "
+                    "without masks."
                 ),
                 io.String.Input(
                     "prompt",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 _TRIES = 100
+"""How often a variant is drawn anew at most."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def make_variants(
     both = F.interpolate(both.movedim(-1, 0)[None], (side, side), mode="bicubic", antialias=True).clamp(0, 1)
     if not (both[:, 3] > 0.5).any():
         raise ValueError("mask: expected white on the subject in the middle square of the picture, got none there")
-    moves = torch.stack([_move(motion, seed, number, both[0, 3] > 0.5) for number in range(count)]).to(both)
+    center = 2 * ((both[0, 3] > 0.5).nonzero().float().mean(0).flip(0).cpu() + 0.5) / side - 1
+    moves = torch.stack([_move(motion, seed, number, center) for number in range(count)]).to(both)
     grid = F.affine_grid(moves, [count, 4, side, side], align_corners=False)
     # Colors are weighted by the mask, so that what is outside of it does not bleed in at the edges.
     seen = torch.cat([both[:, :3] * both[:, 3:], both[:, 3:]], 1).expand(count, -1, -1, -1)
@@ -90,12 +92,10 @@ def make_variants(
     return Variants(images, (~shown).float(), shown.float())
 
 
-def _move(motion: Motion, seed: int, number: int, subject: torch.Tensor) -> torch.Tensor:
+def _move(motion: Motion, seed: int, number: int, center: torch.Tensor) -> torch.Tensor:
     """The affine map (2, 3) from places of a variant to places of the picture, both from -1 to 1. It is drawn anew
-    while it moves the center of the subject (H, W) out of the variant."""
+    while it moves the center (x, y) of the subject out of the variant."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    rows, columns = subject.nonzero().float().mean(0).add(0.5).tolist()
-    center = torch.tensor([2 * columns / subject.shape[1] - 1, 2 * rows / subject.shape[0] - 1])
     for _ in range(_TRIES):
         move = _random_move(motion, generator)
         if (torch.linalg.solve(move[:, :2], center - move[:, 2]).abs() < 1).all():

@@ -41,8 +41,8 @@ SERVED = (
     "test_refusals",
     "test_advice",
 )
-"""Files whose tests run on the real server, in this order: true models make it forget what it ran, and the last ones
-are short, for the other process waits for them if it is done."""
+"""Files whose tests run on the real server, in this order: true models empty its cache, so they come late; short files
+come last, so that the other process waits little."""
 LONG = (
     "test_fusion",
     "test_training_fastcomposer",

@@ -56,6 +56,7 @@ def test_the_others_can_be_left_out(base, own, others, expected):
         ("a cat on a dog", DOG, CAT, "on a <new2> dog"),
         ("the cat looks at the dog", CAT, DOG, "the <new1> cat looks at"),
         ("a cat wearing a hat", CAT, Name("hat", "<h>"), "a <new1> cat wearing"),
+        ("a cat and a one-eyed dog", CAT, DOG, "a <new1> cat"),
         ("a sunny garden behind a dog and a cat", CAT, DOG, "a sunny garden behind a <new1> cat"),
         ("a beach where a dog plays with a cat", CAT, DOG, "a beach where plays with a <new1> cat"),
         ("a cat and a dog on the beach", CAT, Name("beach", "<b>"), "a <new1> cat and a dog on"),

@@ -39,13 +39,14 @@ def checkpoint(server, host, request):
 
 
 def forget(server):
-    """Models of true size must not stay in memory. Returns when the server has forgotten them, as it says by a line: if
-    it did so after the next workflow, that would load its models twice."""
+    """Frees the models of true size, and waits until the server has done so: freed later, the models of the next
+    workflow would be loaded twice."""
     forgotten = server.log_text().count(FORGOTTEN)
     server.request("/free", json.dumps({"unload_models": True, "free_memory": True}).encode())
     deadline = time.monotonic() + 30
     while server.log_text().count(FORGOTTEN) == forgotten and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert server.log_text().count(FORGOTTEN) > forgotten
 
 
 @pytest.mark.parametrize("checkpoint", list(NAMES), indirect=True)

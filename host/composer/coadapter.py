@@ -47,7 +47,8 @@ class Condition:
             )
         if self.kind == _SKETCH:
             # Sketch adapters were trained without gray.
-            object.__setattr__(self, "image", (self.image > self.image.max() / 2).float())
+            gray = self.image.mean(-1, keepdim=True)
+            object.__setattr__(self, "image", (gray > gray.max() / 2).float().expand_as(self.image))
 
 
 def load(path: str) -> CoAdapterFuser:

@@ -119,7 +119,8 @@ def _tokenized(clip, texts: list[str]) -> tuple[Any, list[list], int]:
 def _check(prior: LoadedPrior, encoder) -> None:
     width = prior.module.config.width
     projection = getattr(getattr(encoder.transformer, "text_projection", None), "weight", None)
-    # ComfyUI makes one where the file has none, as that of Stable Diffusion 1.5, whose values mean nothing.
+    # Where the file has none, as that of Stable Diffusion 1.5, ComfyUI's has the values that were in memory, of which
+    # zeros and what is not finite can be told.
     if projection is None or not projection.any() or not torch.isfinite(projection).all():
         raise ValueError(
             "clip: expected a CLIP text encoder with its projection to image embeddings, got one without; load it from "

@@ -21,7 +21,7 @@ from .sites import Handler, Site
 
 _INPUT_PATCHES, _OUTPUT_PATCH = ("input_block_patch", "input_block_patch_after_skip"), "output_block_patch"
 _DOWNSCALE = "nodes_model_downscale"
-"""The end of that module's name: ComfyUI loads it by its file."""
+"""End of the name of the module that has PatchModelAddDownscale; ComfyUI puts the file's path before it."""
 KERNEL_OVERRIDE = "optimized_attention_override"
 _OPTIONS = ("sample_sigmas", KERNEL_OVERRIDE)
 

@@ -34,7 +34,7 @@ TAG = "conceptloom_promptnet"
 EVERY_EVALUATION, EVERY_STEP, ONCE = "every evaluation", "every step", "once"
 UPDATES = (EVERY_EVALUATION, EVERY_STEP, ONCE)
 
-_END_OF_EMPHASIS = re.compile(r"(:[\d.]+)?[\s)]*\Z")
+_END_OF_EMPHASIS = re.compile(r"\s*(:\s*[\d.]+)?[\s)]*\Z")
 _UNPREPARED = (
     "PromptNet Encode: model: expected one from Load PromptNet in the sampler, which makes the subject's word, got "
     "another (connect yours to Load PromptNet's input)."
@@ -176,7 +176,7 @@ def _with_stand_ins(prompt: str, ends: Sequence[int], nouns: Sequence[str], word
         before = before.removesuffix(emphasis)
         own = re.search(rf"{whole_word(nouns[i])}\Z|[\w'-]+\Z", before, re.IGNORECASE)
         if own is None:
-            raise ValueError(f"prompt: expected {MARKER} right after a word, got it after {before[-12:]!r}")
+            raise ValueError(f"prompt: expected the marker right after a word, got it after {before[-12:]!r}")
         text += before[: own.start()] + word
         found[i], done = len(text), ends[i]
         text += emphasis.rstrip()
@@ -262,8 +262,8 @@ class WordRun:
         room = self.text.room
         if room < 0:
             raise ValueError(
-                f"PromptNet Encode: prompt: expected the subjects' words at least {-room} tokens nearer to the "
-                f"beginning, for {regions} vectors in the place of each at this size of the latent"
+                f"PromptNet Encode: prompt: expected the subjects' words earlier (each becomes {regions} vectors at "
+                f"this size), got one too late by {-room}; shorten the text before it"
             )
         self._kept: tuple[tuple, dict[int, torch.Tensor]] | None = None
 

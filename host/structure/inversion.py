@@ -28,9 +28,10 @@ from ..model.patching import POSITIVE
 
 NAME = "DDIM Inversion"
 MAX_ERROR = 0.15
-_LIMITS = ("area", "mask", "gligen")
-"""Options of a conditioning that keep it from acting everywhere alike."""
 """Relative error of the reconstruction above which it no longer shows the same picture."""
+
+_LIMITS = {"area": "an area", "mask": "a mask", "gligen": "GLIGEN's boxes"}
+"""Options of a conditioning that keep it from acting everywhere alike, in words."""
 
 Callback = Callable[[int, torch.Tensor, torch.Tensor, int], None]
 """ComfyUI's callback: (step index, denoised latents, latents, number of steps)."""
@@ -230,7 +231,7 @@ def _check_conditioning(conditioning: list, pictures: int) -> None:
             + (f"{len(conditioning)} that are combined or follow each other" if conditioning else "an empty one")
         )
     context, extras = conditioning[0]
-    limits = [name for name in _LIMITS if extras.get(name) is not None]
+    limits = [said for name, said in _LIMITS.items() if extras.get(name) is not None]
     if extras.get("start_percent", 0.0) > 0 or extras.get("end_percent", 1.0) < 1:
         limits.append("a part of the schedule")
     if limits:

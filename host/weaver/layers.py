@@ -97,8 +97,13 @@ def _differences(concept: Concept, weights: Weights, seen: set[str]) -> Iterable
     for layer, found in layers.items():
         bias = found.get("bias")
         weight = found.get("weight", ())
-        # A difference in full is as large as the layer, and there may be one for each layer of the model.
-        yield layer, (tuple(half(f) for f in weight) if len(weight) == 1 else weight, bias and bias[0])
+        if len(weight) == 1:
+            # As large as the layer, and there may be one for each layer of the model.
+            try:
+                weight = (half(weight[0]),)
+            except ValueError as error:
+                raise ValueError(f"concepts: {error}, in {concept.name} for {layer}") from error
+        yield layer, (weight, bias and bias[0])
 
 
 @dataclass(frozen=True)

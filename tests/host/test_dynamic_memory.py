@@ -26,11 +26,11 @@ def test_files_are_loaded_as_without_it(monkeypatch, kind):
     torch.manual_seed(0)
     config = NETS[kind]
     state = kind(config).state_dict()
-    architecture = {ComposerAdapter: config, CaptionPrior: config.heads if kind is CaptionPrior else None}.get(kind)
+    architecture = config if kind is ComposerAdapter else config.heads
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
-    net = kind.from_state(state, architecture or config.heads, comfy.ops.manual_cast)
+    net = kind.from_state(state, architecture, comfy.ops.manual_cast)
     found = net.state_dict()
     assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
     missing = dict(list(state.items())[:-1])
     with pytest.raises(ValueError, match="got nothing for"):
-        kind.from_state(missing, architecture or config.heads, comfy.ops.manual_cast)
+        kind.from_state(missing, architecture, comfy.ops.manual_cast)

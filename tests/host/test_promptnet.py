@@ -172,6 +172,7 @@ class TestSplice:
             ("a football @subject on a navy background", "ball", "a house on a navy background"),
             ("a woman @subject on a navy background", "man", "a house on a navy background"),
             ("a (star:1.3) @subject on a navy background", "star", "a (house:1.3) on a navy background"),
+            ("a (star: 1.3) @subject on a navy background", "star", "a (house: 1.3) on a navy background"),
             ("a ((red star)) @subject on a navy background", "star", "a ((red house)) on a navy background"),
         ],
     )
@@ -368,9 +369,7 @@ class TestRefusals:
         from conceptloom.host.profusion.promptnet import prepared
 
         _, shown = encode(shapeland, promptnet, "red " * 72 + "star")
-        with pytest.raises(
-            ValueError, match="PromptNet Encode: prompt: expected the subjects' words at least 1 tokens"
-        ):
+        with pytest.raises(ValueError, match=r"prompt: expected the subjects' words earlier \(each becomes 4 vectors"):
             TestSampling.draw(shapeland, shown, prepared(shapeland[0]), side=2 * SIDE)
 
     def test_latents_of_other_channels(self, shapeland):

@@ -242,7 +242,7 @@ def _blocks(unet: UNetModel) -> Iterable[tuple[str, int, int | None, torch.nn.Mo
 
 
 def _of_size(value: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """A feature map (n, C, h', w') at the size of another one: odd sizes are rounded where an area is cut out."""
+    """A feature map (n, C, h', w') at the size of another one, which other nodes may have shrunk."""
     if value.shape[-2:] != h.shape[-2:]:
         value = torch.nn.functional.interpolate(value.float(), h.shape[-2:], mode="nearest-exact")
     return value.to(h)
