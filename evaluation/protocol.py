@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..encoders.files import check_folder, read_state
 from .metrics import greedy_minimum
@@ -63,6 +63,11 @@ def read_runs(file: Path) -> list[Drawn]:
     return runs
 
 
+def _upright(file: Path) -> Image.Image:
+    """A picture as ComfyUI loads it: turned as its camera was."""
+    return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+
+
 def score(
     runs: Sequence[Drawn],
     faces: Callable[[Image.Image], torch.Tensor] | None,
@@ -82,13 +87,13 @@ def score(
     values: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         group = "single" if len(run.references) == 1 else "multi"
-        picture = Image.open(run.picture).convert("RGB")
+        picture = _upright(run.picture)
         values.setdefault(("prompt", group), []).append(prompts(picture, run.prompt))
         if faces is None:
             continue
         for path in run.references:
             if path not in known:
-                found = faces(Image.open(path).convert("RGB"))
+                found = faces(_upright(path))
                 if not len(found):
                     raise ValueError(f"references: expected a picture that shows a face, got {path.name}")
                 known[path] = found[0]

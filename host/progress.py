@@ -7,8 +7,10 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import comfy.utils
+import comfy.weight_adapter
 import torch
 
 from ..encoders.files import checked_folder
@@ -47,9 +49,9 @@ class Progress:
         return said if done == self.steps else f"{said}, continued at step {self.steps - done}"
 
 
-def training_folder(folder: Path | None, kind: list, pictures: Pictures) -> Path | None:
-    """The place in `folder` for the checkpoint of a training with the inputs `kind` and these pictures, and of no other
-    one; None if there is no folder.
+def training_folder(folder: Path | None, kind: list, pictures: Pictures, model, clip) -> Path | None:
+    """The place in `folder` for the checkpoint of a training with the inputs `kind`, these pictures, and the patches of
+    the MODEL and the CLIP, such as LoRAs, and of no other one; None if there is no folder.
 
     Raises:
         ValueError: the folder cannot be written.
@@ -57,10 +59,24 @@ def training_folder(folder: Path | None, kind: list, pictures: Pictures) -> Path
     if folder is None:
         return None
     checked_folder(folder)
+    kind = [*kind, _summary(model.patches), _summary(clip.patcher.patches), clip.layer_idx]
     digest = hashlib.sha256(json.dumps(kind).encode())
     for tensor in (*pictures.images, *(mask for mask in pictures.masks if mask is not None)):
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return folder / f"training-{digest.hexdigest()[:16]}"
+
+
+def _summary(patches: Any) -> Any:
+    """Patches of ComfyUI as plain values: of a tensor its sum."""
+    if torch.is_tensor(patches):
+        return float(patches.float().sum())
+    if isinstance(patches, dict):
+        return sorted([str(key), _summary(value)] for key, value in patches.items())
+    if isinstance(patches, (list, tuple)):
+        return [_summary(value) for value in patches]
+    if isinstance(patches, comfy.weight_adapter.WeightAdapterBase):
+        return [patches.name, _summary(patches.weights)]
+    return patches if isinstance(patches, (str, int, float, type(None))) else str(type(patches))
 
 
 def _as_preview(picture: torch.Tensor) -> tuple:

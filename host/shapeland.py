@@ -197,5 +197,6 @@ def read_pictures(images: torch.Tensor) -> list[list[Reading]]:
 
 def read_with(judge: comfy.model_patcher.ModelPatcher, images: torch.Tensor) -> list[list[Reading]]:
     """A loaded judge's readings of `images` (n, H, W, 3) in [0, 1]: one list per image."""
-    comfy.model_management.load_model_gpu(judge)
+    # As a whole: its layers are not ComfyUI's, which could be loaded one by one.
+    comfy.model_management.load_models_gpu([judge], force_full_load=True)
     return judge.model.read(images[..., :3].movedim(-1, 1).to(judge.load_device).float())

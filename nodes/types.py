@@ -153,7 +153,7 @@ def training_pictures(images: torch.Tensor, masks: torch.Tensor | None, captions
         ValueError: masks or captions do not fit.
     """
     return Pictures(
-        list(images[..., :3]),
+        list(images.expand(*images.shape[:-1], 3) if images.shape[-1] == 1 else images[..., :3]),
         [None] * len(images) if masks is None else list(masks),
         [line.strip() for line in captions.splitlines() if line.strip()],
     )

@@ -231,7 +231,7 @@ class TestSketch:
         assert torch.equal(sketch.resized_strokes(drawn, (64, 64)), drawn)
         for size in ((128, 128), (64, 24), (63, 60)):
             made = sketch.resized_strokes(drawn, size)[0, 0]
-            # Of each stroke something stays in every row or column that it crosses, at about half of full white or more.
+            # Of each stroke something stays wherever it was, at about half of full white or more.
             assert (made.amax(0) > 0.49).all() and (made.amax(1) > 0.49).all()
         near = sketch.resized_strokes(drawn, (63, 63))[0, 0] > 0.5
         assert int(near[:, 0].sum()) == 1, "a side that shrinks a little makes no stroke wider"

@@ -984,12 +984,21 @@ def test_pictures_are_collected_upright_and_once(tmp_path):
     before = files_of(folder)
     images.collect_images(folder.root, source)
     assert files_of(folder) == before
+    # One that an interrupted call had not listed yet is written again.
+    folder.path("00000003", ".jpg").write_bytes(b"half")
     Image.fromarray(pixels).save(source / "0.png")
     images.collect_images(folder.root, source)
+    assert folder.size("00000003") == (30, 20)
     assert "00000003\t" in (folder.root / images.SOURCES).read_text().splitlines()[3]
     assert {n: c for n, c in files_of(folder).items() if n in before and n != images.SOURCES} == {
         n: c for n, c in before.items() if n != images.SOURCES
     }
+    # And one that is another stage's stays.
+    folder.path("00000004", ".jpg").write_bytes(b"another's")
+    folder.path("00000004", ".caption.txt").write_text("a star")
+    Image.fromarray(pixels).save(source / "1.png")
+    images.collect_images(folder.root, source)
+    assert folder.path("00000004", ".jpg").read_bytes() == b"another's" and folder.size("00000005") == (30, 20)
 
 
 def test_folders_that_do_not_fit_are_named(tmp_path, folder):

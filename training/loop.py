@@ -333,10 +333,14 @@ class Run:
 
 
 def bfloat16_where_fast(device: str | torch.device, enabled: bool = True) -> torch.autocast:
-    """Autocast to bfloat16, except on a CPU without instructions for it: there a matrix product takes over a hundred
-    times as long as in fp32."""
+    """Autocast to bfloat16, except where it is emulated: on a CPU without instructions for it a matrix product takes
+    over a hundred times as long as in fp32, and NVIDIA cards before Ampere have none either."""
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=enabled and (kind != "cpu" or _cpu_has_bfloat16()))
+    if kind == "cpu":
+        enabled = enabled and _cpu_has_bfloat16()
+    elif kind == "cuda":
+        enabled = enabled and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -25,7 +25,7 @@ from ..model.families import family_of, network_of
 from ..model.files import load_state
 from ..model.patching import unload_compiled
 from ..model.sites import CROSS
-from ..weaver.weights import DIFFUSION_MODEL, adapters_by_weight, host_patch, named_layers, unpatched
+from ..weaver.weights import DIFFUSION_MODEL, adapters_by_weight, host_patch, key_patches, named_layers, unpatched
 from . import delay
 
 AS_LORA, AS_FILE, WITHOUT = "LoRA", "file", "none"
@@ -124,7 +124,7 @@ def _with_lora(model, state: dict[str, torch.Tensor]):
     groups, rest = grouped(state)
     if rest:
         raise ValueError(f"file: expected tensors that can all be used, got {next(iter(rest))!r}")
-    layers, own = named_layers(model), model.get_key_patches(DIFFUSION_MODEL)
+    layers, own = named_layers(model), key_patches(model, DIFFUSION_MODEL)
     changes: dict[str, Adapter] = {}
     for layer, group in groups.items():
         changes |= adapters_by_weight(Adapter(group), layers.get(layer.name, layer.name))
@@ -248,7 +248,7 @@ def _difference(state: dict[str, torch.Tensor], model, rank: int) -> dict[str, t
     names = family_of(network_of(model.model, CROSS)).diffusers_names(model.model)
     unload_compiled(model)
     # Not the weights as they are now: those of another clone with LoRAs may be loaded.
-    own = model.get_key_patches(DIFFUSION_MODEL)
+    own = key_patches(model, DIFFUSION_MODEL)
     lora = {}
     progress = comfy.utils.ProgressBar(len(state))
     for key, tensor in state.items():

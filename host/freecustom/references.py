@@ -85,7 +85,7 @@ class ReferencePasses:
         batches = []
         for members in alike.values():
             room = len(members)
-            free = comfy.model_management.get_free_memory(self.device)
+            free = model.current_patcher.get_free_memory(self.device)
             while room > len(evaluation.x) and model.memory_required([room, *members[0][1].shape[1:]]) * 1.5 > free:
                 room -= 1
             for start in range(0, len(members), room):

@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.clip_model
 import comfy.model_management
+import torch
 
 from .families import network_of
 from .sites import CROSS
@@ -21,6 +22,7 @@ from .sites import CROSS
 @contextmanager
 def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
     """Copies of a MODEL and a CLIP that autograd can use, a model patcher and a CLIP, for the duration of the context.
+    Models in fp16 compute in bf16 or, where that is slow, in full precision.
 
     Raises:
         ValueError: one of them cannot be loaded a second time, or is of an unknown family, or another node has replaced
@@ -40,6 +42,10 @@ def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
         )
     # The fresh patchers are kept too: without a model's first patcher, ComfyUI reports a memory leak at every load.
     (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
+    if patcher.model.get_dtype_inference() == torch.float16:
+        # Gradients of a mean over all latents are less than the least number of fp16. ComfyUI's own training does this.
+        fast = comfy.model_management.should_use_bf16(patcher.load_device)
+        patcher.set_model_compute_dtype(torch.bfloat16 if fast else torch.float32)
     text = clip.clone()
     text.patcher = text_patcher
     text.cond_stage_model = text.patcher.model

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import comfy.model_management
 import comfy.model_sampling
-import comfy.ops
 import comfy.sampler_helpers
 import comfy.sd
 import torch
@@ -91,9 +90,10 @@ def fine_tune(
     _check_side(side, vae, promptnet.module.config)
     network_of(model.model, CROSS)
     state = promptnet.module.state_dict()
-    sign = [float(weight.float().sum()) for weight in state.values()]
+    # On the CPU, for sums differ from device to device.
+    sign = [float(weight.cpu().float().sum()) for weight in state.values()]
     kind = [sign, Weights.of(model).fingerprint(), asdict(recipe), side, list(pictures.captions)]
-    folder = training_folder(checkpoints, kind, pictures)
+    folder = training_folder(checkpoints, kind, pictures, model, clip)
     views = [augment(image, mask, side, NONE, torch.Generator()) for image, mask in pictures.pairs]
     seen = [words.look(promptnet, clip_vision, view.image) for view in views]
     progress = Progress(recipe.steps, preview_every)
@@ -229,8 +229,7 @@ class _Trainer:
         net = self.tuned.promptnet
         with torch.no_grad():
             state = {name: weight.detach().cpu() for name, weight in net.state_dict().items()}
-            copy = PromptNet.from_state(state, net.config.heads, comfy.ops.manual_cast)
-            return words.wrap(copy), lora_state(self.tuned.differences, PREFIX)
+            return words.made_of(state, net.config.heads), lora_state(self.tuned.differences, PREFIX)
 
 
 def with_stand_in(caption: str, tokenizer) -> tuple[str, int]:

@@ -94,10 +94,14 @@ def load(path: str) -> LoadedPromptNet:
         ValueError: the file is no PromptNet, or not whole.
     """
     value, metadata = read(path)
+    return made_of(state_of(value, Path(path), "file"), heads_of(metadata))
+
+
+def made_of(state: Mapping[str, torch.Tensor], heads: Sequence[int] | None) -> LoadedPromptNet:
+    """A PromptNet with weights, in the precision that ComfyUI's device computes in; see `PromptNet.from_state`."""
     half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
-    settings = {"dtype": torch.float16 if half else torch.float32}
-    state = state_of(value, Path(path), "file")
-    return wrap(PromptNet.from_state(state, heads_of(metadata), comfy.ops.manual_cast, **settings))
+    dtype = torch.float16 if half else torch.float32
+    return wrap(PromptNet.from_state(state, heads, comfy.ops.manual_cast, dtype=dtype))
 
 
 def wrap(net: PromptNet) -> LoadedPromptNet:

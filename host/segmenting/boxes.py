@@ -42,7 +42,7 @@ class GroundingDino:
 
     def detect(self, image: torch.Tensor, nouns: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Boxes (n, 4) and scores (n,) for each noun. Each noun is a separate prompt, so that its boxes are known."""
-        comfy.model_management.load_model_gpu(self.patcher)
+        _load(self.patcher)
         found = {}
         for noun in dict.fromkeys(nouns):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -74,7 +74,7 @@ class TransformersSam:
 
     def cut(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Masks (n, H, W), boolean, of n boxes (n, 4)."""
-        comfy.model_management.load_model_gpu(self.patcher)
+        _load(self.patcher)
         inputs = self.processor(images=_bytes(image), input_boxes=[boxes.tolist()], return_tensors="pt")
         sizes = [inputs.pop(key) for key in ("original_sizes", "reshaped_input_sizes") if key in inputs]
         with torch.no_grad():
@@ -113,7 +113,7 @@ class SegmentAnything:
 
     def cut(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Masks (n, H, W), boolean, of n boxes (n, 4)."""
-        comfy.model_management.load_model_gpu(self.patcher)
+        _load(self.patcher)
         self.predictor.set_image(_bytes(image))
         scaled = self.predictor.transform.apply_boxes_torch(boxes, tuple(image.shape[:2]))
         masks, _, _ = self.predictor.predict_torch(None, None, scaled.to(self.patcher.load_device), None, False)
@@ -135,10 +135,15 @@ def _from_folder(auto_class, weights: Path, wanted: str):
     check_folder(folder, name)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        model = auto_class.from_pretrained(folder, local_files_only=True)
+        model = auto_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ValueError(f"{name}: expected {what}, as transformers saves it, got what is in {folder.name}") from error
     return processor, model
+
+
+def _load(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Loads a model as a whole: its layers are not ComfyUI's, which could be loaded one by one."""
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
 
 
 def _patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:

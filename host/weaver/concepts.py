@@ -27,7 +27,7 @@ from ...encoders.files import checked_folder, checked_name, read
 from ..advice import advise
 from ..model.families import family_of, family_of_concept, network_of
 from ..model.sites import Site
-from .weights import adapters_by_weight, check_fit, host_patch, is_whole, read_weights
+from .weights import adapters_by_weight, check_fit, host_patch, is_whole, key_patches, read_weights
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 AS_CONCEPT, AS_LORA = "concept", "LoRA"
@@ -177,7 +177,7 @@ def with_text(concept: Concept, clip):
     """
     if not concept.text_patches or not concept.strength:
         return clip
-    own = clip.get_key_patches()
+    own = key_patches(clip.patcher)
     changes: dict[str, Any] = {}
     for encoder, state in concept.text_patches.items():
         if encoder == "lora":

@@ -201,7 +201,7 @@ class _Trainer:
 
         def attend(site, call: AttentionCall) -> torch.Tensor:
             key, value = (
-                own + self.weights.addition(site.key, part, context)
+                (own + self.weights.addition(site.key, part, context)).to(own.dtype)
                 for part, own in zip(BOTH, (call.k, call.v), strict=True)
             )
             return call.attend(call.q, key, value)

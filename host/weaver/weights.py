@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 
@@ -69,7 +70,7 @@ class Weights:
         keys = [site.key for site in family.sites(network) if site.kind == CROSS]
         layers = {DIFFUSION_MODEL + family.layer(key, part): (key, part) for key in keys for part in PARTS}
         unload_compiled(model)
-        patches = model.get_key_patches(DIFFUSION_MODEL)
+        patches = key_patches(model, DIFFUSION_MODEL)
         if not layers or any(f"{layer}.weight" not in patches for layer in layers):
             raise ValueError(
                 "model: expected one with cross-attention in every block that attends, such as SD 1.5, got another"
@@ -100,6 +101,32 @@ class Weights:
     def fingerprint(self) -> str:
         """See `encoders.concepts.keys_fingerprint`."""
         return keys_fingerprint(self[f"{next(iter(self.layers))}.weight"])
+
+
+def key_patches(patcher, prefix: str = "") -> dict[str, list]:
+    """ComfyUI's key patches of a model patcher: of each parameter whose name begins with `prefix` its value before all
+    patches with the function that converts it, and the patches.
+
+    ComfyUI's own function fails on quantized layers, which list the scales of a weight that are a part of it.
+    """
+    with patcher.use_ejected():
+        names = [name for name in patcher.model.state_dict() if name.startswith(prefix)]
+    found = {}
+    for name in names:
+        try:
+            weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, name)
+        except AttributeError:
+            continue
+        if name in patcher.backup:
+            weight = patcher.backup[name].weight
+        if name in patcher.hook_backup:
+            weight = patcher.hook_backup[name][0]
+        found[name] = [(weight, convert or _as_it_is), *patcher.patches.get(name, ())]
+    return found
+
+
+def _as_it_is(weight: torch.Tensor, **_) -> torch.Tensor:
+    return weight
 
 
 def unpatched(patches: Mapping[str, list], key: str) -> torch.Tensor:

@@ -98,6 +98,40 @@ class TestConcept:
             theirs = trainer.weights.get_parameter(key).grad
             assert float((p.grad - theirs).norm() / theirs.norm()) < 1e-3, key
 
+    def test_models_in_fp16_train_in_another_precision(self, parts, monkeypatch):
+        """In fp16 the gradients of a mean over all latents would be 0."""
+        import comfy.model_management
+        from conceptloom.host.model import copies
+
+        model, clip, _ = parts
+        copy = copies._copy
+
+        def half(patcher):
+            made = copy(patcher)
+            if patcher is model:
+                made[0].model.manual_cast_dtype = torch.float16
+            return made
+
+        monkeypatch.setattr(copies, "_copy", half)
+        with torch.inference_mode(False), copies.trainable_copies(model, clip) as (patcher, _):
+            comfy.model_management.load_models_gpu([patcher])
+            assert patcher.model.get_dtype_inference() in (torch.bfloat16, torch.float32)
+
+    def test_a_checkpoint_belongs_to_the_patches_too(self, parts, tmp_path):
+        from conceptloom.host.progress import training_folder
+        from conceptloom.training.concepts.pictures import Pictures
+
+        model, clip, _ = parts
+        pictures, key = Pictures([torch.zeros(8, 8, 3)], [None], ["a {}"]), "diffusion_model.input_blocks.0.0.weight"
+        models = [model, model.clone(), model.clone(), model.clone()]
+        for one, strength in zip(models[2:], (0.5, 0.25), strict=True):
+            one.add_patches({key: (torch.ones_like(model.model.state_dict()[key]),)}, strength)
+        names = [training_folder(tmp_path, ["a star"], pictures, one, clip) for one in models]
+        assert names[0] == names[1] and len(set(names)) == 3
+        skipping = clip.clone()
+        skipping.clip_layer(-2)
+        assert training_folder(tmp_path, ["a star"], pictures, model, skipping) not in names
+
     def test_what_is_trained_is_what_fusion_draws(self, parts):
         """The trainer's denoised latents are those of Multi-Concept Fusion with the concept over the whole picture."""
         import comfy.model_management
@@ -233,6 +267,10 @@ class TestRefusals:
         image = torch.rand(64, 64, 3)
         with pytest.raises(ValueError, match="images: expected at least one picture"):
             Pictures([], [], ["a {}"])
+        beside = torch.zeros(64, 128)
+        beside[:, :20] = 1
+        with pytest.raises(ValueError, match="masks: mask 1: expected white in the middle square of its picture"):
+            Pictures([torch.rand(64, 128, 3)], [beside], ["a {}"])
         with pytest.raises(ValueError, match="captions: expected one line, or one for each of 3 pictures, got 2"):
             Pictures([image] * 3, [None] * 3, ["a {}"] * 2)
         for mask, sentence in (

@@ -292,6 +292,20 @@ def test_numbered_files_of_cloneofsimo_are_read(ending, toy, truth, tmp_path):
     assert concept.placeholder == ("<s1>" if ending == "safetensors" else "")
 
 
+def test_scales_of_quantized_layers_are_no_weights_of_their_own(toy, monkeypatch):
+    """ComfyUI lists them among a model's weights, but they are within these."""
+    from conceptloom.host.weaver.weights import DIFFUSION_MODEL, Weights, key_patches
+
+    listed = toy.base.state_dict
+    scale = "diffusion_model.input_blocks.1.1.proj_in.weight_scale"
+    monkeypatch.setattr(toy.base, "state_dict", lambda: {**listed(), scale: torch.ones(1)})
+    with pytest.raises(AttributeError):
+        toy.model.get_key_patches()
+    found = key_patches(toy.model, DIFFUSION_MODEL)
+    assert scale not in found and found.keys() == {name for name in listed() if name.startswith(DIFFUSION_MODEL)}
+    assert Weights.of(toy.model).text_width == 64
+
+
 def text_names():
     layer = "text_model.encoder.layers.0.self_attn.q_proj"
     return {

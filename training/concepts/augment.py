@@ -66,18 +66,21 @@ def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str
     return View(canvas, counted, words)
 
 
+def middle_square(picture: torch.Tensor) -> torch.Tensor:
+    """The middle (S, S, ...) of a picture or mask (H, W, ...), where S is its shorter side."""
+    edge = min(picture.shape[:2])
+    top, left = (picture.shape[0] - edge) // 2, (picture.shape[1] - edge) // 2
+    return picture[top : top + edge, left : left + edge]
+
+
 def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
     """The center square of a picture (H, W, 3), resized to (side, side, 3)."""
-    edge = min(image.shape[:2])
-    top, left = (image.shape[0] - edge) // 2, (image.shape[1] - edge) // 2
-    square = image[top : top + edge, left : left + edge].movedim(-1, 0)[None].float()
+    square = middle_square(image).movedim(-1, 0)[None].float()
     return F.interpolate(square, (side, side), mode="bicubic", antialias=True)[0].movedim(0, -1).clamp(0, 1)
 
 
 def _mask(mask: torch.Tensor | None, side: int) -> torch.Tensor:
     if mask is None:
         return torch.ones(side, side)
-    edge = min(mask.shape)
-    top, left = (mask.shape[0] - edge) // 2, (mask.shape[1] - edge) // 2
-    square = mask[None, None, top : top + edge, left : left + edge].float()
+    square = middle_square(mask)[None, None].float()
     return F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)

@@ -10,7 +10,7 @@ import torch
 from ...encoders.concept_texts import Name
 from ...encoders.words import check_word
 from ...subjects.masks import as_mask, check_aspect
-from .augment import NONE, View, augment
+from .augment import NONE, View, augment, middle_square
 from .learner import Recipe
 
 VIEWS = 32
@@ -46,6 +46,11 @@ class Pictures:
                 check_aspect(shown, tuple(image.shape[:2]), f"masks: mask {number}")
                 if not shown.any():
                     raise ValueError(f"masks: mask {number}: expected white on what is learnt, got an empty one")
+                if not middle_square(shown).any():
+                    raise ValueError(
+                        f"masks: mask {number}: expected white in the middle square of its picture, which is what is "
+                        "seen, got it beside that; crop the picture"
+                    )
         if len(self.captions) not in (1, len(self.images)):
             raise ValueError(
                 f"captions: expected one line, or one for each of {len(self.images)} pictures, got {len(self.captions)}"

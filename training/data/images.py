@@ -33,8 +33,9 @@ def collect_images(root: Path, source: Path) -> None:
     Path(root).mkdir(parents=True, exist_ok=True)
     folder, ledger = Folder(root), Path(root) / SOURCES
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.exists() else []
-    known = {line.split("\t", 1)[1] for line in lines}
+    known = dict(reversed(line.split("\t", 1)) for line in lines)
     new = [p for p in found if str(p) not in known]
+    first = _first_free(Path(root), set(known.values()))
     with ledger.open("a", encoding="utf-8") as file:
 
         def put(paths: list[Path]) -> None:
@@ -46,8 +47,19 @@ def collect_images(root: Path, source: Path) -> None:
                 file.flush()
                 number += 1
 
-        number = len(lines)
+        number = first
         work_through("images", ([p] for p in new), len(new), put)
+
+
+def _first_free(root: Path, listed: set[str]) -> int:
+    """The number after those of all pictures in a folder, of which others than the `listed` may be of another stage or
+    put there by hand."""
+    others = {p.stem for p in root.glob(f"*/*{IMAGE}") if p.stem.isdigit()} - listed
+    after = 1 + max((int(name) for name in listed), default=-1)
+    # Written by an interrupted call, which had not listed it yet: it is written again.
+    if others == {f"{after:08d}"} and len(list(root.glob(f"*/{after:08d}.*"))) == 1:
+        return after
+    return max(after, 1 + max((int(name) for name in others), default=-1))
 
 
 def _put(source: Path, target: Path) -> None:

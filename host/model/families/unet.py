@@ -211,7 +211,9 @@ class UNetFamily:
         except AttributeError:
             return False
         outside = not set(layer.split(".")).isdisjoint(_OUTSIDE_THE_PICTURE)
-        return isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not outside
+        # Quantized linear layers of ComfyUI are no torch.nn.Linear.
+        linear = isinstance(module, torch.nn.Linear) or hasattr(module, "in_features")
+        return (linear or isinstance(module, torch.nn.Conv2d)) and not outside
 
     def around(self, network: torch.nn.Module, layer: str) -> str | None:
         """See `sites.CrossAttentionFamily`."""
