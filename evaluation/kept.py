@@ -35,9 +35,11 @@ class Kept:
             return
         folder.mkdir(parents=True, exist_ok=True)
         own, mark = weights_sum(), folder / _OF
-        if mark.exists() and mark.read_text(encoding="utf-8") != own:
+        if not mark.exists():
+            with whole_file(mark) as part:
+                part.write_text(own, encoding="utf-8")
+        elif mark.read_text(encoding="utf-8") != own:
             raise ValueError(f"--keep: expected a new folder, or one of the same weights, got {folder}")
-        mark.write_text(own, encoding="utf-8")
 
     def drawn(self, name: str, draw: Callable[[], Pictures]) -> Pictures:
         """The pictures of this name, which `draw` makes if they are not there."""
