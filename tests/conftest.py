@@ -91,8 +91,12 @@ def host_path() -> Path:
 
 @pytest.fixture(scope="session")
 def host(host_path):
-    """The host's `nodes` module, imported into this process on the CPU; `comfy` is importable too."""
+    """The host's `nodes` module, imported into this process on the CPU; `comfy` is importable too. Attention is the one
+    that the host takes on most GPUs; the server has that of the CPU."""
     open_host(str(host_path), cpu=True)
+    from comfy.cli_args import args
+
+    args.use_pytorch_cross_attention = True
     import nodes
 
     return nodes
