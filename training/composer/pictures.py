@@ -18,6 +18,7 @@ from ...compositions.palette import palette_of_picture
 from ...compositions.region import Region, grown
 from ...compositions.sketch import WHITE_ON_BLACK, as_sketch, contours
 from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
+from ...subjects.pictures import middle_square
 from ..base import Base, Vocabulary
 from ..data.dataset import item_generator
 from ..data.pictures import ENDINGS, MAPS, find_pictures
@@ -150,10 +151,8 @@ class Composed(torch.utils.data.Dataset):
 
     def _fitted(self, planes: torch.Tensor, mode: str) -> torch.Tensor:
         """The middle square of planes (H, W, C), (R, R, C)."""
-        edge = min(planes.shape[:2])
-        top, left = (planes.shape[0] - edge) // 2, (planes.shape[1] - edge) // 2
-        square = planes[top : top + edge, left : left + edge].movedim(-1, 0)[None]
-        if edge != self.resolution:
+        square = middle_square(planes).movedim(-1, 0)[None]
+        if square.shape[-1] != self.resolution:
             smooth = {} if mode == "nearest-exact" else {"antialias": True}
             square = F.interpolate(square, (self.resolution,) * 2, mode=mode, **smooth)
         return square[0].movedim(0, -1)
