@@ -173,10 +173,19 @@ def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[s
 
 
 def read_batches(
-    data: Composed, base: Base, shares: Shares, workers: int, device: torch.device, cubic: bool = False
+    data: Composed,
+    base: Base,
+    shares: Shares,
+    workers: int,
+    device: torch.device,
+    cubic: bool = False,
+    from_noise: float = 0.0,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see `training.draws`.
-    `cubic`: timesteps are mostly high."""
+
+    `cubic`: timesteps are mostly high. `from_noise`: the share of pictures of which only the noise is seen, at the
+    timestep at which sampling begins; `alone` (n,) says of which.
+    """
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=shares,
@@ -188,5 +197,7 @@ def read_batches(
     for first, batch in zip(shares.numbers(), loader, strict=True):
         draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
         t = toward_noise(draws.t, base.times) if cubic else draws.t
-        batch |= {"noise": draws.noise, "latent": draws.latent, "t": t}
+        alone = draws.coin < from_noise
+        t = torch.where(alone, base.times - 1, t)
+        batch |= {"noise": draws.noise, "latent": draws.latent, "t": t, "alone": alone}
         yield {name: tensor.to(device) for name, tensor in batch.items()}
