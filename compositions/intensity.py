@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from ..subjects.pictures import in_color
+
 WEIGHTS = {
     "Rec. 601": (0.299, 0.587, 0.114),
     "Rec. 709": (0.2126, 0.7152, 0.0722),
@@ -29,5 +31,4 @@ def intensity(image: torch.Tensor, weights: tuple[float, float, float] = WEIGHTS
     total = sum(weights)
     if min(weights) < 0 or total <= 0:
         raise ValueError(f"weights: expected numbers from 0 on, some of them above, got {weights}")
-    colors = image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image[..., :3]
-    return colors @ image.new_tensor([weight / total for weight in weights])
+    return in_color(image) @ image.new_tensor([weight / total for weight in weights])

@@ -20,6 +20,7 @@ from comfy.clip_vision import ClipVisionModel
 from ..shapeland import models
 from ..shapeland.autoencoder import CHANNELS, FACTOR, Autoencoder
 from ..shapeland.judge import Judge, Reading
+from .model.networks import in_patcher
 
 LATENT_MEMORY = 2000  # generous estimate of the numbers per pixel in memory at once while the autoencoder runs
 
@@ -183,11 +184,7 @@ def load_judge() -> comfy.model_patcher.ModelPatcher:
     """Loads the judge in a model patcher, so that ComfyUI manages its memory; the module is `patcher.model`."""
     judge = Judge().eval().requires_grad_(False)
     judge.load_state_dict(models.load("judge"))
-    return comfy.model_patcher.CoreModelPatcher(
-        judge,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    return in_patcher(judge)
 
 
 def read_pictures(images: torch.Tensor) -> list[list[Reading]]:

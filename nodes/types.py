@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..host.advice import withdraw_earlier
+from ..subjects.pictures import in_color
 from ..subjects.subject import Subject
 from ..training.concepts.pictures import Pictures
 
@@ -153,7 +154,7 @@ def training_pictures(images: torch.Tensor, masks: torch.Tensor | None, captions
         ValueError: masks or captions do not fit.
     """
     return Pictures(
-        list(images.expand(*images.shape[:-1], 3) if images.shape[-1] == 1 else images[..., :3]),
+        list(in_color(images)),
         [None] * len(images) if masks is None else list(masks),
         [line.strip() for line in captions.splitlines() if line.strip()],
     )

@@ -1,9 +1,21 @@
-"""Pictures at other sizes."""
+"""Pictures at other sizes, and with three channels."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+
+def in_color(images: torch.Tensor) -> torch.Tensor:
+    """Pictures (..., H, W, C) with three channels: one becomes three, and what follows the third is dropped."""
+    return images.expand(*images.shape[:-1], 3) if images.shape[-1] == 1 else images[..., :3]
+
+
+def middle_square(picture: torch.Tensor) -> torch.Tensor:
+    """The middle (S, S, ...) of a picture or mask (H, W, ...), where S is its shorter side."""
+    edge = min(picture.shape[:2])
+    top, left = (picture.shape[0] - edge) // 2, (picture.shape[1] - edge) // 2
+    return picture[top : top + edge, left : left + edge]
 
 
 def fit(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

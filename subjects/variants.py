@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .pictures import middle_square
+
 _TRIES = 100
 """How often a variant is drawn anew at most."""
 
@@ -73,9 +75,7 @@ def make_variants(
     if mask.shape != image.shape[:2]:
         raise ValueError(f"mask: expected the picture's size {_size(image)}, got {_size(mask)}")
     motion = motion or Motion()
-    edge = min(mask.shape)
-    top, left = (mask.shape[0] - edge) // 2, (mask.shape[1] - edge) // 2
-    both = torch.cat([image.float(), mask.float()[..., None]], -1)[top : top + edge, left : left + edge]
+    both = middle_square(torch.cat([image.float(), mask.float()[..., None]], -1))
     both = F.interpolate(both.movedim(-1, 0)[None], (side, side), mode="bicubic", antialias=True).clamp(0, 1)
     if not (both[:, 3] > 0.5).any():
         raise ValueError("mask: expected white on the subject in the middle square of the picture, got none there")

@@ -120,12 +120,29 @@ class Base:
             added = {"text_embeds": pooled, "time_ids": sizes}
         return self.unet(noisy, t, context, added_cond_kwargs=added, encoder_attention_mask=attended).sample.float()
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents with the noise of timesteps t (n,), and the UNet's prediction target."""
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether the UNet predicts epsilon, and not v."""
+        return self.scheduler.config.prediction_type == "epsilon"
+
+    def noised(
+        self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alone: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents with the noise of timesteps t (n,), and the UNet's prediction target.
+
+        Rows of `alone` (n,), boolean, have nothing but the noise, and the v with which the denoised latents are the
+        given ones. A UNet that predicts noise has none of them.
+        """
         noisy = self.scheduler.add_noise(latents, noise, t)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return noisy, self.scheduler.get_velocity(latents, noise, t)
-        return noisy, noise
+        if self.predicts_noise:
+            return noisy, noise
+        target = self.scheduler.get_velocity(latents, noise, t)
+        if alone is None:
+            return noisy, target
+        alone = alone[:, None, None, None]
+        share = self.scheduler.alphas_cumprod.to(latents)[t][:, None, None, None]
+        unseen = (share.sqrt() * noise - latents) / (1 - share).sqrt()
+        return torch.where(alone, noise, noisy), torch.where(alone, unseen, target)
 
     def sample(
         self,

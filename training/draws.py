@@ -18,7 +18,7 @@ class Draws(NamedTuple):
         noise: (n, C, h, w), added to the latents.
         latent: (n, C, h, w), samples the latents from the autoencoder's distribution.
         t: (n,), int64, the timesteps of the noise.
-        coin: (n,), in [0, 1): below a probability, the noise loss is limited to the subjects.
+        coin: (n,), in [0, 1), decides what happens to a share of the pictures.
     """
 
     noise: torch.Tensor

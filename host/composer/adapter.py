@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
-import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -25,6 +23,7 @@ from ...subjects.masks import ASPECT_TOLERANCE, same_aspect
 from ..model import carried
 from ..model.carried import carried_by, carry
 from ..model.families import family_of, network_of
+from ..model.networks import compute_dtype, in_patcher
 from ..model.patching import RUNS, is_compiled
 from ..model.sites import CROSS
 from ..model.window import Window
@@ -72,9 +71,7 @@ def load(path: str, model) -> LoadedAdapter:
     Raises:
         ValueError: the file is no adapter, or one for another model.
     """
-    half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
-    settings = {"dtype": torch.float16 if half else torch.float32}
-    return wrap(checked(read_adapter(path, comfy.ops.manual_cast, **settings), model))
+    return wrap(checked(read_adapter(path, comfy.ops.manual_cast, dtype=compute_dtype()), model))
 
 
 def checked(net: ComposerAdapter, model) -> ComposerAdapter:
@@ -96,12 +93,7 @@ def checked(net: ComposerAdapter, model) -> ComposerAdapter:
 
 def wrap(net: ComposerAdapter) -> LoadedAdapter:
     """A network in a patcher."""
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        net,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    return LoadedAdapter(patcher)
+    return LoadedAdapter(in_patcher(net))
 
 
 def encode(adapter: LoadedAdapter, clip, composition: Composition, conditioning: list | None = None) -> list:

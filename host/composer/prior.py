@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
@@ -16,6 +15,7 @@ from ...compositions.semantics import Semantics
 from ...encoders.caption_prior import HEADS, CaptionPrior, spaced, text_mask
 from ...encoders.files import read, state_of
 from ...samplers.prior import sample_prior
+from ..model.networks import compute_dtype, in_patcher
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +37,14 @@ def load(path: str) -> LoadedPrior:
         ValueError: the file holds something else, or is not whole.
     """
     value, metadata = read(path)
-    half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
-    settings = {"dtype": torch.float16 if half else torch.float32}
     heads = int(metadata[HEADS]) if HEADS in metadata else None
-    return wrap(CaptionPrior.from_state(state_of(value, Path(path), "file"), heads, comfy.ops.manual_cast, **settings))
+    state = state_of(value, Path(path), "file")
+    return wrap(CaptionPrior.from_state(state, heads, comfy.ops.manual_cast, dtype=compute_dtype()))
 
 
 def wrap(net: CaptionPrior) -> LoadedPrior:
     """A network in a patcher."""
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        net,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    return LoadedPrior(patcher)
+    return LoadedPrior(in_patcher(net))
 
 
 @torch.no_grad()

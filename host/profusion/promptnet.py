@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.conds
-import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import torch
 
@@ -27,6 +25,7 @@ from ...subjects.pictures import cover
 from ...subjects.subject import Subject
 from ..model import carried
 from ..model.carried import carry
+from ..model.networks import compute_dtype, in_patcher
 from ..words import GAMMA, MARKER, SUBJECT_ROWS, find_subjects, locate, stand_in
 from .spliced import Slots, SplicedText, slots_of
 
@@ -99,19 +98,12 @@ def load(path: str) -> LoadedPromptNet:
 
 def made_of(state: Mapping[str, torch.Tensor], heads: Sequence[int] | None) -> LoadedPromptNet:
     """A PromptNet with weights, in the precision that ComfyUI's device computes in; see `PromptNet.from_state`."""
-    half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
-    dtype = torch.float16 if half else torch.float32
-    return wrap(PromptNet.from_state(state, heads, comfy.ops.manual_cast, dtype=dtype))
+    return wrap(PromptNet.from_state(state, heads, comfy.ops.manual_cast, dtype=compute_dtype()))
 
 
 def wrap(net: PromptNet) -> LoadedPromptNet:
     """A network in a patcher."""
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        net,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    return LoadedPromptNet(patcher)
+    return LoadedPromptNet(in_patcher(net))
 
 
 def encode(

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from ...encoders.files import check, check_folder, read_state
+from ..model.networks import in_patcher
 from .segmenters import Cutter
 
 SAM_KINDS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -149,11 +150,7 @@ def _load(patcher: comfy.model_patcher.ModelPatcher) -> None:
 def _patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
     """A patcher for the model, so that ComfyUI manages its memory. It contains a ModuleList, because ComfyUI sets the
     attribute `device` of the patched module, which is read-only in these models."""
-    return comfy.model_patcher.CoreModelPatcher(
-        torch.nn.ModuleList([model.eval().requires_grad_(False)]),
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    return in_patcher(torch.nn.ModuleList([model.eval().requires_grad_(False)]))
 
 
 def _bytes(image: torch.Tensor):

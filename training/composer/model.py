@@ -119,7 +119,7 @@ class ComposerTraining(nn.Module):
         """The loss `noise` of a batch of `pictures.read_batches`."""
         with torch.no_grad():
             latents = self.autoencoder.encode(batch["target"], batch["latent"])
-        noisy, target = self.base.noised(latents, batch["noise"], batch["t"])
+        noisy, target = self.base.noised(latents, batch["noise"], batch["t"], batch.get("alone"))
         states, sentences = self.read(batch["tokens"])
         features = self.adapter(self.conditions(batch, sentences), tuple(noisy.shape[-2:]))
         return {"noise": F.mse_loss(self.predict(noisy, batch["t"], states, features), target)}

@@ -18,6 +18,7 @@ from ...compositions.palette import palette_of_picture
 from ...compositions.region import Region, grown
 from ...compositions.sketch import WHITE_ON_BLACK, as_sketch, contours
 from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
+from ...subjects.pictures import middle_square
 from ..base import Base, Vocabulary
 from ..data.dataset import item_generator
 from ..data.pictures import ENDINGS, MAPS, find_pictures
@@ -150,10 +151,8 @@ class Composed(torch.utils.data.Dataset):
 
     def _fitted(self, planes: torch.Tensor, mode: str) -> torch.Tensor:
         """The middle square of planes (H, W, C), (R, R, C)."""
-        edge = min(planes.shape[:2])
-        top, left = (planes.shape[0] - edge) // 2, (planes.shape[1] - edge) // 2
-        square = planes[top : top + edge, left : left + edge].movedim(-1, 0)[None]
-        if edge != self.resolution:
+        square = middle_square(planes).movedim(-1, 0)[None]
+        if square.shape[-1] != self.resolution:
             smooth = {} if mode == "nearest-exact" else {"antialias": True}
             square = F.interpolate(square, (self.resolution,) * 2, mode=mode, **smooth)
         return square[0].movedim(0, -1)
@@ -174,10 +173,19 @@ def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[s
 
 
 def read_batches(
-    data: Composed, base: Base, shares: Shares, workers: int, device: torch.device, cubic: bool = False
+    data: Composed,
+    base: Base,
+    shares: Shares,
+    workers: int,
+    device: torch.device,
+    cubic: bool = False,
+    from_noise: float = 0.0,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see `training.draws`.
-    `cubic`: timesteps are mostly high."""
+
+    `cubic`: timesteps are mostly high. `from_noise`: the share of pictures of which only the noise is seen, at the
+    timestep at which sampling begins; `alone` (n,) says of which.
+    """
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=shares,
@@ -189,5 +197,7 @@ def read_batches(
     for first, batch in zip(shares.numbers(), loader, strict=True):
         draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
         t = toward_noise(draws.t, base.times) if cubic else draws.t
-        batch |= {"noise": draws.noise, "latent": draws.latent, "t": t}
+        alone = draws.coin < from_noise
+        t = torch.where(alone, base.times - 1, t)
+        batch |= {"noise": draws.noise, "latent": draws.latent, "t": t, "alone": alone}
         yield {name: tensor.to(device) for name, tensor in batch.items()}

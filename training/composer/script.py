@@ -39,6 +39,13 @@ def train(options: Namespace, file: Path) -> None:
     check_average(options.average)
     check_workers(options.workers)
     base = open_base(options.base, options.vision, options.resolution)
+    if not 0 <= options.from_noise <= 1:
+        raise ValueError(f"--from-noise: expected a share from 0 to 1, got {options.from_noise:g}")
+    if options.from_noise and base.predicts_noise:
+        raise ValueError(
+            f"--from-noise: expected 0 for a base that predicts epsilon, which is all that it sees then, got "
+            f"{options.from_noise:g}"
+        )
     data = Composed(options.data, base.resolution, options.seed)
     accelerator = accelerator_of(options)
     config = config_of(base, Path(options.base).name, options.mode, options.local_width, options.body_share)
@@ -51,7 +58,7 @@ def train(options: Namespace, file: Path) -> None:
     pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
     kind = {"base": options.base, "mode": options.mode, "local width": options.local_width, "pictures": len(data)}
     kind |= {"body share": options.body_share, "seed": options.seed, "pictures a step": pictures_a_step}
-    kind["timesteps"] = options.timesteps
+    kind |= {"timesteps": options.timesteps, "from noise": options.from_noise}
     weights = list(model.adapter.parameters())
     optimizer = torch.optim.AdamW(weights, options.learning_rate, weight_decay=1e-2)
     schedule = warmup(options.warmup)
@@ -60,7 +67,8 @@ def train(options: Namespace, file: Path) -> None:
     def loader(step: int):
         processes = accelerator.num_processes, accelerator.process_index
         shares = shares_of(len(data), options, pictures_a_step, step, processes)
-        return read_batches(data, base, shares, options.workers, accelerator.device, options.timesteps == "cubic")
+        cubic, device = options.timesteps == "cubic", accelerator.device
+        return read_batches(data, base, shares, options.workers, device, cubic, options.from_noise)
 
     try:
         run.train(

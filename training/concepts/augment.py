@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ...subjects.pictures import middle_square
+
 STRONG, CUSTOM, NONE = "strong", "custom diffusion", "none"
 AUGMENTATIONS = (NONE, CUSTOM, STRONG)
 
@@ -64,13 +66,6 @@ def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str
     inner[border : size - border, border : size - border] = 1
     counted[y : y + size, x : x + size] = shown * inner
     return View(canvas, counted, words)
-
-
-def middle_square(picture: torch.Tensor) -> torch.Tensor:
-    """The middle (S, S, ...) of a picture or mask (H, W, ...), where S is its shorter side."""
-    edge = min(picture.shape[:2])
-    top, left = (picture.shape[0] - edge) // 2, (picture.shape[1] - edge) // 2
-    return picture[top : top + edge, left : left + edge]
 
 
 def _resize(image: torch.Tensor, side: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from ...encoders.concept_texts import Name
 from ...encoders.words import check_word
 from ...subjects.masks import as_mask, check_aspect
-from .augment import NONE, View, augment, middle_square
+from ...subjects.pictures import middle_square
+from .augment import NONE, View, augment
 from .learner import Recipe
 
 VIEWS = 32

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from ...subjects.pictures import middle_square
 from ..base import LENGTH, Base, Vocabulary
 from ..data.dataset import item_generator
 from ..data.pictures import find_pictures
@@ -76,9 +77,7 @@ def read_square(file: Path, side: int) -> torch.Tensor:
     """The middle square of a picture, (3, side, side) in [-1, 1]."""
     with Image.open(file) as opened:
         image = torch.from_numpy(np.array(ImageOps.exif_transpose(opened).convert("RGB")))
-    edge = min(image.shape[:2])
-    top, left = (image.shape[0] - edge) // 2, (image.shape[1] - edge) // 2
-    square = image[top : top + edge, left : left + edge].permute(2, 0, 1)[None].float()
+    square = middle_square(image).movedim(-1, 0)[None].float()
     return F.interpolate(square, (side, side), mode="bicubic", antialias=True)[0].clamp(0, 255) / 127.5 - 1
 
 
