@@ -102,6 +102,19 @@ def host(host_path):
     return nodes
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """A UNet of Shapeland's kind with random weights, that trains in a moment."""
+    import torch
+    from conceptloom.shapeland import models
+
+    config = {**models.UNET_CONFIG, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 1}
+    monkeypatch.setattr(models, "UNET_CONFIG", config)
+    torch.manual_seed(0)
+    state, load = models.build_unet().state_dict(), models.load
+    monkeypatch.setattr(models, "load", lambda name, path=None: dict(state) if name == "unet" else load(name, path))
+
+
 @dataclass
 class Run:
     """A finished workflow: its history entry, websocket messages in order, and pictures."""

@@ -1,15 +1,17 @@
 """The training of Composer's adapter: what it keeps, what it reads and changes, and the file that it leaves."""
 
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from conceptloom.compositions.depth import normalized_depth
 from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS, load
+from conceptloom.shapeland import models
 from conceptloom.training import composer, data
-from conceptloom.training.composer.pictures import NAMES, Composed, collate, draw_kept, draw_mask
-from conceptloom.training.draws import toward_noise
+from conceptloom.training.composer.pictures import NAMES, Composed, collate, draw_kept, draw_mask, read_batches
+from conceptloom.training.draws import shares_of, toward_noise
 from environment import absent_weights
 from PIL import Image
 
@@ -143,7 +145,7 @@ def run(folder, out, steps, *more):
     )
 
 
-def test_a_continued_run_is_the_uninterrupted_one_and_its_file_loads(folder, tmp_path, capsys, monkeypatch):
+def test_a_continued_run_is_the_uninterrupted_one_and_its_file_loads(narrow, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("conceptloom.training.composer.script.SHEET_STEPS", 1)
     run(folder, tmp_path / "one", 2, "--sheet-every", "0")
     run(folder, tmp_path / "one", 3, "--sheet-every", "3")
@@ -151,7 +153,7 @@ def test_a_continued_run_is_the_uninterrupted_one_and_its_file_loads(folder, tmp
     nets = [load(tmp_path / name / "composer.safetensors") for name in ("one", "two")]
     for (name, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert nets[0].config.levels == (64, 128, 128, 128) and nets[0].config.sentence_width == 128
+    assert nets[0].config.levels == (32, 64, 64, 64) and nets[0].config.sentence_width == 128
     with Image.open(tmp_path / "one" / "samples_0000003.png") as sheet:
         # The picture, and one from the caption, from each of five and from all; eight rows at most.
         assert sheet.size == (8 * 64 * 2, 7 * 64 * 2)
@@ -173,13 +175,43 @@ def test_cubic_timesteps_are_mostly_high():
     assert found.double().mean() == pytest.approx(749.5, abs=0.5) and found.min() >= 0 and found.max() == 999
 
 
+def test_from_noise_alone_the_target_is_the_picture(base):
+    """Of noise alone the UNet is to predict the v with which the denoised latents are the picture's; what it sees of
+    others is the same as without such rows."""
+    latents, noise = torch.randn(2, 3, *base.latent_shape, generator=torch.Generator().manual_seed(3))
+    t, alone = torch.tensor([999, 999, 400]), torch.tensor([True, False, False])
+    noisy, target = base.noised(latents, noise, t, alone)
+    plain, its_target = base.noised(latents, noise, t)
+    assert torch.equal(noisy[0], noise[0]) and not torch.equal(noisy[0], plain[0])
+    assert torch.equal(noisy[1:], plain[1:]) and torch.equal(target[1:], its_target[1:])
+    share = base.scheduler.alphas_cumprod[t].double()[:, None, None, None]
+    denoised = share.sqrt() * noisy - (1 - share).sqrt() * target
+    torch.testing.assert_close(denoised, latents.double(), rtol=0, atol=1e-4)
+
+
+def test_a_share_of_pictures_begins_from_noise(folder, base):
+    shares = shares_of(len(Composed(folder, 64)), Namespace(batch_size=2, accumulate=1, steps=40, seed=0), 2, 0, (1, 0))
+    batches = list(read_batches(Composed(folder, 64), base, shares, 0, torch.device("cpu"), from_noise=0.25))
+    alone = torch.cat([batch["alone"] for batch in batches])
+    assert 0.1 < float(alone.float().mean()) < 0.4
+    assert all((batch["t"][batch["alone"]] == base.times - 1).all() for batch in batches)
+    assert torch.cat([batch["t"] for batch in batches])[~alone].float().mean() < 700
+
+
 def test_bad_options_are_told(folder, tmp_path):
     for more, said in (
         (("--data", str(tmp_path / "nothing")), "--data: expected a folder with pictures"),
         (("--average", "1"), "--average: expected a share from 0 up to but not 1, got 1"),
         (("--local-width", "0"), "--local-width: expected at least 1, got 0"),
+        (("--from-noise", "2"), "--from-noise: expected a share from 0 to 1, got 2"),
         (("--start", str(folder / "alone.jpg")), "--start: expected a Composer adapter, got alone.jpg"),
         (("--export", "a.bin"), "--export: expected a name that ends in .safetensors, got a.bin"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):
             run(folder, tmp_path / "run", 1, *more)
+
+
+def test_noise_alone_is_nothing_for_a_base_that_predicts_noise(narrow, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SCHEDULE, "prediction_type", "epsilon")
+    with pytest.raises(ValueError, match="--from-noise: expected 0 for a base that predicts epsilon, .*, got 0.1"):
+        run(folder, tmp_path / "run", 1, "--from-noise", "0.1")

@@ -10,21 +10,11 @@ for package in ("diffusers", "transformers", "accelerate"):
 
 from accelerate.state import AcceleratorState  # noqa: E402
 from conceptloom.encoders import concept_files  # noqa: E402
-from conceptloom.shapeland import models, world  # noqa: E402
+from conceptloom.shapeland import world  # noqa: E402
 from conceptloom.training import concepts  # noqa: E402
+from conceptloom.training.concepts import diffusion  # noqa: E402
 from conceptloom.training.concepts.script import read_pictures  # noqa: E402
 from conceptloom.training.loop import Run  # noqa: E402
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """A UNet of the same kind that trains in a moment."""
-    config = {**models.UNET_CONFIG, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
-    monkeypatch.setattr(models, "UNET_CONFIG", config)
-    load = models.load
-    torch.manual_seed(0)
-    state = models.build_unet().state_dict()
-    monkeypatch.setattr(models, "load", lambda name, path=None: dict(state) if name == "unet" else load(name, path))
 
 
 @pytest.fixture
@@ -38,6 +28,12 @@ def folder(tmp_path):
         Image.fromarray(np.uint8(picture.masks[0] * 255)).save(masks / f"{i}.png")
     (images / "1.txt").write_text("a red {}\n")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Pictures of the class are drawn in two steps."""
+    monkeypatch.setattr(diffusion, "STEPS", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -62,18 +58,18 @@ def test_pictures_come_with_their_captions_and_masks(folder):
 
 
 def test_a_continued_run_is_the_uninterrupted_one(narrow, folder, capsys, monkeypatch):
-    command(folder, "--steps", "12", out="whole")
+    command(folder, "--steps", "6", out="whole")
     save = Run.save
 
     def save_and_stop(run):
         save(run)
-        if run.step == 5:
+        if run.step == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
         stopping.setattr(Run, "save", save_and_stop)
-        command(folder, "--steps", "12", "--save-minutes", "0", out="parts")
-    command(folder, "--steps", "12", out="parts")
+        command(folder, "--steps", "6", "--save-minutes", "0", out="parts")
+    command(folder, "--steps", "6", out="parts")
     whole, parts = (concept_files.load(folder / out / "concept.safetensors") for out in ("whole", "parts"))
     assert len(whole.base) == 16
     assert whole.placeholder == "<new1>" and whole.class_word == "star" and len(whole.deltas) == 10
@@ -83,7 +79,7 @@ def test_a_continued_run_is_the_uninterrupted_one(narrow, folder, capsys, monkey
             assert torch.equal(delta.matrix(), parts.deltas[key][part].matrix())
     assert torch.equal(whole.tokens["l"], parts.tokens["l"])
     steps = [int(line.split(",")[0]) for line in (folder / "parts" / "log.csv").read_text().splitlines()[1:]]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(1, 7))
     assert "concept.safetensors" in capsys.readouterr().out
 
 
