@@ -4,7 +4,7 @@ import json
 from contextlib import ExitStack
 
 import pytest
-from browser import RENDERERS, Frontend, chromium, open_browser
+from browser import Frontend, chromium, open_browser
 from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
@@ -26,7 +26,25 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def frontends(browser, server):
+def toy_templates(toy_folder, object_info) -> dict[str, dict]:
+    """Templates of the toy pack by name. They are written before a page opens, for a page lists those that it found."""
+    good, off, broken = (weave(object_info).ui() for _ in range(3))
+    nodes = {node["type"]: node for node in off["nodes"]}  # of several the last: the second yarn
+    nodes["ToyYarn"]["mode"] = BYPASSED
+    (square,) = off["definitions"]["subgraphs"]
+    {node["type"]: node for node in square["nodes"]}["InvertMask"]["mode"] = BYPASSED
+    del broken["nodes"][4]["widgets_values"]
+    broken["nodes"][4]["type"] = "ToyGone"
+    found = {"good": good, "off": off, "broken": broken}
+    for name, ui in found.items():
+        (toy_folder / "workflows" / f"{name}.json").write_text(json.dumps(ui), encoding="utf-8")
+        if name != "broken":
+            Image.new("RGB", (64, 64), "teal").save(toy_folder / "workflows" / f"{name}.jpg")
+    return found
+
+
+@pytest.fixture(scope="module")
+def frontends(browser, server, toy_templates):
     """Gives the page of a renderer, in which all templates are opened; the other page, which would draw beside it, is
     closed first. (A parametrized fixture would open a page for each test.)"""
     with ExitStack() as stack:
@@ -50,6 +68,15 @@ that test_workflows.py posts."""
 VISITS = [(template, "nodes2") for template in TEMPLATES] + [(RICHEST, "classic")] * (RICHEST in TEMPLATES)
 
 
+@pytest.mark.parametrize("template", ["good", "off"])
+def test_toy_template(frontends, toy_templates, object_info, template):
+    """What our tools build loads, runs and converts as the frontend does it; of "off" two nodes are bypassed."""
+    seen = frontends("nodes2").visit("toy", template)
+    assert seen.problems == []
+    assert template == "off" or seen.pictures == 3
+    assert seen.api == to_api(toy_templates[template], object_info), "the frontend converts it differently"
+
+
 @pytest.mark.parametrize(("template", "renderer"), VISITS or [NO_TEMPLATE])
 def test_template(frontends, template, renderer):
     if absent_weights():
@@ -62,49 +89,13 @@ def test_template(frontends, template, renderer):
     assert seen.api == api
 
 
-class TestToyTemplate:
-    """The same on the toy pack: what our tools build loads, runs and converts, and trouble is seen."""
+def test_toy_template_in_the_classic_renderer(frontends, toy_templates, object_info):
+    seen = frontends("classic").visit("toy", "good")
+    assert seen.problems == [] and seen.pictures == 3
+    assert seen.api == to_api(toy_templates["good"], object_info), "the frontend converts it differently"
 
-    @pytest.fixture
-    def visit(self, browser, server):
-        """Opens and runs a template of the toy pack in a page of its own, for a page lists the templates it found."""
 
-        def run(template: str, renderer: str):
-            with Frontend(browser, server, renderer) as opened:
-                return opened.visit("toy", template)
-
-        return run
-
-    def publish(self, folder, name: str, ui: dict, card: bool = True) -> None:
-        (folder / "workflows" / f"{name}.json").write_text(json.dumps(ui), encoding="utf-8")
-        if card:
-            Image.new("RGB", (64, 64), "teal").save(folder / "workflows" / f"{name}.jpg")
-
-    @pytest.mark.parametrize("renderer", RENDERERS)
-    def test_good_template(self, visit, toy_folder, object_info, renderer):
-        ui = weave(object_info).ui()
-        self.publish(toy_folder, "good", ui)
-        seen = visit("good", renderer)
-        assert seen.problems == []
-        assert seen.pictures == 3
-        assert seen.api == to_api(ui, object_info), "the frontend converts it differently"
-
-    def test_bypassed_nodes(self, visit, toy_folder, object_info):
-        ui = weave(object_info).ui()
-        nodes = {node["type"]: node for node in ui["nodes"]}  # of several the last: the second yarn
-        nodes["ToyYarn"]["mode"] = BYPASSED
-        (square,) = ui["definitions"]["subgraphs"]
-        {node["type"]: node for node in square["nodes"]}["InvertMask"]["mode"] = BYPASSED
-        self.publish(toy_folder, "off", ui)
-        seen = visit("off", "nodes2")
-        assert seen.problems == []
-        assert seen.api == to_api(ui, object_info), "the frontend converts it differently"
-
-    def test_trouble_is_seen(self, visit, toy_folder, object_info):
-        ui = weave(object_info).ui()
-        del ui["nodes"][4]["widgets_values"]
-        ui["nodes"][4]["type"] = "ToyGone"
-        self.publish(toy_folder, "broken", ui, card=False)
-        problems = " | ".join(visit("broken", "classic").problems)
-        assert "placeholder" in problems
-        assert "shown: " in problems and "ToyGone" in problems
+def test_trouble_is_seen(frontends):
+    problems = " | ".join(frontends("classic").visit("toy", "broken").problems)
+    assert "placeholder" in problems
+    assert "shown: " in problems and "ToyGone" in problems
