@@ -36,8 +36,8 @@ draws the same seeds, {seeds} per set of references.
 - **prompt**: share of pictures with exactly the nouns asked for.
 - *truth* is the world's own drawing of what was asked with the references' identities, the ceiling; *unrelated* the
   same with other identities, the floor. *plain* is the same prompt and seed on the untouched model.
-- Intervals are 95% t-intervals over sets of references; where all sets are equal they have no width, and say nothing of
-  others. A star marks what differs from the default, by the interval of the paired difference."""
+- Intervals are 95% t-intervals over sets of references; where all sets are equal they have no width and say nothing
+  about others. A star marks what differs from the default, by the interval of the paired difference."""
 
 
 def explain(chance: float, per_case: int = SEEDS_PER_CASE) -> str:

@@ -76,7 +76,7 @@ class FusionGuiderNode(Node):
                     "reuse_differences",
                     default=False,
                     advanced=True,
-                    tooltip="Evaluates text and negative once per step instead of twice. Faster, and not the same. Off "
+                    tooltip="Evaluates the negative once per step instead of twice. Faster, and not the same. Off "
                     "where the subjects have regions that leave a part of the picture free.",
                 ),
             ],

@@ -1,7 +1,7 @@
 """The drawn world: pictures of one to three things on a background, with ground truth for everything in them.
 
 A **thing** has a noun (its silhouette) and an **identity**: two colors and a pattern with continuous parameters.
-Captions name the noun and only sometimes part of the identity, so an identity contains more than words tell. Equal
+Captions name the noun, and mostly colors and pattern, never the parameters: an identity is more than words tell. Equal
 nouns in one picture share one identity: a model that draws two of them has to carry appearance from one to the other,
 which is what self-attention does and what multi-reference methods build on.
 

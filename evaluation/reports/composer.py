@@ -76,7 +76,7 @@ given changes all others. 1 is full obedience.
 - **mask**: 1 minus the mean difference of what was to be kept.
 - **variety**: 1 minus the cosine of the embeddings of pictures of one case.
 
-Intervals are 95% t-intervals over scenes; where all scenes are equal they have no width, and say nothing of others. A
+Intervals are 95% t-intervals over scenes; where all scenes are equal they have no width and say nothing about others. A
 star marks what differs from the default, by the interval of the paired difference."""
 
 

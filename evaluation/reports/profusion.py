@@ -80,7 +80,7 @@ guidance at {CFG:g} by the text and with the words, *cfg_X* at another scale. *d
 scales 4 for subjects, 3 for text, 4 in the fusion stage, and gamma 0.6. The others change one thing: *composable* has
 no fusion stage, *fusion_m2* two, *no_refinement* is refined towards the subjects alone, *weak* has the scales 2, 2 and
 3 and *strong* 7, 5 and 7, *gamma_1* leaves the subjects' words as they are in the fusion stage, *late* has that stage
-in the last 60 percent of the schedule, and *reuse* evaluates text and negative prompt once per step. *tuned_cfg* and
+in the last 60 percent of the schedule, and *reuse* evaluates the negative prompt once per step. *tuned_cfg* and
 *tuned* are *cfg* and *default* with PromptNet and the model's attention fine-tuned, as the node does it by default, on
 {VARIANTS_OF_A_PICTURE} variants of the picture, and *tuned_alone* is *tuned* trained on the picture alone.
 

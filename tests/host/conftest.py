@@ -83,7 +83,7 @@ class Toy:
         self.rows = []
         self.base.diffusion_model.register_forward_pre_hook(lambda _, args: self.rows.append(len(args[0])))
 
-    def sample(self, model=None, steps=3, cfg=5.0, seed=3, size=(16, 16), batch=1, sampler="euler", **options):
+    def sample(self, model=None, steps=2, cfg=5.0, seed=3, size=(16, 16), batch=1, sampler="euler", **options):
         """A finished latent; afterwards `self.rows` holds the number of rows of every model call."""
         import comfy.sample
 

@@ -332,13 +332,19 @@ def test_text_encoders_of_every_writer_are_read(writer, toy, truth, clip):
 
 @pytest.fixture(scope="module")
 def sd15(host):
-    """A MODEL of Stable Diffusion 1.5's true architecture with random weights."""
+    """A MODEL of Stable Diffusion 1.5's true architecture, with random weights where concepts change them."""
     import gc
 
-    from conceptloom.evaluation.rigs import PLANS, Rig
+    from conceptloom.evaluation import rigs
 
-    with torch.inference_mode():
-        yield Rig.build(PLANS["sd15", "cpu"]).model
+    def fill(module):
+        for name, parameter in module.named_parameters():
+            if "attn2.to_k" in name or "attn2.to_v" in name:
+                parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rigs, "fill", fill)
+        yield rigs.Rig.build(rigs.PLANS["sd15", "cpu"]).model
     gc.collect()
 
 
