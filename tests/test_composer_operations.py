@@ -11,12 +11,12 @@ from environment import ROOT, absent_weights
 from PIL import Image
 from templates.composer import TEMPLATES
 from templates.composer_operations import CASCADE, OPERATIONS
-from test_workflows import judge
+from test_workflows import SHORT, judge
 
 pytestmark = pytest.mark.skipif(bool(absent_weights()), reason="Shapeland's weights are incomplete")
 
 FOLDER = ROOT / "workflows" / "api"
-STEPS, SIDE = 12, 64
+STEPS, SIDE = SHORT["KSampler"]["steps"], 64
 
 
 class Row:

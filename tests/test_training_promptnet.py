@@ -158,8 +158,9 @@ class TestModel:
         config = config_of(base)
         assert config.channels == (64, 128, 128, 128) and config.region_side == base.latent_shape[-1]
         net = PromptNetTraining(base, config).promptnet.state_dict()
-        same = [key for key in net if key in base.unet.state_dict()]
-        assert len(same) > 150 and all(torch.equal(net[key], base.unet.state_dict()[key]) for key in same)
+        theirs = base.unet.state_dict()
+        same = [key for key in net if key in theirs]
+        assert len(same) > 150 and all(torch.equal(net[key], theirs[key]) for key in same)
 
 
 class TestScript:

@@ -30,8 +30,8 @@ NO_DOWNLOAD = "_no_download"
 
 
 SHORT = {
-    "ConceptLoomTrainConcept": {"steps": 4, "class_pictures": 2, "preview_every": 4},
-    "ConceptLoomFineTunePromptNet": {"steps": 4, "preview_every": 4},
+    "ConceptLoomTrainConcept": {"steps": 4, "class_pictures": 1, "preview_every": 3},
+    "ConceptLoomFineTunePromptNet": {"steps": 3, "preview_every": 2},
     "ConceptLoomDDIMInversion": {"steps": 12},
     "KSampler": {"steps": 10},
     "BasicScheduler": {"steps": 10},
@@ -201,7 +201,8 @@ def shortened(api: dict) -> dict:
     for node in api.values():
         inputs = node["inputs"]
         if isinstance(inputs.get("steps"), int) and not (split and node["class_type"] == "BasicScheduler"):
-            inputs["steps"] = 1 if node["class_type"] == "KSampler" else 2
+            inverts = node["class_type"] == "ConceptLoomDDIMInversion"
+            inputs["steps"] = 2 if inverts or node["class_type"] == "BasicScheduler" else 1
         if node["class_type"] == "ConceptLoomTrainConcept":
             inputs |= {"class_pictures": 0, "preview_every": 0}
     return api

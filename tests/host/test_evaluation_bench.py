@@ -18,7 +18,7 @@ def quick(host, monkeypatch, tmp_path):
     from conceptloom.evaluation import bench, memory, rigs
     from conceptloom.evaluation.benches import freecustom
 
-    plan = replace(rigs.PLANS["tiny", "cpu"], steps=2, rounds=1)
+    plan = replace(rigs.PLANS["tiny", "cpu"], steps=1, rounds=1)
     monkeypatch.setitem(rigs.PLANS, ("tiny", "cpu"), plan)
     monkeypatch.setattr(freecustom, "SUBJECTS", (1,))
     monkeypatch.setattr(bench, "peak_memory", lambda system, session, arch, device: memory.growth(session))
@@ -38,9 +38,9 @@ def test_rows_and_document(quick, tmp_path, capsys):
         ("freecustom", "banked", 1),
     ]
     plain, first, banked = rows
-    # Two steps of cond and uncond; the reference's row stops after the last layer in use.
-    assert plain["unet_evaluations"] == banked["unet_evaluations"] == 4.0
-    assert 5.5 < first["unet_evaluations"] < 6.0
+    # A step of cond and uncond; the reference's row stops after the last layer in use.
+    assert plain["unet_evaluations"] == banked["unet_evaluations"] == 2.0
+    assert 2.75 < first["unet_evaluations"] < 3.0
     assert plain["ratio"] == 1.0 and all(row["ratio"] > 0 and row["seconds"] > 0 for row in rows)
     page = (tmp_path / "bench.md").read_text()
     assert "## tiny on cpu, freecustom\n" in page and "| 1.55 " in page and "| 1.10 " in page

@@ -225,7 +225,7 @@ class TestBatches:
     def test_without_guidance(self, toy):
         model = toy.apply(toy.subject())
         alone = toy.sample(model, cfg=1.0)
-        assert toy.rows == [1, 1] * 3
+        assert toy.rows == [1, 1] * toy.steps
         assert differs(alone, toy.sample(cfg=1.0))
 
     @pytest.mark.parametrize("size", [(16, 24), (17, 12), (9, 31)])
@@ -261,7 +261,7 @@ class TestConditionings:
         part = [[c, {**extra, "area": (8, 16, 0, 0)}] for c, extra in toy.positive]
         seen = []
         roles_of(toy, toy.apply(toy.subject()), seen, positive=part + toy.positive)
-        in_one_step = sorted(role for call in seen[: len(seen) // 3] for role in call)
+        in_one_step = sorted(role for call in seen[: len(seen) // toy.steps] for role in call)
         assert in_one_step == ["negative", "negative", "positive", "positive"]
 
     def test_several_positives(self, toy):
@@ -276,7 +276,7 @@ class TestConditionings:
 
         seen = []
         roles_of(toy, SelfAttentionGuidance.execute(toy.apply(toy.subject()), 0.5, 2.0)[0], seen)
-        assert ("negative",) in seen and len(seen) == 6
+        assert ("negative",) in seen and len(seen) == 2 * toy.steps
 
     def test_guiders_with_other_sides_go_by_name(self, toy):
         import comfy.samplers
@@ -400,8 +400,8 @@ class TestOtherModels:
             subjects = [toy.subject(i) for i in range(3)]
             model = toy.apply(*subjects, bank_mib=64)
             first = toy.sample(model)
-            assert toy.rows == [3, 2] * 3 and differs(first, toy.sample())
-            assert torch.equal(toy.sample(model), first) and toy.rows == [2, 2, 2]
+            assert toy.rows == [3, 2] * toy.steps and differs(first, toy.sample())
+            assert torch.equal(toy.sample(model), first) and toy.rows == [2] * toy.steps
 
     def test_v_prediction(self, toy_type):
         from comfy.model_base import ModelType

@@ -33,7 +33,7 @@ class TestUntouched:
             toy.apply(toy.subject(), start_percent=1.0),
         ):
             assert torch.equal(toy.sample(model), plain)
-            assert toy.rows == [2, 2, 2]
+            assert toy.rows == [2] * toy.steps
 
     def test_references_change_the_picture_and_nothing_else(self, toy, plain):
         before = repr(toy.model.model_options), dict(toy.model.wrappers), dict(toy.model.attachments)
@@ -53,7 +53,7 @@ class TestUntouched:
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def naive_batch(toy, subjects, style_fidelity, formula="official", steps=3, cfg=5.0, seed=3):
+def naive_batch(toy, subjects, style_fidelity, formula="official", cfg=5.0, seed=3):
     """The published algorithm from its equations: picture and references in one batch, masks as logits.
 
     Rows are [uncond picture, uncond references, cond picture, cond references]; references are noised afresh
@@ -90,10 +90,10 @@ def naive_batch(toy, subjects, style_fidelity, formula="official", steps=3, cfg=
         return out.transpose(1, 2).flatten(2).float()
 
     layers = {("output", i, 0): layer for i in range(6, 12)}
-    sigmas = comfy.samplers.calculate_sigmas(toy.base.model_sampling, "normal", steps)
+    sigmas = comfy.samplers.calculate_sigmas(toy.base.model_sampling, "sgm_uniform", toy.steps)
     noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 16, 16), seed)
     x = toy.base.model_sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
-    for i in range(steps):
+    for i in range(toy.steps):
         eps = torch.cat([reference_noise(0, i, r, (4, 16, 16)) for r in range(n)])
         rows = torch.cat([x, z0 + sigmas[i] * eps] * 2)
         denoised = toy.base._apply_model(
@@ -163,7 +163,7 @@ class TestPasses:
         toy.sample(short)
         toy.sample(long)
         entries = [held_entries(model) for model in (short, long)]
-        assert len(entries[0]) == 3 and entries[0].keys() == entries[1].keys()
+        assert len(entries[0]) == toy.steps and entries[0].keys() == entries[1].keys()
         for name in entries[0]:
             assert len(entries[0][name]) == 3
             assert all(torch.equal(kv, entries[1][name][site]) for site, kv in entries[0][name].items())
@@ -176,20 +176,20 @@ class TestPasses:
         toy.sample(toy.apply(*(toy.subject(i) for i in range(3)), blocks="10-12"))
         for hook in hooks:
             hook.remove()
-        assert rows[8].count(3) == 3 and rows[9].count(3) == 0 and rows[9].count(2) == 3
+        assert rows[8].count(3) == rows[9].count(2) == toy.steps and rows[9].count(3) == 0
 
-    @pytest.mark.parametrize(("sampler", "passes"), [("euler", 6), ("heun", 6), ("dpmpp_2m", 6)])
+    @pytest.mark.parametrize(("sampler", "passes"), [("heun", 3), ("dpmpp_2m", 3)])
     def test_one_pass_per_noise_level(self, toy, sampler, passes):
         model = toy.apply(*(toy.subject(i) for i in range(3)))
-        toy.sample(model, steps=6, sampler=sampler)
+        toy.sample(model, steps=3, sampler=sampler)
         assert toy.rows.count(3) == passes
 
     def test_below_full_style_fidelity_the_negative_has_its_own(self, toy):
         subjects = [toy.subject(i) for i in range(3)]
         toy.sample(toy.apply(*subjects, style_fidelity=0.5))
-        assert toy.rows.count(3) == 6
+        assert toy.rows.count(3) == 2 * toy.steps
         toy.sample(toy.apply(*subjects, style_fidelity=0.5, negative_references="share positive"))
-        assert toy.rows.count(3) == 3
+        assert toy.rows.count(3) == toy.steps
 
     def test_outside_the_range_there_is_none(self, toy):
         toy.sample(toy.apply(*(toy.subject(i) for i in range(3)), start_percent=0.3, end_percent=0.7), steps=10)
@@ -203,7 +203,7 @@ class TestPasses:
         model = PerturbedAttentionGuidance.execute(model, 3.0)[0]
         model = SelfAttentionGuidance.execute(model, 0.5, 2.0)[0]
         toy.sample(model)
-        assert toy.rows.count(3) == 3 and toy.rows.count(1) == 6
+        assert toy.rows.count(3) == toy.steps and toy.rows.count(1) == 2 * toy.steps
 
     def test_subjects_of_one_picture_share_a_row(self, toy):
         from conceptloom.subjects.subject import Subject
@@ -213,7 +213,7 @@ class TestPasses:
         masks[0][:64], masks[1][64:] = 1, 1
         shared = [Subject(image[..., :3], noun, mask, "two things") for noun, mask in zip("ab", masks, strict=True)]
         together = toy.sample(toy.apply(*shared))
-        assert toy.rows == [1, 2] * 3
+        assert toy.rows == [1, 2] * toy.steps
         whole = toy.sample(toy.apply(Subject(image, "ab", None, "two things")))
         assert close(together, whole)
 
@@ -221,7 +221,7 @@ class TestPasses:
         long = toy.subject(1, prompt="a very " + "long " * 20 + "prompt")
         wide = toy.subject(2, size=(96, 192))
         toy.sample(toy.apply(toy.subject(0), toy.subject(3), long, wide))
-        assert toy.rows == [2, 1, 1, 2] * 3
+        assert toy.rows == [2, 1, 1, 2] * toy.steps
 
 
 def held_entries(model):
@@ -241,7 +241,7 @@ class TestBank:
         with_bank, without = toy.apply(*subjects, bank_mib=64), toy.apply(*subjects)
         other = toy.clip.encode_from_tokens_scheduled("something else")
         for changes, passes in (
-            ({}, 3),
+            ({}, toy.steps),
             ({"seed": 9}, 0),
             ({"positive": other}, 0),
             ({"negative": other, "cfg": 3.0}, 0),
@@ -254,9 +254,9 @@ class TestBank:
         subjects = [toy.subject(i) for i in range(3)]
         model = toy.apply(*subjects, bank_mib=64)
         toy.sample(model)
-        for changes in ({"steps": 4}, {"size": (16, 24)}, {"scheduler": "karras"}):
+        for changes in ({"steps": 3}, {"size": (16, 24)}, {"scheduler": "karras"}):
             toy.sample(model, **changes)
-            assert toy.rows.count(3) == changes.get("steps", 3), changes
+            assert toy.rows.count(3) == changes.get("steps", toy.steps), changes
         assert toy.sample(model) is not None and toy.rows.count(3) == 0
 
     def test_lora_makes_its_own_entries(self, toy):
@@ -265,7 +265,7 @@ class TestBank:
         without = toy.sample(model)
         lora = toy.lora(model)
         picture = toy.sample(lora)
-        assert toy.rows.count(3) == 3 and differs(picture, without)
+        assert toy.rows.count(3) == toy.steps and differs(picture, without)
         assert torch.equal(picture, toy.sample(toy.apply(*subjects, model=toy.lora(toy.model))))
         for known in (lora, model):
             toy.sample(known)
@@ -277,13 +277,13 @@ class TestBank:
         model = toy.apply(*(toy.subject(i) for i in range(3)), bank_mib=64)
         toy.sample(model)
         toy.sample(ModelSamplingDiscrete().patch(model, "v_prediction", False)[0])
-        assert toy.rows.count(3) == 3
+        assert toy.rows.count(3) == toy.steps
 
     def test_following_the_samplers_seed_keeps_nothing_between_seeds(self, toy):
         model = toy.apply(*(toy.subject(i) for i in range(3)), bank_mib=64, reference_seed=-1)
         first = toy.sample(model)
         toy.sample(model, seed=4)
-        assert toy.rows.count(3) == 3
+        assert toy.rows.count(3) == toy.steps
         fixed = toy.sample(toy.apply(*(toy.subject(i) for i in range(3)), reference_seed=3))
         assert torch.equal(first, fixed)
 
@@ -293,7 +293,7 @@ class TestBank:
         toy.sample(model, seed=8)
         assert toy.rows.count(3) == 0
         toy.sample(model, negative=toy.clip.encode_from_tokens_scheduled("ugly"))
-        assert toy.rows.count(3) == 6
+        assert toy.rows.count(3) == 2 * toy.steps
 
     def test_less_memory_in_between_splits_the_passes_and_changes_nothing(self, toy, monkeypatch):
         """The order of keys follows the batches, so entries of both must not meet."""
@@ -302,7 +302,7 @@ class TestBank:
         with monkeypatch.context() as tight:
             tight.setattr(toy.base, "memory_required", lambda shape, **_: 1e15 if shape[0] > 2 else 0)
             apart = toy.sample(model)
-            assert toy.rows == [2, 1, 2] * 3
+            assert toy.rows == [2, 1, 2] * toy.steps
         assert close(apart, together)
 
     def test_limit_holds_and_the_rest_is_computed(self, toy):
@@ -310,16 +310,17 @@ class TestBank:
 
         subjects = [toy.subject(i, mask=None) for i in range(3)]
         plenty = toy.apply(*subjects, bank_mib=64)
-        toy.sample(plenty, steps=4)
+        whole = toy.sample(plenty)
         needed = plenty.get_attachment(KEY).bank.size
         assert needed > 1 << 20
         tight = toy.apply(*subjects, bank_mib=1)
-        fits = (1 << 20) // (needed // 4)
-        for passes in (4, 4 - fits, 4 - fits):
-            picture = toy.sample(tight, steps=4)
+        fits = (1 << 20) // (needed // toy.steps)
+        assert 0 < fits < toy.steps
+        for passes in (toy.steps, toy.steps - fits, toy.steps - fits):
+            picture = toy.sample(tight)
             assert toy.rows.count(3) == passes
             assert tight.get_attachment(KEY).bank.size <= 1 << 20
-            assert torch.equal(picture, toy.sample(plenty, steps=4))
+            assert torch.equal(picture, whole)
 
     def test_oldest_configuration_goes_first(self):
         from conceptloom.host.freecustom.bank import RAM, Bank
@@ -381,7 +382,7 @@ class TestFreed:
         whole = toy.sample(model)
 
         def fail(step, *_):
-            if step == 1:
+            if step == 0:
                 raise KeyboardInterrupt
 
         options = repr(model.model_options)

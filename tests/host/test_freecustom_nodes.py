@@ -191,7 +191,7 @@ class TestCollage:
         assert image.shape == (1, 80, 160, 3) and masks.shape == (2, 80, 160) and len(subject) == 2
         assert [s.prompt for s in subject] == ["a hat and an owl"] * 2
         toy.sample(patch(subjects={"subject0": subject}))
-        assert toy.rows == [1, 2] * 3
+        assert toy.rows == [1, 2] * toy.steps
 
     def test_boxes_and_masks_place(self, collage):
         boxes = [{"x": 0, "y": 0, "width": 40, "height": 40}, {"x": 100, "y": 20, "width": 40, "height": 40}]

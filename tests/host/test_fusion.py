@@ -72,7 +72,7 @@ def comfy_levels(toy, steps):
     """The schedule of the toy's sampling."""
     import comfy.samplers
 
-    return comfy.samplers.calculate_sigmas(toy.base.model_sampling, "normal", steps)
+    return comfy.samplers.calculate_sigmas(toy.base.model_sampling, "sgm_uniform", steps)
 
 
 def full_attention(q, k, v):
@@ -165,7 +165,7 @@ class TestHooks:
         half = toy.sample(fused(toy, bank), steps=steps, cfg=1.0, last_step=2, force_full_denoise=False)
         late = fused(toy, bank, model=self.merged(toy, difference))
         expected = comfy.sample.sample(
-            late, torch.zeros_like(half), steps, 1.0, "euler", "normal", toy.positive, toy.negative, half,
+            late, torch.zeros_like(half), steps, 1.0, "euler", "sgm_uniform", toy.positive, toy.negative, half,
             start_step=2, disable_pbar=True, disable_noise=True,
         )  # fmt: skip
         assert close(drawn, expected)
@@ -229,7 +229,7 @@ class TestPicture:
     def test_it_is_the_papers_equation_at_every_layer(self, toy, monkeypatch, count, suppression):
         bank = Bank(toy, count)
         drawn = toy.sample(fused(toy, bank, suppression=suppression))
-        assert toy.rows == [2, 2, 2]
+        assert toy.rows == [2] * toy.steps
         naive(toy, bank, monkeypatch, suppression)
         assert close(drawn, toy.sample())
 
@@ -299,7 +299,7 @@ class TestPicture:
         published = toy.model.clone()
         published.set_model_unet_function_wrapper(rows_of_all)
         assert close(drawn, toy.sample(published, cfg=1.0))
-        assert toy.rows == [4, 4, 4]
+        assert toy.rows == [4] * toy.steps
 
     def test_all_nodes_with_everything_off_are_the_stock_sampler(self, toy):
         """Oracle E1: concepts that change nothing, shares of 0, through the nodes' own path."""
@@ -376,7 +376,7 @@ class TestPicture:
         together = toy.sample(fused(toy, bank))
         monkeypatch.setattr(toy.base, "memory_required", lambda *_, **__: 1e15)
         apart = toy.sample(fused(toy, bank))
-        assert toy.rows == [1] * 6
+        assert toy.rows == [1, 1] * toy.steps
         assert close(apart, together)
 
 
@@ -705,7 +705,7 @@ class TestNothing:
         whole = toy.sample(model)
 
         def cancel(step, *_):
-            if step == 1:
+            if step == 0:
                 raise InterruptProcessingException()
 
         with pytest.raises(InterruptProcessingException):
@@ -791,7 +791,7 @@ class TestCompany:
         guider.set_conds(toy.positive, toy.negative, toy.negative)
         guider.set_cfg(5.0, 1.0)
         noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 16, 16), 3)
-        sampler = comfy.samplers.KSampler(toy.model, 3, "cpu", "euler", "normal", 1.0)
+        sampler = comfy.samplers.KSampler(toy.model, toy.steps, "cpu", "euler", "sgm_uniform", 1.0)
         drawn = guider.sample(noise, torch.zeros(1, 4, 16, 16), comfy.samplers.sampler_object("euler"), sampler.sigmas)
         assert close(drawn, toy.sample(fused(toy, bank)))
 

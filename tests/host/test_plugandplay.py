@@ -80,7 +80,7 @@ def comfy_levels(toy, steps):
     """The schedule of the toy's sampling."""
     import comfy.samplers
 
-    return comfy.samplers.calculate_sigmas(toy.base.model_sampling, "normal", steps)
+    return comfy.samplers.calculate_sigmas(toy.base.model_sampling, "sgm_uniform", steps)
 
 
 class TestFeatures:
