@@ -64,21 +64,41 @@ def data_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def narrow_file(tmp_path_factory):
-    """Random weights of a UNet of Shapeland's blocks, a quarter as wide."""
+def narrow_unet(folder, **config):
+    """Random weights of a UNet of Shapeland's kind, with its configuration."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**{**models.UNET_CONFIG, "block_out_channels": (32,) * 4})
-    return models.save("unet", unet.state_dict(), tmp_path_factory.mktemp("unet") / "unet.safetensors")
+    config = {"block_out_channels": (32,) * 4, **config}
+    unet = UNet2DConditionModel(**{**models.UNET_CONFIG, **config})
+    return config, models.save("unet", unet.state_dict(), folder / "unet.safetensors")
+
+
+@pytest.fixture(scope="module")
+def narrow_files(tmp_path_factory):
+    """A UNet of Shapeland's blocks, a half to a quarter as wide, and one with half of its layers."""
+    return (
+        narrow_unet(tmp_path_factory.mktemp("unet")),
+        narrow_unet(tmp_path_factory.mktemp("unet"), layers_per_block=1),
+    )
+
+
+def make_shapelands(monkeypatch, config, file):
+    for name, value in config.items():
+        monkeypatch.setitem(models.UNET_CONFIG, name, value)
+    monkeypatch.setitem(models.FILES, "unet", file)
 
 
 @pytest.fixture
-def narrow(monkeypatch, narrow_file):
+def narrow(monkeypatch, narrow_files):
     """Makes Shapeland's UNet narrow and random."""
-    monkeypatch.setitem(models.UNET_CONFIG, "block_out_channels", (32,) * 4)
-    monkeypatch.setitem(models.FILES, "unet", narrow_file)
+    make_shapelands(monkeypatch, *narrow_files[0])
+
+
+@pytest.fixture
+def shallow(monkeypatch, narrow_files):
+    """Makes it narrow and random with half of its layers, where their number is not what counts."""
+    make_shapelands(monkeypatch, *narrow_files[1])
 
 
 def batch_of(base, root, count=3, **options):
@@ -133,7 +153,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(narrow, data_folder, t
     assert {name for name in wanted - reached if not name.endswith("k_proj.bias")} == set()
 
 
-def test_gradient_checkpointing_changes_no_gradient(narrow, data_folder):
+def test_gradient_checkpointing_changes_no_gradient(shallow, data_folder):
     found = []
     for checkpointing in (False, True):
         composer = FastComposer(open_base("shapeland"), LORA, rank=2, vision_layers=0, localization=0.5)
@@ -149,7 +169,7 @@ def test_gradient_checkpointing_changes_no_gradient(narrow, data_folder):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("train", [FULL, LORA])
-def test_half_precision_comes_near_the_full(narrow, data_folder, dtype, train):
+def test_half_precision_comes_near_the_full(shallow, data_folder, dtype, train):
     composer = FastComposer(open_base("shapeland"), train, rank=2, localization=0.1).train()
     batch, draws = batch_of(composer.base, data_folder, 2)
     full = composer(batch, draws)
@@ -259,7 +279,7 @@ def test_subjects_change_their_own_rows_alone(narrow, data_folder):
     assert pooled is None and torch.equal(nobody, text)
 
 
-def test_a_tiny_batch_is_learnt(narrow, data_folder):
+def test_a_tiny_batch_is_learnt(shallow, data_folder):
     composer = FastComposer(open_base("shapeland"), vision_layers=2, localization=0.05, mask_probability=0)
     batch, draws = batch_of(composer.base, data_folder, 2)
     optimizer = torch.optim.AdamW(composer.trainables.values(), lr=2e-3)
@@ -380,7 +400,7 @@ def tensors_in(value, at=""):
     return {at: value}
 
 
-def test_an_interrupted_run_continues_bit_by_bit(narrow, data_folder, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_continues_bit_by_bit(shallow, data_folder, tmp_path, monkeypatch, capsys):
     """Ctrl-C in step 3 of 5, and a termination signal to what reads pictures, with accumulated batches, averaged
     weights, a warm-up and rows logged but not saved."""
     more = ("--steps", "5", "--accumulate", "2", "--warmup", "4", "--learning-rate", "1e-3", "--vision-layers", "1")
@@ -428,7 +448,7 @@ def test_an_interrupted_run_continues_bit_by_bit(narrow, data_folder, tmp_path, 
         assert float(row["loss"]) == pytest.approx(parts, abs=2e-5)
 
 
-def test_accumulated_batches_are_one_large_batch(narrow, data_folder, tmp_path):
+def test_accumulated_batches_are_one_large_batch(shallow, data_folder, tmp_path):
     for name, sizes in (("large", ("4", "1")), ("small", ("1", "4"))):
         options = options_of(data_folder, tmp_path / name, "--steps", "2", "--accumulate", sizes[1], "--average", "0")
         options[options.index("--batch-size") + 1] = sizes[0]
@@ -464,7 +484,7 @@ def test_a_run_in_bf16_with_workers_and_checkpointing(narrow, data_folder, tmp_p
     }  # fmt: skip
 
 
-def test_a_sheet_shows_subjects_and_samples(narrow, data_folder, tmp_path, monkeypatch):
+def test_a_sheet_shows_subjects_and_samples(shallow, data_folder, tmp_path, monkeypatch):
     from PIL import Image
 
     monkeypatch.setattr(sheet, "STEPS", 4)
@@ -652,7 +672,7 @@ def test_two_towers_give_their_penultimate_states_side_by_side(folder, data_fold
         assert torch.equal(states, hidden[0].last_hidden_state) and pooled is None
 
 
-def test_a_run_starts_from_the_fuser_of_a_file(narrow, data_folder, tmp_path):
+def test_a_run_starts_from_the_fuser_of_a_file(shallow, data_folder, tmp_path):
     taught = Fuser(128, 128)
     save_file({FUSER + name: tensor for name, tensor in taught.state_dict().items()}, tmp_path / "taught.safetensors")
     more = ("--steps", "0", "--export-precision", "fp32", "--fuser", str(tmp_path / "taught.safetensors"))
@@ -667,7 +687,7 @@ def test_a_run_starts_from_the_fuser_of_a_file(narrow, data_folder, tmp_path):
         fastcomposer.main(options_of(data_folder, tmp_path / "run", *more))
 
 
-def test_fuser_and_tower_have_a_rate_of_their_own(narrow, data_folder, tmp_path):
+def test_fuser_and_tower_have_a_rate_of_their_own(shallow, data_folder, tmp_path):
     def exported(*more):
         options = options_of(data_folder, tmp_path / "-".join(("run", *more)), *more, "--vision-layers", "1")
         fastcomposer.main([*options, "--learning-rate", "1e-3", "--average", "0", "--export-precision", "fp32"])
@@ -715,7 +735,7 @@ def test_fuser_and_tower_have_a_rate_of_their_own(narrow, data_folder, tmp_path)
         ({"--precision": "fp16"}, ValueError, "--precision: expected no or bf16 on a cpu, got fp16"),
     ],
 )
-def test_bad_options_get_their_sentence(narrow, data_folder, tmp_path, change, error, sentence):
+def test_bad_options_get_their_sentence(shallow, data_folder, tmp_path, change, error, sentence):
     options = options_of(data_folder, tmp_path / "out", "--steps", "1")
     for name, value in change.items():
         options += [name, value]
@@ -723,7 +743,7 @@ def test_bad_options_get_their_sentence(narrow, data_folder, tmp_path, change, e
         fastcomposer.main(options)
 
 
-def test_bad_data_get_their_sentence(narrow, data_folder, tmp_path):
+def test_bad_data_get_their_sentence(shallow, data_folder, tmp_path):
     (tmp_path / "image_ids_train.txt").write_text("00000000\n")
     (tmp_path / "00000").mkdir()
     for suffix in (".jpg", ".npy"):
@@ -743,7 +763,7 @@ def test_bad_data_get_their_sentence(narrow, data_folder, tmp_path):
         base.vocabularies[0].row("a zebra")
 
 
-def test_a_folder_of_another_run_is_refused(narrow, data_folder, tmp_path):
+def test_a_folder_of_another_run_is_refused(shallow, data_folder, tmp_path):
     fastcomposer.main(options_of(data_folder, tmp_path, "--steps", "1"))
     for name, value, sentence in (
         ("--rank", "3", "one of a run with rank 3, got .* with 2"),
