@@ -211,6 +211,15 @@ def test_bad_options_are_told(folder, tmp_path):
             run(folder, tmp_path / "run", 1, *more)
 
 
+def test_the_script_trains_from_noise_alone(narrow, folder, tmp_path):
+    for name, share in (("none", "0"), ("all", "1")):
+        run(folder, tmp_path / name, 1, "--from-noise", share, "--sheet-every", "0")
+    none, every = (load(tmp_path / name / "composer.safetensors").state_dict() for name in ("none", "all"))
+    assert any(not torch.equal(none[key], every[key]) for key in none)
+    with pytest.raises(ValueError, match="--out: expected a new folder, or one of a run with from noise 1"):
+        run(folder, tmp_path / "none", 2, "--from-noise", "1", "--sheet-every", "0")
+
+
 def test_noise_alone_is_nothing_for_a_base_that_predicts_noise(narrow, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(models.SCHEDULE, "prediction_type", "epsilon")
     with pytest.raises(ValueError, match="--from-noise: expected 0 for a base that predicts epsilon, .*, got 0.1"):
