@@ -162,3 +162,9 @@ def toy(toy_shared):
     with torch.inference_mode():
         yield toy_shared
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def idle(toy, monkeypatch):
+    """The toy's UNet computes nothing, for tests that count how often it is asked."""
+    monkeypatch.setattr(toy.base.diffusion_model, "forward", lambda x, *_, **__: x * 0)

@@ -17,7 +17,7 @@ def parts(host):
         return load_model(models.build_unet().state_dict()), load_clip(), load_vae()
 
 
-def train(parts, steps=3, report=lambda *_: None, prior=None, pictures=None, folder=None, **recipe):
+def train(parts, steps=2, report=lambda *_: None, prior=None, pictures=None, folder=None, **recipe):
     from conceptloom.host.weaver.training import train
     from conceptloom.training.concepts.learner import Recipe
     from conceptloom.training.concepts.pictures import Pictures
@@ -29,12 +29,18 @@ def train(parts, steps=3, report=lambda *_: None, prior=None, pictures=None, fol
         return train(*parts, pictures, "star", "<new1>", Recipe(steps=steps, **recipe), 64, prior, report, folder)
 
 
+@pytest.fixture(scope="module")
+def learnt(parts):
+    """A concept as `train` makes it without a word more."""
+    return train(parts)
+
+
 class TestConcept:
     @pytest.mark.parametrize("rank", [0, 4])
     def test_it_has_all_layers_and_its_word_and_they_have_moved(self, parts, rank):
         losses = []
         concept = train(parts, rank=rank, report=lambda step, loss, _: losses.append(loss))
-        assert len(losses) == 3 and all(loss > 0 for loss in losses)
+        assert len(losses) == 2 and all(loss > 0 for loss in losses)
         assert len(concept.deltas) == 16
         for deltas in concept.deltas.values():
             assert set(deltas) == {"k", "v"}
@@ -45,11 +51,11 @@ class TestConcept:
         assert not torch.equal(concept.tokens["l"][0], table[start])
         assert torch.allclose(concept.tokens["l"][0], table[start].float(), atol=0.05)
 
-    def test_the_same_seed_gives_the_same_concept(self, parts):
-        once, again, other = train(parts), train(parts), train(parts, seed=1)
+    def test_the_same_seed_gives_the_same_concept(self, parts, learnt):
+        again, other = train(parts), train(parts, seed=1)
         key = "middle.0.0"
-        assert torch.equal(once.deltas[key]["v"].matrix(), again.deltas[key]["v"].matrix())
-        assert not torch.equal(once.deltas[key]["v"].matrix(), other.deltas[key]["v"].matrix())
+        assert torch.equal(learnt.deltas[key]["v"].matrix(), again.deltas[key]["v"].matrix())
+        assert not torch.equal(learnt.deltas[key]["v"].matrix(), other.deltas[key]["v"].matrix())
 
     @pytest.mark.parametrize("rank", [0, 4])
     def test_the_script_learns_by_the_same_loss_and_gradients(self, parts, rank):
@@ -181,8 +187,8 @@ class TestConcept:
         image = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(1))
         pictures = Pictures([image] * 2, [None] * 2, ["a {}", "a {}" + " and a red mug" * 30])
         lengths = []
-        train(parts, steps=4, pictures=pictures, report=lambda step, *_: lengths.append(step))
-        assert lengths == [0, 1, 2, 3]
+        train(parts, pictures=pictures, report=lambda step, *_: lengths.append(step))
+        assert lengths == [0, 1]
 
     def test_previews_are_drawn_when_nothing_of_the_step_is_left(self, parts):
         """A preview may move the training's model away from its device, which must not be between the passes."""
@@ -193,15 +199,15 @@ class TestConcept:
             train(parts, steps=2, report=lambda *_: between.append("report"))
         assert between == ["backward", "report"] * 2
 
-    def test_pictures_of_the_class_take_part(self, parts):
+    def test_pictures_of_the_class_take_part(self, parts, learnt):
         prior = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(5))
         key = "middle.0.0"
         with_prior = train(parts, prior=prior).deltas[key]["v"].matrix()
-        assert not torch.equal(with_prior, train(parts).deltas[key]["v"].matrix())
+        assert not torch.equal(with_prior, learnt.deltas[key]["v"].matrix())
         without_weight = train(parts, prior=prior, prior_weight=0.0).deltas[key]["v"].matrix()
         assert not torch.equal(with_prior, without_weight)
 
-    def test_it_is_the_same_of_a_model_that_is_compiled(self, parts):
+    def test_it_is_the_same_of_a_model_that_is_compiled(self, parts, learnt):
         from comfy_api.torch_helpers import set_torch_compile_wrapper
 
         def backend(graph, inputs):
@@ -209,8 +215,8 @@ class TestConcept:
 
         model, key = parts[0].clone(), "middle.0.0"
         set_torch_compile_wrapper(model, backend)
-        learnt = train((model, *parts[1:]), steps=1).deltas[key]["v"].matrix()
-        assert torch.equal(learnt, train(parts, steps=1).deltas[key]["v"].matrix())
+        of_compiled = train((model, *parts[1:])).deltas[key]["v"].matrix()
+        assert torch.equal(of_compiled, learnt.deltas[key]["v"].matrix())
 
 
 class TestAfterwards:
@@ -230,18 +236,18 @@ class TestAfterwards:
             patch.setattr("time.monotonic", iter(range(0, 10**6, 100)).__next__)
             patch.setattr(Run, "save", lambda run: (saved.append(run.step), save(run)))
             with pytest.raises(InterruptProcessingException):
-                train(parts, steps=4, report=stop, folder=folder)
+                train(parts, steps=3, report=stop, folder=folder)
         assert saved == [1, 2]
         steps = []
-        continued = train(parts, steps=4, report=lambda step, *_: steps.append(step), folder=folder)
-        assert steps == [2, 3]
+        continued = train(parts, steps=3, report=lambda step, *_: steps.append(step), folder=folder)
+        assert steps == [2]
         assert not folder.exists()
-        assert torch.equal(continued.deltas[key]["v"].matrix(), train(parts, steps=4).deltas[key]["v"].matrix())
+        assert torch.equal(continued.deltas[key]["v"].matrix(), train(parts, steps=3).deltas[key]["v"].matrix())
 
     def test_models_are_as_before(self, parts):
         model, clip, _ = parts
         before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model.model, clip.cond_stage_model)]
-        train(parts)
+        train(parts, steps=1)
         for module, state in zip((model.model, clip.cond_stage_model), before, strict=True):
             assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
         assert not model.patches and not clip.patcher.patches
@@ -250,12 +256,8 @@ class TestAfterwards:
         import comfy.model_management
         from comfy.model_management import InterruptProcessingException
 
-        def stop(step, *_):
-            if step == 1:
-                comfy.model_management.interrupt_current_processing()
-
         with pytest.raises(InterruptProcessingException):
-            train(parts, steps=5, report=stop)
+            train(parts, report=lambda *_: comfy.model_management.interrupt_current_processing())
         assert not comfy.model_management.in_training
         train(parts, steps=1)
 

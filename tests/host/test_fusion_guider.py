@@ -4,7 +4,7 @@ import pytest
 import torch
 from conceptloom.samplers.fusion import Levels
 
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture
@@ -110,6 +110,7 @@ class TestReductions:
         assert not close(made, draw(plain())) and torch.isfinite(made).all()
 
 
+@pytest.mark.usefixtures("idle")
 class TestEvaluations:
     @pytest.mark.parametrize(
         ("count", "repeats", "scales", "expected"),
@@ -137,12 +138,12 @@ class TestEvaluations:
 
     def test_a_range_saves_its_steps(self, toy, draw, guide, subject):
         draw(guide(subject()), fusion(1, 1.0, 0.5, 1.0))
-        assert toy.rows == [3, 3, 2, 3, 2, 3]
+        assert toy.rows == [3, 2, 3, 2, 3]
 
     def test_a_subject_out_of_its_time_costs_nothing(self, toy, draw, guide, subject):
         late = subject(start_percent=0.5)
         draw(guide(late), fusion())
-        assert toy.rows == [2, 2, 2, 3, 2, 3]
+        assert toy.rows == [2, 2, 3, 2, 3]
 
 
 class TestEquations:
@@ -288,7 +289,7 @@ class TestCompany:
         assert len(drawn) == 2 * STEPS - 1
         assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
-    def test_control_of_the_text_acts_on_all_sides_that_have_none(self, toy, draw, guide, subject):
+    def test_control_of_the_text_acts_on_all_sides_that_have_none(self, idle, toy, draw, guide, subject):
         from comfy.controlnet import ControlBase
         from other_packs import controlled
 
@@ -370,7 +371,7 @@ def test_a_flow_model_is_fused_as_a_flow(toy, draw, guide, subject):
 
 
 class TestAdvice:
-    def test_fusion_without_guidance_is_said(self, draw, guide, subject, caplog):
+    def test_fusion_without_guidance_is_said(self, idle, draw, guide, subject, caplog):
         draw(guide(subject(), fusion_scale=1.0), fusion())
         assert sum("fuses the subjects without guidance" in r.message for r in caplog.records) >= 1
         caplog.clear()
@@ -387,7 +388,7 @@ class TestAdvice:
         draw(guide(part, subject("another", mask=half(False)), reuse=True), fusion())
         assert not caplog.records and toy.rows == [4, 2] * STEPS
 
-    def test_the_evaluations_are_said(self, draw, guide, subject, caplog):
+    def test_the_evaluations_are_said(self, idle, draw, guide, subject, caplog):
         with caplog.at_level("INFO"):
             draw(guide(subject()), fusion())
         assert f"UNet evaluations: {5 * STEPS}, 2.50 times the {2 * STEPS} of plain guidance" in caplog.text
