@@ -44,8 +44,8 @@ class FusionGuiderNode(Node):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Guidance towards each subject: more is more likeness. The strength of a conditioning "
-                    "multiplies it.",
+                    tooltip="Guidance towards each subject: more is more likeness, 0 is the picture without subjects. "
+                    "The strength of a conditioning multiplies it.",
                 ),
                 io.Float.Input(
                     "text_scale",

@@ -29,6 +29,9 @@ import torch
 STAGE = "conceptloom_stage"
 """Name in `model_options` under which the model is told the stage that it is evaluated for."""
 
+FOLLOWING = "conceptloom_following_stage"
+"""Name in `model_options` under which the model is told the stage after a fusion stage: another one, or refinement."""
+
 FUSION, REFINEMENT = "fusion", "refinement"
 
 Sampler = Callable[..., torch.Tensor]
@@ -134,7 +137,8 @@ def sample_fusion(
     """Samples with a fusion stage before each step of another sampler.
 
     Args:
-        model: `model(x, sigma, **extra_args) -> denoised`; told the stage by STAGE in its `model_options`.
+        model: `model(x, sigma, **extra_args) -> denoised`; told the stage by STAGE in its `model_options`, and what
+            comes after fusion by FOLLOWING.
         x: (B, C, ...), noise of the first level.
         sigmas: (N + 1,), falling.
         callback: told once per step what `base` tells, with the index of the step.
@@ -150,16 +154,19 @@ def sample_fusion(
     """
     extra_args = dict(extra_args or {})
     options = extra_args.pop("model_options", {})
-    stages = {stage: {**extra_args, "model_options": {**options, STAGE: stage}} for stage in (FUSION, REFINEMENT)}
+    fusing = [
+        {**extra_args, "model_options": {**options, STAGE: FUSION, FOLLOWING: stage}} for stage in (FUSION, REFINEMENT)
+    ]
+    refining = {**extra_args, "model_options": {**options, STAGE: REFINEMENT}}
     rows = x.new_ones(len(x))
     count, repeats = len(sigmas) - 1, [fusion.repeats_at(sigma) for sigma in sigmas.tolist()]
     for i in range(count) if progress is None else progress(count, disable=disable):
         sigma, following = sigmas[i], sigmas[i + 1]
-        for _ in range(repeats[i]):
+        for repeat in range(repeats[i]):
             here = 1.0 if share is None else share(x, sigma)
             if not isinstance(here, torch.Tensor) and here == 0:
                 break
-            denoised = model(x, sigma * rows, **stages[FUSION])
+            denoised = model(x, sigma * rows, **fusing[repeat == repeats[i] - 1])
             x = renew(x, denoised, noise_sampler(sigma, following), levels, sigma, following, fusion.eta, here)
         told = None if callback is None else (lambda facts, i=i: callback({**facts, "i": i}))
         x = base(
@@ -167,7 +174,7 @@ def sample_fusion(
             x,
             sigmas[i : i + 2],
             # A copy: some samplers put functions of their own into the options, once per call.
-            extra_args=dict(stages[REFINEMENT]),
+            extra_args=dict(refining),
             callback=told,
             disable=True,
             **(base_options or {}),

@@ -4,7 +4,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conceptloom.samplers.fusion import FUSION, REFINEMENT, STAGE, Fusion, Levels, combine, renew, sample_fusion, shares
+from conceptloom.samplers.fusion import (
+    FOLLOWING,
+    FUSION,
+    REFINEMENT,
+    STAGE,
+    Fusion,
+    Levels,
+    combine,
+    renew,
+    sample_fusion,
+    shares,
+)
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHA_BAR = torch.cumprod(1 - BETAS, 0)
@@ -49,9 +60,10 @@ class TestOneStep:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
         assert 1 - float(LOWEST.kept(sigma, sigma_next, 1.0)) == pytest.approx(expected, abs=1e-6)
 
-    @pytest.mark.parametrize(("v", "sigma", "kappa", "variance"), [(0.25, 1.0, 0.9, None), (0.25, 0.2, 0.5, 0.281379)])
+    @pytest.mark.parametrize(("v", "sigma", "kappa", "variance"), [(0.25, 1.0, 0.9, 1.248), (0.25, 0.2, 0.5, 0.281379)])
     def test_law_of_a_gaussian(self, v, sigma, kappa, variance):
-        """After a step with the exact denoiser of N(mu, v), latents of the right law have mean mu and this variance."""
+        """After a step with the exact denoiser of N(mu, v), latents of the right law have mean mu and this variance; of
+        latents of another mean the error is smaller by rho sigma^2 / (v + sigma^2)."""
         n, mu = 400_000, 1.5
         generator = torch.Generator().manual_seed(1)
         x = mu + (v + sigma**2) ** 0.5 * torch.randn(n, generator=generator, dtype=torch.float64)
@@ -60,9 +72,15 @@ class TestOneStep:
         x = renew(x, denoised, torch.randn(n, generator=generator).double(), Levels(), torch.tensor(sigma), following)
         rho = 1 - kappa
         law = v + sigma**2 - sigma**2 * v * rho**2 / (v + sigma**2)
-        assert variance is None or law == pytest.approx(variance, abs=1e-6)
+        assert law == pytest.approx(variance, abs=1e-6)
         assert float(x.mean()) == pytest.approx(mu, abs=5 * (law / n) ** 0.5)
         assert float(x.var()) == pytest.approx(law, rel=5 * (2 / n) ** 0.5)
+        off = torch.tensor([mu + 0.7], dtype=torch.float64)
+        denoised = mu + v / (v + sigma**2) * (off - mu)
+        moved = renew(
+            off, denoised, torch.zeros(1).double(), Levels(), torch.tensor(sigma, dtype=torch.float64), following
+        )
+        assert float(moved - mu) == pytest.approx(0.7 * (1 - rho * sigma**2 / (v + sigma**2)), abs=1e-9)
 
     def test_flow_is_the_same_process_in_other_variables(self):
         """With sigma' = sigma / (1 + sigma) a flow's latent is the other one divided by 1 + sigma."""
@@ -160,14 +178,17 @@ class TestRun:
         seen, told = [], []
 
         def model(x, sigma, model_options, seed):
-            seen.append((float(sigma[0]), model_options[STAGE], model_options["kept"], seed))
+            seen.append(
+                (float(sigma[0]), model_options[STAGE], model_options.get(FOLLOWING), model_options["kept"], seed)
+            )
             return x * 0
 
         sigmas = torch.tensor([5.0, 2.0, 0.5, 0.0])
         args = {"model_options": {"kept": 1}, "seed": 7}
         run(model, torch.ones(2, 8), sigmas, Fusion(2, 1.0, 2.0, 1.0), args, lambda facts: told.append(facts["i"]))
-        refined = [(sigma, REFINEMENT, 1, 7) for sigma in (5.0, 2.0, 0.5)]
-        assert seen == [refined[0], (2.0, FUSION, 1, 7), (2.0, FUSION, 1, 7), *refined[1:]]
+        refined = [(sigma, REFINEMENT, None, 1, 7) for sigma in (5.0, 2.0, 0.5)]
+        fused = [(2.0, FUSION, following, 1, 7) for following in (FUSION, REFINEMENT)]
+        assert seen == [refined[0], *fused, *refined[1:]]
         assert told == [0, 1, 2] and args == {"model_options": {"kept": 1}, "seed": 7}
 
 
@@ -204,7 +225,7 @@ class TestLaws:
         ],
     )
     def test_chain_of_gaussians(self, g, s_j, s_c, eta, repeats, mu_c, mean, std):
-        """One step maps N(M, V) to a Gaussian; means and standard deviations after 50 steps, from the recursion."""
+        """One step maps N(M, V) to a Gaussian; means and standard deviations after 50 steps."""
         v, mu_u, mu_j = 0.25, 0.0, 1.0
 
         def model(x, sigma, model_options, seed=None):
@@ -218,25 +239,39 @@ class TestLaws:
             return one + scale * (mixed - one)
 
         sigmas = torch.cat([SIGMA[TIMES], torch.zeros(1).double()])
-        x = sigmas[0] * torch.randn(40_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        made = run(model, x, sigmas, Fusion(repeats, eta))
-        assert float(made.mean()) == pytest.approx(mean, abs=0.012)
-        assert float(made.std()) == pytest.approx(std, abs=0.008)
+        # Every step is affine: a row without noise has the mean, and what a unit of each noise adds is its share.
+        draws = 1 + 50 * repeats
+        units = iter(torch.eye(draws + 1, dtype=torch.float64)[1:, :, None])
+        made = sample_fusion(
+            model,
+            sigmas[0] * next(units),
+            sigmas,
+            {"model_options": {}},
+            base=euler,
+            fusion=Fusion(repeats, eta),
+            levels=LOWEST,
+            noise_sampler=lambda _sigma, _following: next(units),
+        )[:, 0]
+        assert float(made[0]) == pytest.approx(mean, abs=2e-6)
+        assert float((made[1:] - made[0]).norm()) == pytest.approx(std, abs=2e-6)
 
     @pytest.mark.parametrize(
         ("s", "g", "gamma", "repeats", "eta", "fraction", "mean", "std"),
         [
-            (2, 3, 0.6, 0, 1.0, 0.991, (2.33, 2.43), 0.15),
-            (2, 3, 0.6, 1, 1.0, 0.9996, (2.02, 2.02), 0.25),
-            (2, 3, 0.6, 2, 1.0, 0.998, (2.00, 2.00), 0.25),
-            (2, 3, 0.6, 1, 0.5, 0.996, (2.17, 2.18), None),
+            ((4, 0), 3, 0.6, 0, 1.0, 0.509, None, None),
+            ((2, 2), 3, 0.6, 0, 1.0, 0.991, (2.33, 2.43), 0.15),
+            ((2, 2), 3, 0.6, 1, 1.0, 0.9996, (2.02, 2.02), 0.25),
+            ((2, 2), 3, 0.6, 2, 1.0, 0.998, (2.00, 2.00), 0.25),
+            ((2, 2), 3, 0.6, 1, 0.5, 0.996, (2.17, 2.18), None),
+            ((1, 1), 1, 0.6, 0, 1.0, 0.9986, None, None),
+            ((1, 1), 1, 0.6, 1, 1.0, 0.66, None, None),
         ],
     )
     def test_mixture_in_which_subject_and_style_depend_on_each_other(
         self, s, g, gamma, repeats, eta, fraction, mean, std
     ):
         """The joint prompt ignores the style; composing it with the text finds the one cluster that has both, and
-        fusion takes back what guidance overshoots."""
+        fusion takes back what guidance overshoots. With scales of 1 fusion loses it: weak guidance is no preset."""
         centers = torch.tensor([(-2.0, -2), (2, -2), (-2, 2), (2, 2)], dtype=torch.float64)
         joint, text = torch.tensor([[0, 0.8, 0, 0.2], [0, 0, 0.975, 0.025]], dtype=torch.float64)
         weights = {
@@ -256,15 +291,16 @@ class TestLaws:
             negative = denoised(x, sigma, "u")
             if model_options[STAGE] == FUSION:
                 return negative + g * (denoised(x, sigma, "weak") - negative)
-            mixed, scale = combine([denoised(x, sigma, "j"), denoised(x, sigma, "c")], [s, s], negative)
+            mixed, scale = combine([denoised(x, sigma, "j"), denoised(x, sigma, "c")], s, negative)
             return negative + scale * (mixed - negative)
 
         sigmas = torch.cat([SIGMA[TIMES], torch.zeros(1).double()])
         x = sigmas[0] * torch.randn(6000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         made = run(model, x, sigmas, Fusion(repeats, eta))
         there = (made - centers[3]).norm(dim=1) < 1
-        assert float(there.double().mean()) == pytest.approx(fraction, abs=0.01)
-        assert made[there].mean(0).tolist() == pytest.approx(mean, abs=0.04)
+        chance = (fraction * (1 - fraction) / len(x)) ** 0.5
+        assert float(there.double().mean()) == pytest.approx(fraction, abs=max(0.01, 3 * chance))
+        assert mean is None or made[there].mean(0).tolist() == pytest.approx(mean, abs=0.04)
         assert std is None or float(made[there].std(0).mean()) == pytest.approx(std, abs=0.03)
 
 

@@ -47,6 +47,9 @@ def test_what_is_kept_follows_the_paper():
     assert float(both) == pytest.approx(0.30, abs=0.012)
     with_intensity = (kept[:, 0] * kept[:, NAMES.index("intensity")]).mean()
     assert float(with_intensity) == pytest.approx(0.22, abs=0.012)
+    kept = torch.tensor([list(draw_kept(generator, 0.25).values()) for _ in range(40_000)]).float()
+    for i, name in enumerate(NAMES):
+        assert float(kept[:, i].mean()) == pytest.approx(0.7 if name == "intensity" else 0.5, abs=0.012), name
 
 
 def test_masks_are_strokes_rectangles_and_halves():
@@ -198,12 +201,21 @@ def test_a_share_of_pictures_begins_from_noise(folder, base):
     assert torch.cat([batch["t"] for batch in batches])[~alone].float().mean() < 700
 
 
+def test_the_intensity_is_kept_as_often_as_told(folder):
+    place = NAMES.index("intensity")
+    for dropped, share in ((0, 0.9), (1, 0.1)):
+        pictures = Composed(folder, 64, drop_intensity=dropped)
+        kept = [float(pictures[row, epoch]["kept"][place]) for row in range(len(pictures)) for epoch in range(15)]
+        assert sum(kept) / len(kept) == pytest.approx(share, abs=0.15)
+
+
 def test_bad_options_are_told(folder, tmp_path):
     for more, said in (
         (("--data", str(tmp_path / "nothing")), "--data: expected a folder with pictures"),
         (("--average", "1"), "--average: expected a share from 0 up to but not 1, got 1"),
         (("--local-width", "0"), "--local-width: expected at least 1, got 0"),
         (("--from-noise", "2"), "--from-noise: expected a share from 0 to 1, got 2"),
+        (("--drop-intensity", "-1"), "--drop-intensity: expected a share from 0 to 1, got -1"),
         (("--start", str(folder / "alone.jpg")), "--start: expected a Composer adapter, got alone.jpg"),
         (("--export", "a.bin"), "--export: expected a name that ends in .safetensors, got a.bin"),
     ):
@@ -211,13 +223,15 @@ def test_bad_options_are_told(folder, tmp_path):
             run(folder, tmp_path / "run", 1, *more)
 
 
-def test_the_script_trains_from_noise_alone(narrow, folder, tmp_path):
-    for name, share in (("none", "0"), ("all", "1")):
-        run(folder, tmp_path / name, 1, "--from-noise", share, "--sheet-every", "0")
-    none, every = (load(tmp_path / name / "composer.safetensors").state_dict() for name in ("none", "all"))
-    assert any(not torch.equal(none[key], every[key]) for key in none)
+def test_the_script_trains_what_it_is_told_to(narrow, folder, tmp_path):
+    told = {"plain": (), "noise": ("--from-noise", "1"), "intensity": ("--drop-intensity", "0")}
+    for name, more in told.items():
+        run(folder, tmp_path / name, 1, *more, "--sheet-every", "0")
+    plain, *others = (load(tmp_path / name / "composer.safetensors").state_dict() for name in told)
+    for other in others:
+        assert any(not torch.equal(plain[key], other[key]) for key in plain)
     with pytest.raises(ValueError, match="--out: expected a new folder, or one of a run with from noise 1"):
-        run(folder, tmp_path / "none", 2, "--from-noise", "1", "--sheet-every", "0")
+        run(folder, tmp_path / "plain", 2, "--from-noise", "1", "--sheet-every", "0")
 
 
 def test_noise_alone_is_nothing_for_a_base_that_predicts_noise(narrow, folder, tmp_path, monkeypatch):

@@ -32,9 +32,9 @@ NO_DOWNLOAD = "_no_download"
 SHORT = {
     "ConceptLoomTrainConcept": {"steps": 4, "class_pictures": 1, "preview_every": 3},
     "ConceptLoomFineTunePromptNet": {"steps": 3, "preview_every": 2},
-    "ConceptLoomDDIMInversion": {"steps": 12},
-    "KSampler": {"steps": 10},
-    "BasicScheduler": {"steps": 10},
+    "ConceptLoomDDIMInversion": {"steps": 8},
+    "KSampler": {"steps": 8},
+    "BasicScheduler": {"steps": 8},
 }
 """Inputs by node type with which templates run here; `dev.py demo` runs them as they are."""
 

@@ -88,6 +88,7 @@ def fine_tune(
     tokenizer = words.checked_tokenizer(promptnet, clip)
     words.check_channels(promptnet, model.model.latent_format.latent_channels)
     _check_side(side, vae, promptnet.module.config)
+    _check_room(pictures.captions, clip, tokenizer, side // vae.spacial_compression_encode(), promptnet.module.config)
     network_of(model.model, CROSS)
     state = promptnet.module.state_dict()
     # On the CPU, for sums differ from device to device.
@@ -117,6 +118,18 @@ def _check_side(side: int, vae, config) -> None:
     least = config.region_side * step
     if side % (step * factor) or side < least:
         raise ValueError(f"size: expected a multiple of {step * factor}, at least {least}, got {side}")
+
+
+def _check_room(captions, clip, tokenizer, cells: int, config) -> None:
+    count = (cells // config.region_side) ** 2
+    for caption in dict.fromkeys(captions):
+        prompt, end = with_stand_in(caption, tokenizer)
+        room = SplicedText(clip, slots_of(clip, prompt, [end])[0], count).room
+        if room < 0:
+            raise ValueError(
+                f"captions: expected {{}} earlier (it becomes {count} vectors at this size), got it {-room} too late; "
+                "shorten the text before it"
+            )
 
 
 class _Trainer:

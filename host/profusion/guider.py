@@ -19,7 +19,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from ...samplers.fusion import FUSION, STAGE, combine, shares
+from ...samplers.fusion import FOLLOWING, FUSION, REFINEMENT, STAGE, combine, shares
 from ..advice import advise, executing_node, inform
 from ..model.patching import NEGATIVE, POSITIVE, ROLE_TAG, SIDES, TEXT
 from ..words import GAMMA, SUBJECT_ROWS
@@ -43,7 +43,8 @@ class Guidance:
 
     Attributes:
         text_scale: s_C, of the text in refinement.
-        subject_scale: s_j, of each subject in refinement, times the strength of its conditioning.
+        subject_scale: s_j, of each subject in refinement, times the strength of its conditioning; at 0 there are none
+            in fusion either.
         fusion_scale: g_f, of the subjects in fusion.
         gamma: factor of the text states that carry a subject, in fusion.
         reuse: refinement takes the differences between text, negative and subjects from the fusion stage before it,
@@ -113,22 +114,19 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def outer_sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """See the host."""
-        self.evaluations = 0
+        self.evaluations = self._plain = 0
         self._covered: dict[tuple, dict[int, torch.Tensor | float]] = {}
         self._kept: _Kept | None = None
         options = self.model_options.setdefault("transformer_options", {})
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model, options)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply_model, options)
         try:
             samples = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             self._covered, self._kept = {}, None
-        steps = max(1, len(sigmas) - 1)
-        inform(
-            NAME,
-            f"UNet evaluations: {self.evaluations}, {self.evaluations / steps / 2:.2f} times the {2 * steps} of plain "
-            "guidance",
-            self.node,
-        )
+        if self._plain:
+            ratio = self.evaluations / self._plain
+            said = f"UNet evaluations: {self.evaluations}, {ratio:.2f} times the {self._plain} of plain guidance"
+            inform(NAME, said, self.node)
         return samples
 
     def share(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor | float:
@@ -148,8 +146,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _fuse(self, coverage: dict, x, timestep, options) -> torch.Tensor:
         """D_f."""
-        scale, reuse = self.guidance.fusion_scale, self.guidance.reuse and _covers_all(coverage)
-        if self.guidance.reuse and not reuse:
+        scale, reuse = self.guidance.fusion_scale, self.guidance.reuse and options.get(FOLLOWING) == REFINEMENT
+        if reuse and not _covers_all(coverage):
+            reuse = False
             # Where there is no subject, there is no estimate of the new latents that differences could be added to.
             advise(NAME, "reuse_differences is off, because the subjects do not cover the whole picture", self.node)
         if scale <= 1:
@@ -170,8 +169,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
     def _refine(self, coverage: dict, x, timestep, options) -> torch.Tensor:
         """D_r."""
         guidance = self.guidance
-        scales = [one * guidance.subject_scale for one in coverage.values()] if guidance.subject_scale else []
-        subjects = list(map(_subject, coverage)) if scales else []
+        self._plain += sum(len(_seen(self.conds[name], timestep)) for name in (POSITIVE, NEGATIVE))
+        scales = [one * guidance.subject_scale for one in coverage.values()]
+        subjects = list(map(_subject, coverage))
         with_text = guidance.text_scale > 0
         if with_text:
             scales = [guidance.text_scale, *scales]
@@ -185,6 +185,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
         else:
             text, negative, *estimates = self._evaluate(with_text, with_negative, subjects, x, timestep, options)
         if not scales:
+            advise(NAME, "nothing guides: text_scale is 0 and no subject acts; the negative prompt is drawn", self.node)
             return negative
         mixed, scale = combine([text, *estimates] if with_text else estimates, scales, negative)
         return self._guided(mixed, negative, scale, x, timestep, options)
@@ -195,8 +196,16 @@ class FusionGuider(comfy.samplers.CFGGuider):
         names = [POSITIVE if text else None, NEGATIVE if negative else None, *subjects]
         conds = [self.conds[name] if name in (POSITIVE, NEGATIVE) else name and self._own(name) for name in names]
         found = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        self.evaluations += sum(name is not None for name in names)
         return [None if name is None else one for name, one in zip(names, found, strict=True)]
+
+    def _apply_model(self, executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        """Counts, and tells patches of other packs which rows see subjects: they know 0, conditional, and 1,
+        unconditional."""
+        sides = transformer_options.get("cond_or_uncond")
+        if sides is not None:
+            self.evaluations += len(sides)
+            transformer_options = {**transformer_options, "cond_or_uncond": [int(side < 2) for side in sides]}
+        return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def _own(self, name: str) -> list[dict]:
         """The entries of a subject's conditioning without those that the host added."""
@@ -216,10 +225,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _coverage(self, x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor | float]:
         """Of each subject that is seen at this noise level how strong it is where: a map (n, 1, h, w), or a number."""
-        entries = {j: self._own(_subject(j)) for j in range(self.count)}
-        if any(_RANGE & entry.keys() for held in entries.values() for entry in held):
-            sigma = float(timestep[0])
-            entries = {j: [entry for entry in held if _holds(entry, sigma)] for j, held in entries.items()}
+        if not self.guidance.subject_scale:
+            return {}
+        entries = {j: _seen(self._own(_subject(j)), timestep) for j in range(self.count)}
         key = (x.shape, *(entry["uuid"] for held in entries.values() for entry in held))
         if key not in self._covered:
             maps = {j: _strongest(held, x, timestep) for j, held in entries.items() if held}
@@ -263,9 +271,14 @@ def _is_needed(scale: float, options: dict) -> bool:
     return not math.isclose(scale, 1.0) or options.get("disable_cfg1_optimization", False)
 
 
-def _holds(entry: dict, sigma: float) -> bool:
-    """Whether a conditioning's range of the schedule includes a noise level."""
-    return entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf)
+def _seen(entries: list[dict], timestep: torch.Tensor) -> list[dict]:
+    """Those of a conditioning's entries whose range of the schedule includes a noise level."""
+    if not any(_RANGE & entry.keys() for entry in entries):
+        return entries
+    sigma = float(timestep[0])
+    return [
+        entry for entry in entries if entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf)
+    ]
 
 
 def _covers_all(coverage: dict[int, torch.Tensor | float]) -> bool:
@@ -294,11 +307,3 @@ def _strongest(entries: Sequence[dict], x: torch.Tensor, timestep: torch.Tensor)
 def _as_number(found: torch.Tensor) -> torch.Tensor | float:
     """A map that is the same everywhere as a number."""
     return float(found.flatten()[0]) if (found == found.flatten()[0]).all() else found
-
-
-def _apply_model(executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
-    """Tells patches of other packs which rows see subjects: they know 0, conditional, and 1, unconditional."""
-    sides = transformer_options.get("cond_or_uncond")
-    if sides is not None:
-        transformer_options = {**transformer_options, "cond_or_uncond": [int(side < 2) for side in sides]}
-    return executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)

@@ -232,3 +232,7 @@ def test_refusals(parts):
     net = wrap(PromptNet(PromptNetConfig((32,) * 4, (2,) * 4, vision_width=128, context_width=128, region=2)))
     with pytest.raises(ValueError, match="^promptnet: expected one for latents of 8 channels, got one for 4"):
         fine_tune((parts[0], net, *parts[2:]))
+    late = pictures(captions=("a red mug and " * 18 + "{}",))
+    said = r"captions: expected \{\} earlier \(it becomes 4 vectors at this size\), got it 1 too late; shorten the text"
+    with pytest.raises(ValueError, match=said):
+        fine_tune(parts, late, side=128)

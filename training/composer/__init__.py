@@ -22,12 +22,13 @@ Adapter. The same command resumes a run. To use several GPUs or machines, or to 
 `accelerate launch [--cpu] tools/run.py training.composer ...`.
 
 Of the representations of a picture all are kept in a tenth of the cases, none in another tenth; else each is kept with
-probability 0.5, the intensity, which says most of a picture, with 0.3. The published training has 0.7 dropped too; its
+probability 0.5, the intensity, which says most of a picture, with 0.3, as published (--drop-intensity 0.7). The paper's
 loss is that of noise prediction, and here that of whatever the base predicts.
 
 A picture with the most noise that Stable Diffusion's schedule has still shows its mean color, and the noise from which
 sampling begins shows none (Lin et al., arXiv 2305.08891). So an adapter learns to leave light and dark to the noise.
-With --from-noise 0.1 a tenth of the pictures are trained from noise alone, for bases that predict v.
+With --from-noise 0.1 a tenth of the pictures are trained from noise alone, for bases that predict v; with a lower
+--drop-intensity more of these have an intensity to go by.
 """
 
 from __future__ import annotations
@@ -69,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         metavar="SHARE",
         help="of the pictures, trained from noise alone (default: %(default)s)",
+    )
+    add(
+        "--drop-intensity",
+        type=float,
+        default=0.7,
+        metavar="SHARE",
+        help="of the pictures, trained without their intensity (default: %(default)s)",
     )
     add("--learning-rate", type=float, default=1e-4, help="constant after --warmup (default: %(default)s)")
     add("--average", type=float, default=0.9999, help="of the weights, per step; 0 for none (default: %(default)s)")

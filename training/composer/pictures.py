@@ -26,17 +26,18 @@ from ..draws import Shares, draw, toward_noise
 from ..signals import ignore_stop_requests
 
 NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
-KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY = 0.1, 0.1, 0.5, 0.7
+KEEP_ALL, DROP_ALL, DROP = 0.1, 0.1, 0.5
 _ONE_CHANNEL = ("L", "P", "I", "I;16", "F")
 
 
-def draw_kept(generator: torch.Generator) -> dict[str, bool]:
-    """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself."""
+def draw_kept(generator: torch.Generator, drop_intensity: float = 0.7) -> dict[str, bool]:
+    """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself: the
+    intensity is dropped with `drop_intensity`, any other with 0.5."""
     case, *each = torch.rand(1 + len(NAMES), generator=generator).tolist()
     if case < KEEP_ALL + DROP_ALL:
         return dict.fromkeys(NAMES, case < KEEP_ALL)
     return {
-        name: chance >= (DROP_INTENSITY if name == "intensity" else DROP)
+        name: chance >= (drop_intensity if name == "intensity" else DROP)
         for name, chance in zip(NAMES, each, strict=True)
     }
 
@@ -83,14 +84,15 @@ class Composed(torch.utils.data.Dataset):
         root: the folder.
         resolution: R, in pixels.
         seed: of all that is drawn.
+        drop_intensity: see `draw_kept`.
 
     Raises:
         FileNotFoundError: there is no picture.
     """
 
-    def __init__(self, root: Path, resolution: int, seed: int = 0):
+    def __init__(self, root: Path, resolution: int, seed: int = 0, drop_intensity: float = 0.7):
         self.files = find_pictures(root)
-        self.resolution, self.seed = resolution, seed
+        self.resolution, self.seed, self.drop_intensity = resolution, seed, drop_intensity
 
     def __len__(self) -> int:
         return len(self.files)
@@ -98,7 +100,7 @@ class Composed(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, str | torch.Tensor]:
         row, epoch = key
         generator = item_generator(self.seed, epoch, row)
-        file, kept = self.files[row], draw_kept(generator)
+        file, kept = self.files[row], draw_kept(generator, self.drop_intensity)
         image = self._square(file, "RGB") / 255
         caption = caption_of(file)
         weights = list(WEIGHTS.values())[int(torch.randint(len(WEIGHTS), (), generator=generator))]

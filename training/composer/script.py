@@ -39,14 +39,15 @@ def train(options: Namespace, file: Path) -> None:
     check_average(options.average)
     check_workers(options.workers)
     base = open_base(options.base, options.vision, options.resolution)
-    if not 0 <= options.from_noise <= 1:
-        raise ValueError(f"--from-noise: expected a share from 0 to 1, got {options.from_noise:g}")
+    for name in ("from_noise", "drop_intensity"):
+        if not 0 <= (share := getattr(options, name)) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a share from 0 to 1, got {share:g}")
     if options.from_noise and base.predicts_noise:
         raise ValueError(
             f"--from-noise: expected 0 for a base that predicts epsilon, which is all that it sees then, got "
             f"{options.from_noise:g}"
         )
-    data = Composed(options.data, base.resolution, options.seed)
+    data = Composed(options.data, base.resolution, options.seed, options.drop_intensity)
     accelerator = accelerator_of(options)
     config = config_of(base, Path(options.base).name, options.mode, options.local_width, options.body_share)
     model = ComposerTraining(base, config, options.seed)
@@ -59,6 +60,7 @@ def train(options: Namespace, file: Path) -> None:
     kind = {"base": options.base, "mode": options.mode, "local width": options.local_width, "pictures": len(data)}
     kind |= {"body share": options.body_share, "seed": options.seed, "pictures a step": pictures_a_step}
     kind |= {"timesteps": options.timesteps, "from noise": options.from_noise}
+    kind |= {"intensity dropped": options.drop_intensity}
     weights = list(model.adapter.parameters())
     optimizer = torch.optim.AdamW(weights, options.learning_rate, weight_decay=1e-2)
     schedule = warmup(options.warmup)
