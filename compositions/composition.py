@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..subjects.pictures import resized_strokes
 from .instance_map import InstanceMap
 from .palette import Palette
 from .region import Region
 from .semantics import Semantics, between
-from .sketch import resized_strokes
 
 CAPTION, SEMANTICS, PALETTE = "caption", "semantics", "palette"
 SKETCH, INSTANCES, DEPTH, INTENSITY, MASK = "sketch", "instances", "depth", "intensity", "mask"

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..subjects.masks import fit_mask, same_aspect
+from ..subjects.pictures import resized_strokes
 from ..subjects.subject import Subject
 from .composition import (
     CAPTION,
@@ -27,7 +28,7 @@ from .intensity import intensity as intensity_of
 from .palette import Palette, palette_of_picture
 from .region import Region
 from .semantics import Semantics
-from .sketch import AUTO, as_sketch, resized_strokes
+from .sketch import AUTO, as_sketch
 
 
 def decompose(

@@ -16,7 +16,7 @@ from .color import hsv_to_srgb
 
 OWN, ADE20K, GRAYS = "composition", "ADE20K", "grays"
 CODINGS = (OWN, ADE20K, GRAYS)
-_GOLDEN, _SATURATION, _VALUES = 0.61803, 0.75, (1.0, 0.8, 0.6)
+_GOLDEN, _SATURATION, _VALUES, _NEXT_HUE = 0.61803, 0.75, (1.0, 0.8, 0.6), 0.05
 _SYNONYMS = {
     "person": ("man", "men", "woman", "women", "boy", "girl", "child", "children", "people"),
     "animal": ("dog", "cat", "horse", "cow", "sheep", "bird", "bear", "elephant", "zebra", "giraffe", "fish"),
@@ -84,9 +84,10 @@ def coded(instances: InstanceMap, coding: str = OWN) -> torch.Tensor:
     """A picture (H, W, 3) of a map.
 
     Args:
-        coding: OWN: a hue for each noun, darker for its second and third thing, with black lines between things of one
-            noun. ADE20K: the colors in which ControlNets for segments were trained; nouns without a class of its 150
-            are gray, and the background is black. GRAYS: from black to white in the order of the things.
+        coding: OWN: a hue for each noun, darker for its second and third thing and a little further for the next three,
+            with black lines between things of one noun. ADE20K: the colors in which ControlNets for segments were
+            trained; nouns without a class of its 150 are gray, and the background is black. GRAYS: from black to white
+            in the order of the things.
 
     Raises:
         ValueError: the coding is unknown.
@@ -103,7 +104,11 @@ def coded(instances: InstanceMap, coding: str = OWN) -> torch.Tensor:
         earlier = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
         hsv = torch.tensor(
             [
-                [class_number(name) * _GOLDEN % 1, _SATURATION, _VALUES[nth % len(_VALUES)]]
+                [
+                    (class_number(name) * _GOLDEN + nth // len(_VALUES) * _NEXT_HUE) % 1,
+                    _SATURATION,
+                    _VALUES[nth % len(_VALUES)],
+                ]
                 for name, nth in zip(names, earlier, strict=True)
             ]
         ).view(-1, 3)

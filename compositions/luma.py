@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..subjects.pictures import in_color
 from .color import lab_to_srgb, srgb_to_lab
 from .intensity import WEIGHTS, intensity
 
@@ -12,7 +13,7 @@ MODES = (LAB, LUMA)
 
 
 def luma_merge(light: torch.Tensor, color: torch.Tensor, mode: str = LAB, strength: float = 1.0) -> torch.Tensor:
-    """A picture (..., 3) with the lightness of `light` and the colors of `color`, both (..., 3) in [0, 1].
+    """A picture (H, W, 3) with the lightness of `light` and the colors of `color`, both (H, W, C) in [0, 1].
 
     Args:
         mode: LAB takes L of CIELab; LUMA takes the intensity with Rec. 601's weights, for pictures that were drawn from
@@ -24,7 +25,7 @@ def luma_merge(light: torch.Tensor, color: torch.Tensor, mode: str = LAB, streng
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    light, color = light[..., :3], color[..., :3]
+    light, color = in_color(light), in_color(color)
     if mode == LUMA:
         weights = WEIGHTS[LUMA]
         merged = (color + (intensity(light, weights) - intensity(color, weights))[..., None]).clamp(0, 1)

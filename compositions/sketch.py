@@ -34,14 +34,6 @@ def as_sketch(image: torch.Tensor, polarity: str = AUTO) -> torch.Tensor:
     return 1 - gray if inverted else gray
 
 
-def resized_strokes(sketches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Sketches (n, 1, H, W) at another size. Sides that become half as long or less keep the brightest of what becomes
-    a pixel: a mean makes thin strokes gray, which adapters take for none."""
-    pooled = tuple(new if 2 * new <= old else old for new, old in zip(size, sketches.shape[2:], strict=True))
-    sketches = F.adaptive_max_pool2d(sketches, pooled)
-    return F.interpolate(sketches, size, mode="bilinear", antialias=True).clamp(0, 1)
-
-
 def contours(image: torch.Tensor) -> torch.Tensor:
     """The edges (H, W) of a picture (H, W, 3), 0 or 1: a difference of two Gaussians, on the dark side of edges.
 

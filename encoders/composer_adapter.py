@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from ..subjects.pictures import resized_strokes
 from .files import load_exactly, read, state_of, whole_file
 
-LOCAL_CHANNELS = {"sketch": 1, "instances": 3, "depth": 1, "intensity": 1, "mask": 4}
+SKETCH = "sketch"
+LOCAL_CHANNELS = {SKETCH: 1, "instances": 3, "depth": 1, "intensity": 1, "mask": 4}
 """Local representations, and the channels of their maps."""
 SENTENCE, SEMANTICS, PALETTE = "caption", "semantics", "palette"
 WITH_TOKENS = (SEMANTICS, PALETTE)
@@ -215,7 +217,16 @@ class ComposerAdapter(nn.Module):
         parts = []
         for name, value in given.maps.items():
             strength = given.strength(name, value)[:, None, None, None]
-            parts.append(self.stacks[name](torch.nan_to_num(value), size) * strength)
+            value = torch.nan_to_num(value)
+            # Before any convolution, so that strokes are as wide, and memory as small, whatever the size of the
+            # picture.
+            target = _SUPPORT * size[0], _SUPPORT * size[1]
+            if tuple(value.shape[-2:]) != target:
+                if name == SKETCH:
+                    value = resized_strokes(value, target)
+                else:
+                    value = F.interpolate(value, target, mode="bilinear", antialias=True)
+            parts.append(self.stacks[name](value) * strength)
         if not parts:
             return {}
         h = sum(parts[1:], parts[0])
@@ -252,12 +263,8 @@ class _Stack(nn.Module):
             conv(4 * width, width, stride=2),
         )
 
-    def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """(n, width, h, w) for maps (n, c, H, W) of any size."""
-        # Before any convolution, so that strokes are as wide, and memory as small, whatever the size of the picture.
-        target = _SUPPORT * size[0], _SUPPORT * size[1]
-        if tuple(x.shape[-2:]) != target:
-            x = F.interpolate(x, target, mode="bilinear", antialias=True)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, width, h, w) for maps (n, c, 4 h, 4 w)."""
         return self.third(F.silu(self.second(F.silu(self.first(x)))))
 
 

@@ -47,7 +47,9 @@ class Studio:
         """A prompt as a ComfyUI conditioning."""
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
 
-    def draw(self, model, prompt: str, seed: int, count: int, positive: list | None = None) -> torch.Tensor:
+    def draw(
+        self, model, prompt: str, seed: int, count: int, positive: list | None = None, cfg: float = CFG
+    ) -> torch.Tensor:
         """`count` pictures (count, SIZE, SIZE, 3) in [0, 1], as KSampler with a batch and VAE Decode return them;
         `positive` replaces the prompt's conditioning."""
         side = SIZE // self.vae.spacial_compression_decode()
@@ -56,7 +58,7 @@ class Studio:
             model,
             comfy.sample.prepare_noise(empty, seed),
             STEPS,
-            CFG,
+            cfg,
             SAMPLER,
             SCHEDULER,
             self.encode(prompt) if positive is None else positive,

@@ -13,7 +13,7 @@ from ..compositions.intensity import DEFAULT_WEIGHTS, WEIGHTS
 from ..compositions.palette import palette_of_picture
 from ..compositions.semantics import Semantics
 from ..compositions.sheet import contact_sheet
-from ..compositions.sketch import AUTO, WHITE_ON_BLACK, contours
+from ..compositions.sketch import AUTO, POLARITIES, WHITE_ON_BLACK, contours
 from ..encoders.files import free_file
 from ..subjects.masks import as_mask
 from ..subjects.subject import MAX_WEIGHT
@@ -83,6 +83,14 @@ class DecomposeImage(Node):
                     advanced=True,
                     tooltip="The connected depth is a distance in any unit, above 0: larger where it is far.",
                 ),
+                io.Combo.Input(
+                    "sketch_polarity",
+                    options=list(POLARITIES),
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="Of the connected sketch. auto takes the rarer of black and white for the strokes; choose "
+                    "white on black for one from Sketch with more strokes than ground.",
+                ),
                 io.ClipVision.Input(
                     "clip_vision", optional=True, tooltip="A vision tower, for the semantics (meaning and style)."
                 ),
@@ -108,6 +116,7 @@ class DecomposeImage(Node):
         take_intensity,
         intensity_weights,
         depth_is_distance,
+        sketch_polarity,
         clip_vision=None,
         palette=None,
         sketch=None,
@@ -118,7 +127,7 @@ class DecomposeImage(Node):
         picture = one_picture(image)
         if palette is None and take_palette:
             palette = palette_of_picture(picture)
-        drawn, polarity = None if sketch is None else one_picture(sketch, "sketch"), AUTO
+        drawn, polarity = None if sketch is None else one_picture(sketch, "sketch"), sketch_polarity
         if drawn is None and take_sketch and (own := contours(picture)).any():
             drawn, polarity = own[..., None].expand(-1, -1, 3), WHITE_ON_BLACK
         found = decompose(

@@ -1,4 +1,4 @@
-"""Pictures at other sizes, and with three channels."""
+"""Pictures and sketches at other sizes, and with three channels."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def cover(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     h, w = round(size[0] * scale), round(size[1] * scale)
     top, left = (height - h) // 2, (width - w) // 2
     return fit(image[top : top + h, left : left + w], size)
+
+
+def resized_strokes(sketches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Sketches (n, 1, H, W) at another size. Sides that become half as long or less keep the brightest of what becomes
+    a pixel: a mean makes thin strokes gray, which adapters take for none."""
+    pooled = tuple(new if 2 * new <= old else old for new, old in zip(size, sketches.shape[2:], strict=True))
+    sketches = F.adaptive_max_pool2d(sketches, pooled)
+    return F.interpolate(sketches, size, mode="bilinear", antialias=True).clamp(0, 1)

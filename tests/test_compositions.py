@@ -30,6 +30,7 @@ from conceptloom.compositions.composition import (
     merge,
     pick,
 )
+from conceptloom.compositions.decompose import decompose, decompose_subject, subject_of
 from conceptloom.compositions.depth import normalized_depth
 from conceptloom.compositions.instance_map import ADE20K, CODINGS, GRAYS, OWN, ade_class, coded, instance_map
 from conceptloom.compositions.intensity import WEIGHTS, intensity
@@ -48,6 +49,8 @@ from conceptloom.compositions.palette import (
 from conceptloom.compositions.region import Region, grown
 from conceptloom.compositions.semantics import Semantics, between, slerp
 from conceptloom.compositions.sheet import contact_sheet
+from conceptloom.subjects.pictures import resized_strokes
+from conceptloom.subjects.subject import Subject
 
 
 def noise(*shape, seed=0):
@@ -226,14 +229,14 @@ class TestSketch:
         drawn = torch.zeros(64, 64)
         drawn[21], drawn[:, 40] = 1, 1
         drawn = drawn[None, None]
-        found = sketch.resized_strokes(drawn, (32, 32))[0, 0]
+        found = resized_strokes(drawn, (32, 32))[0, 0]
         assert (found[10] == 1).all() and (found[:, 20] == 1).all() and int(found.sum()) == 63
-        assert torch.equal(sketch.resized_strokes(drawn, (64, 64)), drawn)
+        assert torch.equal(resized_strokes(drawn, (64, 64)), drawn)
         for size in ((128, 128), (64, 24), (63, 60)):
-            made = sketch.resized_strokes(drawn, size)[0, 0]
+            made = resized_strokes(drawn, size)[0, 0]
             # Of each stroke something stays wherever it was, at about half of full white or more.
             assert (made.amax(0) > 0.49).all() and (made.amax(1) > 0.49).all()
-        near = sketch.resized_strokes(drawn, (63, 63))[0, 0] > 0.5
+        near = resized_strokes(drawn, (63, 63))[0, 0] > 0.5
         assert int(near[:, 0].sum()) == 1, "a side that shrinks a little makes no stroke wider"
         given = align(Composition((64, 64), {SKETCH: Part(drawn[0, 0])}), (32, 32))
         assert torch.equal(given[SKETCH], found)
@@ -281,6 +284,13 @@ class TestInstances:
         assert float(second.max() / first.max()) == pytest.approx(0.8)
         assert not picture[3, 13].any(), "the line"
         assert picture[8, 10].any(), "none between things of other nouns"
+
+    @pytest.mark.parametrize("name", ["star", ""])
+    def test_every_thing_has_a_color_of_its_own(self, name):
+        apart = torch.zeros(40, 1, 80)
+        apart[range(40), 0, range(0, 80, 2)] = 1
+        picture = coded(instance_map(apart, [name] * 40), OWN)
+        assert len({tuple(color) for color in (picture[0] * 255).round().tolist() if any(color)}) == 40
 
     def test_classes_of_ade20k(self):
         assert [ade_class(name) for name in ("dog", "Trees", "boxes", "mug", "spaceship")] == [
@@ -543,12 +553,54 @@ class TestComposition:
         assert contact_sheet(Composition((8, 8))).shape == (274, 256, 3)
 
 
+class TestSubjects:
+    """The systems share one notion of a thing."""
+
+    def masks(self):
+        masks = torch.zeros(2, 24, 32)
+        masks[0, 4:12, 4:12], masks[1, 10:20, 16:30] = 1, 1
+        return masks
+
+    def test_a_thing_of_a_composition_is_a_subject(self):
+        image, things = noise(24, 32, 3), instance_map(self.masks(), ["cup", "table"])
+        given = decompose(image, "a cup on a table", instances=things)
+        found = subject_of(given, "Table", 1.5)
+        assert torch.equal(found.image, image) and torch.equal(found.mask, self.masks()[1])
+        assert (found.noun, found.prompt, found.weight) == ("Table", "a cup on a table", 1.5)
+        assert subject_of(given, "").noun == "cup", "the first"
+        with pytest.raises(ValueError, match=re.escape("one of the composition's things (cup, table), got 'dog'")):
+            subject_of(given, "dog")
+        with pytest.raises(ValueError, match="composition: expected one with instances, got one without"):
+            subject_of(decompose(image), "cup")
+
+    def test_a_subject_is_a_composition_again(self):
+        """Its colors are those inside of its mask, whatever is around it."""
+        mask = self.masks()[0]
+        image = torch.where(mask[..., None] > 0, torch.tensor([0.9, 0.1, 0.1]), torch.tensor([0.1, 0.1, 0.9]))
+        found = decompose_subject(Subject(image, "cup", mask), Semantics(torch.ones(4)))
+        assert str(found["caption"]) == Subject(image, "cup", mask).prompt
+        assert found["instances"].names == ("cup",) and torch.equal(found["instances"].mask(0), mask)
+        red = palette_of_picture(torch.tensor([0.9, 0.1, 0.1]).expand(8, 8, 3))
+        torch.testing.assert_close(found["palette"].histogram, red.histogram, rtol=0, atol=1e-5)
+        again = subject_of(found, "cup")
+        assert torch.equal(again.image, image) and torch.equal(again.mask, mask) and again.noun == "cup"
+
+    def test_a_subject_without_a_mask_is_its_whole_picture(self):
+        found = decompose_subject(Subject(noise(8, 8, 3), "cup"))
+        assert found["instances"].mask(0).all() and "semantics" not in found
+
+
 class TestLumaMerge:
     @pytest.mark.parametrize("mode", MODES)
     def test_a_picture_with_itself_is_itself(self, mode):
         image = noise(16, 16, 3)
         torch.testing.assert_close(luma_merge(image, image, mode), image, rtol=0, atol=1 / 255)
         assert torch.equal(luma_merge(1 - image, image, mode, strength=0.0), image)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_one_channel_is_a_gray_picture(self, mode):
+        gray, color = noise(8, 8, 1), noise(8, 8, 3, seed=1)
+        assert torch.equal(luma_merge(gray, color, mode), luma_merge(gray.expand(-1, -1, 3), color, mode))
 
     def test_lightness_is_the_sources_and_color_the_others(self):
         light, color = 0.3 + 0.4 * noise(32, 32, 3), 0.35 + 0.3 * noise(32, 32, 3, seed=1)

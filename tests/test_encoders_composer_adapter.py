@@ -106,6 +106,15 @@ class TestFeatures:
         )
         torch.testing.assert_close(half, one / 2)
 
+    def test_a_thin_stroke_is_as_strong_on_a_large_canvas(self):
+        """A line of one pixel, where a cell of the latent is 32 pixels wide and where it is 4."""
+        net, line = adapter(), torch.zeros(1, 1, 32, 48)
+        line[..., 20] = 1
+        large = torch.zeros(1, 1, 256, 384)
+        large[..., 20 * 8 + 3] = 1
+        expected, made = (net(Conditions({}, {"sketch": one}), SIZE).levels for one in (line, large))
+        assert all(torch.equal(made[level], expected[level]) for level in expected)
+
     def test_maps_that_are_not_finite_are_mended(self):
         broken = given(names=("depth",))
         broken.maps["depth"][0, 0, 0, 0] = float("nan")

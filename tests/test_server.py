@@ -105,7 +105,7 @@ def test_compositions_are_taken_apart_combined_and_kept(server):
 
     def decomposed(picture, **inputs):
         options = {"take_palette": True, "take_sketch": True, "take_intensity": True}
-        more = {"intensity_weights": "Rec. 601", "depth_is_distance": False, "caption": ""}
+        more = {"intensity_weights": "Rec. 601", "depth_is_distance": False, "caption": "", "sketch_polarity": "auto"}
         return ours("DecomposeImage", image=[picture, 0], **{**options, **more, **inputs})
 
     def picked(composition, *names):

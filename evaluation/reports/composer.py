@@ -35,7 +35,7 @@ from ...shapeland import models, world
 from .. import metrics, obedience
 from ..scenes import case_rng
 from ..sheet import SheetRow, contact_sheet
-from ..studio import Studio
+from ..studio import CFG, Studio
 from . import Report
 
 SYSTEM = "composer"
@@ -45,34 +45,40 @@ PRIOR_STEPS, PRIOR_GUIDANCE = 25, 2.0
 SUBJECTS = (1, 2)
 PER_CASE, SHOWN_CASES = 2, 5
 _NEXT_NOISE = 1_000_000
+FOUR = (SKETCH, DEPTH, PALETTE, SEMANTICS)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     **{name: (name,) for name in (PALETTE, SEMANTICS, SKETCH, INSTANCES, DEPTH, INTENSITY, MASK)},
     "sketch_palette": (SKETCH, PALETTE),
     "depth_semantics": (DEPTH, SEMANTICS),
     "intensity_palette": (INTENSITY, PALETTE),
-    "default": (SKETCH, DEPTH, PALETTE, SEMANTICS),
+    "default": FOUR,
+    "cfg_2": FOUR,
+    "cfg_7": FOUR,
     "prior": (),
 }
 """Representations of each variant, beside the caption; *prior* has semantics that the prior draws for the caption."""
+SCALES = {"cfg_2": 2.0, "cfg_7": 7.0}
+"""Guidance scales, where they are not the others'."""
 SHOWN = ("plain", PALETTE, SEMANTICS, SKETCH, INSTANCES, DEPTH, INTENSITY, MASK, "default")
 
 ABOUT = """\
 The caption names nouns alone. The maps are those of a drawn scene of these nouns, the palette is another scene's, and
 the semantics those of a third with the same nouns; *default* has the sketch, the depth, the palette and the semantics
-together, from three pictures. *plain* is the caption on the untouched model, and *prior* has semantics that the prior
-draws for the caption, anew for each picture. Every variant draws the same seeds, but that only the first picture of a
-case by the prior has the noise of the others.
+together, from three pictures, at a guidance scale of {scale:g}, and *cfg_2* and *cfg_7* at 2 and 7. *plain* is the
+caption on the untouched model, and *prior* has semantics that the prior draws for the caption, anew for each picture.
+Every variant draws the same seeds, but that only the first picture of a case by the prior has the noise of the
+others.
 
 Each column says how well pictures obey one representation, whether they were given it or not: a row is how one that was
 given changes all others. 1 is full obedience.
 
 - **caption**: share of pictures with exactly the nouns asked for.
-- **semantics**: cosine of the vision tower's embeddings.
+- **semantics**: cosine of the vision tower's embeddings, which say more than whose thing it is.
 - **palette**: 1 minus half the sum of differences of the two histograms.
 - **sketch**: F1 of the contours, within {tolerance} pixels.
-- **instances**, **depth**: overlap with the map's things, by noun, and of all that is near.
-- **intensity**: correlation.
+- **instances**, **depth**: overlap with the map's things, by noun, and of all that is near; the judge reads no order.
+- **intensity**: correlation, which a picture that is lighter or of less contrast does not lose.
 - **mask**: 1 minus the mean difference of what was to be kept.
 - **variety**: 1 minus the cosine of the embeddings of pictures of one case.
 
@@ -167,7 +173,7 @@ def report(
             tell(f"{SYSTEM}, {subjects} things: {len(cases)} of {pictures} pictures in {len(VARIANTS)} variants")
         compared = [name for name in VARIANTS if name != "default"]
         rows += metrics.report_rows(SYSTEM, subjects, values, cases, compared, obedience.RANGES)
-    return Report(rows, ABOUT.format(tolerance=obedience.TOLERANCE), contact_sheet(sheet))
+    return Report(rows, ABOUT.format(tolerance=obedience.TOLERANCE, scale=CFG), contact_sheet(sheet))
 
 
 def draw_variants(
@@ -185,7 +191,7 @@ def draw_variants(
             continue
         parts = {name: given.parts[name] for name in names} | {CAPTION: Part(Caption(((text, 1.0),)))}
         positive = host.encode(adapter, studio.clip, Composition(given.size, parts))
-        drawn[variant] = studio.draw(prepared, text, target.seed, count, positive)
+        drawn[variant] = studio.draw(prepared, text, target.seed, count, positive, SCALES.get(variant, CFG))
     return drawn
 
 

@@ -41,52 +41,63 @@ from .fastcomposer import FILE, load_parts
 from .freecustom import patched
 
 SYSTEM = "profusion"
-CONCEPT = "profusion_concept"
+OF_A_CONCEPT = "profusion_concept"
+"""Name of the kept pictures of a concept."""
 SUBJECTS = (1, 2)
 STEPS, SCHEDULER = 25, "ddim_uniform"
-CFG, CFGS = 4.0, (2.0, 7.0)
+CFG = 4.0
 SCALES = {"subject_scale": 4.0, "text_scale": 3.0, "fusion_scale": 4.0, "gamma": 0.6}
-CONCEPT_NAMES = {"default": "fusion"}
 PROMPTNET = WEIGHTS / "promptnet" / "shapeland.safetensors"
 VARIANTS_OF_A_PICTURE = 16
-"""On which PromptNet is fine-tuned."""
+"""On which PromptNet is fine-tuned, with the picture itself."""
 NO_REFINEMENT = {"text_scale": 0.0}
 
-# Per variant: fusion steps, window, and what is changed of the scales.
-FUSED: dict[str, tuple[int, Window, dict]] = {
-    "default": (1, Window(), {}),
+GUIDED = {"cfg_2": 2.0, "cfg": CFG, "cfg_7": 7.0}
+FUSED = {
+    "weak": {"subject_scale": 2.0, "text_scale": 2.0, "fusion_scale": 3.0},
+    "fusion": {},
+    "strong": {"subject_scale": 7.0, "text_scale": 5.0, "fusion_scale": 7.0},
+}
+"""The points of a frontier, from weak to strong: scales of plain guidance, and changes of the scales of fusion."""
+KINDS = {
+    "PromptNet": "",
+    "fine-tuned": "tuned",
+    "FastComposer": "fastcomposer",
+    "FreeCustom": "mrsa",
+    "trained concept": "concept",
+}
+"""Kinds of subjects, and what the names of their variants begin with."""
+_DEFAULTS = {"fusion": "default"}
+_OTHERS = {default: name for name, default in _DEFAULTS.items()}
+
+# Per variant of PromptNet's subjects: fusion steps, window, and what is changed of the scales.
+CHANGED: dict[str, tuple[int, Window, dict]] = {
     "composable": (0, Window(), {}),
     "fusion_m2": (2, Window(), {}),
     "no_refinement": (1, Window(), NO_REFINEMENT),
-    "weak": (1, Window(), {"subject_scale": 2.0, "text_scale": 2.0, "fusion_scale": 3.0}),
-    "strong": (1, Window(), {"subject_scale": 7.0, "text_scale": 5.0, "fusion_scale": 7.0}),
     "gamma_1": (1, Window(), {"gamma": 1.0}),
     "late": (1, Window(0.4, 1.0), {}),
+    "last_fifth": (1, Window(0.8, 1.0), {}),
     "reuse": (1, Window(), {"reuse": True}),
 }
-SHOWN = ("default", "plain", "cfg", "composable", "tuned_cfg", "tuned", "mrsa_cfg", "mrsa_fusion")
-FRONTIERS = {
-    "plain guidance": ("cfg_2", "cfg", "cfg_7"),
-    "fusion sampling": ("weak", "default", "strong"),
-    "fine-tuned, plain guidance": ("tuned_cfg",),
-    "fine-tuned, fusion sampling": ("tuned",),
-}
-"""Curves of the plot, from weak to strong scales."""
+SHOWN = ("default", "plain", "cfg", "composable", "tuned_cfg", "tuned_fusion", "mrsa_cfg", "mrsa_fusion")
 
 ABOUT = f"""
 
 Subjects are words that PromptNet makes of one picture, but where a name says another. *plain* and *cfg* are plain
-guidance at {CFG:g} by the text and with the words, *cfg_X* at another scale. *default* is fusion sampling with the
-scales 4 for subjects, 3 for text, 4 in the fusion stage, and gamma 0.6. The others change one thing: *composable* has
-no fusion stage, *fusion_m2* two, *no_refinement* is refined towards the subjects alone, *weak* has the scales 2, 2 and
-3 and *strong* 7, 5 and 7, *gamma_1* leaves the subjects' words as they are in the fusion stage, *late* has that stage
-in the last 60 percent of the schedule, and *reuse* evaluates the negative prompt once per step. *tuned_cfg* and
-*tuned* are *cfg* and *default* with PromptNet and the model's attention fine-tuned, as the node does it by default, on
-{VARIANTS_OF_A_PICTURE} variants of the picture, and *tuned_alone* is *tuned* trained on the picture alone.
+guidance at {CFG:g} by the text and with the words. *default* is fusion sampling with the scales 4 for subjects, 3 for
+text, 4 in the fusion stage, and gamma 0.6. *cfg_2* and *cfg_7* are plain guidance at 2 and 7; *weak* is fusion
+sampling with the scales 2, 2 and 3, and *strong* with 7, 5 and 7. The others change one thing of *default*:
+*composable* has no fusion stage, *fusion_m2* two, *no_refinement* is refined towards the subjects alone, *gamma_1*
+leaves the subjects' words as they are in the fusion stage, *late* has that stage in the last 60 percent of the
+schedule and *last_fifth* in the last 20, *reuse* evaluates the negative prompt once per step, *once* makes the words
+once per sampling, and *separate* has a conditioning of its own for each subject, in the whole picture.
 
-*fastcomposer_cfg* and *fastcomposer_fusion* have FastComposer's subjects, *mrsa_cfg* and *mrsa_fusion* FreeCustom's.
-*concept_X* have cases of their own, with one of the trained concepts in the whole picture: by plain text, with the
-concept by plain guidance, and by fusion sampling, which their stars compare with."""
+Other kinds of subjects have *cfg_2*, *cfg*, *cfg_7*, *weak*, *fusion* and *strong*, with the same scales. *tuned_* is
+PromptNet and the model's attention fine-tuned, as the node does it by default, on the picture and
+{VARIANTS_OF_A_PICTURE} variants of it, and *tuned_alone* is *tuned_fusion* trained on the picture alone;
+*fastcomposer_* are FastComposer's subjects, *mrsa_* FreeCustom's. *concept_* have cases of their own, with one of the
+trained concepts in the whole picture, and *concept_fusion* for what their stars compare with."""
 
 
 def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], None]) -> Report:
@@ -102,8 +113,8 @@ def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], N
     draw = partial(draw_variants, studio, parts, words.load(str(PROMPTNET)), vision)
     rows, shown = compare(SYSTEM, studio, SUBJECTS, pictures, chance, tell, draw, SHOWN)
     of_a_concept = partial(draw_concept, studio, bank)
-    found, _ = compare(CONCEPT, studio, (1,), pictures, chance, tell, of_a_concept, case_of=template_case)
-    rows += [replace(row, variant=f"concept_{CONCEPT_NAMES.get(row.variant, row.variant)}") for row in found]
+    found, _ = compare(OF_A_CONCEPT, studio, (1,), pictures, chance, tell, of_a_concept, case_of=template_case)
+    rows += [replace(row, system=SYSTEM, variant=f"concept_{_OTHERS.get(row.variant, row.variant)}") for row in found]
     sampling = f"euler, {SCHEDULER}, {STEPS} steps"
     return Report(rows, explain(chance) + ABOUT, contact_sheet(shown), {"frontier": frontier(rows)}, sampling)
 
@@ -115,32 +126,32 @@ def draw_variants(
     subjects = [Subject(r.image, r.noun, r.mask) for r in case.references]
     draw = partial(_draw, studio, case, count)
 
-    def encode(found: words.LoadedPromptNet) -> tuple[list, list]:
-        return words.encode(found, studio.clip, vision, studio.vae, case.prompt, subjects)
+    def encode(found: words.LoadedPromptNet, subjects: list[Subject], **options) -> tuple[list, list]:
+        return words.encode(found, studio.clip, vision, studio.vae, case.prompt, subjects, **options)
 
-    model = words.prepared(studio.model)
-    text, subject = encode(net)
-    drawn = {"plain": draw(_plain(studio, model, text))}
-    drawn |= {f"cfg_{scale:g}": draw(_plain(studio, model, subject, scale)) for scale in CFGS}
-    drawn["cfg"] = draw(_plain(studio, model, subject))
-    for name, (steps, window, changes) in FUSED.items():
-        drawn[name] = draw(_fusing(studio, model, text, subject, changes), steps, window)
+    model, tune = words.prepared(studio.model), partial(_tuned, studio, net, vision, case.references[0])
+    text, subject = encode(net, subjects)
+    drawn = {"plain": draw(_plain(studio, model, text)), **_frontier(studio, draw, "", model, text, subject)}
+    for name, (steps, window, changes) in CHANGED.items():
+        drawn[name] = draw(_fusing(studio, model, text, [subject], changes), steps, window)
+    _, unchanging = encode(net, subjects, update=words.ONCE)
+    drawn["once"] = draw(_fusing(studio, model, text, [unchanging], {}), 1)
     if len(subjects) == 1:
-        tune = partial(_tuned, studio, model, net, vision, case.references[0])
-        tuned, own = tune(VARIANTS_OF_A_PICTURE)
-        text, subject = encode(own)
-        drawn["tuned_cfg"] = draw(_plain(studio, tuned, subject))
-        drawn["tuned"] = draw(_fusing(studio, tuned, text, subject, {}), 1)
-        tuned, own = tune(0)
-        text, subject = encode(own)
-        drawn["tuned_alone"] = draw(_fusing(studio, tuned, text, subject, {}), 1)
+        for name, variants in (("tuned", VARIANTS_OF_A_PICTURE), ("tuned_alone", 0)):
+            tuned, own = tune(model, variants)
+            text, subject = encode(own, subjects)
+            if variants:
+                drawn |= _frontier(studio, draw, name, tuned, text, subject)
+            else:
+                drawn[name] = draw(_fusing(studio, tuned, text, [subject], {}), 1)
+    else:
+        apart = [encode(net, [one])[1] for one in subjects]
+        drawn["separate"] = draw(_fusing(studio, model, text, apart, {}), 1)
     encoded = fastcomposer.encode_subjects(parts.clip_vision, subjects, background=NOISE, crop=True)
     text, subject, _ = fastcomposer.fuse(parts.clip, parts.fuser, case.prompt, encoded)
-    drawn["fastcomposer_cfg"] = draw(_plain(studio, parts.model, subject))
-    drawn["fastcomposer_fusion"] = draw(_fusing(studio, parts.model, text, subject, {}), 1)
-    referring, prompt = patched(studio, case, {}, {}), studio.encode(case.prompt)
-    drawn["mrsa_cfg"] = draw(_plain(studio, referring, prompt))
-    drawn["mrsa_fusion"] = draw(_fusing(studio, referring, prompt, prompt, {}), 1)
+    drawn |= _frontier(studio, draw, "fastcomposer", parts.model, text, subject)
+    prompt = studio.encode(case.prompt)
+    drawn |= _frontier(studio, draw, "mrsa", patched(studio, case, {}, {}), prompt, prompt)
     return drawn
 
 
@@ -152,20 +163,26 @@ def draw_concept(studio: Studio, bank: dict[str, Concept], case: TemplateCase, c
     model, subject = fusion.apply(studio.model, prompts.positive, prompts.concepts, everywhere, settings)
     draw = partial(_draw, studio, case, count)
     text = studio.encode(case.prompt)
-    return {
-        "default": draw(_fusing(studio, model, text, subject, {}), 1),
-        "plain": draw(_plain(studio, studio.model, text)),
-        "cfg": draw(_plain(studio, model, subject)),
-    }
+    return {"plain": draw(_plain(studio, studio.model, text)), **_frontier(studio, draw, "", model, text, subject)}
 
 
-def _tuned(studio: Studio, model, net: words.LoadedPromptNet, vision, reference: Reference, variants: int):
-    """The model and the PromptNet, fine-tuned on variants of a picture as the nodes do it, or on the picture alone."""
+def _frontier(studio: Studio, draw: Callable, kind: str, model, text: list, subject: list) -> dict[str, torch.Tensor]:
+    """The pictures of both frontiers of a kind of subjects, by the names of variants."""
+    drawn = {name: draw(_plain(studio, model, subject, scale)) for name, scale in GUIDED.items()}
+    drawn |= {name: draw(_fusing(studio, model, text, [subject], changes), 1) for name, changes in FUSED.items()}
+    return {_variant(kind, name): pictures for name, pictures in drawn.items()}
+
+
+def _variant(kind: str, name: str) -> str:
+    return f"{kind}_{name}" if kind else _DEFAULTS.get(name, name)
+
+
+def _tuned(studio: Studio, net: words.LoadedPromptNet, vision, reference: Reference, model, variants: int):
+    """The model and the PromptNet, fine-tuned on a picture and variants of it, as the nodes do it."""
+    images, masks = [reference.image], [reference.mask]
     if variants:
         made = make_variants(reference.image, reference.mask, variants, SIZE, 0, Motion())
-        images, masks = list(made.images), list(made.masks)
-    else:
-        images, masks = [reference.image], [reference.mask]
+        images, masks = [*images, *made.images], [*masks, *made.masks]
     pictures = Pictures(images, masks, ["a {}"])
     found = finetuning.fine_tune(model, net, studio.clip, vision, studio.vae, pictures, finetuning.FineTuning(), SIZE)
     tuned, _ = comfy.sd.load_lora_for_models(model, None, found.lora, 1.0, 0.0)
@@ -179,8 +196,8 @@ def _plain(studio: Studio, model, positive: list, cfg: float = CFG):
     return guider
 
 
-def _fusing(studio: Studio, model, text: list, subject: list, changes: dict) -> FusionGuider:
-    return FusionGuider(model, text, studio.encode(NEGATIVE_PROMPT), [subject], Guidance(**{**SCALES, **changes}))
+def _fusing(studio: Studio, model, text: list, subjects: list[list], changes: dict) -> FusionGuider:
+    return FusionGuider(model, text, studio.encode(NEGATIVE_PROMPT), subjects, Guidance(**{**SCALES, **changes}))
 
 
 def _draw(studio: Studio, case: Case, count: int, guider, fusion_steps: int = 0, window: Window | None = None):
@@ -195,32 +212,40 @@ def _draw(studio: Studio, case: Case, count: int, guider, fusion_steps: int = 0,
     return studio.vae.decode(latents).float().cpu()
 
 
-def frontier(rows: list[Row], side: int = 360) -> Image.Image:
-    """Likeness over prompt consistency, one panel per number of subjects: further up and to the right is better."""
-    colors = ("#1f77b4", "#d62728", "#17becf", "#ff7f0e")
-    margin = 44
-    picture = Image.new("RGB", (len(SUBJECTS) * side, side + 18 * len(FRONTIERS)), "white")
+def frontier(rows: list[Row], side: int = 240) -> Image.Image:
+    """Likeness over prompt consistency, a panel per kind and number of subjects: further up and to the right is
+    better."""
+    curves = {"plain guidance": (GUIDED, "#1f77b4"), "fusion sampling": (FUSED, "#d62728")}
+    margin, foot = 36, 28
+    picture = Image.new("RGB", (len(KINDS) * side, len(SUBJECTS) * side + foot), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    means = {(row.system, row.subjects, row.variant, row.metric): row.mean for row in rows}
-    for panel, subjects in enumerate(SUBJECTS):
-        left, bottom, span = panel * side + margin, side - margin, side - 2 * margin
-        pen.rectangle((left, bottom - span, left + span, bottom), outline="gray")
-        pen.text((left, 8), f"{subjects} subject{'s' * (subjects > 1)}: identity over prompt", "black", font)
-        for value in (0.0, 0.5, 1.0):
-            pen.text((left + value * span - 8, bottom + 3), f"{value:g}", "black", font)
-            pen.text((left - 26, bottom - value * span - 8), f"{value:g}", "black", font)
-        for names, color in zip(FRONTIERS.values(), colors, strict=True):
-            points = [
-                tuple(means[SYSTEM, subjects, name, metric] for metric in ("prompt", "identity"))
-                for name in names
-                if (SYSTEM, subjects, name, "identity") in means
-            ]
-            places = [(left + x * span, bottom - max(0.0, y) * span) for x, y in points]
-            pen.line(places, color, 2)
-            for x, y in places:
-                pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-    for place, (name, color) in enumerate(zip(FRONTIERS, colors, strict=True)):
-        y = side + 18 * place
-        pen.line((margin, y + 8, margin + 24, y + 8), color, 3)
-        pen.text((margin + 32, y), name, "black", font)
+    means = {(row.subjects, row.variant, row.metric): row.mean for row in rows if row.system == SYSTEM}
+    for line, subjects in enumerate(SUBJECTS):
+        for column, (title, kind) in enumerate(KINDS.items()):
+            found = {
+                label: [
+                    tuple(means[subjects, variant, metric] for metric in ("prompt", "identity"))
+                    for variant in (_variant(kind, name) for name in names)
+                    if (subjects, variant, "identity") in means
+                ]
+                for label, (names, _) in curves.items()
+            }
+            if not any(found.values()):
+                continue
+            left, bottom, span = column * side + margin, (line + 1) * side - margin, side - 2 * margin
+            pen.rectangle((left, bottom - span, left + span, bottom), outline="gray")
+            pen.text((left, bottom - span - 20), f"{title}, {subjects} subject{'s' * (subjects > 1)}", "black", font)
+            for value in (0.0, 0.5, 1.0):
+                pen.text((left + value * span - 8, bottom + 3), f"{value:g}", "black", font)
+                pen.text((left - 26, bottom - value * span - 8), f"{value:g}", "black", font)
+            for label, (_, color) in curves.items():
+                places = [(left + x * span, bottom - max(0.0, y) * span) for x, y in found[label]]
+                pen.line(places, color, 2)
+                for x, y in places:
+                    pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+    for place, (label, (_, color)) in enumerate(curves.items()):
+        x, y = margin + place * side, len(SUBJECTS) * side + 12
+        pen.line((x, y, x + 24, y), color, 3)
+        pen.text((x + 32, y - 8), label, "black", font)
+    pen.text((margin + 2 * side, len(SUBJECTS) * side + 4), "identity over prompt", "black", font)
     return picture

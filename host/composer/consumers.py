@@ -94,8 +94,21 @@ def vision_output(composition: Composition):
         ValueError: the composition has none.
     """
     semantics = present(composition, SEMANTICS)
-    output = comfy.clip_vision.Output()
+    output = _WithoutTokens() if semantics.tokens is None else comfy.clip_vision.Output()
     output["image_embeds"] = (semantics.embedding * semantics.norm)[None]
-    output["last_hidden_state"] = None if semantics.tokens is None else semantics.tokens[None]
     output["penultimate_hidden_states"] = None
+    if semantics.tokens is not None:
+        output["last_hidden_state"] = semantics.tokens[None]
     return output
+
+
+class _WithoutTokens(comfy.clip_vision.Output):
+    """The output of a vision tower of which only the embedding is known."""
+
+    @property
+    def last_hidden_state(self):
+        """What style models take."""
+        raise ValueError(
+            "clip_vision_output: expected the tokens of a picture for a style model, got semantics without them, such "
+            "as Caption Prior's; take those of Decompose Image"
+        )

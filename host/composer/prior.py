@@ -15,7 +15,10 @@ from ...compositions.semantics import Semantics
 from ...encoders.caption_prior import HEADS, CaptionPrior, spaced, text_mask
 from ...encoders.files import read, state_of
 from ...samplers.prior import sample_prior
+from ..advice import advise
 from ..model.networks import compute_dtype, in_patcher
+
+NAME = "Caption Prior"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,7 @@ def draw(prior: LoadedPrior, clip, caption: str, count: int, seed: int, steps: i
 
     Args:
         clip: with a single text encoder, and its projection to the space of image embeddings.
-        caption: its first 75 tokens are read.
+        caption: its first 75 tokens are read, without weights.
         count: number of draws.
         guidance: guidance scale, away from the empty caption; 1 for none.
 
@@ -67,7 +70,10 @@ def draw(prior: LoadedPrior, clip, caption: str, count: int, seed: int, steps: i
     model = clip.cond_stage_model
     model.reset_clip_options()
     model.set_clip_options({"execution_device": clip.patcher.load_device})
+    # Whatever models of pictures take of this encoder, priors take its last layer and its projected end token.
+    encoder.set_clip_options({"layer": None, "projected_pooled": False})
     states, pooled = encoder(rows)
+    model.reset_clip_options()
     sentences = encoder.transformer.text_projection(pooled)
     numbers = torch.tensor([[-1 if torch.is_tensor(token) else token for token in row] for row in rows])
     mask = text_mask(numbers, end).to(device)
@@ -99,8 +105,14 @@ def _tokenized(clip, texts: list[str]) -> tuple[Any, list[list], int]:
     rows, names = [], []
     for text in texts:
         tokens = clip.tokenize(text)
-        names = list(tokens)
-        rows.append([token for token, *_ in tokens[names[0]][0]])
+        # A file with one of two encoders has the tokenizers of both.
+        names = [name for name in tokens if hasattr(clip.cond_stage_model, f"clip_{name}")] or list(tokens)
+        first, *more = tokens[names[0]]
+        if more:
+            advise(NAME, "reads the first 75 tokens of the caption; the rest says nothing here")
+        if any(weight != 1 for _, weight, *_ in first):
+            advise(NAME, "reads the caption without weights such as (word:1.2)")
+        rows.append([token for token, *_ in first])
     if len(names) > 1:
         raise ValueError(f"clip: expected a single text encoder, as Stable Diffusion 1 and 2 have, got {len(names)}")
     name = f"clip_{names[0]}"

@@ -558,6 +558,40 @@ class TestPrior:
             # Text towers are in half precision in ComfyUI.
             torch.testing.assert_close(given[::2].float(), own.float(), rtol=0, atol=5e-3)
 
+    def test_what_models_of_pictures_take_of_the_text_encoder_does_not_matter(self, parts, monkeypatch):
+        """As of CLIP bigG, whose file has the tokenizers of both encoders of SDXL, and whose states are those of the
+        layer before the last without the norm, with the pooled one projected already."""
+        from conceptloom.host.composer.prior import draw
+
+        prior, clip = parts
+        expected = draw(prior, clip, "a star", 1, 0, 1, 1.0)[0].embedding
+        encoder, tokenize = clip.cond_stage_model.clip_l, clip.tokenize
+        settings = {
+            "layer": "hidden",
+            "layer_idx": -2,
+            "return_projected_pooled": True,
+            "options_default": ("hidden", -2, True),
+        }
+        for name, value in {**settings, "layer_norm_hidden_state": False}.items():
+            monkeypatch.setattr(encoder, name, value)
+        monkeypatch.setattr(clip, "tokenize", lambda text: {"g": tokenize(text)["l"], **tokenize(text)})
+        assert torch.equal(draw(prior, clip, "a star", 1, 0, 1, 1.0)[0].embedding, expected)
+        assert (encoder.layer, encoder.layer_idx, encoder.return_projected_pooled) == ("hidden", -2, True)
+
+    def test_what_it_does_not_read_of_a_caption_is_said(self, parts, caplog):
+        from conceptloom.host.composer.prior import draw
+
+        def said(caption):
+            caplog.clear()
+            draw(*parts, caption, 1, 0, 1, 1.0)
+            return [record.message for record in caplog.records]
+
+        assert said("a star") == []
+        assert said("a star on a mat " * 20) == [
+            "Caption Prior: reads the first 75 tokens of the caption; the rest says nothing here"
+        ]
+        assert said("a (star:1.5)") == ["Caption Prior: reads the caption without weights such as (word:1.2)"]
+
     def test_draws_differ_by_seed_and_follow_guidance(self, parts):
         from conceptloom.host.composer.prior import draw
 

@@ -197,3 +197,17 @@ class TestHints:
         found = vision_output(given)
         torch.testing.assert_close(found["image_embeds"], embedding[None])
         assert torch.equal(found["last_hidden_state"], tokens[None])
+
+    def test_a_style_model_without_tokens_is_refused(self, host):
+        """unCLIP takes the embedding alone, and so the semantics of a caption too."""
+        from conceptloom.compositions.semantics import Semantics
+        from conceptloom.host.composer.consumers import vision_output
+
+        class StyleModel:
+            def get_cond(self, output):
+                return output.last_hidden_state
+
+        found = vision_output(self.composition().with_part("semantics", Semantics(torch.ones(16))))
+        assert found.image_embeds.shape == (1, 16)
+        with pytest.raises(ValueError, match="clip_vision_output: expected the tokens of a picture for a style model"):
+            StyleModel().get_cond(found)

@@ -40,12 +40,30 @@ def test_variants_are_drawn_from_one_noise_and_differ(studio, short):
         plain = short._draw(studio, case, 1, short._plain(studio, studio.model, studio.encode(case.prompt)))
     assert torch.equal(drawn["plain"], plain)
     assert all(picture.shape == (1, 64, 64, 3) and picture.isfinite().all() for picture in drawn.values())
-    # In a single step nothing is left to be reused, and its whole schedule is late.
-    names = [name for name in drawn if name not in ("reuse", "late")]
+    # In a single step nothing is left to be reused or made anew, and its whole schedule is late.
+    names = [name for name in drawn if name not in ("reuse", "once", "late", "last_fifth")]
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             assert not torch.equal(drawn[a], drawn[b]), (a, b)
-    assert set(short.SHOWN) <= set(drawn) and {name for of in short.FRONTIERS.values() for name in of} <= set(drawn)
+    points = [*short.GUIDED, *short.FUSED]
+    kinds = [kind for kind in short.KINDS.values() if kind != "concept"]
+    assert {*short.SHOWN, *(short._variant(kind, name) for kind in kinds for name in points)} <= set(drawn)
+
+
+def test_two_subjects_are_drawn_together_and_apart(studio, short, monkeypatch):
+    """Apart, each is a conditioning of its own; what another test draws is left out."""
+    from conceptloom.evaluation.reports.fastcomposer import FILE, load_parts
+    from conceptloom.evaluation.scenes import make_case
+    from conceptloom.host.profusion import promptnet
+    from conceptloom.host.shapeland import load_clip_vision
+
+    monkeypatch.setattr(short, "_frontier", lambda *_: {})
+    monkeypatch.setattr(short, "CHANGED", {"default": (1, short.Window(), {})})
+    vision = load_clip_vision()
+    with torch.inference_mode():
+        net, parts = promptnet.load(str(short.PROMPTNET)), load_parts(FILE, studio, vision)
+        drawn = short.draw_variants(studio, parts, net, vision, make_case(2, 0), 1)
+    assert not torch.equal(drawn["separate"], drawn["default"])
 
 
 def test_a_concept_acts_in_the_whole_picture(studio, short):
@@ -56,8 +74,10 @@ def test_a_concept_acts_in_the_whole_picture(studio, short):
         drawn = short.draw_concept(studio, load_bank(), case, 1)
         plain = short._draw(studio, case, 1, short._plain(studio, studio.model, studio.encode(case.prompt)))
     assert torch.equal(drawn["plain"], plain)
-    for a, b in (("plain", "cfg"), ("plain", "default"), ("cfg", "default")):
-        assert not torch.equal(drawn[a], drawn[b])
+    names = ["plain", *(short._variant("", name) for name in (*short.GUIDED, *short.FUSED))]
+    assert set(drawn) == set(names)
+    for i, a in enumerate(names):
+        assert not any(torch.equal(drawn[a], drawn[b]) for b in names[i + 1 :])
 
 
 def test_the_plot_shows_each_point_where_it_was_measured(short):
@@ -66,9 +86,12 @@ def test_the_plot_shows_each_point_where_it_was_measured(short):
     rows = [
         Row("profusion", "cfg_2", 1, metric, mean, mean, mean, 4) for metric, mean in (("prompt", 0.5), ("identity", 0))
     ]
-    blue = (31, 119, 180)
-    side, margin = 360, 44
+    rows += [Row("profusion", "mrsa_fusion", 2, metric, 1, 1, 1, 4) for metric in ("prompt", "identity")]
+    blue, red = (31, 119, 180), (214, 39, 40)
+    side, margin = 240, 36
     picture = short.frontier(rows, side)
     x, y = margin + (side - 2 * margin) // 2, side - margin
     assert picture.getpixel((x, y)) == blue
-    assert short.frontier([], side).getpixel((x, y)) != blue
+    assert picture.getpixel((4 * side - margin, side + margin)) == red
+    nothing = short.frontier([], side)
+    assert nothing.getpixel((x, y)) != blue and nothing.getpixel((4 * side - margin, side + margin)) != red
