@@ -35,6 +35,7 @@ SENTENCE, SEMANTICS, PALETTE = "caption", "semantics", "palette"
 WITH_TOKENS = (SEMANTICS, PALETTE)
 INPUT, LEVELS = "input", "levels"
 MODES = (LEVELS, INPUT)
+EPSILON, VELOCITY = "epsilon", "v_prediction"
 FORMAT, VERSION = "conceptloom_composer_adapter", 1
 _SUPPORT = 4
 """Cells of a map per cell of the latent, along one side, to which maps are brought."""
@@ -59,6 +60,7 @@ class ComposerAdapterConfig:
         base: the model that the adapter is for, in words.
         vision_tokens: of the vision tower that embeds pictures, by which towers of one width are told apart; 0 if that
             is not known.
+        prediction: what the model predicts, EPSILON or VELOCITY, in diffusers' names; empty if that is not known.
 
     Raises:
         ValueError: the mode is unknown.
@@ -77,6 +79,7 @@ class ComposerAdapterConfig:
     mode: str = LEVELS
     base: str = ""
     vision_tokens: int = 0
+    prediction: str = ""
 
     def __post_init__(self):
         if self.mode not in MODES:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
+import comfy.model_sampling
 import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...compositions.composition import CAPTION, LOCAL, Caption, Composition
 from ...compositions.inputs import check_fits, conditions_of
-from ...encoders.composer_adapter import ComposerAdapter, Conditions, Features
+from ...encoders.composer_adapter import EPSILON, VELOCITY, ComposerAdapter, Conditions, Features
 from ...encoders.composer_adapter import load as read_adapter
 from ...subjects.masks import ASPECT_TOLERANCE, same_aspect
 from ..model import carried
@@ -88,7 +89,19 @@ def checked(net: ComposerAdapter, model) -> ComposerAdapter:
         raise ValueError(
             f"model: expected one for this adapter ({wanted}), got {family.architecture(own[0])} with levels {own[1]}"
         )
+    predicted = _prediction(model.get_model_object("model_sampling"))
+    if config.prediction not in ("", predicted):
+        raise ValueError(
+            f"model: expected one that predicts {config.prediction} for this adapter, got one that predicts "
+            f"{predicted or 'something else'}"
+        )
     return net
+
+
+def _prediction(sampling) -> str:
+    if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+        return VELOCITY
+    return EPSILON if isinstance(sampling, comfy.model_sampling.EPS) else ""
 
 
 def wrap(net: ComposerAdapter) -> LoadedAdapter:

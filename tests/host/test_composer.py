@@ -337,14 +337,15 @@ def estimate(model, positive, x, sigma):
     return found[0]
 
 
-def test_the_trained_adapter_is_the_sampled_one(host):
-    """diffusers' UNet with the training's hooks against ComfyUI's, of one composition with all representations."""
+def test_the_trained_adapter_is_the_sampled_one(host, tmp_path):
+    """diffusers' UNet with the training's hooks against ComfyUI's with its file, of one composition with all
+    representations."""
     pytest.importorskip("diffusers", reason="diffusers is not installed (pip install diffusers)")
     from conceptloom.compositions.composition import CAPTION, SEMANTICS, Caption
     from conceptloom.compositions.inputs import conditions_of, local_map
-    from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS
+    from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS, save
     from conceptloom.host import shapeland
-    from conceptloom.host.composer.adapter import checked, encode, prepared, wrap
+    from conceptloom.host.composer.adapter import encode, load, prepared
     from conceptloom.nodes.compositions import look
     from conceptloom.training.base import open_base
     from conceptloom.training.composer.model import ComposerTraining, config_of
@@ -352,16 +353,19 @@ def test_the_trained_adapter_is_the_sampled_one(host):
     base = open_base("shapeland")
     training = ComposerTraining(base, config_of(base, "Shapeland", "levels", 8, 8)).eval()
     for p in training.adapter.parameters():
-        torch.nn.init.normal_(p, std=0.05)
+        # Of values that the file holds.
+        p.data = torch.nn.init.normal_(p, std=0.05).half().float()
+    save(training.adapter, tmp_path / "adapter.safetensors")
     caption, t = "a star on a navy background", 600
     with torch.inference_mode():
         model, clip, vision = shapeland.load_model(), shapeland.load_clip(), shapeland.load_clip_vision()
-        checked(training.adapter, model)
+        adapter = load(str(tmp_path / "adapter.safetensors"), model)
+        assert adapter.module.config.prediction == "v_prediction"
         given = composition(*LOCALS, "palette", size=(64, 64))
         given = given.with_part(CAPTION, Caption(((caption, 1.0),))).with_part(
             SEMANTICS, look(vision, given["mask"].image)
         )
-        positive = encode(wrap(training.adapter), clip, given)
+        positive = encode(adapter, clip, given)
         sigma = model.model.model_sampling.sigma(torch.tensor([float(t)]))
         x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(2)) * sigma
         sampled = estimate(prepared(model), positive, x, sigma)
@@ -456,6 +460,10 @@ class TestRefusals:
                 ValueError, match="model: expected one for this adapter .*, got a model of text width 64"
             ):
                 checked(make_adapter(**changes).module, toy.model)
+        assert checked(make_adapter(prediction="epsilon").module, toy.model)
+        said = "model: expected one that predicts v_prediction for this adapter, got one that predicts epsilon"
+        with pytest.raises(ValueError, match=said):
+            checked(make_adapter(prediction="v_prediction").module, toy.model)
 
 
 def guided(model, positive, negative, cfg):

@@ -188,6 +188,23 @@ class TestHints:
         assert torch.equal(control.cond_hint_original.movedim(1, -1), hint_of(given, "depth"))
         assert sides[1][0][1]["control"] is control and "control" not in toy.positive[0][1]
 
+    def test_a_net_for_inpainting_gets_the_mask_its_own_way(self, toy, adapter, host):
+        from conceptloom.host.composer.consumers import apply_control
+
+        given = self.composition()
+        kept = 1 - given["mask"].mask
+        net = adapter(0)
+        sides = apply_control(toy.positive, toy.negative, given, "mask", net)
+        assert sides[0][0][1]["control"].extra_concat_orig == []
+        net.concat_mask = True
+        control = apply_control(toy.positive, toy.negative, given, "mask", net)[0][0][1]["control"]
+        (beside,) = control.extra_concat_orig
+        assert torch.equal(beside[0, 0], kept)
+        assert torch.equal(control.cond_hint_original[0].movedim(0, -1), given["mask"].image * kept[..., None])
+        net.concat_mask, net.latent_format = False, object()
+        with pytest.raises(ValueError, match="control_net: expected one for inpainting, got one that encodes its hint"):
+            apply_control(toy.positive, toy.negative, given, "mask", net)
+
     def test_semantics_are_the_towers_own_again(self, host):
         from conceptloom.compositions.semantics import Semantics
         from conceptloom.host.composer.consumers import vision_output

@@ -13,11 +13,13 @@ from torch import nn
 from ...compositions.palette import DEFAULT_TABLE, SIGMA, table_colors
 from ...encoders.clip_pixels import normalize
 from ...encoders.composer_adapter import (
+    EPSILON,
     INPUT,
     LOCAL_CHANNELS,
     PALETTE,
     SEMANTICS,
     SENTENCE,
+    VELOCITY,
     ComposerAdapter,
     ComposerAdapterConfig,
     Conditions,
@@ -57,6 +59,7 @@ def config_of(base: Base, name: str, mode: str, local_width: int, body_share: in
         body=() if mode == INPUT else tuple(max(8, channels // body_share) for channels in levels),
         mode=mode,
         base=name,
+        prediction=EPSILON if base.predicts_noise else VELOCITY,
     )
 
 

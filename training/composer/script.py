@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,7 +101,8 @@ def start_from(adapter: ComposerAdapter, path: Path) -> None:
         found = load(path)
     except ValueError as error:
         raise ValueError(f"--start: expected a Composer adapter, got {path.name} ({error})") from error
-    if found.config != adapter.config:
+    own = found.config if found.config.prediction else replace(found.config, prediction=adapter.config.prediction)
+    if own != adapter.config:
         raise ValueError(f"--start: expected an adapter of this architecture, got {path.name} with {found.config}")
     adapter.load_state_dict(found.state_dict())
 
