@@ -115,6 +115,65 @@ def narrow(monkeypatch):
     monkeypatch.setattr(models, "load", lambda name, path=None: dict(state) if name == "unet" else load(name, path))
 
 
+@pytest.fixture(scope="session", params=["sd15", "sdxl"])
+def diffusers_folder(request, tmp_path_factory):
+    """A diffusers folder with tiny random models of one or two text towers, and one with a vision tower."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    torch.manual_seed(0)
+    root, twofold = tmp_path_factory.mktemp(request.param), request.param == "sdxl"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[]).save_pretrained(root / "tokenizer")
+    tower = {"num_attention_heads": 2, "num_hidden_layers": 3, "projection_dim": 24}
+    text = {**tower, "vocab_size": len(names), "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
+    config = CLIPTextConfig(hidden_size=32, intermediate_size=32, **text)
+    CLIPTextModel(config).save_pretrained(root / "text_encoder")
+    blocks = {
+        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        "block_out_channels": (32,) * 4,
+    }
+    if twofold:
+        CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], pad_token="a").save_pretrained(
+            root / "tokenizer_2"
+        )
+        config = CLIPTextConfig(hidden_size=48, intermediate_size=32, **text)
+        CLIPTextModelWithProjection(config).save_pretrained(root / "text_encoder_2")
+        blocks = {
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+            "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+            "block_out_channels": (32,) * 3,
+            "transformer_layers_per_block": (1, 1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 24,
+            "use_linear_projection": True,
+        }
+    unet = UNet2DConditionModel(
+        sample_size=16, layers_per_block=2 if not twofold else 1, cross_attention_dim=80 if twofold else 32,
+        attention_head_dim=2, **blocks,
+    )  # fmt: skip
+    unet.save_pretrained(root / "unet")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+    ).save_pretrained(root / "vae")  # fmt: skip
+    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(root / "scheduler")
+    vision = {**tower, "hidden_size": 32, "intermediate_size": 32, "image_size": 32, "patch_size": 16}
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)).save_pretrained(root / "vision")
+    return root, twofold
+
+
 @dataclass
 class Run:
     """A finished workflow: its history entry, websocket messages in order, and pictures."""

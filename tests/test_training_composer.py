@@ -10,6 +10,7 @@ from conceptloom.compositions.depth import normalized_depth
 from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS, load
 from conceptloom.shapeland import models
 from conceptloom.training import composer, data
+from conceptloom.training.composer import script
 from conceptloom.training.composer.pictures import NAMES, Composed, collate, draw_kept, draw_mask, read_batches
 from conceptloom.training.draws import shares_of, toward_noise
 from environment import absent_weights
@@ -127,7 +128,7 @@ def test_rows_of_which_all_is_dropped_are_the_base_models(folder, base):
         noisy, _ = base.noised(batch["noise"] * 0.5, batch["noise"], batch["t"])
         features = model.adapter(model.conditions(batch, sentences), (16, 16))
         found = model.predict(noisy, batch["t"], states, features)
-        plain = base.predict(noisy, batch["t"], (states, None))
+        plain = base.predict(noisy, batch["t"], states)
     torch.testing.assert_close(found[1:], plain[1:], rtol=0, atol=1e-5)
     assert float((found[0] - plain[0]).abs().max()) > 1e-3
 
@@ -238,3 +239,20 @@ def test_noise_alone_is_nothing_for_a_base_that_predicts_noise(narrow, folder, t
     monkeypatch.setitem(models.SCHEDULE, "prediction_type", "epsilon")
     with pytest.raises(ValueError, match="--from-noise: expected 0 for a base that predicts epsilon, .*, got 0.1"):
         run(folder, tmp_path / "run", 1, "--from-noise", "0.1")
+
+
+def test_stable_diffusion_is_trained(diffusers_folder, folder, tmp_path, monkeypatch):
+    """With one text tower and with two, from a diffusers folder to the adapter's file and a sheet."""
+    root, twofold = diffusers_folder
+    monkeypatch.setattr(script, "SHEET_STEPS", 2)
+    monkeypatch.setattr(script, "SHOWN", 1)
+    composer.main(
+        ["--base", str(root), "--vision", str(root / "vision"), "--data", str(folder), "--out", str(tmp_path),
+         "--resolution", "32", "--steps", "1", "--batch-size", "2", "--local-width", "4", "--log-every", "1",
+         "--sheet-every", "1"]
+    )  # fmt: skip
+    config = load(tmp_path / "composer.safetensors").config
+    widths = (80, 24) if twofold else (32, 32)
+    assert (config.context_width, config.sentence_width, config.semantics_width) == (*widths, 24)
+    assert config.prediction == "epsilon" and len(config.levels) == (3 if twofold else 4)
+    assert (tmp_path / "samples_0000001.png").exists()

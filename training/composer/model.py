@@ -27,28 +27,25 @@ from ...encoders.composer_adapter import (
     table_hash,
 )
 from ..base import Base
+from ..sampling import States
 from .pictures import NAMES
 
 _SD2_WIDTH = 1024
 
 
 def config_of(base: Base, name: str, mode: str, local_width: int, body_share: int) -> ComposerAdapterConfig:
-    """The architecture for a base, which error messages call `name`.
-
-    Raises:
-        ValueError: the base has two text towers.
-    """
-    if len(base.towers) != 1:
-        raise ValueError(f"--base: expected a model with one text tower, got one with {len(base.towers)}")
+    """The architecture for a base, which error messages call `name`."""
     levels = tuple(base.unet.config.block_out_channels)
     colors = table_colors(DEFAULT_TABLE)
-    width = base.towers[0].config.hidden_size
-    # ComfyUI's pooled state of Stable Diffusion 2's text encoder is of another layer than diffusers', and projected.
-    sentence = 0 if width == _SD2_WIDTH else width
+    widths = [tower.config.hidden_size for tower in base.towers]
+    sentence = base.towers[-1].config.projection_dim if len(widths) > 1 else widths[0]
+    if widths == [_SD2_WIDTH]:
+        # ComfyUI's pooled state of Stable Diffusion 2's encoder is of another layer than diffusers', and projected.
+        sentence = 0
     vision = base.vision.config
     return ComposerAdapterConfig(
         levels=levels,
-        context_width=width,
+        context_width=sum(widths),
         sentence_width=sentence,
         semantics_width=vision.projection_dim,
         vision_tokens=(vision.image_size // vision.patch_size) ** 2 + 1,
@@ -75,7 +72,7 @@ class ComposerTraining(nn.Module):
     def __init__(self, base: Base, config: ComposerAdapterConfig, seed: int = 0):
         super().__init__()
         self.base = base
-        self.unet, self.tower, self.vision, self.autoencoder = base.unet, base.towers[0], base.vision, base.autoencoder
+        self.unet, self.towers, self.vision, self.autoencoder = base.unet, base.towers, base.vision, base.autoencoder
         self.requires_grad_(False)
         torch.manual_seed(seed)
         self.adapter = ComposerAdapter(config)
@@ -89,15 +86,18 @@ class ComposerTraining(nn.Module):
         return F.normalize(embeds, dim=-1) * embeds.shape[-1] ** 0.5
 
     @torch.no_grad()
-    def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text states (n, 77, D) and sentences (n, D) of tokens (n, 1, 77), as ComfyUI encodes prompts."""
-        found = self.tower(tokens[:, 0])
+    def read(self, tokens: torch.Tensor) -> tuple[States, torch.Tensor]:
+        """Text states and sentences (n, D) of tokens (n, towers, 77), as ComfyUI encodes prompts."""
+        if len(self.towers) > 1:
+            states = self.base.read(tokens)
+            return states, states[1]
+        found = self.towers[0](tokens[:, 0])
         pooled = getattr(found, "pooler_output", None)
         if pooled is None:
             # With a projection the tower gives its result alone; the sentence is the end token's state.
             end = (tokens[:, 0, 1:] == self.base.vocabularies[0].end).int().argmax(1) + 1
             pooled = found.last_hidden_state[torch.arange(len(end), device=end.device), end]
-        return found.last_hidden_state.float(), pooled.float()
+        return (found.last_hidden_state.float(), None), pooled.float()
 
     def conditions(self, batch: Mapping[str, torch.Tensor], sentences: torch.Tensor) -> Conditions:
         """What the adapter is given of a batch of `pictures.collate`."""
@@ -107,16 +107,16 @@ class ComposerTraining(nn.Module):
             found[SENTENCE] = sentences
         return Conditions(found, {name: batch[name] for name in LOCAL_CHANNELS}, kept)
 
-    def predict(self, noisy: torch.Tensor, t: torch.Tensor, states: torch.Tensor, features: Features) -> torch.Tensor:
-        """The UNet's prediction (n, C, h, w) for text states (n, 77, D), with what the adapter adds."""
-        attended = None
+    def predict(self, noisy: torch.Tensor, t: torch.Tensor, states: States, features: Features) -> torch.Tensor:
+        """The UNet's prediction (n, C, h, w) for text states, with what the adapter adds."""
+        attended, (text, pooled) = None, states
         if features.tokens is not None:
-            states = torch.cat([states, features.tokens.to(states)], 1)
             if features.kept is not None:
-                text = torch.ones(len(states), states.shape[1] - features.kept.shape[1], dtype=torch.bool)
-                attended = torch.cat([text.to(features.kept.device), features.kept], 1)
+                seen = torch.ones(text.shape[:2], dtype=torch.bool)
+                attended = torch.cat([seen.to(features.kept.device), features.kept], 1)
+            text = torch.cat([text, features.tokens.to(text)], 1)
         with added(self.unet, features):
-            return self.base.predict(noisy, t, (states, None), attended)
+            return self.base.predict(noisy, t, (text, pooled), attended)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The loss `noise` of a batch of `pictures.read_batches`."""

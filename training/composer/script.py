@@ -142,14 +142,12 @@ def draw_sheet(model: ComposerTraining, data: Composed, rows, path: Path) -> Non
 
         def predict(x, t, context, features=features):
             # Guidance asks for both sides in one call; a composition is that of the second.
-            (plain, composed), (without, text) = x.chunk(2), context[0].chunk(2)
-            return torch.cat([base.predict(plain, t, (without, None)), model.predict(composed, t, text, features)])
+            plain, composed = x.chunk(2)
+            without, text = zip(*((None, None) if one is None else one.chunk(2) for one in context), strict=True)
+            return torch.cat([base.predict(plain, t, without), model.predict(composed, t, text, features)])
 
-        shape, unconditional = (len(rows), *base.latent_shape), (nothing, None)
-        schedule = base.scheduler.config
-        latents = sample(
-            predict, schedule, shape, unconditional, lambda *_: (states, None), SHEET_STEPS, GUIDANCE, data.seed
-        )
+        shape, schedule = (len(rows), *base.latent_shape), base.scheduler.config
+        latents = sample(predict, schedule, shape, nothing, lambda *_: states, SHEET_STEPS, GUIDANCE, data.seed)
         shown.append(model.autoencoder.decode(latents))
     pictures = torch.stack(shown, 1).flatten(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
