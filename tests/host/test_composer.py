@@ -103,6 +103,34 @@ class TestNothing:
         assert torch.equal(toy.sample(), before)
 
 
+def check_sums(toy, adapter, ends):
+    """`ends`: the level that each block is the last of."""
+    from conceptloom.compositions.inputs import conditions_of
+    from conceptloom.host.composer.adapter import checked, prepared
+
+    given, network = composition(), toy.base.diffusion_model
+    checked(adapter.module, toy.model)
+    ((states, extras),) = positive = encode(toy, adapter, given)
+    seen = estimate(prepared(toy.model), positive, *point())
+    features = adapter.module(conditions_of(given, extras["pooled_output"]), (16, 16))
+    hooks = [network.time_embed.register_forward_hook(lambda _, __, out: out + features.time)]
+    for block, level in ends.items():
+        hook = network.input_blocks[block][-1].register_forward_hook(
+            lambda _, __, out, level=level: out + features.levels[level]
+        )
+        hooks.append(hook)
+    try:
+        longer = [[torch.cat([states, features.tokens], 1), {"pooled_output": extras["pooled_output"]}]]
+        expected = estimate(toy.model, longer, *point())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    plain = estimate(toy.model, [[states, {"pooled_output": extras["pooled_output"]}]], *point())
+    assert len(features.levels) == len(ends)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+    assert float((plain - expected).abs().max()) > 0.01
+
+
 class TestEffect:
     @pytest.mark.parametrize("names", [LOCALS, ("sketch", "palette")])
     @pytest.mark.parametrize("patched", [False, True])
@@ -132,28 +160,16 @@ class TestEffect:
         far = [float((a - b).norm()) for a in pictures.values() for b in pictures.values() if a is not b]
         assert min(far) > 0 and all(not torch.equal(one, plain) for one in pictures.values())
 
-    def test_the_call_is_the_unet_with_the_adapters_sums(self, toy, adapter, model):
+    def test_the_call_is_the_unet_with_the_adapters_sums(self, toy, adapter):
         """The estimate of one call against hooks on the layers themselves."""
-        from conceptloom.compositions.inputs import conditions_of
+        check_sums(toy, adapter, {2: 0, 5: 1, 8: 2, 11: 3})
 
-        given = composition()
-        positive = encode(toy, adapter, given)
-        seen = estimate(model, positive, *point())
-        network = toy.base.diffusion_model
-        features = adapter.module(conditions_of(given, positive[0][1]["pooled_output"]), (16, 16))
-        hooks = [network.time_embed.register_forward_hook(lambda _, __, out: out + features.time)]
-        for block, level in ((2, 0), (5, 1), (8, 2), (11, 3)):
-            hook = network.input_blocks[block][-1].register_forward_hook(
-                lambda _, __, out, level=level: out + features.levels[level]
-            )
-            hooks.append(hook)
-        try:
-            longer = [[torch.cat([positive[0][0], features.tokens], 1), {}]]
-            expected = estimate(toy.model, longer, *point())
-        finally:
-            for hook in hooks:
-                hook.remove()
-        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+    def test_of_sdxl_too(self, toy_type):
+        from conceptloom.evaluation.rigs import sdxl_unet
+
+        with torch.inference_mode():
+            toy = toy_type({**sdxl_unet(1), "model_channels": 32, "context_dim": 64}, family="SDXL", base="SDXL")
+            check_sums(toy, make_adapter(levels=(32, 64, 128), body=(8, 16, 16)), {2: 0, 5: 1, 8: 2})
 
     def test_the_negatives_rows_are_the_hosts_own(self, toy, adapter, model):
         """In one call, whether it has a composition or not."""

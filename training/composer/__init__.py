@@ -4,9 +4,9 @@ Composer (Huang et al., arXiv 2302.09778) learns to draw pictures from any of ei
 adapter learns it for a UNet that stays as it is. Pictures are taken apart while training: palette, sketch, intensity
 and a region that is drawn anew from the picture itself, semantics by the vision tower, the caption from its text file.
 
---base is `shapeland`, or a folder with Stable Diffusion 1.x or 2.x in diffusers' format; --vision is then a folder with
-CLIP's vision tower (published: CLIP ViT-L/14). Nothing is ever downloaded. --data is a folder with pictures at any
-depth. Beside NAME.png, .jpg or .webp may lie
+--base is `shapeland`, or a folder with Stable Diffusion 1.x, 2.x or SDXL in diffusers' format; --vision is then a
+folder with CLIP's vision tower (published: CLIP ViT-L/14). Nothing is ever downloaded. --data is a folder with
+pictures at any depth. Beside NAME.png, .jpg or .webp may lie
 
   NAME.txt             the caption
   NAME.sketch.png      strokes, in place of the picture's contours
