@@ -26,18 +26,20 @@ from ..draws import Shares, draw, toward_noise
 from ..signals import ignore_stop_requests
 
 NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
-KEEP_ALL, DROP_ALL, DROP = 0.1, 0.1, 0.5
+KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY, ALONE = 0.1, 0.1, 0.5, 0.7, 0.5
 _ONE_CHANNEL = ("L", "P", "I", "I;16", "F")
 
 
-def draw_kept(generator: torch.Generator, drop_intensity: float = 0.7) -> dict[str, bool]:
-    """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself: the
-    intensity is dropped with `drop_intensity`, any other with 0.5."""
+def draw_kept(generator: torch.Generator, alone: str = "") -> dict[str, bool]:
+    """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself. With
+    the name of one, half of the pictures keep that one and the caption alone."""
+    if alone and float(torch.rand((), generator=generator)) < ALONE:
+        return {name: name in (alone, SENTENCE) for name in NAMES}
     case, *each = torch.rand(1 + len(NAMES), generator=generator).tolist()
     if case < KEEP_ALL + DROP_ALL:
         return dict.fromkeys(NAMES, case < KEEP_ALL)
     return {
-        name: chance >= (drop_intensity if name == "intensity" else DROP)
+        name: chance >= (DROP_INTENSITY if name == "intensity" else DROP)
         for name, chance in zip(NAMES, each, strict=True)
     }
 
@@ -84,15 +86,15 @@ class Composed(torch.utils.data.Dataset):
         root: the folder.
         resolution: R, in pixels.
         seed: of all that is drawn.
-        drop_intensity: see `draw_kept`.
+        alone: see `draw_kept`.
 
     Raises:
         FileNotFoundError: there is no picture.
     """
 
-    def __init__(self, root: Path, resolution: int, seed: int = 0, drop_intensity: float = 0.7):
+    def __init__(self, root: Path, resolution: int, seed: int = 0, alone: str = ""):
         self.files = find_pictures(root)
-        self.resolution, self.seed, self.drop_intensity = resolution, seed, drop_intensity
+        self.resolution, self.seed, self.alone = resolution, seed, alone
 
     def __len__(self) -> int:
         return len(self.files)
@@ -100,7 +102,7 @@ class Composed(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, str | torch.Tensor]:
         row, epoch = key
         generator = item_generator(self.seed, epoch, row)
-        file, kept = self.files[row], draw_kept(generator, self.drop_intensity)
+        file, kept = self.files[row], draw_kept(generator, self.alone)
         image = self._square(file, "RGB") / 255
         caption = caption_of(file)
         weights = list(WEIGHTS.values())[int(torch.randint(len(WEIGHTS), (), generator=generator))]

@@ -40,15 +40,16 @@ def train(options: Namespace, file: Path) -> None:
     check_average(options.average)
     check_workers(options.workers)
     base = open_base(options.base, options.vision, options.resolution)
-    for name in ("from_noise", "drop_intensity"):
-        if not 0 <= (share := getattr(options, name)) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a share from 0 to 1, got {share:g}")
+    if not 0 <= options.from_noise <= 1:
+        raise ValueError(f"--from-noise: expected a share from 0 to 1, got {options.from_noise:g}")
+    if options.alone not in ("", *NAMES[1:]):
+        raise ValueError(f"--alone: expected one of {', '.join(NAMES[1:])}, got {options.alone}")
     if options.from_noise and base.predicts_noise:
         raise ValueError(
             f"--from-noise: expected 0 for a base that predicts epsilon, which is all that it sees then, got "
             f"{options.from_noise:g}"
         )
-    data = Composed(options.data, base.resolution, options.seed, options.drop_intensity)
+    data = Composed(options.data, base.resolution, options.seed, options.alone)
     accelerator = accelerator_of(options)
     config = config_of(base, Path(options.base).name, options.mode, options.local_width, options.body_share)
     model = ComposerTraining(base, config, options.seed)
@@ -60,8 +61,7 @@ def train(options: Namespace, file: Path) -> None:
     pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
     kind = {"base": options.base, "mode": options.mode, "local width": options.local_width, "pictures": len(data)}
     kind |= {"body share": options.body_share, "seed": options.seed, "pictures a step": pictures_a_step}
-    kind |= {"timesteps": options.timesteps, "from noise": options.from_noise}
-    kind |= {"intensity dropped": options.drop_intensity}
+    kind |= {"timesteps": options.timesteps, "from noise": options.from_noise, "alone": options.alone}
     weights = list(model.adapter.parameters())
     optimizer = torch.optim.AdamW(weights, options.learning_rate, weight_decay=1e-2)
     schedule = warmup(options.warmup)
