@@ -390,3 +390,18 @@ def test_a_file_is_loaded_with_its_heads(host, tmp_path):
     assert loaded.config == net.config
     given = torch.randn(2, 1, 8, 16, 16), torch.tensor([5]), torch.randn(1, 65, 128)
     torch.testing.assert_close(loaded(*given[0], *given[1:]), net(*given[0], *given[1:]))
+
+
+def test_places_and_padding_are_those_of_stable_diffusion_2(host):
+    """With the text encoder's own tokenizer: the published script finds the word's place from the same tokens."""
+    from types import SimpleNamespace
+
+    from comfy.text_encoders.sd2_clip import SD2Tokenizer
+    from conceptloom.host.profusion.spliced import slots_of
+
+    tokenizer = SD2Tokenizer()
+    clip = SimpleNamespace(tokenizer=tokenizer, tokenize=tokenizer.tokenize_with_weights)
+    prompt = "a holder in Ghibli style"
+    slots, tokens = slots_of(clip, prompt, [len("a holder")])
+    assert [token for token, _ in slots.rows[0]] == [49406, 320, 7862, 530, 40555, 1844, 49407, *[0] * 70]
+    assert slots.places == ((0, 2),) and slots.states_rows == (2,) and list(tokens) == ["h"]
