@@ -47,6 +47,24 @@ def test_rows_and_document(quick, tmp_path, capsys):
     assert page.count("| freecustom") == capsys.readouterr().out.count("| freecustom") == 2
 
 
+def test_fusion_sampling_is_measured_with_words_made_in_each_step_and_once(quick, monkeypatch):
+    from conceptloom.evaluation import rigs
+    from conceptloom.evaluation.benches import profusion
+    from conceptloom.host.profusion.promptnet import PromptNet
+
+    calls, forward = [], PromptNet.forward
+    monkeypatch.setattr(PromptNet, "forward", lambda net, *given: (calls.append(1), forward(net, *given))[1])
+    with torch.inference_mode():
+        session = profusion.sessions(rigs.Rig.build(replace(rigs.PLANS["tiny", "cpu"], steps=2)))[0]
+        counted = {}
+        for name, sample in session.begin().items():
+            if name.startswith("words"):
+                calls.clear()
+                assert sample().isfinite().all()
+                counted[name] = len(calls)
+    assert counted == {"words": 2, "words_once": 1}
+
+
 def test_memory_is_measured_in_a_process_of_its_own(host):
     from conceptloom.evaluation import bench
     from conceptloom.evaluation.benches import Session
