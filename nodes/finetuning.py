@@ -60,18 +60,26 @@ class AugmentSubject(Node):
                 io.Boolean.Input(
                     "flip", default=True, tooltip="Mirrors half of them; off for what has a left and a right."
                 ),
+                io.Boolean.Input(
+                    "with_photo", default=True, tooltip="Puts the photo itself before the variants, as published."
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The variants, black outside of the subject."),
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="The photo, and the variants, which are black outside of the subject.",
+                ),
                 io.Mask.Output(display_name="hole", tooltip="White where an inpainting model has to paint."),
                 io.Mask.Output(display_name="masks", tooltip="White on the subject."),
             ],
         )
 
     @classmethod
-    def execute(cls, image, mask, count, size, seed, smallest, largest, translate, degrees, flip) -> io.NodeOutput:
+    def execute(
+        cls, image, mask, count, size, seed, smallest, largest, translate, degrees, flip, with_photo
+    ) -> io.NodeOutput:
         motion = Motion(degrees, translate, smallest, largest, flip)
-        made = make_variants(one_picture(image)[..., :3], as_mask(mask), count, size, seed, motion)
+        made = make_variants(one_picture(image)[..., :3], as_mask(mask), count, size, seed, motion, with_photo)
         return io.NodeOutput(*made, ui=preview(cls, made.images[0]))
 
 

@@ -48,7 +48,7 @@ class Motion:
 
 class Variants(NamedTuple):
     """Attributes:
-    images: (n, side, side, 3), the subject on black.
+    images: (n, side, side, 3), the subject on black, but for the picture itself.
     holes: (n, side, side), 1 where there is nothing yet.
     masks: (n, side, side), 1 on the subject.
     """
@@ -59,7 +59,13 @@ class Variants(NamedTuple):
 
 
 def make_variants(
-    image: torch.Tensor, mask: torch.Tensor, count: int, side: int, seed: int, motion: Motion | None = None
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    count: int,
+    side: int,
+    seed: int,
+    motion: Motion | None = None,
+    with_photo: bool = True,
 ) -> Variants:
     """Random variants of the middle square of a picture; each depends on the seed and its own number alone.
 
@@ -68,6 +74,7 @@ def make_variants(
         mask: (H, W), 1 on the subject.
         count: number of variants.
         side: of the variants, in pixels.
+        with_photo: the square itself, with nothing cut out, is one more and comes first, as published.
 
     Raises:
         ValueError: the mask is of another size, or empty in the middle square.
@@ -89,6 +96,10 @@ def make_variants(
     shown = masks > 0.5
     colors = moved[:, :3] / moved[:, 3:].clamp(min=1e-3)
     images = torch.where(shown[:, None], colors, torch.zeros_like(colors)).movedim(1, -1).clamp(0, 1)
+    if with_photo:
+        images = torch.cat([both[:, :3].movedim(1, -1), images])
+        holes = torch.cat([torch.zeros_like(both[:, 3]), (~shown).float()])
+        return Variants(images, holes, torch.cat([(both[:, 3] > 0.5).float(), shown.float()]))
     return Variants(images, (~shown).float(), shown.float())
 
 

@@ -44,7 +44,7 @@ def test_promptnet_is_fine_tuned_saved_and_drawn_with_the_hosts_lora_nodes(serve
     recipe |= {"captions": "a {} on a navy background", "preview_every": 2, "keep_checkpoint": True}
     encoding = {"subjects.subject0": ["subject", 0], "prompt": "a house", "update": "once", "marker": "@subject"}
     scene = {"description": "a house on a navy background", "seed": 1, "identity_seed": 0, "size": 64}
-    motion = {"smallest": 0.6, "largest": 1.0, "translate": 0.2, "degrees": 10.0, "flip": True}
+    motion = {"smallest": 0.6, "largest": 1.0, "translate": 0.2, "degrees": 10.0, "flip": True, "with_photo": True}
     sampling = {"seed": 0, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     ours = {
         "world": ("LoadShapeland", {}),
