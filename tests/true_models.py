@@ -157,9 +157,9 @@ def write_checkpoint(kind: str, path: Path) -> None:
             file.write(values[:rest])
 
 
-def kohya_lora(kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
+def kohya_lora(kind: str, seed: int, rank: int = 4, with_text: bool = True) -> dict[str, torch.Tensor]:
     """A LoRA as kohya's trainer writes it by default: every linear layer of the transformer blocks and their
-    projections, and of the text encoders."""
+    projections, and of the text encoders unless the UNet alone was trained."""
     import comfy.utils
 
     config = _unet_config(kind)
@@ -171,7 +171,7 @@ def kohya_lora(kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
         if ".attentions." in name and name.endswith(".weight") and len(shape) > 1
     }
     towers = {"lora_te_": (768, 12)} if kind == "sd15" else {"lora_te1_": (768, 12), "lora_te2_": (1280, 32)}
-    for prefix, (width, depth) in towers.items():
+    for prefix, (width, depth) in towers.items() if with_text else ():
         for i in range(depth):
             for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
                 layers[f"{prefix}text_model_encoder_layers_{i}_self_attn_{part}"] = torch.Size((width, width))

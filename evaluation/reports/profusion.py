@@ -179,8 +179,8 @@ def _variant(kind: str, name: str) -> str:
 
 def _tuned(studio: Studio, net: words.LoadedPromptNet, vision, reference: Reference, model, variants: int):
     """The model and the PromptNet, fine-tuned on a picture and variants of it, as the nodes do it."""
-    made = make_variants(reference.image, reference.mask, variants, SIZE, 0, Motion())
-    pictures = Pictures(list(made.images), list(made.masks), ["a {}"])
+    made = make_variants(reference.image, reference.mask, max(1, variants), SIZE, 0, Motion())
+    pictures = Pictures(list(made.images[: 1 + variants]), list(made.masks[: 1 + variants]), ["a {}"])
     found = finetuning.fine_tune(model, net, studio.clip, vision, studio.vae, pictures, finetuning.FineTuning(), SIZE)
     tuned, _ = comfy.sd.load_lora_for_models(model, None, found.lora, 1.0, 0.0)
     return tuned, found.promptnet
