@@ -8,7 +8,7 @@ import pytest
 import torch
 from conceptloom.compositions.depth import normalized_depth
 from conceptloom.encoders.composer_adapter import LOCAL_CHANNELS, load
-from conceptloom.shapeland import models
+from conceptloom.shapeland import models, world
 from conceptloom.training import composer, data
 from conceptloom.training.composer import script
 from conceptloom.training.composer.pictures import NAMES, Composed, collate, draw_kept, draw_mask, read_batches
@@ -199,19 +199,19 @@ def test_a_share_of_pictures_begins_from_noise(folder, base):
     assert torch.cat([batch["t"] for batch in batches])[~alone].float().mean() < 700
 
 
-def test_half_of_the_pictures_keep_one_representation_alone(folder):
+def test_a_quarter_of_the_pictures_keep_one_representation_alone(folder):
     generator = torch.Generator().manual_seed(0)
     kept = torch.tensor([list(draw_kept(generator, "intensity").values()) for _ in range(40_000)]).float()
     only = torch.tensor([float(name in (NAMES[0], "intensity")) for name in NAMES])
     alone = (kept == only).all(1)
-    # Half, and the few of the others that come out the same.
-    assert float(alone.float().mean()) == pytest.approx(0.5 + 0.5 * 0.8 * 0.3 * 0.5**7, abs=0.01)
+    # A quarter, and the few of the others that come out the same.
+    assert float(alone.float().mean()) == pytest.approx(0.25 + 0.75 * 0.8 * 0.3 * 0.5**7, abs=0.01)
     for i, name in enumerate(NAMES):
         share = 0.34 if name == "intensity" else 0.5
         assert float(kept[~alone, i].mean()) == pytest.approx(share, abs=0.015), name
     pictures = Composed(folder, 64, alone="palette")
     seen = [pictures[row, epoch]["kept"] for row in range(6) for epoch in range(8)]
-    assert 0.3 < sum(float(one.sum() == 2 and one[NAMES.index("palette")]) for one in seen) / len(seen) < 0.8
+    assert 0.1 < sum(float(one.sum() == 2 and one[NAMES.index("palette")]) for one in seen) / len(seen) < 0.5
 
 
 def test_bad_options_are_told(folder, tmp_path):
@@ -263,3 +263,14 @@ def test_stable_diffusion_is_trained(diffusers_folder, folder, tmp_path, monkeyp
     assert (config.context_width, config.sentence_width, config.semantics_width) == (*widths, 24)
     assert config.prediction == "epsilon" and len(config.levels) == (3 if twofold else 4)
     assert (tmp_path / "samples_0000001.png").exists()
+
+
+def test_every_other_drawn_picture_has_a_caption_of_nouns_alone(folder):
+    """Where the caption tells each color, neither palette nor intensity tells more."""
+    said = [next(folder.glob(f"*/{number:07d}.txt")).read_text(encoding="utf-8").strip() for number in range(6)]
+    scenes = [world.random_scene(np.random.default_rng((0, number))) for number in range(6)]
+    assert said[::2] == [scene.caption for scene in scenes[::2]]
+    for caption, scene in zip(said[1::2], scenes[1::2], strict=True):
+        things = [name for thing in scene.things for name in (world.NOUNS[thing.noun], world.PLURALS[thing.noun])]
+        assert set(caption.split()) <= {*world.COUNTS, "and", *things} and caption != scene.caption
+        assert sum(word not in {*world.COUNTS, "and"} for word in caption.split()) == len(set(scene.noun_words))

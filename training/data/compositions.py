@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ from .folder import in_batches, work_through
 
 def compositions_folder(root: Path, count: int, seed: int) -> None:
     """Draws scenes 0 to `count` - 1 of `seed` into folders of a thousand, each with its caption, instances and depth
-    beside it. Pictures that are there stay."""
+    beside it. Pictures that are there stay.
+
+    Every other caption names nothing but nouns: where a caption says all colors, a palette or an intensity has nothing
+    to add, and is not learnt.
+    """
     root = Path(root)
 
     def place(number: int) -> Path:
@@ -24,16 +29,23 @@ def compositions_folder(root: Path, count: int, seed: int) -> None:
 
     def work(numbers: list[str]) -> None:
         for number in map(int, numbers):
-            _write_scene(place(number), world.random_scene(np.random.default_rng((seed, number))))
+            scene = world.random_scene(np.random.default_rng((seed, number)))
+            _write_scene(place(number), scene, nouns_of(scene) if number % 2 else scene.caption)
 
     work_through("compositions", in_batches(missing, 64), len(missing), work)
 
 
-def _write_scene(file: Path, scene: world.Scene) -> None:
+def nouns_of(scene: world.Scene) -> str:
+    """The scene's caption without looks, sizes, places and background."""
+    counts, things = Counter(scene.noun_words), dict(zip(scene.noun_words, scene.things, strict=True))
+    return world.caption_of([world.Mention(things[word].noun, count=counts[word]) for word in sorted(counts)], None)[0]
+
+
+def _write_scene(file: Path, scene: world.Scene, caption: str) -> None:
     picture = world.render(scene)
     labels = np.where(picture.masks.sum(0) > 0.5, picture.masks.argmax(0) + 1, 0)
     nouns = [world.NOUNS[thing.noun] for thing in scene.things]
-    for ending, text in ((".txt", scene.caption), (".instances.txt", "\n".join(nouns))):
+    for ending, text in ((".txt", caption), (".instances.txt", "\n".join(nouns))):
         with whole_file(file.with_name(file.stem + ending)) as part:
             part.write_text(text + "\n", encoding="utf-8")
     # The picture comes last, because it marks its files as done.
