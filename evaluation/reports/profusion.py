@@ -59,6 +59,7 @@ FUSED = {
     "strong": {"subject_scale": 7.0, "text_scale": 5.0, "fusion_scale": 7.0},
 }
 """The points of a frontier, from weak to strong: scales of plain guidance, and changes of the scales of fusion."""
+COMPOSABLE = "composable"
 KINDS = {
     "PromptNet": "",
     "fine-tuned": "tuned",
@@ -72,7 +73,6 @@ _OTHERS = {default: name for name, default in _DEFAULTS.items()}
 
 # Per variant of PromptNet's subjects: fusion steps, window, and what is changed of the scales.
 CHANGED: dict[str, tuple[int, Window, dict]] = {
-    "composable": (0, Window(), {}),
     "fusion_m2": (2, Window(), {}),
     "no_refinement": (1, Window(), NO_REFINEMENT),
     "gamma_1": (1, Window(), {"gamma": 1.0}),
@@ -87,14 +87,15 @@ ABOUT = f"""
 Subjects are words that PromptNet makes of one picture, but where a name says another. *plain* and *cfg* are plain
 guidance at {CFG:g} by the text and with the words. *default* is fusion sampling with the scales 4 for subjects, 3 for
 text, 4 in the fusion stage, and gamma 0.6. *cfg_2* and *cfg_7* are plain guidance at 2 and 7; *weak* is fusion
-sampling with the scales 2, 2 and 3, and *strong* with 7, 5 and 7. The others change one thing of *default*:
-*composable* has no fusion stage, *fusion_m2* two, *no_refinement* is refined towards the subjects alone, *gamma_1*
-leaves the subjects' words as they are in the fusion stage, *late* has that stage in the last 60 percent of the
-schedule and *last_fifth* in the last 20, *reuse* evaluates the negative prompt once per step, *once* makes the words
-once per sampling, and *separate* has a conditioning of its own for each subject, in the whole picture.
+sampling with the scales 2, 2 and 3, and *strong* with 7, 5 and 7. *composable* is *default* without the fusion stage.
+The others change one thing of it: *fusion_m2* has two fusion stages, *no_refinement* is refined towards the subjects
+alone, *gamma_1* leaves the subjects' words as they are in the fusion stage, *late* has that stage in the last 60
+percent of the schedule and *last_fifth* in the last 20, *reuse* evaluates the negative prompt once per step, *once*
+makes the words once per sampling, and *separate* has a conditioning of its own for each subject, in the whole
+picture.
 
-Other kinds of subjects have *cfg_2*, *cfg*, *cfg_7*, *weak*, *fusion* and *strong*, with the same scales. *tuned_* is
-PromptNet and the model's attention fine-tuned, as the node does it by default, on the picture and
+Other kinds of subjects have *cfg_2*, *cfg*, *cfg_7*, *weak*, *fusion*, *strong* and *composable*, with the same
+scales. *tuned_* is PromptNet and the model's attention fine-tuned, as the node does it by default, on the picture and
 {VARIANTS_OF_A_PICTURE} variants of it, and *tuned_alone* is *tuned_fusion* trained on the picture alone;
 *fastcomposer_* are FastComposer's subjects, *mrsa_* FreeCustom's. *concept_* have cases of their own, with one of the
 trained concepts in the whole picture, and *concept_fusion* for what their stars compare with."""
@@ -167,9 +168,10 @@ def draw_concept(studio: Studio, bank: dict[str, Concept], case: TemplateCase, c
 
 
 def _frontier(studio: Studio, draw: Callable, kind: str, model, text: list, subject: list) -> dict[str, torch.Tensor]:
-    """The pictures of both frontiers of a kind of subjects, by the names of variants."""
+    """The pictures of both frontiers of a kind of subjects, and without the fusion stage, by the names of variants."""
     drawn = {name: draw(_plain(studio, model, subject, scale)) for name, scale in GUIDED.items()}
     drawn |= {name: draw(_fusing(studio, model, text, [subject], changes), 1) for name, changes in FUSED.items()}
+    drawn[COMPOSABLE] = draw(_fusing(studio, model, text, [subject], {}))
     return {_variant(kind, name): pictures for name, pictures in drawn.items()}
 
 
@@ -212,7 +214,11 @@ def _draw(studio: Studio, case: Case, count: int, guider, fusion_steps: int = 0,
 def frontier(rows: list[Row], side: int = 240) -> Image.Image:
     """Likeness over prompt consistency, a panel per kind and number of subjects: further up and to the right is
     better."""
-    curves = {"plain guidance": (GUIDED, "#1f77b4"), "fusion sampling": (FUSED, "#d62728")}
+    curves = {
+        "plain guidance": (GUIDED, "#1f77b4"),
+        "fusion sampling": (FUSED, "#d62728"),
+        "without the fusion stage": ((COMPOSABLE,), "#2ca02c"),
+    }
     margin, foot = 36, 28
     picture = Image.new("RGB", (len(KINDS) * side, len(SUBJECTS) * side + foot), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
@@ -244,5 +250,5 @@ def frontier(rows: list[Row], side: int = 240) -> Image.Image:
         x, y = margin + place * side, len(SUBJECTS) * side + 12
         pen.line((x, y, x + 24, y), color, 3)
         pen.text((x + 32, y - 8), label, "black", font)
-    pen.text((margin + 2 * side, len(SUBJECTS) * side + 4), "identity over prompt", "black", font)
+    pen.text((margin + 3 * side, len(SUBJECTS) * side + 4), "identity over prompt", "black", font)
     return picture

@@ -45,7 +45,7 @@ def test_variants_are_drawn_from_one_noise_and_differ(studio, short):
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             assert not torch.equal(drawn[a], drawn[b]), (a, b)
-    points = [*short.GUIDED, *short.FUSED]
+    points = [*short.GUIDED, *short.FUSED, short.COMPOSABLE]
     kinds = [kind for kind in short.KINDS.values() if kind != "concept"]
     assert {*short.SHOWN, *(short._variant(kind, name) for kind in kinds for name in points)} <= set(drawn)
 
@@ -74,7 +74,7 @@ def test_a_concept_acts_in_the_whole_picture(studio, short):
         drawn = short.draw_concept(studio, load_bank(), case, 1)
         plain = short._draw(studio, case, 1, short._plain(studio, studio.model, studio.encode(case.prompt)))
     assert torch.equal(drawn["plain"], plain)
-    names = ["plain", *(short._variant("", name) for name in (*short.GUIDED, *short.FUSED))]
+    names = ["plain", *(short._variant("", name) for name in (*short.GUIDED, *short.FUSED, short.COMPOSABLE))]
     assert set(drawn) == set(names)
     for i, a in enumerate(names):
         assert not any(torch.equal(drawn[a], drawn[b]) for b in names[i + 1 :])
