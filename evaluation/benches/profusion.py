@@ -13,15 +13,14 @@ from ...host.model.window import Window
 from ...host.profusion import promptnet as words
 from ...host.profusion.guider import FusionGuider, Guidance
 from ...host.profusion.sampler import fusion_sampler
-from ...shapeland.models import WEIGHTS
+from ...shapeland.world import SIZE
 from ...subjects.subject import Subject
+from ..reports.profusion import PROMPTNET
 from ..rigs import SAMPLER, Rig
 from . import Session
 
 SUBJECTS = (1, 2)
 RANGE = Window(0.8, 1.0)
-PROMPTNET = WEIGHTS / "promptnet" / "shapeland.safetensors"
-PIXELS = 64
 
 
 def sessions(rig: Rig) -> list[Session]:
@@ -57,7 +56,7 @@ def _fused(rig: Rig, model, text: list, subjects: list, repeats: int = 1, window
 def _by_words(rig: Rig) -> dict[str, Callable[[], object]]:
     """Shapeland's PromptNet and text encoder make the subject's word anew in each step, or once."""
     net, clip, vision = words.load(str(PROMPTNET)), shapeland.load_clip(), shapeland.load_clip_vision()
-    star, model = Subject(torch.rand(PIXELS, PIXELS, 3), "star"), words.prepared(rig.model)
+    star, model = Subject(torch.rand(SIZE, SIZE, 3), "star"), words.prepared(rig.model)
     found = {}
     for name, update in (("words", words.EVERY_STEP), ("words_once", words.ONCE)):
         text, subject = words.encode(net, clip, vision, rig.vae, "a star", [star], update=update)

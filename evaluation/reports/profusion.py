@@ -68,8 +68,6 @@ KINDS = {
     "trained concept": "concept",
 }
 """Kinds of subjects, and what the names of their variants begin with."""
-_DEFAULTS = {"fusion": "default"}
-_OTHERS = {default: name for name, default in _DEFAULTS.items()}
 
 # Per variant of PromptNet's subjects: fusion steps, window, and what is changed of the scales.
 CHANGED: dict[str, tuple[int, Window, dict]] = {
@@ -115,7 +113,9 @@ def report(studio: Studio, pictures: int, chance: float, tell: Callable[[str], N
     rows, shown = compare(SYSTEM, studio, SUBJECTS, pictures, chance, tell, draw, SHOWN)
     of_a_concept = partial(draw_concept, studio, bank)
     found, _ = compare(OF_A_CONCEPT, studio, (1,), pictures, chance, tell, of_a_concept, case_of=template_case)
-    rows += [replace(row, system=SYSTEM, variant=f"concept_{_OTHERS.get(row.variant, row.variant)}") for row in found]
+    for row in found:
+        name = "fusion" if row.variant == "default" else row.variant
+        rows.append(replace(row, system=SYSTEM, variant=_variant("concept", name)))
     sampling = f"euler, {SCHEDULER}, {STEPS} steps"
     return Report(rows, explain(chance) + ABOUT, contact_sheet(shown), {"frontier": frontier(rows)}, sampling)
 
@@ -138,13 +138,11 @@ def draw_variants(
     _, unchanging = encode(net, subjects, update=words.ONCE)
     drawn["once"] = draw(_fusing(studio, model, text, [unchanging], {}), 1)
     if len(subjects) == 1:
-        for name, variants in (("tuned", VARIANTS_OF_A_PICTURE), ("tuned_alone", 0)):
-            tuned, own = tune(model, variants)
-            text, subject = encode(own, subjects)
-            if variants:
-                drawn |= _frontier(studio, draw, name, tuned, text, subject)
-            else:
-                drawn[name] = draw(_fusing(studio, tuned, text, [subject], {}), 1)
+        tuned, own = tune(model, VARIANTS_OF_A_PICTURE)
+        drawn |= _frontier(studio, draw, "tuned", tuned, *encode(own, subjects))
+        tuned, own = tune(model, 0)
+        own_text, own_subject = encode(own, subjects)
+        drawn["tuned_alone"] = draw(_fusing(studio, tuned, own_text, [own_subject], {}), 1)
     else:
         apart = [encode(net, [one])[1] for one in subjects]
         drawn["separate"] = draw(_fusing(studio, model, text, apart, {}), 1)
@@ -176,7 +174,9 @@ def _frontier(studio: Studio, draw: Callable, kind: str, model, text: list, subj
 
 
 def _variant(kind: str, name: str) -> str:
-    return f"{kind}_{name}" if kind else _DEFAULTS.get(name, name)
+    if kind:
+        return f"{kind}_{name}"
+    return "default" if name == "fusion" else name
 
 
 def _tuned(studio: Studio, net: words.LoadedPromptNet, vision, reference: Reference, model, variants: int):
