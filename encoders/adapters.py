@@ -105,9 +105,14 @@ class Adapter:
         """Whether it changes the weight, and not the bias alone."""
         return self.kind != "a bias"
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the difference depends on the weight's values, and not on its shape alone."""
+        return self.kind not in _OF_SHAPE or bool({"dora_scale", "magnitude"} & set(self.group))
+
     def weight(self, base: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What is added to a weight (out, in) or kernel (out, in, h, w), in fp32: a difference of the same shape, or
-        the factors (out, r) and (r, in h w) of a plain LoRA.
+        the factors (out, r) and (r, in h w) of a plain LoRA. Only its shape counts unless `reads_weight`.
 
         Raises:
             ValueError: the tensors do not fit the weight.
@@ -217,6 +222,8 @@ _CHANGES = {
     "a norm": Adapter._full,
     "a weight": Adapter._set,
 }
+_OF_SHAPE = ("LoRA", "LoHa", "LoKr", "a difference", "a norm")
+"""Kinds whose difference does not depend on the values of the weight."""
 
 
 def _core(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

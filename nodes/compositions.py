@@ -51,7 +51,8 @@ class DecomposeImage(Node):
             display_name="Decompose Image",
             category=CATEGORY,
             description="Takes a picture apart into up to eight representations: caption, semantics, palette, sketch, "
-            "instances, depth, intensity and mask (Composer). No network runs but the given vision tower.",
+            "instances, depth, intensity and mask (Composer). Apart from the connected CLIP vision model, no network "
+            "runs.",
             search_aliases=["Composer", "decomposition", "representations", "sketch", "palette", "depth", "style"],
             has_intermediate_output=True,
             inputs=[
@@ -241,8 +242,8 @@ class SaveComposition(Node):
                 io.String.Input(
                     "filename",
                     default="composition",
-                    tooltip="Name of the new file in output/compositions, without ending; a number follows where it is "
-                    "taken.",
+                    tooltip="Name of the new file in output/compositions, without extension; a number follows where "
+                    "it is taken.",
                 ),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="The written file and its size.")],

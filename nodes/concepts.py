@@ -168,14 +168,14 @@ class SaveConcept(Node):
                 io.String.Input(
                     "filename",
                     default="concept",
-                    tooltip="Name of the new files, without ending; a number follows where it is taken.",
+                    tooltip="Name of the new files, without extension; a number follows where it is taken.",
                 ),
                 io.Combo.Input(
                     "format",
                     options=list(concepts.FORMATS),
                     default=concepts.AS_CONCEPT,
                     tooltip="concept: one file in output/concepts, for Load Concept. LoRA: a plain LoRA in "
-                    "output/loras for the host's own loaders, and the concept's word in output/embeddings, to be moved "
+                    "output/loras for ComfyUI's own loaders, and the concept's word in output/embeddings, to be moved "
                     "to models/embeddings.",
                 ),
                 io.Int.Input(

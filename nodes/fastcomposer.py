@@ -42,8 +42,8 @@ class LoadFastComposer(Node):
                 io.Combo.Input(
                     "file",
                     options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A file in models/fastcomposer. The published pytorch_model.bin holds everything; "
-                    "Convert FastComposer Checkpoint makes smaller files of it.",
+                    tooltip="A file in models/fastcomposer or output/fastcomposer. The published pytorch_model.bin "
+                    "holds everything; Convert FastComposer Checkpoint makes smaller files of it.",
                 ),
                 io.Model.Input(
                     "model",
@@ -103,7 +103,9 @@ class ConvertFastComposer(Node):
                 io.Combo.Input(
                     "file", options=folder_paths.get_filename_list(FOLDER), tooltip="The published checkpoint."
                 ),
-                io.String.Input("filename", default="fastcomposer", tooltip="Name of the new files, without ending."),
+                io.String.Input(
+                    "filename", default="fastcomposer", tooltip="Name of the new files, without extension."
+                ),
                 io.Combo.Input(
                     "unet",
                     options=list(files.UNET_FORMS),

@@ -29,7 +29,7 @@ class AugmentSubject(Node):
             has_intermediate_output=True,
             inputs=[
                 io.Image.Input("image", tooltip="One photo; its middle square is used."),
-                io.Mask.Input("mask", tooltip="White on the subject, in the shape of the photo."),
+                io.Mask.Input("mask", tooltip="White on the subject, with the photo's aspect ratio."),
                 io.Int.Input("count", default=8, min=1, max=256, tooltip="Number of variants."),
                 io.Int.Input("size", default=512, min=64, max=2048, step=8, tooltip="Side of the variants in pixels."),
                 io.Int.Input(
@@ -174,7 +174,7 @@ class FineTunePromptNet(Node):
                 PromptNetSocket.Output("promptnet", tooltip="For PromptNet Encode and Save PromptNet."),
                 io.LoraModel.Output(
                     display_name="lora",
-                    tooltip="The changes to the model's attention, for the host's own Load LoRA Model and Save LoRA "
+                    tooltip="The changes to the model's attention, for ComfyUI's own Load LoRA Model and Save LoRA "
                     "Weights. Sample with a model that has them.",
                 ),
                 io.Image.Output(display_name="loss", tooltip="The loss as a curve."),

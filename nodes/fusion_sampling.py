@@ -76,8 +76,8 @@ class FusionGuiderNode(Node):
                     "reuse_differences",
                     default=False,
                     advanced=True,
-                    tooltip="Evaluates the negative once per step instead of twice. Faster, and not the same. Off "
-                    "where the subjects have regions that leave a part of the picture free.",
+                    tooltip="Evaluates the negative once per step instead of twice. Faster, and not the same. It "
+                    "turns itself off, with a message, where the subjects' regions leave a part of the picture free.",
                 ),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],

@@ -64,7 +64,7 @@ class DDIMInversion(Node):
                     default=PNP,
                     advanced=True,
                     tooltip="At which noise level a step asks the model. pnp: at the one it goes to, as Plug-and-Play "
-                    "does, the more exact. euler: at the one it comes from, the same as the host's Flip Sigmas with "
+                    "does, the more exact. euler: at the one it comes from, the same as ComfyUI's FlipSigmas with "
                     "the euler sampler.",
                 ),
             ],

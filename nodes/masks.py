@@ -105,8 +105,8 @@ class LoadSegmenter(Node):
                         io.DynamicCombo.Option(SHAPELAND, []),
                     ],
                     tooltip="SAM3: the best; needs its checkpoint. Grounding DINO + SAM: closest to the paper. boxes "
-                    "+ SAM: you say where. Shapeland judge: for pictures of "
-                    "the small model that ships with the pack; needs no file.",
+                    "+ SAM: you say where. Shapeland judge: for pictures of the small model that ships with the pack; "
+                    "needs no file.",
                 )
             ],
             outputs=[SegmenterSocket.Output("segmenter", tooltip="For Text to Masks and Photo to Subject.")],
@@ -226,8 +226,8 @@ class ConceptMasks(Node):
                     options=list(OVERLAPS),
                     default=SMALLER_IN_FRONT,
                     advanced=True,
-                    tooltip="Who gets the pixels that two masks hold: the smaller one, the one of higher score, or the "
-                    "later one.",
+                    tooltip="Which mask gets the pixels where two overlap: the smaller one, the one of higher score, "
+                    "or the later one.",
                 ),
                 DetectionsSocket.Input(
                     "detections",
@@ -236,7 +236,9 @@ class ConceptMasks(Node):
                     "mask shows another kind of thing than its concept, and the one of higher score can be in front.",
                 ),
                 io.Image.Input(
-                    "image", optional=True, tooltip="Shown under the colors of the preview; in the shape of the masks."
+                    "image",
+                    optional=True,
+                    tooltip="Shown under the colors of the preview; with the masks' aspect ratio.",
                 ),
             ],
             outputs=[

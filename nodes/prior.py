@@ -22,7 +22,7 @@ class LoadCaptionPrior(Node):
             node_id="ConceptLoomLoadCaptionPrior",
             display_name="Load Caption Prior",
             category=CATEGORY,
-            description="Loads a prior, which finds semantics for a caption (unCLIP), in the names of diffusers.",
+            description="Loads a prior, which finds semantics for a caption (unCLIP), in the format of diffusers.",
             search_aliases=["Composer", "unclip prior", "Karlo", "Kandinsky prior", "dalle 2"],
             inputs=[
                 io.Combo.Input(

@@ -44,7 +44,8 @@ class LoadPromptNet(Node):
                 io.Combo.Input(
                     "file",
                     options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A file in models/promptnet, in the published names.",
+                    tooltip="A file in models/promptnet or output/promptnet, with the tensor names of the published "
+                    "code.",
                 ),
             ],
             outputs=[
@@ -135,7 +136,7 @@ class SavePromptNet(Node):
             display_name="Save PromptNet",
             category=CATEGORY,
             description="Writes a PromptNet as safetensors in half precision, for Load PromptNet. Save the LoRA of its "
-            "fine-tuning with the host's Save LoRA Weights.",
+            "fine-tuning with ComfyUI's Save LoRA Weights.",
             search_aliases=["ProFusion", "export", "safetensors"],
             is_output_node=True,
             inputs=[
@@ -143,7 +144,7 @@ class SavePromptNet(Node):
                 io.String.Input(
                     "filename",
                     default="promptnet",
-                    tooltip="Name of the new file in output/promptnet, without ending; a number follows where it is "
+                    tooltip="Name of the new file in output/promptnet, without extension; a number follows where it is "
                     "taken.",
                 ),
             ],

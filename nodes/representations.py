@@ -89,7 +89,7 @@ class InstanceMap(Node):
                 io.String.Input(
                     "nouns",
                     default="",
-                    tooltip='What they show, in their order: "cup, table". Detections say it themselves.',
+                    tooltip='What they show, in their order: "cup, table". Leave it empty with detections.',
                 ),
                 io.Combo.Input(
                     "coding",

@@ -38,19 +38,19 @@ class ApplyRepresentation(Node):
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 CompositionSocket.Input("composition", tooltip="From Decompose Image."),
-                io.ControlNet.Input("control_net", tooltip="A net for the chosen representation."),
+                io.ControlNet.Input("control_net", tooltip="One for the chosen representation."),
                 io.Combo.Input(
                     "representation",
                     options=list(consumers.HINTS),
-                    tooltip="sketch: scribble, lineart and sketch nets. depth: depth nets. instances: nets of segments "
-                    "with the colors of ADE20K. intensity: recoloring and brightness nets. mask: inpainting nets. "
-                    "palette: color and shuffle nets.",
+                    tooltip="For which ControlNets. sketch: scribble, lineart and sketch. depth: depth. instances: "
+                    "segmentation with the colors of ADE20K. intensity: recoloring and brightness. mask: inpainting. "
+                    "palette: color and shuffle.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="For nets that need one."),
+                io.Vae.Input("vae", optional=True, tooltip="For ControlNets that need one."),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt with the net."),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the net."),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt with the ControlNet."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the ControlNet."),
             ],
         )
 
@@ -87,7 +87,7 @@ class CompositionImages(Node):
             display_name="Composition Images",
             category=CATEGORY,
             description="The representations of a composition as pictures, in the conventions of ControlNets, for any "
-            "node. What follows one that is not there does not run.",
+            "node. Nodes connected to an absent one do not run.",
             search_aliases=["Composer", "hints", "preprocessor", "composition to images"],
             inputs=[CompositionSocket.Input("composition", tooltip="From Decompose Image.")],
             outputs=[

@@ -23,7 +23,7 @@ class LoadShapeland(Node):
             display_name="Load Shapeland",
             category=CATEGORY,
             description="The tiny model that ships with ConceptLoom. It draws 64x64 pictures of one to three patterned "
-            "things, in seconds and without a graphics card, so that every workflow can be tried at once.",
+            "things, in seconds and without a graphics card, so that every system of this pack can be tried at once.",
             search_aliases=["shapeland", "tiny model", "test model", "checkpoint", "load checkpoint"],
             inputs=[],
             outputs=[

@@ -17,8 +17,8 @@ class ReferenceSubject(Node):
             node_id="ConceptLoomReferenceSubject",
             display_name="Reference Subject",
             category="ConceptLoom/Subjects",
-            description="Start here: makes a subject of a picture, the mask of the thing in it, and its noun. All "
-            "ConceptLoom systems take it.",
+            description="Start here: makes a subject of a picture, the mask of the thing in it, and its noun. For "
+            "FreeCustom, FastComposer, ProFusion and Composer; Concept Weaver has Load Concept instead.",
             search_aliases=[
                 "subject",
                 "concept",
@@ -60,18 +60,18 @@ class ReferenceSubject(Node):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White on the subject, in the shape of the picture. Without a wire the whole picture is "
-                    "the subject, background included; an empty mask is refused.",
+                    tooltip="White on the subject, with the picture's aspect ratio. Without a wire the whole picture "
+                    "is the subject, background included; an empty mask is refused.",
                 ),
                 io.Mask.Input(
                     "target_mask",
                     optional=True,
-                    tooltip="White where the subject may appear in the new picture, in that picture's shape, which "
-                    "keeps subjects from mixing. For FreeCustom; FastComposer and PromptNet do not use it. Without a "
-                    "wire the subject may appear anywhere; an empty mask is refused.",
+                    tooltip="White where the subject may appear in the new picture, with that picture's aspect "
+                    "ratio, which keeps subjects from mixing. For FreeCustom; FastComposer and PromptNet do not use "
+                    "it. Without a wire the subject may appear anywhere; an empty mask is refused.",
                 ),
             ],
-            outputs=[SubjectSocket.Output("subject", tooltip="The subject, for any ConceptLoom system.")],
+            outputs=[SubjectSocket.Output("subject", tooltip="The subject, for any SUBJECT input.")],
         )
 
     @classmethod
@@ -98,8 +98,8 @@ class ConceptCollage(Node):
                     "placement",
                     [io.Mask, io.BoundingBox, io.BoundingBoxes],
                     optional=True,
-                    tooltip="Where they go: a batch of masks in the context's shape (their outlines' boxes count) or "
-                    "boxes in pixels, one per subject. Without it they stand side by side.",
+                    tooltip="Where they go: a batch of masks with the context's aspect ratio (their outlines' boxes "
+                    "count) or boxes in pixels, one per subject. Without it they stand side by side.",
                 ),
                 io.String.Input(
                     "prompt",

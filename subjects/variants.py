@@ -1,7 +1,7 @@
 """Variants of a subject's only picture: the subject moved, turned and made smaller, and the hole that it leaves.
 
 ProFusion (Zhou et al., arXiv 2305.13579) fine-tunes on such variants after an inpainting model has filled the holes, so
-that the subject is learnt and its background is not.
+that the subject is learned and its background is not.
 """
 
 from __future__ import annotations

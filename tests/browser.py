@@ -61,10 +61,18 @@ document.addEventListener('DOMContentLoaded', () => {
 })
 """
 
+POLLING = 50
+"""Milliseconds between two looks at what is waited for; a frame is longer."""
+
 SET_WIDGETS = """values => {
     for (const node of app.graph.nodes)
-        for (const [name, value] of Object.entries(values[node.type] ?? {}))
-            node.widgets.find(widget => widget.name === name).value = value
+        for (const part of [node, ...(node.subgraph?.nodes ?? [])])
+            for (const [name, value] of Object.entries(values[part.type] ?? {}))
+                // A subgraph shows some widgets of the nodes in it, and its values count.
+                for (const holder of new Set([part, node])) {
+                    const widget = holder.widgets?.find(widget => widget.name === name)
+                    if (widget) widget.value = value
+                }
 }"""
 
 INFORMATION = "UNet evaluations:"
@@ -118,6 +126,7 @@ class Visit:
 
     problems: list[str] = field(default_factory=list)
     api: dict = field(default_factory=dict)
+    ran: dict = field(default_factory=dict)
     pictures: int = 0
 
 
@@ -138,7 +147,9 @@ class Frontend:
         self._watch()
         self.page.add_init_script(FEW_FRAMES)
         self.page.goto(server.url)
-        self.page.wait_for_function("window.app?.vueAppReady && window.app.isGraphReady", timeout=60000)
+        self.page.wait_for_function(
+            "window.app?.vueAppReady && window.app.isGraphReady", timeout=60000, polling=POLLING
+        )
         self.page.evaluate(LISTEN)
 
     def __enter__(self) -> "Frontend":
@@ -194,6 +205,7 @@ class Frontend:
         visit.api = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
         if run:
             self.page.evaluate(SET_WIDGETS, widgets or {})
+            visit.ran = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
             visit.pictures = press_run(self.page, visit.problems)
         visit.problems += self.page.evaluate(OVERLAPS)
         visit.problems += self._heard
@@ -219,12 +231,15 @@ def open_template(page, pack: str, template: str, problems: list[str]) -> None:
             return picture?.naturalWidth > 0 && picture.src
         }""",
         arg=template,
+        polling=POLLING,
     ).json_value()
     if "default-template" in picture:
         problems.append(f"the card of {template} shows a placeholder: its .jpg is missing")
     page.get_by_test_id(f"template-workflow-{template}").click()
     page.wait_for_function(
-        "path => app.extensionManager.workflow.activeWorkflow?.path === path", arg=f"workflows/{template}.json"
+        "path => app.extensionManager.workflow.activeWorkflow?.path === path",
+        arg=f"workflows/{template}.json",
+        polling=POLLING,
     )
     # Pictures appear on nodes that are drawn, and only those in view are.
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
@@ -247,7 +262,9 @@ def press_run(page, problems: list[str]) -> int:
     """Presses Run and waits for the end, until every picture is on its node; returns how many nodes show one."""
     page.evaluate("() => { window.loomEnd = null; window.loomPictures = [] }")
     page.get_by_test_id("queue-button").click()
-    page.wait_for_function("window.loomEnd || document.querySelector('[data-testid=error-overlay]')", timeout=300000)
+    page.wait_for_function(
+        "window.loomEnd || document.querySelector('[data-testid=error-overlay]')", timeout=300000, polling=POLLING
+    )
     end = page.evaluate("loomEnd")
     if not end or end[0] != "execution_success":
         problems.append(f"did not run: {end}")
@@ -260,6 +277,7 @@ def press_run(page, problems: list[str]) -> int:
             return (app.graph.getNodeById(id)?.imgs?.[0] ?? shown)?.naturalWidth > 0
         })""",
         timeout=30000,
+        polling=POLLING,
     )
     problems += seen_trouble(page)
     return page.evaluate("loomPictures.length")

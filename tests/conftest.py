@@ -44,18 +44,26 @@ SERVED = (
 """Files whose tests run on the real server, in this order: true models empty its cache, so they come late; short files
 come last, so that the other process waits little."""
 LONG = (
-    "test_fusion",
     "test_training_fastcomposer",
-    "test_training_data",
-    "test_concepts",
+    "test_fusion",
+    "test_freecustom_composition",
+    "test_shapeland_training",
     "test_fastcomposer",
     "test_freecustom_model",
-    "test_freecustom_composition",
-    "test_promptnet_finetuning",
     "test_concept_training",
-    "test_shapeland_training",
+    "test_promptnet_finetuning",
+    "test_inversion",
+    "test_composer",
+    "test_evaluation_bench",
+    "test_training_composer",
+    "test_fusion_guider",
+    "test_plugandplay",
+    "test_training_promptnet",
+    "test_training_data",
+    "test_evaluation_report",
+    "test_evaluation_profusion",
 )
-"""Files of the others that take longest."""
+"""Files of the others that take longest, so that the last ones are short."""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import PurePosixPath
 
 import pytest
@@ -63,7 +64,8 @@ def archive(tracked) -> set[str]:
     return tracked - git_files("--cached", "--ignored", "--exclude-from=.comfyignore")
 
 
-def imports(path: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+@cache
+def imports(path: str) -> tuple[tuple[int, tuple[str, ...]], ...]:
     """Level (dots) and names of every module that a file imports, also inside functions; of `from a import b` both a
     and a.b, since b may be a module.
 
@@ -82,7 +84,7 @@ def imports(path: str) -> Iterator[tuple[int, tuple[str, ...]]]:
                 yield from ((child.level, (*base, name.name)) for name in child.names)
             yield from walk(child)
 
-    yield from walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+    return tuple(walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))))
 
 
 def needed(entry: str, tracked: set[str]) -> set[str]:

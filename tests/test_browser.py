@@ -9,7 +9,7 @@ from environment import ROOT, absent_weights
 from hostserver import PACK
 from PIL import Image
 from test_workflow_tools import weave
-from test_workflows import NO_DOWNLOAD, short_inputs
+from test_workflows import NO_DOWNLOAD, short_inputs, shorter
 from workflow_format import BYPASSED, to_api
 
 TEMPLATES = sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if file.stem.endswith(NO_DOWNLOAD))
@@ -87,6 +87,8 @@ def test_template(frontends, template, renderer):
     assert seen.problems == []
     assert bool(seen.pictures) == run
     assert seen.api == api
+    # The server has it from the first to run it, in the browser or not.
+    assert not run or seen.ran == shorter(api)
 
 
 def test_toy_template_in_the_classic_renderer(frontends, toy_templates, object_info):

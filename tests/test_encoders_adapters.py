@@ -41,8 +41,8 @@ def read_one(state, about=None):
 
 
 def change(adapter, base):
-    """What an adapter adds to a weight, as one tensor."""
-    found = adapter.weight(base.float())
+    """What an adapter adds to a weight, as one tensor. One that reads no weight gets its shape alone."""
+    found = adapter.weight(base.float() if adapter.reads_weight else torch.empty_like(base, device="meta"))
     return (found[0] @ found[1]).reshape(base.shape) if len(found) == 2 else found[0]
 
 
@@ -50,6 +50,14 @@ def near(found, true, tolerance=1e-5):
     assert found.shape == true.shape
     error = (found.double() - true.double()).norm() / true.double().norm()
     assert error < tolerance, float(error)
+
+
+def test_what_reads_no_weight():
+    parts = {"lora_up": (OUT, RANK), "lora_down": (RANK, IN)}
+    lora = {f"{NAME}.{part}.weight": torch.ones(shape) for part, shape in parts.items()}
+    assert not read_one(lora).reads_weight
+    assert read_one({**lora, f"{NAME}.dora_scale": torch.ones(OUT, 1)}).reads_weight
+    assert read_one({f"{NAME}.weight": torch.ones(OUT), f"{NAME}.on_input": torch.tensor(False)}).reads_weight
 
 
 # ---- names --------------------------------------------------------------------------------------------------------

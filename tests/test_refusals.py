@@ -604,7 +604,7 @@ ROWS = [
     Row(
         "TrainConcept",
         {"masks": ["black", 0], "images": ["picture", 0]},
-        "masks: mask 1: expected white on what is learnt, got an empty one",
+        "masks: mask 1: expected white on what is learned, got an empty one",
     ),
     Row("TrainConcept", {"masks": ["not finite masks", 1]}, "masks: mask 1: expected finite values"),
     Row("FusionGuider", {"subjects.subject0": None}, "subjects: expected at least one, got none; connect the prompt"),

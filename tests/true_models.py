@@ -157,9 +157,12 @@ def write_checkpoint(kind: str, path: Path) -> None:
             file.write(values[:rest])
 
 
-def kohya_lora(kind: str, seed: int, rank: int = 4, with_text: bool = True) -> dict[str, torch.Tensor]:
+def kohya_lora(
+    kind: str, seed: int, rank: int = 4, with_text: bool = True, layer: str = ".attentions."
+) -> dict[str, torch.Tensor]:
     """A LoRA as kohya's trainer writes it by default: every linear layer of the transformer blocks and their
-    projections, and of the text encoders unless the UNet alone was trained."""
+    projections, and of the text encoders unless the UNet alone was trained. `layer`: part of the names of the UNet's
+    layers that are in it."""
     import comfy.utils
 
     config = _unet_config(kind)
@@ -168,7 +171,7 @@ def kohya_lora(kind: str, seed: int, rank: int = 4, with_text: bool = True) -> d
     layers = {
         f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": shape
         for name, shape in names.items()
-        if ".attentions." in name and name.endswith(".weight") and len(shape) > 1
+        if layer in name and name.endswith(".weight") and len(shape) > 1
     }
     towers = {"lora_te_": (768, 12)} if kind == "sd15" else {"lora_te1_": (768, 12), "lora_te2_": (1280, 32)}
     for prefix, (width, depth) in towers.items() if with_text else ():

@@ -93,7 +93,7 @@ def _differences(concept: Concept, weights: Weights, seen: set[str]) -> Iterable
     layers: dict[str, dict[str, tuple]] = {}
     for key, patch in concept.others.items():
         layer, _, kind = key.removeprefix(DIFFUSION_MODEL).rpartition(".")
-        layers.setdefault(layer, {})[kind] = difference(patch, weights[key], key)
+        layers.setdefault(layer, {})[kind] = difference(patch, weights.patches, key)
     for layer, found in layers.items():
         bias = found.get("bias")
         weight = found.get("weight", ())

@@ -136,26 +136,28 @@ def unpatched(patches: Mapping[str, list], key: str) -> torch.Tensor:
     return convert(copy, inplace=True)
 
 
-def difference(change: Any, base: torch.Tensor, key: str) -> tuple[torch.Tensor, ...]:
+def difference(change: Any, patches: Mapping[str, list], key: str) -> tuple[torch.Tensor, ...]:
     """What a change adds to the weight or bias `key`: one tensor of its shape, or the two factors of a plain LoRA.
 
     Args:
         change: an `Adapter`, or a ComfyUI patch ("set", (weight,)) or ("diff", (difference,)).
-        base: the weight before all patches, float.
-        key: its name in the model.
+        patches: ComfyUI's key patches of the model.
+        key: name of the weight or bias.
 
     Raises:
         ValueError: the shapes do not match.
     """
+    shape = patches[key][0][0].shape
     if isinstance(change, Adapter):
         if not key.endswith(".bias"):
-            return change.weight(base)
+            # Most need the shape alone, and copies of the weights that they change would be as large as the model.
+            return change.weight(unpatched(patches, key) if change.reads_weight else torch.empty(shape, device="meta"))
         change = ("diff", (change.bias(),))
     kind, (tensor,) = change
-    if tensor.shape != base.shape:
-        raise ValueError(f"file: expected the shape {tuple(base.shape)} for {key}, got {tuple(tensor.shape)}")
+    if tensor.shape != shape:
+        raise ValueError(f"file: expected the shape {tuple(shape)} for {key}, got {tuple(tensor.shape)}")
     tensor = tensor.detach().to("cpu", torch.float32)
-    return (tensor - base,) if kind == "set" else (tensor,)
+    return (tensor - unpatched(patches, key),) if kind == "set" else (tensor,)
 
 
 def named_layers(model) -> dict[str, str]:
@@ -191,7 +193,7 @@ def host_patch(change: Any, own: Mapping[str, list], key: str) -> Any:
         own: ComfyUI's key patches of the model.
         key: name of the weight or bias.
     """
-    changed = difference(change, unpatched(own, key), key)
+    changed = difference(change, own, key)
     if not all(factor.any() for factor in changed):
         return None
     return LoRAAdapter(set(), (*changed, None, None, None, None)) if len(changed) == 2 else ("diff", changed)
@@ -226,14 +228,14 @@ def read_weights(file: ConceptFile, model, name: str) -> Concept:
             others[key] = change
             continue
         _check_width(_shape_of(change), key, weights)
-        base = weights[key]
-        found = difference(change, base, key)
+        found = difference(change, weights.patches, key)
         if layer not in weights.layers:
             if found[0].any():
                 others[key] = ("diff", (found[0].half(),))
             continue
         parts.setdefault(weights.layers[layer], {})[kind] = found
         if whole and kind == "weight":
+            base = weights[key]
             norm = float(base.norm()) or 1.0
             sizes.append(float((base + found[0]).norm()) / norm)
             moves.append(float(found[0].norm()) / norm)

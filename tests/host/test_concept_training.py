@@ -30,7 +30,7 @@ def train(parts, steps=2, report=lambda *_: None, prior=None, pictures=None, fol
 
 
 @pytest.fixture(scope="module")
-def learnt(parts):
+def learned(parts):
     """A concept as `train` makes it without a word more."""
     return train(parts)
 
@@ -51,11 +51,11 @@ class TestConcept:
         assert not torch.equal(concept.tokens["l"][0], table[start])
         assert torch.allclose(concept.tokens["l"][0], table[start].float(), atol=0.05)
 
-    def test_the_same_seed_gives_the_same_concept(self, parts, learnt):
+    def test_the_same_seed_gives_the_same_concept(self, parts, learned):
         again, other = train(parts), train(parts, seed=1)
         key = "middle.0.0"
-        assert torch.equal(learnt.deltas[key]["v"].matrix(), again.deltas[key]["v"].matrix())
-        assert not torch.equal(learnt.deltas[key]["v"].matrix(), other.deltas[key]["v"].matrix())
+        assert torch.equal(learned.deltas[key]["v"].matrix(), again.deltas[key]["v"].matrix())
+        assert not torch.equal(learned.deltas[key]["v"].matrix(), other.deltas[key]["v"].matrix())
 
     @pytest.mark.parametrize("rank", [0, 4])
     def test_the_script_learns_by_the_same_loss_and_gradients(self, parts, rank):
@@ -199,15 +199,15 @@ class TestConcept:
             train(parts, steps=2, report=lambda *_: between.append("report"))
         assert between == ["backward", "report"] * 2
 
-    def test_pictures_of_the_class_take_part(self, parts, learnt):
+    def test_pictures_of_the_class_take_part(self, parts, learned):
         prior = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(5))
         key = "middle.0.0"
         with_prior = train(parts, prior=prior).deltas[key]["v"].matrix()
-        assert not torch.equal(with_prior, learnt.deltas[key]["v"].matrix())
+        assert not torch.equal(with_prior, learned.deltas[key]["v"].matrix())
         without_weight = train(parts, prior=prior, prior_weight=0.0).deltas[key]["v"].matrix()
         assert not torch.equal(with_prior, without_weight)
 
-    def test_it_is_the_same_of_a_model_that_is_compiled(self, parts, learnt):
+    def test_it_is_the_same_of_a_model_that_is_compiled(self, parts, learned):
         from comfy_api.torch_helpers import set_torch_compile_wrapper
 
         def backend(graph, inputs):
@@ -216,7 +216,7 @@ class TestConcept:
         model, key = parts[0].clone(), "middle.0.0"
         set_torch_compile_wrapper(model, backend)
         of_compiled = train((model, *parts[1:])).deltas[key]["v"].matrix()
-        assert torch.equal(of_compiled, learnt.deltas[key]["v"].matrix())
+        assert torch.equal(of_compiled, learned.deltas[key]["v"].matrix())
 
 
 class TestAfterwards:
@@ -276,7 +276,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="captions: expected one line, or one for each of 3 pictures, got 2"):
             Pictures([image] * 3, [None] * 3, ["a {}"] * 2)
         for mask, sentence in (
-            (torch.zeros(64, 64), "masks: mask 2: expected white on what is learnt, got an empty one"),
+            (torch.zeros(64, 64), "masks: mask 2: expected white on what is learned, got an empty one"),
             (torch.ones(64, 96), r"masks: mask 2: expected the shape of the picture \(64x64\), got 96x64"),
             (torch.full((64, 64), float("nan")), "masks: mask 2: expected finite values"),
         ):
@@ -300,20 +300,20 @@ class TestRefusals:
 def test_progress_previews_and_a_prior_of_the_models_own(parts, monkeypatch):
     import comfy.utils
     from conceptloom.host.weaver import studio
-    from conceptloom.training.concepts.learner import Recipe
-    from conceptloom.training.concepts.pictures import Pictures
+    from conceptloom.nodes import training
 
     monkeypatch.setattr(studio, "STEPS", 2)
+    monkeypatch.setattr(training, "preview", lambda *_: None)
     monkeypatch.setattr(studio, "PREVIEW_STEPS", 2)
     told = []
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, shown, node_id: told.append((done, shown))
     )
-    pictures = Pictures([torch.rand(64, 64, 3)], [None], ["a {}"])
+    given = dict(zip(("model", "clip", "vae"), parts, strict=True), images=torch.rand(1, 64, 64, 3))
+    given |= {"class_word": "star", "placeholder": "<new1>", "captions": "a {}", "size": 64, "class_pictures": 1}
+    given |= {"preview_every": 2, "keep_checkpoint": False, "steps": 5}
     with torch.inference_mode():
-        concept, curve, said = studio.train_with_progress(
-            *parts, pictures, "star", "<new1>", Recipe(steps=5), 64, class_pictures=1, preview_every=2
-        )
+        concept, (curve,), said = training.TrainConcept.execute(**given).result
     previews = [(done, shown) for done, shown in told if shown is not None]
     assert [done for done, _ in previews] == [3, 5]
     assert previews[0][1][1].size == (256, 256)

@@ -93,7 +93,7 @@ def test_random_prompts_keep_the_host_s_tokens(clip):
     rng = random.Random(0)
     words = "a man woman skateboarder, photorealistic \\(old\\) (red:1.3) ((deep)) [cold] on imgur 4k pneumonoultra"
     words = words.split()
-    for _ in range(300):
+    for _ in range(120):
         parts = [rng.choice(words) for _ in range(rng.randint(1, 110))]
         nouns = [i for i, part in enumerate(parts) if part in ("man", "woman", "skateboarder,")]
         if not nouns:

@@ -13,7 +13,7 @@ def three_pictures_shapeland(flow: Workflow) -> None:
         "## START HERE: one picture from three others and a text\n"
         "Press **Run**; nothing has to be downloaded. Each drawn picture is taken apart. The **Keep** "
         "nodes take the lines and the depth of the first, what the second is about, and the colors of the third. They "
-        "are merged with the text, and the new picture obeys them all.\n\n"
+        "are merged with the text, and the new picture follows all of them.\n\n"
         "The row at the end shows the three pictures and what became of them."
     )
     flow.note(
@@ -56,8 +56,7 @@ def try_on_shapeland(flow: Workflow) -> None:
         "## START HERE: only one thing, in the look of another\n"
         "Press **Run**; nothing has to be downloaded. **Region to Draw Anew** says where: in the mask of the thing, "
         "grown by two pixels. Outside of it every pixel stays.\n\n"
-        "The row at the end shows both pictures and the first with the other's look. For a picture of your own, draw "
-        "the mask in the mask editor of **Load Image**."
+        "The row at the end shows both pictures and the first with the other's look."
     )
     try_on(flow)
     _grouped(flow)

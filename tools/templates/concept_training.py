@@ -46,12 +46,14 @@ def train_concept(flow: Workflow) -> None:
         "cross-attention makes of text, and a new word. The node shows previews while it learns; cancelling leaves "
         "the models as they were. 150 steps are few, done in a minute; the default is 400.\n\n"
         "**Your own pictures**: one **Load Image** each into **Batch Images**, your checkpoint in the place of **Load "
-        "Shapeland**, and **size** 512. Photos of a person need that person's consent."
+        "Shapeland**, **size** 512, your **class_word**, and **captions** of one line, such as *photo of a {}*. Write "
+        "the prompt in *One Concept Everywhere* and set **Empty Latent Image** to 512. Photos of a person need that "
+        "person's consent."
     )
     base = shapeland_base(flow)
     flow.note(
         "### How to choose\n"
-        "- one caption for all pictures, or a line each that says what else they show: that is then not learnt\n"
+        "- one caption for all pictures, or a line each that says what else they show: that is then not learned\n"
         "- too little alike: more **steps**. Everything looks like it: fewer, or more **class_pictures**\n"
         "- pictures in which size and place of the thing differ teach most\n"
         "- **rank** 8 to 32 for small files"

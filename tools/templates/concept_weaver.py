@@ -88,11 +88,11 @@ def shapeland(flow: Workflow) -> None:
     flow.note(
         "## START HERE: each concept in its place\n"
         "Press **Run**; nothing has to be downloaded. Three concepts were trained on eight small pictures each: a "
-        "star, a fish and a house whose looks no word says. The **template** gives the scene, and its things are "
-        "found by their nouns. **Multi-Concept Fusion** draws each concept there with its own weights, in one "
-        "evaluation of the model for all.\n\n"
+        "star, a fish and a house, whose looks the prompt does not describe. The **template** gives the scene, and "
+        "its things are found by their nouns. **Multi-Concept Fusion** draws each concept there with its own weights, "
+        "in one evaluation of the model for all.\n\n"
         "The picture at the end shows what the three were trained on and, below, the template and the result.\n\n"
-        "**Your own concepts**: *Train a concept*, or a LoRA in models/loras and a template that says *needs SD15*."
+        "**Your own concepts**: template 06 trains one; for LoRAs see template 24."
     )
     base = shapeland_base(flow)
     flow.note(
@@ -165,14 +165,15 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
     """Two community LoRAs, each in its own place, in a scene that the model draws or a photo shows."""
     where = "your photo" if photo else "the scene that the model draws first"
     swap = (
-        "The photo is drawn here so that the workflow needs no file: put **Load Image** in its place, and your words "
-        "into the prompts, into `nouns` and into both **Load Concept**. The prompt should describe the photo.\n\n"
+        "*Your photo* is drawn here so that the workflow needs no file: put **Load Image** in its place, and your "
+        "words into the prompts, into `nouns` and into both **Load Concept**. The prompt should describe the photo.\n\n"
     )
     flow.note(
         "## START HERE: two LoRAs that do not mix\n"
         "Needs the two checkpoints named below and two LoRAs of yours. Choose them in **Load Concept** and write each "
-        "one's trigger and class word into **class_word**; the prompt names both class words. **Places of Things** "
-        f"finds them in {where}, and each LoRA acts in its own place, in one evaluation of the model.\n\n"
+        "one's trigger and class word into **class_word** (*ohwx man*), and the same words into the prompt. "
+        f"**Places of Things** finds the plain words (*man, woman*) in {where}, and each LoRA acts in its own place, "
+        "in one evaluation of the model.\n\n"
         + (swap if photo else "")
         + "A LoRA of a person needs that person's consent.",
         width=290 if photo else 240,
@@ -196,7 +197,7 @@ def two_loras(flow: Workflow, file: dict, side: int, photo: bool = False) -> Non
             "ConceptLoomDrawScene",
             {"description": "a mug and a star on a gray background", "seed": 1, "identity_seed": 2, "size": side},
             column=1,
-            title="In place of your photo",
+            title="Your photo",
         )
         resized = flow.add(
             "ImageScale",

@@ -182,18 +182,19 @@ def sd15(flow: Workflow) -> None:
     """Two subjects with the published checkpoint and its settings."""
     flow.note(
         "## START HERE: your own people\n"
-        "Needs FastComposer's checkpoint and the one in **Load Checkpoint**. FastComposer was trained on people: put "
-        "**Load "
-        "Image** with a photo of a face in the place of each drawn picture, and your words into the prompt. Paint the "
-        "mask in the mask editor (right click), or leave it out. Put **@subject** after the word of each subject. The "
-        "first subject takes the first one.\n\n"
+        "Needs two files. Download *pytorch_model.bin* (4.5 GB) from huggingface.co/mit-han-lab/fastcomposer into "
+        "models/fastcomposer and press **R**; ComfyUI offers to download the checkpoint.\n\n"
+        "FastComposer was trained on people: for each *Your photo*, add **Load Image** with a photo of a face and "
+        "connect its IMAGE to **Reference Subject**. Paint the face in the mask editor (right click) and connect MASK, "
+        "or disconnect the mask. Write your prompt with **@subject** after the word of each subject; the first "
+        "subject takes the first one.\n\n"
         "A photo of a person needs that person's consent."
     )
-    base = checkpoint(flow, SD15, title="Its VAE")
+    base = checkpoint(flow, SD15, title="Load Checkpoint (for the VAE)")
     flow.note(
         "### When it does not work\n"
         "- Too little likeness: raise **alpha**, or give several photos (**pictures** of Subject Encoder)\n"
-        "- The prompt is ignored: lower **alpha** to 0.5 to 0.6\n"
+        "- The prompt is ignored: lower **alpha** to 0.5 or 0.6\n"
         "- A small face in a large photo: paint a mask, open **Subjects in Words** and set **crop**"
     )
     parts = flow.add("ConceptLoomLoadFastComposer", {"file": PUBLISHED["name"]}, column=1, models=[PUBLISHED])

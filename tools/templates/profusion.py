@@ -91,8 +91,9 @@ def fastcomposer(flow: Workflow) -> None:
         "Press **Run**; nothing has to be downloaded. **Fusion Guider** moves towards the text and towards the "
         "subjects, each at a scale of its own. **Fusion Sampler** draws the subjects in before each step and renews a "
         "part of the noise, so that the picture can move to where both agree.\n\n"
-        "The subjects come from FastComposer here. An embedding, a LoRA or an IP-Adapter works the same way. The row "
-        "at the end shows both references, then the same seed by plain guidance and by fusion sampling."
+        "The subjects come from FastComposer here. An embedding, a LoRA or an IP-Adapter works the same way. The "
+        "picture at the end shows both references and, below them, the same seed by plain guidance and by fusion "
+        "sampling."
     )
     base, parts = load(flow)
     flow.note(
@@ -122,8 +123,8 @@ def promptnet(flow: Workflow) -> None:
     flow.note(
         "## START HERE: one picture becomes a word of the prompt\n"
         "Press **Run**; nothing has to be downloaded. **PromptNet Encode** turns the picture into a word, anew in "
-        "every step, which replaces **house** in the prompt. **Fusion Guider** and **Fusion Sampler** bring it and the "
-        "plain text together.\n\n"
+        "every evaluation of the model, which replaces **house** in the prompt. **Fusion Guider** and **Fusion "
+        "Sampler** bring it and the plain text together.\n\n"
         "The row at the end shows the picture, then the same seed by plain text, by plain guidance with the word, and "
         "by fusion sampling.\n\n" + YOUR_PHOTOS
     )
@@ -131,9 +132,9 @@ def promptnet(flow: Workflow) -> None:
     flow.note(
         "### Things to try\n"
         "- change **identity_seed** of the subject: it gets other colors, and so does the new picture\n"
-        "- set **update** to *once*: the word is made in the first step alone, and costs nothing afterwards\n"
+        "- set **update** to *once*: the word is made in the first evaluation alone\n"
         "- **subject_scale** and **text_scale**: likeness against prompt\n"
-        "- more likeness: the template that fine-tunes PromptNet on the picture"
+        "- more likeness: template 07, which fine-tunes PromptNet on the picture"
     )
     house = drawn_subject(flow, *SUBJECT)
     net = flow.add("ConceptLoomLoadPromptNet", {"model": base.model, "file": SHAPELAND}, column=1)
@@ -196,9 +197,9 @@ def ways(
 def finetune(flow: Workflow) -> None:
     """PromptNet and the model's attention, trained on variants of one picture, before and after."""
     flow.note(
-        "## START HERE: one picture, learnt in a minute\n"
+        "## START HERE: one picture, learned in a minute\n"
         "Press **Run**; nothing has to be downloaded. **Augment Subject** makes variants of the subject's only "
-        "picture, and **Fine-tune PromptNet** trains 50 steps on them. Its *lora* goes on the model by the host's own "
+        "picture, and **Fine-tune PromptNet** trains 50 steps on them. Its *lora* goes on the model by ComfyUI's own "
         "node.\n\n"
         "The row at the end shows the picture, then the same seed by fusion sampling before and after."
     )
@@ -207,7 +208,7 @@ def finetune(flow: Workflow) -> None:
         "### Things to try\n"
         "- **steps** and **learning_rate**: more learns more, and forgets more of the prompt\n"
         "- **rank** 8: a small LoRA\n"
-        "- **Save PromptNet** and **Save LoRA Weights** keep what was learnt"
+        "- **Save PromptNet** and **Save LoRA Weights** keep what was learned"
     )
     scene = flow.add(
         "ConceptLoomDrawScene",
@@ -239,7 +240,7 @@ def finetune(flow: Workflow) -> None:
         },
         column=3,
     )
-    learnt = flow.add(
+    learned = flow.add(
         "LoraModelLoader",
         {"model": net["MODEL"], "lora": tuned["lora"], "strength_model": 1.0, "bypass": False},
         column=4,
@@ -250,7 +251,7 @@ def finetune(flow: Workflow) -> None:
     pictures = {"reference": scene[0]}
     for name, title, model, promptnet in (
         ("before", "Before", net["MODEL"], net["promptnet"]),
-        ("after", "After", learnt[0], tuned["promptnet"]),
+        ("after", "After", learned[0], tuned["promptnet"]),
     ):
         pictures[name] = by_word(flow, 5, title, base, model, promptnet, subject[0], negative, shared)
     show(flow, 6, pictures, "conceptloom/finetune_promptnet", "Picture, before, after", references=1, plain=True)
@@ -315,12 +316,12 @@ def by_word(
 def lora_sd15(flow: Workflow) -> None:
     """A subject of a LoRA that acts on its own conditioning alone."""
     flow.note(
-        "## START HERE: a LoRA that leaves the prompt its say\n"
+        "## START HERE: a LoRA that does not override the prompt\n"
         "Needs the checkpoint named below and a LoRA of yours. Choose it in **Create Hook LoRA**, write its trigger "
         "word into *Prompt with the subject*, and the same prompt with the plain class word into *Text*. The LoRA "
         "acts on one conditioning alone. **Fusion Guider** guides towards that subject and towards the plain text at "
         "two scales, and **Fusion Sampler** brings both together.\n\n"
-        "It is meant for a LoRA that has learnt too much of its training pictures and ignores the prompt."
+        "It is meant for a LoRA that has learned too much of its training pictures and ignores the prompt."
     )
     base = checkpoint(flow, SD15)
     flow.note(
@@ -328,18 +329,19 @@ def lora_sd15(flow: Workflow) -> None:
         "- The prompt is ignored: raise **text_scale**, or lower **subject_scale**\n"
         "- Too little likeness: raise **subject_scale**, then **fusion_scale**\n"
         "- Colors burn: lower all three scales together, or **fusion_steps** 0\n"
-        "- Too slow: **start_percent** 0.4 of the sampler, or **reuse_differences** of the guider"
+        "- Too slow: open *Fusion sampling* and set **start_percent** of **Fusion Sampler** to 0.4, or turn on "
+        "**reuse_differences** of **Fusion Guider** (advanced)"
     )
     hooks = flow.add("CreateHookLora", {"lora_name": LORA}, column=1)
     hooked = flow.add("SetClipHooks", {"clip": base.clip, "hooks": hooks[0]}, column=2)
     subject = text(
         flow,
         hooked[0],
-        "a photo of sks dog as a knight in shining armour, oil painting",
+        "a photo of sks dog as a knight in shining armor, oil painting",
         "Prompt with the subject",
         3,
     )
-    words = text(flow, base.clip, "a photo of a dog as a knight in shining armour, oil painting", "Text", 3)
+    words = text(flow, base.clip, "a photo of a dog as a knight in shining armor, oil painting", "Text", 3)
     negative = text(flow, base.clip, NEGATIVE, "Negative prompt", 3)
     shared = schedule(flow, base.model, 30, 512, 1, 4)
     guider = flow.add(
@@ -359,11 +361,11 @@ def lora_sd15(flow: Workflow) -> None:
 def ipadapter_sd15(flow: Workflow) -> None:
     """A subject that an IP-Adapter sees in one picture."""
     flow.note(
-        "## START HERE: an IP-Adapter that leaves the prompt its say\n"
+        "## START HERE: an IP-Adapter that does not override the prompt\n"
         "Needs the pack **ComfyUI_IPAdapter_plus** with its models, and the checkpoint named below. The adapter acts "
         "on the *subject* of **Fusion Guider** alone, and the plain text is guided towards beside it, at a scale of "
         "its own. **Fusion Sampler** brings both together.\n\n"
-        "**Your own photo**: put **Load Image** in the place of the drawn picture. A photo of a person needs that "
+        "**Your own photo**: put **Load Image** in the place of *Your photo*. A photo of a person needs that "
         "person's consent."
     )
     base = checkpoint(flow, SD15)
@@ -375,7 +377,7 @@ def ipadapter_sd15(flow: Workflow) -> None:
         "- Two subjects: a second **IPAdapter** with its **attn_mask**, on the same model"
     )
     drawn = {"description": "a red striped ball on a white background", "seed": 3, "identity_seed": 2, "size": 512}
-    photo = flow.add("ConceptLoomDrawScene", drawn, column=1, title="In place of your photo")
+    photo = flow.add("ConceptLoomDrawScene", drawn, column=1, title="Your photo")
     loader = flow.add("IPAdapterUnifiedLoader", {"model": base.model, "preset": "PLUS (high strength)"}, column=1)
     adapted = flow.add(
         "IPAdapter",

@@ -14,8 +14,9 @@ def plug_and_play(flow: Workflow) -> None:
         "Press **Run**; nothing has to be downloaded. **DDIM Inversion** finds the noise that makes a given picture. "
         "**Plug-and-Play Injection** holds the picture's shapes while it is sampled again with another prompt.\n\n"
         "The row at the end shows the picture, then the other prompt without and with injection.\n\n"
-        "**Your own photo**: put **Load Image** in the place of **Draw Scene**, and your checkpoint in the place of "
-        "**Load Shapeland**."
+        "**Your own photo**: put **Load Image** in the place of *The picture to start from*, scaled to the size of "
+        "your model (512 for SD 1.5), and your checkpoint in the place of **Load Shapeland**. Describe the photo in "
+        "**picture_shows**, and write what you want in *What it should show*."
     )
     base = shapeland_base(flow)
     flow.note(

@@ -39,7 +39,7 @@ class View:
 def augment(image: torch.Tensor, mask: torch.Tensor | None, side: int, kind: str, generator: torch.Generator) -> View:
     """A view (side, side) of a picture (H, W, 3), with its mask (H', W') or None.
 
-    If the picture is pasted onto gray, it alone counts in the loss, minus a small border, so that gray is not learnt.
+    If the picture is pasted onto gray, it alone counts in the loss, minus a small border, so that gray is not learned.
 
     Raises:
         ValueError: the kind is unknown.

@@ -155,7 +155,7 @@ class Learner(torch.nn.Module):
 
     def states(self, captions: Sequence[str]) -> States:
         """Text states of captions in which {} stands for the concept: its new word and its class word."""
-        learnt = self.weights.tokens()
+        learned = self.weights.tokens()
         rows, hooks = [], []
         for encoder, tower, vocabulary in self._towers():
             ids, places = zip(*(self._ids(vocabulary, caption) for caption in captions), strict=True)
@@ -163,7 +163,7 @@ class Learner(torch.nn.Module):
             at = [(row, place) for row, place in enumerate(places) if place is not None]
             if at:
                 index = tuple(torch.tensor(numbers, device=self.device) for numbers in zip(*at, strict=True))
-                hook = partial(_put, index, learnt[encoder][0])
+                hook = partial(_put, index, learned[encoder][0])
                 hooks.append(tower.get_input_embeddings().register_forward_hook(hook))
         try:
             return self.base.read(torch.stack(rows, 1))

@@ -46,7 +46,7 @@ class Pictures:
                 shown = as_mask(mask, f"masks: mask {number}")
                 check_aspect(shown, tuple(image.shape[:2]), f"masks: mask {number}")
                 if not shown.any():
-                    raise ValueError(f"masks: mask {number}: expected white on what is learnt, got an empty one")
+                    raise ValueError(f"masks: mask {number}: expected white on what is learned, got an empty one")
                 if not middle_square(shown).any():
                     raise ValueError(
                         f"masks: mask {number}: expected white in the middle square of its picture, which is what is "

@@ -18,7 +18,7 @@ def compositions_folder(root: Path, count: int, seed: int) -> None:
     beside it. Pictures that are there stay.
 
     Every other caption names nothing but nouns: where a caption says all colors, a palette or an intensity has nothing
-    to add, and is not learnt.
+    to add, and is not learned.
     """
     root = Path(root)
 

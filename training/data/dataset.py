@@ -159,7 +159,7 @@ def subject_crop(
     picture: torch.Tensor, ids: torch.Tensor, segment: Segment, generator: torch.Generator
 ) -> torch.Tensor:
     """The box of a segment in `picture` (3, H, W), uint8, with uniform noise where the map `ids` (H, W) does not have
-    its id, so that nothing around the subject is learnt with it."""
+    its id, so that nothing around the subject is learned with it."""
     x1, y1, x2, y2 = segment.bbox
     crop = picture[:, y1:y2, x1:x2]
     noise = torch.randint(0, 256, crop.shape, generator=generator, dtype=torch.uint8)

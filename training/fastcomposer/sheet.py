@@ -1,4 +1,4 @@
-"""Sheets of samples that show, during a run, what it has learnt."""
+"""Sheets of samples that show, during a run, what it has learned."""
 
 from __future__ import annotations
 
