@@ -49,9 +49,11 @@ class Progress:
         return said if done == self.steps else f"{said}, continued at step {self.steps - done}"
 
 
-def training_folder(folder: Path | None, kind: list, pictures: Pictures, model, clip) -> Path | None:
-    """The place in `folder` for the checkpoint of a training with the inputs `kind`, these pictures, and the patches of
-    the MODEL and the CLIP, such as LoRAs, and of no other one; None if there is no folder.
+def training_folder(
+    folder: Path | None, kind: list, pictures: Pictures, model, clip, *networks: torch.nn.Module
+) -> Path | None:
+    """The place in `folder` for the checkpoint of a training with the inputs `kind`, these pictures, these networks,
+    and the patches of the MODEL and the CLIP, such as LoRAs, and of no other one; None if there is no folder.
 
     Raises:
         ValueError: the folder cannot be written.
@@ -60,10 +62,17 @@ def training_folder(folder: Path | None, kind: list, pictures: Pictures, model, 
         return None
     checked_folder(folder)
     kind = [*kind, _summary(model.patches), _summary(clip.patcher.patches), clip.layer_idx]
+    kind += [_sign(network) for network in (clip.cond_stage_model, *networks)]
     digest = hashlib.sha256(json.dumps(kind).encode())
     for tensor in (*pictures.images, *(mask for mask in pictures.masks if mask is not None)):
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return folder / f"training-{digest.hexdigest()[:16]}"
+
+
+def _sign(network: torch.nn.Module) -> list[float]:
+    """What tells a network from another one: the sums of its norms and biases. On the CPU, for sums differ from device
+    to device."""
+    return [float(one.cpu().float().sum()) for one in network.state_dict().values() if one.ndim == 1]
 
 
 def _summary(patches: Any) -> Any:

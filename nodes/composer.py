@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..host.composer import adapter as host
 from ..host.composer import guidance
-from .types import ComposerAdapterSocket, CompositionSocket, Node, own_places, register_folder
+from .types import ComposerAdapterSocket, CompositionSocket, Node, own_places, register_folder, stamp
 
 CATEGORY = "ConceptLoom/Composer"
 FOLDER = "composer_adapters"
@@ -39,6 +39,10 @@ class LoadComposerAdapter(Node):
                 ComposerAdapterSocket.Output("adapter", tooltip="For Composer Conditioning and Compose Guidance."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **_):
+        return stamp(folder_paths.get_full_path(FOLDER, file))
 
     @classmethod
     def execute(cls, model, file) -> io.NodeOutput:

@@ -27,6 +27,7 @@ from .types import (
     own_places,
     preview,
     register_folder,
+    stamp,
 )
 
 CATEGORY = "ConceptLoom/Composer"
@@ -279,6 +280,10 @@ class LoadComposition(Node):
                 io.String.Output(display_name="report", tooltip="What is in it."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **_):
+        return stamp(folder_paths.get_full_path(FOLDER, file))
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..encoders.concepts import Concept
 from ..host.weaver import concepts
 from ..host.weaver.concepts import join
-from .types import ConceptSocket, Node, growing, in_order, own_places, register_folder
+from .types import ConceptSocket, Node, growing, in_order, own_places, register_folder, stamp
 
 CATEGORY = "ConceptLoom/Concept Weaver"
 FOLDER, LORAS, EMBEDDINGS = "concepts", "loras", "embeddings"
@@ -117,6 +117,10 @@ class LoadConcept(Node):
                 io.String.Output("report", tooltip="What was found in the file."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, token_file, **_):
+        return stamp(_path(file, LORAS)), None if token_file == NO_FILE else stamp(_path(token_file, EMBEDDINGS))
 
     @classmethod
     def execute(cls, model, file, class_word, strength, token_file, placeholder) -> io.NodeOutput:

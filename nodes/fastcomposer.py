@@ -19,6 +19,7 @@ from .types import (
     gather_subjects,
     own_places,
     register_folder,
+    stamp,
     subject_inputs,
 )
 
@@ -68,6 +69,10 @@ class LoadFastComposer(Node):
                 FuserSocket.Output("fuser", tooltip="The MLP fuser, for Fuse Subjects."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **_):
+        return stamp(folder_paths.get_full_path(FOLDER, file))
 
     @classmethod
     def execute(cls, file, model=None, clip=None, clip_vision=None) -> io.NodeOutput:

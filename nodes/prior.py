@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..compositions.composition import CAPTION, NO_CANVAS, SEMANTICS, Caption, Composition
 from ..host.composer import prior as host
-from .types import CompositionSocket, Node, PriorSocket, own_places, register_folder
+from .types import CompositionSocket, Node, PriorSocket, own_places, register_folder, stamp
 
 CATEGORY = "ConceptLoom/Composer"
 FOLDER = "caption_priors"
@@ -33,6 +33,10 @@ class LoadCaptionPrior(Node):
             ],
             outputs=[PriorSocket.Output("prior", tooltip="For Caption Prior.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **_):
+        return stamp(folder_paths.get_full_path(FOLDER, file))
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:

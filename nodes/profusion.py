@@ -16,6 +16,7 @@ from .types import (
     gather_subjects,
     own_places,
     register_folder,
+    stamp,
     subject_inputs,
 )
 
@@ -53,6 +54,10 @@ class LoadPromptNet(Node):
                 PromptNetSocket.Output("promptnet", tooltip="For PromptNet Encode."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **_):
+        return stamp(folder_paths.get_full_path(FOLDER, file))
 
     @classmethod
     def execute(cls, model, file) -> io.NodeOutput:

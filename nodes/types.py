@@ -135,6 +135,15 @@ def own_places(name: str) -> tuple[Path, ...]:
     return tuple(Path(root) / name for root in (folder_paths.models_dir, folder_paths.get_output_directory(), shipped))
 
 
+def stamp(path: str | None) -> list[int] | None:
+    """What changes when a file is replaced: its time and size; None if there is no file. ComfyUI keeps a node's outputs
+    while its inputs, such as a file's name, are the same."""
+    if path is None:
+        return None
+    found = Path(path).stat()
+    return [found.st_mtime_ns, found.st_size]
+
+
 def one_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     """Returns the picture (H, W, C) of an IMAGE (1, H, W, C); one channel becomes three.
 

@@ -174,14 +174,18 @@ def test_compositions_are_taken_apart_combined_and_kept(server):
     ]
     file = "two pictures.safetensors"
     assert said.startswith(f"compositions/{file}: ")
-    read = server.run(
-        {
-            "read": ours("LoadComposition", file=file),
-            "seen": ours("InspectComposition", composition=["read", 0]),
-        }
-    )
+    reading = {
+        "read": ours("LoadComposition", file=file),
+        "seen": ours("InspectComposition", composition=["read", 0]),
+    }
+    read = server.run(reading)
     one, other = (
         Image.open(io.BytesIO(next(p.data for p in each.pictures if p.node == "seen"))).convert("RGB")
         for each in (run, read)
     )
     assert one.tobytes() == other.tobytes(), "the file holds all that the sheet shows"
+    # A file that is replaced by another one is read again.
+    (server.base / "output" / "compositions" / file).unlink()
+    server.run(workflow | {"kept": ours("SaveComposition", composition=["two", 0], filename="two pictures")})
+    (new,) = (picture.data for picture in server.run(reading).pictures if picture.node == "seen")
+    assert Image.open(io.BytesIO(new)).convert("RGB").tobytes() != other.tobytes()

@@ -98,6 +98,20 @@ def test_pictures_are_taken_apart(folder, base):
     assert all(batch[name].shape == (7, c, 64, 64) for name, c in LOCAL_CHANNELS.items())
 
 
+def test_maps_beside_a_picture_are_read_as_the_node_reads_them(tmp_path):
+    """Thin strokes, dark ones too, and maps in the colors of a table."""
+    Image.new("RGB", (256, 256), "gray").save(tmp_path / "a.png")
+    strokes = Image.new("L", (256, 256), 255)
+    strokes.paste(0, (100, 0, 101, 256))
+    strokes.save(tmp_path / "a.sketch.png")
+    ramp = Image.fromarray(np.arange(0, 256, dtype=np.uint8)[None].repeat(256, 0))
+    ramp.convert("RGB").quantize(256).save(tmp_path / "a.depth.png")
+    item = Composed(tmp_path, 64)[0, 0]
+    assert torch.equal(item["sketch"][0], torch.zeros(64, 64).index_fill(1, torch.tensor(25), 1.0))
+    depth = item["depth"][0, 32]
+    assert (depth[1:] > depth[:-1]).all() and depth[0] < 0.05 and depth[-1] > 0.95
+
+
 def make_model(base, mode="levels"):
     from conceptloom.training.composer.model import ComposerTraining, config_of
 

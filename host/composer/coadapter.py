@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from ...encoders.coadapter import CoAdapterFuser
 from ...encoders.files import read_state
+from ..model.window import Window
 
 _SKETCH = "sketch"
 _SIDE = 512
@@ -76,8 +78,10 @@ def apply(
         start_percent, end_percent: the part of the schedule in which the control acts.
 
     Raises:
-        ValueError: two adapters are of one kind, or something does not fit the fuser or its hint.
+        ValueError: two adapters are of one kind, something does not fit the fuser or its hint, or the part of the
+            schedule ends before it starts.
     """
+    Window(start_percent, end_percent)
     conditions = [one for one in conditions if one.weight]
     kinds = [one.kind for one in conditions]
     if len(set(kinds)) < len(kinds):
@@ -192,8 +196,14 @@ class FusedAdapters(comfy.controlnet.ControlBase):
         return other
 
     def deepclone_multigpu(self, load_device, autoregister=False) -> FusedAdapters:
-        """See ComfyUI's ControlBase. The maps are made on the first device and moved to where they are added."""
-        other = self.copy()
+        """See ComfyUI's ControlBase. It has networks of its own: a thread of each device moves them there and back."""
+        conditions = []
+        for one in self.conditions:
+            adapter = one.adapter.copy()
+            adapter.t2i_model = copy.deepcopy(one.adapter.t2i_model)
+            conditions.append(replace(one, adapter=adapter))
+        other = FusedAdapters(copy.deepcopy(self.fuser), conditions, self.style)
+        self.copy_to(other)
         if autoregister:
             self.multigpu_clones[load_device] = other
         return other

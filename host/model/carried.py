@@ -6,7 +6,8 @@ where it copies one for an area. A MODEL that is not prepared refuses it with a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import comfy.conds
@@ -14,6 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 Conds = list[list[dict] | None]
+_RANGE = {"timestep_start", "timestep_end"}
 
 
 class Carried(comfy.conds.CONDRegular):
@@ -76,6 +78,7 @@ def prepared(
     open_run: Callable[[Any, Any, torch.Tensor], CarriedRun],
     models_of: Callable[[Any], Iterable[Any]],
     joinable: Callable[[Conds, dict], Conds] | None = None,
+    check: Callable[[Sequence[Any]], None] = lambda _contents: None,
 ):
     """Returns a clone of the MODEL that makes use of what conditionings carry, and is otherwise the same.
 
@@ -87,10 +90,11 @@ def prepared(
             keeps in memory while it samples.
         joinable: (conditionings of an evaluation, a list per prompt; ComfyUI's model options) -> the conditionings,
             changed so that ComfyUI can evaluate them in one batch; called once all runs have written theirs.
+        check: (contents of a sampling) -> None; raises ValueError if they cannot be used in one.
     """
     model = model.clone()
     wrappers = {
-        WrappersMP.OUTER_SAMPLE: _outer_sample(key, open_run, models_of),
+        WrappersMP.OUTER_SAMPLE: _outer_sample(key, open_run, models_of, check),
         WrappersMP.CALC_COND_BATCH: _calc_cond_batch(key, joinable),
     }
     for kind, wrapper in wrappers.items():
@@ -99,7 +103,7 @@ def prepared(
     return model
 
 
-def _outer_sample(key: str, open_run: Callable, models_of: Callable) -> Callable:
+def _outer_sample(key: str, open_run: Callable, models_of: Callable, check: Callable) -> Callable:
     def wrapper(executor, noise, *args, **kwargs):
         guider = executor.class_obj
         contents = {
@@ -110,27 +114,36 @@ def _outer_sample(key: str, open_run: Callable, models_of: Callable) -> Callable
         }
         if not contents:
             return executor(noise, *args, **kwargs)
+        check(list(contents.values()))
         patcher, before = guider.model_patcher, dict(guider.conds)
         runs = {number: open_run(content, patcher, noise) for number, content in contents.items()}
         for name, entries in before.items():
-            guider.conds[name] = [_opened(entry, key, runs) for entry in entries]
-        needed = {id(one): one for content in contents.values() for one in models_of(content)}
-        patcher.set_additional_models(key, list(needed.values()))
+            guider.conds[name] = [_opened(entry, key, runs, models_of) for entry in entries]
         try:
             return executor(noise, *args, **kwargs)
         finally:
-            patcher.remove_additional_models(key)
             # ComfyUI keeps a guider whose sampling was interrupted, and with it what a run holds.
             guider.conds.update(before)
 
     return wrapper
 
 
-def _opened(entry: dict, key: str, runs: Mapping[int, CarriedRun]) -> dict:
+def _opened(entry: dict, key: str, runs: Mapping[int, CarriedRun], models_of: Callable) -> dict:
+    """An entry with its run. The models that it needs are the entry's, not the MODEL's: ComfyUI would load those of the
+    MODEL once more for every further device, and ours run on the first alone."""
     content = carried_by(entry, key)
     if content is None:
         return entry
-    return {**entry, "model_conds": {**entry["model_conds"], key: _Running(runs[id(content)])}}
+    models = [*entry.get("additional_models", ()), *models_of(content)]
+    inputs = {**entry["model_conds"], key: _Running(runs[id(content)])}
+    return {**entry, "model_conds": inputs, "additional_models": models}
+
+
+def is_seen(entry: Mapping[str, Any], sigma: torch.Tensor) -> bool:
+    """Whether the part of the schedule in which a conditioning of ComfyUI acts includes a noise level (B,)."""
+    if not _RANGE & entry.keys():
+        return True
+    return entry.get("timestep_end", 0.0) <= float(sigma[0]) <= entry.get("timestep_start", math.inf)
 
 
 def _calc_cond_batch(key: str, joinable: Callable[[Conds, dict], Conds] | None) -> Callable:
@@ -142,7 +155,8 @@ def _calc_cond_batch(key: str, joinable: Callable[[Conds, dict], Conds] | None) 
 
 
 def _written(entries: list[dict] | None, key: str, x: torch.Tensor, sigma: torch.Tensor) -> list[dict] | None:
-    """Conditionings with the inputs of this evaluation."""
+    """Conditionings with the inputs of this evaluation; those that are switched off at its noise level only lose their
+    run."""
     if entries is None:
         return None
     found = []
@@ -150,6 +164,7 @@ def _written(entries: list[dict] | None, key: str, x: torch.Tensor, sigma: torch
         running = entry.get("model_conds", {}).get(key)
         if isinstance(running, _Running):
             inputs = {name: one for name, one in entry["model_conds"].items() if name != key}
-            entry = {**entry, "model_conds": running.run.write(inputs, entry, x, sigma)}
+            seen = is_seen(entry, sigma)
+            entry = {**entry, "model_conds": running.run.write(inputs, entry, x, sigma) if seen else inputs}
         found.append(entry)
     return found

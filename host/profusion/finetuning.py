@@ -6,6 +6,7 @@ subject's word in sampling.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def fine_tune(
     # On the CPU, for sums differ from device to device.
     sign = [float(weight.cpu().float().sum()) for weight in state.values()]
     kind = [sign, Weights.of(model).fingerprint(), asdict(recipe), side, list(pictures.captions)]
-    folder = training_folder(checkpoints, kind, pictures, model, clip)
+    folder = training_folder(checkpoints, kind, pictures, model, clip, vae.first_stage_model, clip_vision.model)
     views = [augment(image, mask, side, NONE, torch.Generator()) for image, mask in pictures.pairs]
     seen = [words.look(promptnet, clip_vision, view.image) for view in views]
     progress = Progress(recipe.steps, preview_every)
@@ -217,7 +218,7 @@ class _Trainer:
             states = text.write(conds["c_crossattn"], text.encode(vectors[None, mine]))
             for i, row in zip(mine, states, strict=True):
                 rows[i] = row
-        length = max(map(len, rows))
+        length = math.lcm(*map(len, rows))
         states = torch.stack([row.repeat(length // len(row), 1) for row in rows])
         shared = {
             name: value.expand(len(rows), *value.shape[1:]) if torch.is_tensor(value) else value

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.samplers
 import torch
@@ -21,6 +22,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...samplers.fusion import FOLLOWING, FUSION, REFINEMENT, STAGE, combine, shares
 from ..advice import advise, executing_node, inform
+from ..model.carried import is_seen
 from ..model.patching import NEGATIVE, POSITIVE, ROLE_TAG, SIDES, TEXT
 from ..words import GAMMA, SUBJECT_ROWS
 
@@ -33,7 +35,7 @@ _OWN = "conceptloom_own"
 """Marks the entries of a subject's conditioning: to sides without an area the host adds a part of each other side's
 area, which for a subject would be strength where it has none."""
 _REGION = ("mask", "mask_strength", "strength", "uuid")
-_RANGE = {"timestep_start", "timestep_end"}
+_PART = {"mask", "area"}
 _CONTROL = ("control", "control_apply_to_uncond")
 
 
@@ -115,7 +117,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
     def outer_sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """See the host."""
         self.evaluations = self._plain = 0
-        self._covered: dict[tuple, dict[int, torch.Tensor | float]] = {}
+        self._covered: dict[tuple, Any] = {}
         self._kept: _Kept | None = None
         options = self.model_options.setdefault("transformer_options", {})
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply_model, options)
@@ -158,7 +160,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
                 self.node,
             )
         subjects = [_weakened(j) if _weakened(j) in self.conds else _subject(j) for j in coverage]
-        with_text = reuse and self.guidance.text_scale > 0
+        with_text = reuse and self._text_scale(x, timestep) is not None
         with_negative = reuse or _is_needed(scale, options)
         text, negative, *estimates = self._evaluate(with_text, with_negative, subjects, x, timestep, options)
         mixed, _ = combine(estimates, shares(list(coverage.values())), negative)
@@ -172,9 +174,10 @@ class FusionGuider(comfy.samplers.CFGGuider):
         self._plain += sum(len(_seen(self.conds[name], timestep)) for name in (POSITIVE, NEGATIVE))
         scales = [one * guidance.subject_scale for one in coverage.values()]
         subjects = list(map(_subject, coverage))
-        with_text = guidance.text_scale > 0
+        text_scale = self._text_scale(x, timestep)
+        with_text = text_scale is not None
         if with_text:
-            scales = [guidance.text_scale, *scales]
+            scales = [text_scale, *scales]
         total = sum(scales)
         with_negative = torch.is_tensor(total) or _is_needed(total, options)
         kept, self._kept = self._kept, None
@@ -222,6 +225,34 @@ class FusionGuider(comfy.samplers.CFGGuider):
         return comfy.samplers.cfg_function(
             self.inner_model, *pair, scale, x, timestep, model_options=options, cond=sides[0], uncond=sides[1]
         )
+
+    def _text_scale(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor | float | None:
+        """s_C where the text acts at this noise level and 0 elsewhere: a map (n, 1, h, w), or a number for the whole
+        picture; None if it acts nowhere.
+
+        Where a conditioning does not act, the host's estimate is 0. Without a subject the picture is the host's, with
+        that estimate too.
+        """
+        scale, entries = self.guidance.text_scale, _seen(self.conds[POSITIVE], timestep)
+        if scale <= 0:
+            return None
+        if any(not _PART & entry.keys() for entry in entries) or not self._has_subject(x, timestep):
+            return scale
+        if not entries:
+            return None
+        key = (x.shape, POSITIVE, *(entry["uuid"] for entry in entries))
+        if key not in self._covered:
+            acts = (_strongest(entries, x, timestep) > 0).to(x)
+            self._covered[key] = scale * _as_number(acts) if acts.any() else None
+        return self._covered[key]
+
+    def _has_subject(self, x: torch.Tensor, timestep: torch.Tensor) -> bool:
+        """Whether there is a subject at any noise level."""
+        key = (x.shape, POSITIVE)
+        if key not in self._covered:
+            held = (self._own(_subject(j)) for j in range(self.count)) if self.guidance.subject_scale else ()
+            self._covered[key] = any(bool(_strongest(entries, x, timestep).any()) for entries in held)
+        return self._covered[key]
 
     def _coverage(self, x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor | float]:
         """Of each subject that is seen at this noise level how strong it is where: a map (n, 1, h, w), or a number."""
@@ -273,12 +304,7 @@ def _is_needed(scale: float, options: dict) -> bool:
 
 def _seen(entries: list[dict], timestep: torch.Tensor) -> list[dict]:
     """Those of a conditioning's entries whose range of the schedule includes a noise level."""
-    if not any(_RANGE & entry.keys() for entry in entries):
-        return entries
-    sigma = float(timestep[0])
-    return [
-        entry for entry in entries if entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf)
-    ]
+    return [entry for entry in entries if is_seen(entry, timestep)]
 
 
 def _covers_all(coverage: dict[int, torch.Tensor | float]) -> bool:
@@ -292,6 +318,8 @@ def _strongest(entries: Sequence[dict], x: torch.Tensor, timestep: torch.Tensor)
     found = torch.zeros_like(x[:, :1])
     for entry in entries:
         region = {name: entry[name] for name in _REGION if name in entry}
+        if "area" in entry:
+            region["area"] = entry["area"]
         if _AREA in entry:
             held = [{"area": entry[_AREA]}]
             comfy.samplers.resolve_areas_and_cond_masks_multidim(held, x.shape[2:], x.device)

@@ -76,6 +76,7 @@ class Words:
         slots: of the prompt, in the places of the subjects' words.
         subjects: one for each slot.
         update: one of UPDATES.
+        states: (1, T, D), text states of the conditioning; those of chunks with slots are only there to be replaced.
     """
 
     promptnet: LoadedPromptNet
@@ -84,6 +85,7 @@ class Words:
     slots: Slots
     subjects: tuple[Seen, ...]
     update: str
+    states: torch.Tensor
 
 
 def load(path: str) -> LoadedPromptNet:
@@ -137,7 +139,7 @@ def encode(
     _, word = stand_in(tokenizer, plain)
     held, ends = _with_stand_ins(plain, [ends[i] for i in active], [subjects[i].noun for i in active], word)
     seen = tuple(look(promptnet, clip_vision, subjects[i].image) for i in active)
-    return text, conditioning(promptnet, clip, vae, held, ends, seen, update)
+    return text, conditioning(promptnet, clip, vae, held, ends, seen, update, text)
 
 
 def conditioning(
@@ -148,18 +150,25 @@ def conditioning(
     ends: Sequence[int],
     subjects: Sequence[Seen],
     update: str = EVERY_EVALUATION,
+    plain: list | None = None,
 ) -> list:
     """The conditioning of a prompt whose words that end at `ends`, of one token each, are those of the subjects.
+
+    Args:
+        plain: conditioning of the same prompt with the subjects' nouns. Nodes that take the text states of this one
+            alone, as the host's Conditioning (Concat) does with one of its inputs, get those.
 
     Raises:
         ValueError: a place cannot be found.
     """
     slots, tokens = slots_of(clip, prompt, ends)
-    words = Words(promptnet, clip, vae, slots, tuple(subjects), update)
-    return [
-        [states, {**carry(extras, TAG, words, _UNPREPARED), SUBJECT_ROWS: slots.states_rows}]
-        for states, extras in clip.encode_from_tokens_scheduled(tokens)
-    ]
+    found = clip.encode_from_tokens_scheduled(tokens)
+    conditionings = []
+    for (states, extras), (shown, _) in zip(found, plain or found, strict=True):
+        states = slots.with_chunks_of(shown, states)
+        words = Words(promptnet, clip, vae, slots, tuple(subjects), update, states)
+        conditionings.append([states, {**carry(extras, TAG, words, _UNPREPARED), SUBJECT_ROWS: slots.states_rows}])
+    return conditionings
 
 
 def _with_stand_ins(prompt: str, ends: Sequence[int], nouns: Sequence[str], word: str) -> tuple[str, list[int]]:
@@ -222,7 +231,23 @@ def prepared(model):
     def open_run(words: Words, patcher, noise: torch.Tensor) -> WordRun:
         return WordRun(words, patcher.model, noise)
 
-    return carried.prepared(model, TAG, open_run, lambda words: (words.promptnet.patcher, words.clip.patcher))
+    def models_of(words: Words) -> tuple:
+        return words.promptnet.patcher, words.clip.patcher
+
+    return carried.prepared(model, TAG, open_run, models_of, check=_check_together)
+
+
+def _check_together(several: Sequence[Words]) -> None:
+    """Raises ValueError if text encoders of one sampling are the same network with different weights, of which only one
+    can be loaded."""
+    first, *others = (words.clip.patcher for words in several)
+    for other in others:
+        same = (other.patches_uuid, other.forced_hooks) == (first.patches_uuid, first.forced_hooks)
+        if other.is_clone(first) and not same:
+            raise ValueError(
+                "PromptNet Encode: clip: expected one with the same LoRAs and hooks for all subjects of a sampling, "
+                "got different ones"
+            )
 
 
 class WordRun:
@@ -262,10 +287,28 @@ class WordRun:
                 f"this size), got one too late by {-room}; shorten the text before it"
             )
         self._kept: tuple[tuple, dict[int, torch.Tensor]] | None = None
+        self._checked: set[float] = set()
+
+    def _check(self, text: torch.Tensor, gamma: float) -> None:
+        """Raises ValueError if another node has changed text states that are about to be replaced."""
+        own, slots = self.words.states.clone(), self.words.slots
+        if gamma != 1:
+            own[:, list(slots.states_rows)] *= gamma
+        for rows in slots.chunk_rows():
+            if not torch.equal(text[:1, rows].to(own), own[:, rows]):
+                raise ValueError(
+                    "PromptNet Encode: subject: expected the conditioning with its text as the node gives it, got one "
+                    "that another node has averaged, multiplied or zeroed, which the subject's word would undo; "
+                    "weaken the subject by subject_scale or gamma of Fusion Guider"
+                )
 
     def write(self, inputs: Mapping[str, Any], entry: Mapping[str, Any], x: torch.Tensor, sigma: torch.Tensor) -> dict:
         """See `carried.CarriedRun`: the inputs with the text states of this evaluation."""
-        states = self.states(inputs["c_crossattn"].cond, x, sigma, entry.get(GAMMA, 1.0))
+        text, gamma = inputs["c_crossattn"].cond, entry.get(GAMMA, 1.0)
+        if gamma not in self._checked:
+            self._check(text, gamma)
+            self._checked.add(gamma)
+        states = self.states(text, x, sigma, gamma)
         return {**inputs, "c_crossattn": comfy.conds.CONDCrossAttn(states)}
 
     def states(self, text: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, gamma: float) -> torch.Tensor:

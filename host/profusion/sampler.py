@@ -68,6 +68,8 @@ def fusion_sampler(base, repeats: int, eta: float, window: Window):
             progress=trange,
         )
 
+    # For systems whose pictures fresh noise takes away.
+    fusion.adds_noise = repeats > 0 and eta > 0
     return comfy.samplers.KSAMPLER(fusion, inpaint_options=base.inpaint_options)
 
 

@@ -25,6 +25,19 @@ class Slots:
     places: tuple[tuple[int, int], ...]
     states_rows: tuple[int, ...]
 
+    def chunk_rows(self) -> list[slice]:
+        """The rows of the prompt's text states for each chunk with a slot."""
+        length = len(self.rows[0])
+        return [slice(chunk * length, (chunk + 1) * length) for chunk in sorted({chunk for chunk, _ in self.places})]
+
+    def with_chunks_of(self, plain: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Text states (1, T, D) of the prompt with those of another one in the chunks with slots, if it has them."""
+        states = states.clone()
+        for rows in self.chunk_rows():
+            if rows.stop <= plain.shape[1]:
+                states[:, rows] = plain[:, rows]
+        return states
+
 
 def slots_of(clip, prompt: str, ends: Sequence[int]) -> tuple[Slots, dict[str, list]]:
     """The slots of a prompt whose words that end at `ends` keep places, and ComfyUI's tokens of it.

@@ -21,6 +21,7 @@ import torch
 
 from ..advice import advise
 from ..model import passes
+from ..model.carried import Carried
 from ..model.families import family_of, network_of
 from ..model.patching import POSITIVE, Evaluation, Sampling, attach
 from ..model.sites import CROSS, RESIDUAL, SELF, AttentionCall, Handler, ResidualCall, Site, parse_numbers
@@ -99,6 +100,8 @@ def adds_noise(sampler) -> bool:
     function = getattr(sampler, "sampler_function", None)
     if function is None or getattr(function, "__name__", "") in _QUIET:
         return False
+    if getattr(function, "adds_noise", False):
+        return True
     defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
     given = {**defaults, **sampler.extra_options}
     if given.get("s_churn", 0) > 0:
@@ -136,7 +139,8 @@ class PlugAndPlay:
         """Opens a run, or returns None if there is no step with an injection.
 
         Raises:
-            ValueError: the inversion was made with another model, or has another size or batch size.
+            ValueError: the inversion was made with another model or with what only its own sampling shows, or has
+                another size or batch size.
         """
         steps = len(sampling.sigmas) - 1
         # A share that is a whole number of steps may be a little less as a float.
@@ -151,6 +155,12 @@ class PlugAndPlay:
             raise ValueError(
                 f"{NAME}: trajectory: expected one that was inverted with this model, whose text states are {width} "
                 f"wide, got {given}"
+            )
+        inputs = self.source.conditioning[0][1].get("model_conds", {}).values()
+        if any(isinstance(one, Carried) for one in inputs):
+            raise ValueError(
+                f"{NAME}: trajectory: expected an inversion with a plain prompt, got one with a composition or a word "
+                "of PromptNet, which the source pass does not see; connect plain text to DDIM Inversion"
             )
         wanted, given = tuple(self.source.trajectory.latents.shape[1:]), tuple(sampling.noise.shape)
         if wanted[1:] != given[1:] or wanted[0] not in (1, given[0]):

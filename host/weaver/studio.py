@@ -52,7 +52,7 @@ def train_with_progress(
     training.check(vae, class_word, placeholder, recipe, side)
     base, caption = Weights.of(model).fingerprint(), pictures.captions[0]
     kind = [base, class_word, placeholder, asdict(recipe), side, class_pictures, list(pictures.captions)]
-    folder = training_folder(checkpoints, kind, pictures, model, clip)
+    folder = training_folder(checkpoints, kind, pictures, model, clip, vae.first_stage_model)
     progress, prior = Progress(recipe.steps, preview_every), None
     if class_pictures:
         text = caption.replace("{}", class_word)

@@ -57,6 +57,38 @@ def test_it_is_used_at_every_evaluation_and_gone_afterwards(toy, model):
     assert model.get_additional_models_with_key("test") == []
 
 
+def test_what_it_needs_is_loaded_and_is_not_the_models(toy, monkeypatch):
+    """ComfyUI makes a copy of what is the MODEL's for every further device, which only its own loaders can."""
+    import comfy.model_management
+    from conceptloom.host.model.carried import prepared
+    from conceptloom.host.model.networks import in_patcher
+
+    loaded, true = [], comfy.model_management.load_models_gpu
+
+    def load(models, *args, **kwargs):
+        loaded.append((list(models), models[0].get_additional_models()))
+        return true(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
+    network = in_patcher(torch.nn.Linear(1, 1))
+    positive = carrying(toy.positive, content(1.0))
+    toy.sample(prepared(toy.model, "test", Adding, lambda _: (network,)), positive=positive)
+    ((models, of_the_model),) = loaded
+    assert network in models and of_the_model == []
+    assert "additional_models" not in positive[0][1]
+
+
+def test_what_is_switched_off_is_not_made(toy, model):
+    from nodes import ConditioningSetTimestepRange
+
+    given = content(1.0)
+    (early,) = ConditioningSetTimestepRange().set_range(carrying(toy.positive, given), 0.0, 0.1)
+    (late,) = ConditioningSetTimestepRange().set_range(toy.positive, 0.1, 1.0)
+    toy.sample(model, positive=[*early, *late])
+    (run,) = given["runs"]
+    assert 0 < run.calls < toy.steps
+
+
 def test_each_side_has_its_own_also_in_areas(toy, model):
     area = {"area": (16, 8, 0, 0)}
 

@@ -119,6 +119,17 @@ class TestCoAdapter:
         plain = toy.sample(scheduler="normal")
         torch.testing.assert_close(self.sample(toy, late, scheduler="normal"), plain, rtol=1e-4, atol=1e-2)
 
+    def test_a_further_device_has_networks_of_its_own(self, toy, fuser, adapter):
+        """Threads of two devices would move the same ones away from each other."""
+        first = self.apply(toy, fuser, [condition(adapter)])[0][0][1]["control"]
+        second = first.deepclone_multigpu(torch.device("cpu"), autoregister=True)
+        assert first.multigpu_clones == {torch.device("cpu"): second}
+        assert second.fuser is not first.fuser
+        (one,), (other,) = first.conditions, second.conditions
+        assert one.adapter.t2i_model is not other.adapter.t2i_model and torch.equal(one.image, other.image)
+        made, expected = (control.fused((64, 64))[0]["input"] for control in (second, first))
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
     def test_refusals(self, toy, fuser, adapter):
         from conceptloom.encoders.coadapter import CoAdapterFuser
         from conceptloom.host.composer.coadapter import Condition
@@ -133,6 +144,8 @@ class TestCoAdapter:
         other = CoAdapterFuser((320, 640, 1280, 1280), 64)
         with pytest.raises(ValueError, match="^conditions: expected maps of .*320.* channels for the fuser, got .*32"):
             self.apply(toy, other, [condition(adapter)])
+        with pytest.raises(ValueError, match=r"^start_percent: expected at most end_percent \(0.2\), got 0.8"):
+            self.apply(toy, fuser, [condition(adapter)], start_percent=0.8, end_percent=0.2)
         off = self.apply(toy, fuser, [condition(adapter, weight=0.0)])
         assert off == (toy.positive, toy.negative)
 

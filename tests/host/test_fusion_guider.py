@@ -214,6 +214,23 @@ class TestEquations:
         assert close(made[..., :6], (u + 4 * (a - u) + 3 * (c - u))[..., :6])
         assert close(made[..., 8:], (u + 3 * (c - u))[..., 8:])
 
+    def test_a_text_that_does_not_act_pulls_nowhere(self, toy, denoised, draw, guide, plain, subject):
+        """The host's estimate of a conditioning is 0 where its mask is 0 and out of its part of the schedule."""
+        x, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 3, 2.0
+        left = half(side=8)
+        positive, negative = (denoised(x, sigma, plain(one, cfg=1.0)) for one in (toy.positive, toy.negative))
+        seen = denoised(x, sigma, plain(subject(), cfg=1.0))
+        expected = negative + 5.0 * left * (positive - negative) + 4.0 * (seen - negative)
+        scales = {"subject_scale": 4.0, "text_scale": 5.0}
+        masked = [[states, {**extras, "mask": left}] for states, extras in toy.positive]
+        assert close(denoised(x, sigma, guide(subject(), text=masked, **scales)), expected)
+        late = [[states, {**extras, "start_percent": 0.99}] for states, extras in toy.positive]
+        alone = denoised(x, sigma, guide(subject(), text_scale=0.0, subject_scale=4.0))
+        assert torch.equal(denoised(x, sigma, guide(subject(), text=late, **scales)), alone)
+        # Without a subject it is the host's picture, whatever that is.
+        absent = guide(subject(strength=0.0), text=late, **scales)
+        assert torch.equal(draw(absent), draw(plain(late, cfg=5.0)))
+
     def test_areas_of_text_and_negative_are_not_the_subjects(self, toy, denoised, guide, subject):
         """The host gives every side, the negative too, a part of each other side's area."""
         from conceptloom.samplers.fusion import FUSION

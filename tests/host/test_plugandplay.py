@@ -264,6 +264,16 @@ class TestRefusals:
         (said,) = sample("euler_ancestral", torch.zeros_like(latent))
         assert "draws fresh noise in every step" in said
 
+    def test_what_only_its_own_sampling_shows(self, toy, source):
+        from dataclasses import replace
+
+        from conceptloom.host.model.carried import carry
+
+        ((states, extras),) = toy.positive
+        given = replace(source(), conditioning=[[states, carry(extras, "test", 1, "")]])
+        with pytest.raises(ValueError, match="trajectory: expected an inversion with a plain prompt, got one with a"):
+            toy.sample(apply(toy, given))
+
     def test_a_trajectory_of_another_model(self, toy, source):
         from dataclasses import replace
 

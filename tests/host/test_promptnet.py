@@ -327,6 +327,43 @@ class TestRefusals:
         with pytest.raises(ValueError, match="PromptNet Encode: model: expected one from Load PromptNet"):
             TestSampling.draw(shapeland, shown)
 
+    def test_text_that_another_node_has_changed(self, shapeland, promptnet):
+        """The subject's word is put in the place of the text, and would undo the change."""
+        from nodes import ConditioningAverage, ConditioningConcat
+
+        text, shown = encode(shapeland, promptnet)
+        x, sigma = torch.zeros(1, 8, SIDE, SIDE), torch.ones(1)
+
+        def write(conditioning, **entry):
+            import comfy.conds
+
+            inputs = {"c_crossattn": comfy.conds.CONDCrossAttn(conditioning[0][0])}
+            return run_of(shapeland, conditioning).write(inputs, entry, x, sigma)["c_crossattn"].cond
+
+        (half,) = ConditioningAverage().addWeighted(shown, plain(shapeland, "a moon"), 0.5)
+        with pytest.raises(ValueError, match="^PromptNet Encode: subject: expected the conditioning with its text as"):
+            write(half)
+        (more,) = ConditioningConcat().concat(shown, text)
+        assert torch.equal(write(more)[:, 77:], text[0][0]) and write(more).shape[1] == 154
+        from conceptloom.host.profusion.guider import weakened
+        from conceptloom.host.words import GAMMA
+
+        weak = weakened(shown, 0.5)
+        assert write(weak, **{GAMMA: 0.5}).shape == write(shown).shape
+        # What takes its text alone gets the noun's, and not that of the word which keeps the place.
+        (other,) = ConditioningConcat().concat(text, shown)
+        assert torch.equal(other[0][0], torch.cat([text[0][0]] * 2, 1))
+
+    def test_text_encoders_of_different_weights(self, shapeland, promptnet):
+        model, clip, vae, vision = shapeland
+        other = clip.clone()
+        key = "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+        other.patcher.add_patches({key: ("diff", (torch.ones(128, 128),))}, 0.1)
+        _, first = encode(shapeland, promptnet)
+        _, second = encode((model, other, vae, vision), promptnet)
+        with pytest.raises(ValueError, match="^PromptNet Encode: clip: expected one with the same LoRAs and hooks for"):
+            TestSampling.draw(shapeland, [*first, *second], TestSampling.model.__wrapped__(None, shapeland))
+
     def test_latents_that_are_too_small(self, shapeland, promptnet):
         from conceptloom.host.profusion.promptnet import prepared
 

@@ -217,8 +217,9 @@ def test_previews_and_captions_of_several_lengths(parts, monkeypatch):
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, shown, node_id: told.append((done, shown))
     )
-    captions = ["a {}", "a {}" + " and a red mug" * 30]
-    fine_tune(parts, pictures(2, captions=captions), steps=2, preview_every=1)
+    # Of one, two and three chunks: their states are of one length in a batch.
+    captions = ["a {}" + " and a red mug" * times for times in (0, 30, 50)]
+    fine_tune(parts, pictures(3, captions=captions), steps=2, preview_every=1, batch_size=8)
     assert [(done, shown and shown[1].size) for done, shown in told] == [(1, None), (2, (256, 256))]
 
 

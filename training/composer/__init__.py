@@ -9,7 +9,7 @@ folder with CLIP's vision tower (published: CLIP ViT-L/14). Nothing is ever down
 pictures at any depth. Beside NAME.png, .jpg or .webp may lie
 
   NAME.txt             the caption
-  NAME.sketch.png      strokes, in place of the picture's contours
+  NAME.sketch.png      strokes, in place of the picture's contours; the rarer of black and white is taken for them
   NAME.depth.png       near is white
   NAME.instances.png   the number of the thing at each pixel, 0 for none
   NAME.instances.txt   the noun of each thing, a line each

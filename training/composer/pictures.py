@@ -16,9 +16,9 @@ from ...compositions.instance_map import InstanceMap
 from ...compositions.intensity import WEIGHTS, intensity
 from ...compositions.palette import palette_of_picture
 from ...compositions.region import Region, grown
-from ...compositions.sketch import WHITE_ON_BLACK, as_sketch, contours
+from ...compositions.sketch import as_sketch, contours
 from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
-from ...subjects.pictures import middle_square
+from ...subjects.pictures import middle_square, resized_strokes
 from ..base import Base, Vocabulary
 from ..data.dataset import item_generator
 from ..data.pictures import ENDINGS, MAPS, find_pictures
@@ -27,7 +27,7 @@ from ..signals import ignore_stop_requests
 
 NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
 KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY, ALONE = 0.1, 0.1, 0.5, 0.7, 0.25
-_ONE_CHANNEL = ("L", "P", "I", "I;16", "F")
+_ONE_CHANNEL = ("L", "I", "I;16", "F")
 
 
 def draw_kept(generator: torch.Generator, alone: str = "") -> dict[str, bool]:
@@ -108,7 +108,7 @@ class Composed(torch.utils.data.Dataset):
         weights = list(WEIGHTS.values())[int(torch.randint(len(WEIGHTS), (), generator=generator))]
         mask = draw_mask(self.resolution, generator)
         drawn, depth, instances = (self._beside(file, kind) for kind in MAPS)
-        sketch = contours(image) if drawn is None else as_sketch(drawn[..., None] / drawn.max(), WHITE_ON_BLACK)
+        sketch = contours(image) if drawn is None else drawn
         things = None if instances is None or not instances.any() else _instance_map(file, instances)
         covers = 0 < float(mask.mean()) < 1
         values = {
@@ -142,15 +142,21 @@ class Composed(torch.utils.data.Dataset):
         return self._fitted(planes, "bicubic").clamp(0, 255)
 
     def _beside(self, file: Path, kind: str) -> torch.Tensor | None:
-        """The map (R, R) that lies beside a picture, with the values of its file, or None."""
+        """The map (R, R) that lies beside a picture, or None: a sketch with white strokes, 0..1, others with the values
+        of their files."""
         found = (file.with_name(f"{file.stem}.{kind}{ending}") for ending in ENDINGS)
         beside = next((one for one in found if one.exists()), None)
         if beside is None:
             return None
         with Image.open(beside) as opened:
-            # 16 bits, numbers of a color table and floats are kept as they are; converted, they would be cut.
-            image = opened if opened.mode in _ONE_CHANNEL else opened.convert("L")
-            values = torch.from_numpy(np.array(image).astype(np.float32))
+            # 16 bits and floats are kept as they are; converted, they would be cut. Only of instances the numbers of a
+            # color table mean something.
+            kept = opened.mode in _ONE_CHANNEL or (opened.mode == "P" and kind == "instances")
+            values = torch.from_numpy(np.array(opened if kept else opened.convert("L")).astype(np.float32))
+        if kind == "sketch":
+            # As Decompose Image and the adapter read them.
+            sketch = middle_square(as_sketch(values[..., None] / values.max().clamp(min=1e-6)))
+            return resized_strokes(sketch[None, None], (self.resolution,) * 2)[0, 0]
         return self._fitted(values[..., None], "nearest-exact" if kind == "instances" else "bilinear")[..., 0]
 
     def _fitted(self, planes: torch.Tensor, mode: str) -> torch.Tensor:

@@ -55,7 +55,7 @@ class PriorTraining(nn.Module):
     def measure(self, embeddings: torch.Tensor) -> None:
         """Sets the mean and the deviation by which embeddings are scaled to those of `embeddings` (m, D)."""
         self.prior.clip_mean.copy_(embeddings.mean(0, keepdim=True))
-        self.prior.clip_std.copy_(embeddings.std(0, keepdim=True).clamp(min=_LEAST_DEVIATION))
+        self.prior.clip_std.copy_(embeddings.std(0, correction=0, keepdim=True).clamp(min=_LEAST_DEVIATION))
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
