@@ -9,6 +9,7 @@ from comfy.k_diffusion.sampling import default_noise_sampler, trange
 from comfy.model_sampling import CONST
 
 from ...samplers.fusion import Fusion, Levels, sample_fusion
+from ..model.noise import ADDS_NOISE, adds_noise
 from ..model.window import Window
 from .guider import FusionGuider
 
@@ -68,8 +69,7 @@ def fusion_sampler(base, repeats: int, eta: float, window: Window):
             progress=trange,
         )
 
-    # For systems whose pictures fresh noise takes away.
-    fusion.adds_noise = repeats > 0 and eta > 0
+    setattr(fusion, ADDS_NOISE, (repeats > 0 and eta > 0) or adds_noise(base))
     return comfy.samplers.KSAMPLER(fusion, inpaint_options=base.inpaint_options)
 
 

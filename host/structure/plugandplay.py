@@ -10,7 +10,6 @@ result, and does not disturb nodes that depend on the number of rows (ControlNet
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from ..advice import advise
 from ..model import passes
 from ..model.carried import Carried
 from ..model.families import family_of, network_of
+from ..model.noise import adds_noise
 from ..model.patching import POSITIVE, Evaluation, Sampling, attach
 from ..model.sites import CROSS, RESIDUAL, SELF, AttentionCall, Handler, ResidualCall, Site, parse_numbers
 from .inversion import SourceTrajectory
@@ -32,9 +32,6 @@ NAME = "Plug-and-Play Injection"
 
 PAPER, PUBLISHED = "three blocks (paper)", "all from the second on (published code)"
 PRESETS = (PAPER, PUBLISHED)
-
-# Samplers that have the parameters for fresh noise, but do not add any.
-_QUIET = ("sample_res_multistep", "sample_res_multistep_cfg_pp")
 
 _OFF = 1e-3  # largest relative difference between a noise level and the inversion's
 
@@ -92,22 +89,6 @@ def choose_injected(sites: Sequence[Site], blocks: str) -> tuple[Site, tuple[Sit
     if branch is None:
         raise ValueError(f"model: expected one residual layer in its decoder block {second}, got none or several")
     return branch, tuple(site for site in own if site.block in wanted)
-
-
-def adds_noise(sampler) -> bool:
-    """Whether a SAMPLER of ComfyUI adds fresh noise during sampling, as ancestral and SDE samplers do. False for
-    samplers of other kinds, about which nothing is known."""
-    function = getattr(sampler, "sampler_function", None)
-    if function is None or getattr(function, "__name__", "") in _QUIET:
-        return False
-    if getattr(function, "adds_noise", False):
-        return True
-    defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
-    given = {**defaults, **sampler.extra_options}
-    if given.get("s_churn", 0) > 0:
-        return True
-    always = 1.0 if "noise_sampler" in defaults else 0.0
-    return all(given.get(name, always) > 0 for name in ("eta", "s_noise"))
 
 
 def apply(model, source: SourceTrajectory, settings: InjectionSettings):

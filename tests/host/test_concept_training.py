@@ -244,6 +244,15 @@ class TestAfterwards:
         assert not folder.exists()
         assert torch.equal(continued.deltas[key]["v"].matrix(), train(parts, steps=3).deltas[key]["v"].matrix())
 
+    def test_a_checkpoint_belongs_to_its_networks(self, parts, tmp_path):
+        from conceptloom.host.progress import training_folder
+        from conceptloom.training.concepts.pictures import Pictures
+
+        pictures, (model, clip, vae) = Pictures([torch.zeros(8, 8, 3)], [None], ["a {}"]), parts
+        others = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), vae.first_stage_model
+        first, *rest = (training_folder(tmp_path, ["kind"], pictures, model, clip, one) for one in (others[0], *others))
+        assert rest[0] == first and len({first, *rest}) == 3
+
     def test_models_are_as_before(self, parts):
         model, clip, _ = parts
         before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model.model, clip.cond_stage_model)]

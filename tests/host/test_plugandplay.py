@@ -340,7 +340,9 @@ def test_samplers_that_draw_noise_are_known(host):
 
     import comfy.model_sampling
     import comfy.samplers
-    from conceptloom.host.structure.plugandplay import adds_noise
+    from conceptloom.host.model.noise import adds_noise
+    from conceptloom.host.model.window import Window
+    from conceptloom.host.profusion.sampler import fusion_sampler
 
     class Discrete(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
         pass
@@ -375,3 +377,5 @@ def test_samplers_that_draw_noise_are_known(host):
             assert adds_noise(sampler) == (not torch.equal(*results)), name
     churning = comfy.samplers.ksampler("euler", {"s_churn": 1.0})
     assert adds_noise(churning) and not adds_noise(object())
+    for name, eta, expected in (("euler", 1.0, True), ("euler", 0.0, False), ("euler_ancestral", 0.0, True)):
+        assert adds_noise(fusion_sampler(comfy.samplers.sampler_object(name), 1, eta, Window())) == expected
