@@ -68,7 +68,7 @@ def compare(
         chance: mean cosine of unrelated identities.
         tell: called with a sentence about the progress.
         draw: (case, count) -> pictures (count, H, W, 3) by variant, "default" and "plain" among them, from one noise.
-        shown: the variants on the contact sheet; None means all.
+        shown: the variants on the contact sheet, where a case has them; None means all.
         case_of: (number of subjects, index) -> case.
         per_case: pictures per case.
         more: (case, picture, readings) -> further metrics.
@@ -87,7 +87,7 @@ def compare(
             add_metrics(studio, case, drawn, chance, values, more)
             cases += [case.seed] * count
             if first < SHEET_CASES * per_case:
-                seen = {name: drawn[name][0] for name in shown or variants}
+                seen = {name: drawn[name][0] for name in shown or variants if name in drawn}
                 sheet.append(SheetRow(case.prompt, tuple(r.image for r in case.references), seen))
             tell(f"{system}, {subjects} subjects: {first + count} of {pictures} pictures in {len(variants)} variants")
         compared = [name for name in variants if name != "default"]

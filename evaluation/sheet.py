@@ -25,9 +25,9 @@ class SheetRow:
 def contact_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     """Rows below each other, each under its prompt; the columns are the references, then the variants.
 
-    All rows must have the same variants.
+    A variant that a row lacks is left blank.
     """
-    variants = list(rows[0].pictures)
+    variants = list(dict.fromkeys(name for row in rows for name in row.pictures))
     labels = ["reference"] * max(len(row.references) for row in rows) + variants
     blank = [None] * len(labels)
     step_x, step_y = _SIDE + _GAP, _SIDE + _LINE + _GAP
@@ -38,7 +38,7 @@ def contact_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     for i, row in enumerate(rows):
         top = _LINE + i * step_y
         pen.text((_GAP, top), row.prompt, "gray", font)
-        shown = [*row.references, *blank][: len(labels) - len(variants)] + [row.pictures[v] for v in variants]
+        shown = [*row.references, *blank][: len(labels) - len(variants)] + [*map(row.pictures.get, variants)]
         for column, picture in enumerate(shown):
             if picture is not None:
                 sheet.paste(_as_image(picture), (_GAP + column * step_x, top + _LINE))
