@@ -201,7 +201,11 @@ class Frontend:
         visit = Visit()
         open_template(self.page, pack, template, visit.problems)
         self._settle()
-        visit.problems += seen_trouble(self.page)
+        # A page that was just opened may still show what the graph before this one lacked.
+        deadline = time.monotonic() + 2.0
+        while (trouble := seen_trouble(self.page)) and time.monotonic() < deadline:
+            self.page.wait_for_timeout(250)
+        visit.problems += trouble
         visit.api = self.page.evaluate("app.graphToPrompt().then(result => result.output)")
         if run:
             self.page.evaluate(SET_WIDGETS, widgets or {})
