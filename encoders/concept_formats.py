@@ -1,4 +1,4 @@
-"""Reads the files of customised diffusion models, whichever program wrote them.
+"""Reads the files of customized diffusion models, whichever program wrote them.
 
 The format of a loaded state dict is recognized by its contents. Layers keep their names in the file: CompVis's
 (input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight) or diffusers' (down_blocks.0.attentions.0 and so on);

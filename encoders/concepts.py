@@ -1,4 +1,4 @@
-"""A concept: what a customised diffusion model has learned of one thing, as differences of its cross-attention weights.
+"""A concept: what a customized diffusion model has learned of one thing, as differences of its cross-attention weights.
 
 Concept Weaver (Kwon et al., arXiv 2404.03913) uses a *bank* of models that were fine-tuned with Custom Diffusion
 (Kumari et al., arXiv 2212.04488). Such a model differs from its base in the matrices that compute keys and values from

@@ -348,8 +348,10 @@ class TestRefusals:
         from conceptloom.host.profusion.guider import weakened
         from conceptloom.host.words import GAMMA
 
-        weak = weakened(shown, 0.5)
-        assert write(weak, **{GAMMA: 0.5}).shape == write(shown).shape
+        whole, weak = write(shown), write(weakened(shown, 0.5), **{GAMMA: 0.5})
+        (row,) = carried(shown).slots.states_rows
+        assert torch.equal(weak[:, row], 0.5 * whole[:, row])
+        assert torch.equal(weak[:, row + 1 :], whole[:, row + 1 :]) and torch.equal(weak[:, :row], whole[:, :row])
         # What takes its text alone gets the noun's, and not that of the word which keeps the place.
         (other,) = ConditioningConcat().concat(text, shown)
         assert torch.equal(other[0][0], torch.cat([text[0][0]] * 2, 1))
