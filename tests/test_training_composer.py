@@ -213,19 +213,19 @@ def test_a_share_of_pictures_begins_from_noise(folder, base):
     assert torch.cat([batch["t"] for batch in batches])[~alone].float().mean() < 700
 
 
-def test_a_quarter_of_the_pictures_keep_one_representation_alone(folder):
+def test_half_of_the_pictures_keep_one_representation_alone(folder):
     generator = torch.Generator().manual_seed(0)
     kept = torch.tensor([list(draw_kept(generator, "intensity").values()) for _ in range(40_000)]).float()
     only = torch.tensor([float(name in (NAMES[0], "intensity")) for name in NAMES])
     alone = (kept == only).all(1)
-    # A quarter, and the few of the others that come out the same.
-    assert float(alone.float().mean()) == pytest.approx(0.25 + 0.75 * 0.8 * 0.3 * 0.5**7, abs=0.01)
+    # Half, and the few of the others that come out the same.
+    assert float(alone.float().mean()) == pytest.approx(0.5 + 0.5 * 0.8 * 0.3 * 0.5**7, abs=0.01)
     for i, name in enumerate(NAMES):
         share = 0.34 if name == "intensity" else 0.5
         assert float(kept[~alone, i].mean()) == pytest.approx(share, abs=0.015), name
     pictures = Composed(folder, 64, alone="palette")
     seen = [pictures[row, epoch]["kept"] for row in range(6) for epoch in range(8)]
-    assert 0.1 < sum(float(one.sum() == 2 and one[NAMES.index("palette")]) for one in seen) / len(seen) < 0.5
+    assert 0.3 < sum(float(one.sum() == 2 and one[NAMES.index("palette")]) for one in seen) / len(seen) < 0.7
 
 
 def test_bad_options_are_told(folder, tmp_path):

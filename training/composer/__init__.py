@@ -28,7 +28,7 @@ noise prediction, and here that of whatever the base predicts.
 A picture with the most noise that Stable Diffusion's schedule has still shows its mean color, and the noise from
 which sampling begins shows none (Lin et al., arXiv 2305.08891). So an adapter learns to leave light and dark to the
 noise. With --from-noise 0.1 a tenth of the pictures are trained from noise alone, for bases that predict v. Few of
-these have only their intensity to tell light from dark; with --alone intensity a quarter of all pictures keep nothing
+these have only their intensity to tell light from dark; with --alone intensity half of all pictures keep nothing
 but it and the caption.
 """
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the pictures, trained from noise alone (default: %(default)s)",
     )
-    add("--alone", default="", metavar="NAME", help="a representation that a quarter of the pictures keep by itself")
+    add("--alone", default="", metavar="NAME", help="a representation that half of the pictures keep by itself")
     add("--learning-rate", type=float, default=1e-4, help="constant after --warmup (default: %(default)s)")
     add("--average", type=float, default=0.9999, help="of the weights, per step; 0 for none (default: %(default)s)")
     add_run(parser, "composer.safetensors", 100_000, 8)

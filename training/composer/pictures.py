@@ -26,13 +26,13 @@ from ..draws import Shares, draw, toward_noise
 from ..signals import ignore_stop_requests
 
 NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
-KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY, ALONE = 0.1, 0.1, 0.5, 0.7, 0.25
+KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY, ALONE = 0.1, 0.1, 0.5, 0.7, 0.5
 _ONE_CHANNEL = ("L", "I", "I;16", "F")
 
 
 def draw_kept(generator: torch.Generator, alone: str = "") -> dict[str, bool]:
     """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself. With
-    the name of one, a quarter of the pictures keep that one and the caption alone."""
+    the name of one, half of the pictures keep that one and the caption alone."""
     if alone and float(torch.rand((), generator=generator)) < ALONE:
         return {name: name in (alone, SENTENCE) for name in NAMES}
     case, *each = torch.rand(1 + len(NAMES), generator=generator).tolist()
