@@ -106,7 +106,7 @@ def batch_of(base, root, count=3, **options):
     options = {"uncondition": 0, "object_appear": 1, "augment": False, **options}
     data = SubjectPictures(root, resolution=64, object_resolution=base.vision.config.image_size, **options)
     items = collate([data[row] for row in range(count)], base.vocabularies)
-    return items, draw(0, range(count), base.latent_shape, base.times)
+    return {**items, **draw(0, range(count), base.latent_shape, base.times)._asdict()}
 
 
 def shake(composer, size=0.05):
@@ -131,8 +131,8 @@ def options_of(root, out, *more):
 def test_gradients_reach_what_is_trained_and_nothing_else(narrow, data_folder, train, layers):
     composer = FastComposer(open_base("shapeland"), train, rank=2, vision_layers=layers)
     shake(composer)
-    batch, draws = batch_of(composer.base, data_folder)
-    sum(composer(batch, draws).values()).backward()
+    batch = batch_of(composer.base, data_folder)
+    sum(composer(batch).values()).backward()
     reached = {name for name, p in composer.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     with_gradient = {name for name, p in composer.named_parameters() if p.grad is not None}
     names = [name for name, _ in composer.named_parameters()]
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_no_gradient(shallow, data_folder):
         if checkpointing:
             composer.unet.enable_gradient_checkpointing()
         composer.train()
-        sum(composer(*batch_of(composer.base, data_folder, 2)).values()).backward()
+        sum(composer(batch_of(composer.base, data_folder, 2)).values()).backward()
         found.append({name: p.grad for name, p in composer.trainables.items()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], msg=name)
@@ -171,13 +171,13 @@ def test_gradient_checkpointing_changes_no_gradient(shallow, data_folder):
 @pytest.mark.parametrize("train", [FULL, LORA])
 def test_half_precision_comes_near_the_full(shallow, data_folder, dtype, train):
     composer = FastComposer(open_base("shapeland"), train, rank=2, localization=0.1).train()
-    batch, draws = batch_of(composer.base, data_folder, 2)
-    full = composer(batch, draws)
+    batch = batch_of(composer.base, data_folder, 2)
+    full = composer(batch)
     composer.keep_frozen_in(dtype)
     assert {p.dtype for p in composer.trainables.values()} == {torch.float32}
     assert {p.dtype for p in composer.towers.parameters()} == {dtype}
     with torch.autocast("cpu", dtype):
-        half = composer(batch, draws)
+        half = composer(batch)
     sum(half.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in composer.trainables.values())
     for name, loss in full.items():
@@ -217,23 +217,23 @@ def test_eleven_maps_of_the_middle_five_blocks(narrow, data_folder):
 
 def test_losses_are_those_of_loops_in_double_precision(narrow, data_folder):
     composer = FastComposer(open_base("shapeland"), localization=0.25, mask_probability=0.5)
-    batch, draws = batch_of(composer.base, data_folder, 4)
-    draws = draws._replace(coin=torch.tensor([0.1, 0.9, 0.49, 0.51]))
+    batch = batch_of(composer.base, data_folder, 4)
+    batch["coin"] = torch.tensor([0.1, 0.9, 0.49, 0.51])
     batch["present"][3] = False
-    losses = composer(batch, draws)
+    losses = composer(batch)
 
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    alpha = np.cumprod(1 - betas)[draws.t.numpy()][:, None, None, None]
+    alpha = np.cumprod(1 - betas)[batch["t"].numpy()][:, None, None, None]
     with torch.no_grad():
         clean = composer.autoencoder.model.encode(batch["picture"]).double().numpy()
-        noise = draws.noise.double().numpy()
+        noise = batch["noise"].double().numpy()
         noisy = torch.from_numpy(np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * noise).float()
         states = composer.states(batch["tokens"], batch["objects"], batch["rows"], batch["present"])
         with composer.attention.collecting() as maps:
-            prediction = composer.base.predict(noisy, draws.t, states).double().numpy()
+            prediction = composer.base.predict(noisy, batch["t"], states).double().numpy()
     error = (prediction - (np.sqrt(alpha) * noise - np.sqrt(1 - alpha) * clean)) ** 2
     masks = batch["masks"].double()
-    for i, coin in enumerate(draws.coin):
+    for i, coin in enumerate(batch["coin"]):
         if coin < 0.5:
             union = masks[i].sum(0).clamp(max=1)[None, None]
             error[i] *= F.interpolate(union, (16, 16), mode="bilinear")[0].numpy() ** 2
@@ -256,12 +256,12 @@ def test_losses_are_those_of_loops_in_double_precision(narrow, data_folder):
     assert losses["localization"].item() == pytest.approx(0.25 * np.mean(layers), rel=1e-4, abs=1e-7)
     assert abs(np.mean(layers)) > 1e-6
     composer = FastComposer(composer.base, localization=0)
-    assert set(composer(batch, draws)) == {"noise"}
+    assert set(composer(batch)) == {"noise"}
 
 
 def test_subjects_change_their_own_rows_alone(narrow, data_folder):
     composer = FastComposer(open_base("shapeland"), LORA, vision_layers=0)
-    batch, _ = batch_of(composer.base, data_folder, 4)
+    batch = batch_of(composer.base, data_folder, 4)
     batch["present"][1] = False
     with torch.no_grad():
         text = composer.towers[0](batch["tokens"][:, 0]).last_hidden_state
@@ -281,11 +281,11 @@ def test_subjects_change_their_own_rows_alone(narrow, data_folder):
 
 def test_a_tiny_batch_is_learnt(shallow, data_folder):
     composer = FastComposer(open_base("shapeland"), vision_layers=2, localization=0.05, mask_probability=0)
-    batch, draws = batch_of(composer.base, data_folder, 2)
+    batch = batch_of(composer.base, data_folder, 2)
     optimizer = torch.optim.AdamW(composer.trainables.values(), lr=2e-3)
     found = []
     for _ in range(20):
-        losses = composer(batch, draws)
+        losses = composer(batch)
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -601,7 +601,7 @@ def test_two_towers_give_their_penultimate_states_side_by_side(diffusers_folder,
         sizes = {"down_blocks.1": 2, "down_blocks.2": 2, "mid_block": 1, "up_blocks.1": 3, "up_blocks.2": 3}
     blocks = [name.split(".attentions")[0] for name in composer.attention.names]
     assert {block: blocks.count(block) for block in blocks} == sizes
-    batch, _ = batch_of(base, data_folder, 2, object_types=("none",))
+    batch = batch_of(base, data_folder, 2, object_types=("none",))
     with torch.no_grad():
         states, pooled = composer.states(batch["tokens"], batch["objects"], batch["rows"], batch["present"])
     # The first layer's own output norm is none of it, which the last state would have.

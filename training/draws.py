@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from .data.dataset import EpochBatches
+from .signals import ignore_stop_requests
+
+if TYPE_CHECKING:
+    from .base import Base
 
 
 class Draws(NamedTuple):
@@ -84,3 +88,39 @@ def shares_of(count: int, options, pictures_a_step: int, step: int, processes: t
     """The part of one process (number of processes, its index) of the steps from `step` on, of `count` pictures."""
     steps = EpochBatches(count, pictures_a_step, options.steps, step, options.seed)
     return Shares(steps, options.batch_size, options.accumulate, *processes)
+
+
+def load_batches(
+    data: torch.utils.data.Dataset, shares: Shares, workers: int, collate: Callable[[list[dict]], dict]
+) -> Iterable[dict[str, torch.Tensor]]:
+    """The batches of some pictures.
+
+    Args:
+        data: pictures.
+        shares: which of them.
+        workers: processes that read pictures; 0 reads them between steps.
+        collate: items of `data` -> a batch.
+    """
+    return torch.utils.data.DataLoader(
+        data,
+        batch_sampler=shares,
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_stop_requests,
+    )
+
+
+def drawn_batches(
+    data: torch.utils.data.Dataset,
+    base: Base,
+    shares: Shares,
+    workers: int,
+    collate: Callable[[list[dict]], dict],
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of `load_batches`, each with its `Draws` by their names, on a device. The draws depend on the seed of
+    `data`; the latent shape and the timesteps are those of the base."""
+    for first, batch in zip(shares.numbers(), load_batches(data, shares, workers, collate), strict=True):
+        draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
+        yield {name: tensor.to(device) for name, tensor in {**batch, **draws._asdict()}.items()}

@@ -16,22 +16,23 @@ def check_least(options: Namespace, least: Mapping[str, float]) -> None:
             raise ValueError(f"--{option.replace('_', '-')}: expected at least {smallest}, got {given}")
 
 
-def check_average(average: float) -> None:
-    """Raises ValueError for an --average that is no share of weights to keep per step."""
-    if not 0 <= average < 1:
-        raise ValueError(f"--average: expected a share from 0 up to but not 1, got {average}")
+def check_run(options: Namespace, least: Mapping[str, float]) -> None:
+    """Checks the options of `add_run`, and others against their smallest values.
 
-
-def check_workers(workers: int) -> None:
-    """Raises ValueError for --workers on a system that cannot fork processes."""
-    if workers and "fork" not in multiprocessing.get_all_start_methods():
+    Raises:
+        ValueError: one cannot be used; see `check_least`.
+    """
+    check_least(options, least)
+    if not 0 <= options.average < 1:
+        raise ValueError(f"--average: expected a share from 0 up to but not 1, got {options.average}")
+    if options.workers and "fork" not in multiprocessing.get_all_start_methods():
         # A spawned process could not import this pack, which has no importable name of its own.
-        raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {workers}")
+        raise ValueError(f"--workers: expected 0 on this system, which cannot fork processes, got {options.workers}")
 
 
 RUN_LEAST = {"steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "workers": 0, "log_every": 1}
 UNET_LEAST = {**RUN_LEAST, "sheet_every": 0}
-"""The least values of the options of `add_run` and `add_unet`, for `check_least`."""
+"""The least values of the options of `add_run` and `add_unet`, for `check_run`."""
 
 
 def add_base(parser: ArgumentParser, data: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,7 @@ from ...subjects.pictures import middle_square, resized_strokes
 from ..base import Base, Vocabulary
 from ..data.dataset import item_generator
 from ..data.pictures import ENDINGS, MAPS, find_pictures
-from ..draws import Shares, draw, toward_noise
-from ..signals import ignore_stop_requests
+from ..draws import Shares, drawn_batches, toward_noise
 
 NAMES = (SENTENCE, SEMANTICS, PALETTE, *LOCAL_CHANNELS)
 KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY, ALONE = 0.1, 0.1, 0.5, 0.7, 0.5
@@ -191,23 +191,12 @@ def read_batches(
     cubic: bool = False,
     from_noise: float = 0.0,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see `training.draws`.
+    """Batches of `collate` with their draws; see `training.draws.drawn_batches`.
 
     `cubic`: timesteps are mostly high. `from_noise`: the share of pictures of which only the noise is seen, at the
     timestep at which sampling begins; `alone` (n,) says of which.
     """
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_sampler=shares,
-        collate_fn=lambda items: collate(items, base.vocabularies),
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_stop_requests,
-    )
-    for first, batch in zip(shares.numbers(), loader, strict=True):
-        draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
-        t = toward_noise(draws.t, base.times) if cubic else draws.t
-        alone = draws.coin < from_noise
-        t = torch.where(alone, base.times - 1, t)
-        batch |= {"noise": draws.noise, "latent": draws.latent, "t": t, "alone": alone}
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+    for batch in drawn_batches(data, base, shares, workers, partial(collate, vocabularies=base.vocabularies), device):
+        t, alone = batch["t"], batch["coin"] < from_noise
+        t = toward_noise(t, base.times) if cubic else t
+        yield {**batch, "t": torch.where(alone, base.times - 1, t), "alone": alone}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ...encoders.composer_adapter import ComposerAdapter, load, save
-from ..accelerator import accelerator_of
 from ..base import open_base
-from ..draws import shares_of
-from ..loop import Run
-from ..optimizers import warmup
-from ..options import UNET_LEAST, check_average, check_least, check_workers
+from ..draws import Shares
+from ..on_pictures import accelerator_of, spread, train_on_pictures
+from ..options import UNET_LEAST, check_run
 from ..sampling import sample
 from ..shapeland.common import save_sheet
-from ..signals import Stopped
 from .model import ComposerTraining, config_of
 from .pictures import NAMES, Composed, caption_of, collate, read_batches
 
@@ -36,9 +33,7 @@ def train(options: Namespace, file: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
-    check_least(options, _LEAST)
-    check_average(options.average)
-    check_workers(options.workers)
+    check_run(options, _LEAST)
     base = open_base(options.base, options.vision, options.resolution)
     if not 0 <= options.from_noise <= 1:
         raise ValueError(f"--from-noise: expected a share from 0 to 1, got {options.from_noise:g}")
@@ -58,34 +53,17 @@ def train(options: Namespace, file: Path) -> None:
     if options.checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.unet.train()
-    pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
-    kind = {"base": options.base, "mode": options.mode, "local width": options.local_width, "pictures": len(data)}
-    kind |= {"body share": options.body_share, "seed": options.seed, "pictures a step": pictures_a_step}
+    kind = {"mode": options.mode, "local width": options.local_width, "body share": options.body_share}
     kind |= {"timesteps": options.timesteps, "from noise": options.from_noise, "alone": options.alone}
-    weights = list(model.adapter.parameters())
-    optimizer = torch.optim.AdamW(weights, options.learning_rate, weight_decay=1e-2)
-    schedule = warmup(options.warmup)
-    run = Run(options.out, model, optimizer, options.steps, options.seed, schedule, options.average, accelerator, kind)
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), options.learning_rate, weight_decay=1e-2)
 
-    def loader(step: int):
-        processes = accelerator.num_processes, accelerator.process_index
-        shares = shares_of(len(data), options, pictures_a_step, step, processes)
+    def batches(shares: Shares):
         cubic, device = options.timesteps == "cubic", accelerator.device
         return read_batches(data, base, shares, options.workers, device, cubic, options.from_noise)
 
-    try:
-        run.train(
-            lambda batch, _generator: run.module(batch),
-            options.log_every,
-            loader,
-            _report(options, model, data, accelerator) if options.sheet_every else None,
-            options.sheet_every,
-            save_seconds=60 * options.save_minutes,
-        )
-    except Stopped as stopped:
-        accelerator.print(stopped)
-        return
-    if accelerator.is_main_process:
+    sheet = partial(draw_sheet, model, data, spread(len(data), SHOWN)) if options.sheet_every else None
+    run = train_on_pictures(options, accelerator, model, optimizer, len(data), batches, kind, sheet)
+    if run:
         own = {key.removeprefix(_PREFIX): v for key, v in run.best_state().items() if key.startswith(_PREFIX)}
         save(model.adapter, file, own, trained_steps=str(options.steps))
         print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
@@ -105,17 +83,6 @@ def start_from(adapter: ComposerAdapter, path: Path) -> None:
     if own != adapter.config:
         raise ValueError(f"--start: expected an adapter of this architecture, got {path.name} with {found.config}")
     adapter.load_state_dict(found.state_dict())
-
-
-def _report(options: Namespace, model: ComposerTraining, data: Composed, accelerator) -> Callable:
-    rows = range(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
-
-    def report(step: int) -> dict[str, float]:
-        with accelerator.autocast():
-            draw_sheet(model, data, rows, options.out / f"samples_{step:07d}.png")
-        return {}
-
-    return report
 
 
 @torch.no_grad()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..base import LENGTH, Base, Vocabulary
+from ..base import LENGTH, Vocabulary
 from ..data.dataset import SubjectPictures
-from ..draws import Draws, Shares, draw
-from ..signals import ignore_stop_requests
 
 
 def subject_rows(vocabulary: Vocabulary, caption: str, ends: Iterable[int]) -> list[int]:
@@ -44,31 +41,6 @@ def collate(items: Sequence[dict], vocabularies: Sequence[Vocabulary]) -> dict[s
         rows[i, present[i]] = torch.tensor(found, dtype=torch.long)
     tokens = [[vocabulary.row(item["caption"]) for vocabulary in vocabularies] for item in items]
     return {**batch, "tokens": torch.tensor(tokens), "rows": rows, "present": rows > 0}
-
-
-def read_batches(
-    data: SubjectPictures, base: Base, shares: Shares, workers: int, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], Draws]]:
-    """Each batch of `collate` and its draws, on a device; the draws depend on the seed of `data`.
-
-    Args:
-        data: pictures.
-        base: its vocabularies tokenize the captions, and its latent shape and timesteps define the draws.
-        shares: which pictures.
-        workers: processes that read pictures; 0 reads them between steps.
-        device: device of the result.
-    """
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_sampler=shares,
-        collate_fn=partial(collate, vocabularies=base.vocabularies),
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_stop_requests,
-    )
-    for first, batch in zip(shares.numbers(), loader, strict=True):
-        draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}, Draws(*(d.to(device) for d in draws))
 
 
 def check_subjects(data: SubjectPictures) -> None:

@@ -10,7 +10,6 @@ from ...attention.localization import localization_loss, masked_noise_loss, mean
 from ...encoders.clip_pixels import normalize
 from ...encoders.fuser import Fuser, fuse_rows
 from ..base import Base
-from ..draws import Draws
 from ..open_attention import OpenAttention, middle_blocks
 from ..sampling import States
 
@@ -82,19 +81,19 @@ class FastComposer(nn.Module):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
 
-    def forward(self, batch: dict[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
-        """The losses of a batch of `collate`: `noise` and, if it has a weight, `localization` times that weight."""
-        present = batch["present"]
-        with torch.no_grad(), torch.autocast(draws.noise.device.type, enabled=False):
-            latents = self.autoencoder.encode(batch["picture"], draws.latent)
-        noisy, target = self.base.noised(latents, draws.noise, draws.t)
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Losses of a batch of `drawn_batches`: `noise` and, if it has a weight, `localization` times that weight."""
+        present, t = batch["present"], batch["t"]
+        with torch.no_grad(), torch.autocast(batch["noise"].device.type, enabled=False):
+            latents = self.autoencoder.encode(batch["picture"], batch["latent"])
+        noisy, target = self.base.noised(latents, batch["noise"], t)
         states = self.states(batch["tokens"], batch["objects"], batch["rows"], present)
         # A subject that stays plain text is not one for the losses either.
-        masks, masked = batch["masks"] * present[..., None, None], draws.coin < self.mask_probability
+        masks, masked = batch["masks"] * present[..., None, None], batch["coin"] < self.mask_probability
         if self.attention is None:
-            return {"noise": masked_noise_loss(self.base.predict(noisy, draws.t, states), target, masks, masked)}
+            return {"noise": masked_noise_loss(self.base.predict(noisy, t, states), target, masks, masked)}
         with self.attention.collecting() as maps:
-            prediction = self.base.predict(noisy, draws.t, states)
+            prediction = self.base.predict(noisy, t, states)
         noise = masked_noise_loss(prediction, target, masks, masked)
         tokens = F.one_hot(batch["rows"], maps[0].shape[-1])
         located = localization_loss(maps, tokens, masks, mean_of_pictures(present))

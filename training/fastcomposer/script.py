@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..accelerator import accelerator_of
 from ..base import open_base
 from ..data.dataset import SubjectPictures
-from ..draws import shares_of
-from ..loop import Run
-from ..optimizers import warmup
-from ..options import UNET_LEAST, check_average, check_least, check_workers
-from ..signals import Stopped
-from .batches import check_subjects, read_batches
+from ..draws import Shares, drawn_batches
+from ..on_pictures import accelerator_of, train_on_pictures
+from ..options import UNET_LEAST, check_run
+from .batches import check_subjects, collate
 from .export import export, start_from
 from .model import LORA, FastComposer
 from .sheet import open_sheet
@@ -31,7 +28,7 @@ def train(options: Namespace, file: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
-    _check(options)
+    check_run(options, _LEAST)
     base = open_base(options.base, options.vision, options.resolution)
     data = SubjectPictures(
         options.data,
@@ -60,51 +57,22 @@ def train(options: Namespace, file: Path) -> None:
         model.keep_frozen_in(_HALF[accelerator.mixed_precision])
     if options.checkpointing:
         model.unet.enable_gradient_checkpointing()
-    pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
-    kind = {"base": options.base, "train": options.train, "vision layers": options.vision_layers, "pictures": len(data)}
+    kind = {"train": options.train, "vision layers": options.vision_layers}
     if options.train == LORA:
         kind["rank"] = options.rank
-    kind |= {"seed": options.seed, "pictures a step": pictures_a_step}
-    run = Run(
-        options.out,
-        model,
-        _optimizer(model, options),
-        options.steps,
-        options.seed,
-        warmup(options.warmup),
-        options.average,
-        accelerator,
-        kind,
-    )
 
-    def loader(step: int):
-        processes = accelerator.num_processes, accelerator.process_index
-        shares = shares_of(len(data), options, pictures_a_step, step, processes)
-        return read_batches(data, base, shares, options.workers, accelerator.device)
+    def batches(shares: Shares):
+        read = partial(collate, vocabularies=base.vocabularies)
+        return drawn_batches(data, base, shares, options.workers, read, accelerator.device)
 
-    try:
-        run.train(
-            lambda batch, _generator: run.module(*batch),
-            options.log_every,
-            loader,
-            _report(options, model, accelerator) if options.sheet_every else None,
-            options.sheet_every,
-            save_seconds=60 * options.save_minutes,
-        )
-    except Stopped as stopped:
-        accelerator.print(stopped)
-        return
-    if accelerator.is_main_process:
+    sheet = open_sheet(options.data, model, options.object_types) if options.sheet_every else None
+    optimizer = _optimizer(model, options)
+    run = train_on_pictures(options, accelerator, model, optimizer, len(data), batches, kind, sheet)
+    if run:
         state = run.best_state()
         dtype = _HALF.get(options.export_precision, torch.float32)
         export({name: state[name] for name in model.trainables}, file, dtype)
         print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
-
-
-def _check(options: Namespace) -> None:
-    check_least(options, _LEAST)
-    check_average(options.average)
-    check_workers(options.workers)
 
 
 def _optimizer(model: FastComposer, options: Namespace) -> torch.optim.Optimizer:
@@ -115,15 +83,3 @@ def _optimizer(model: FastComposer, options: Namespace) -> torch.optim.Optimizer
     fuser_learning_rate = options.learning_rate if options.fuser_learning_rate is None else options.fuser_learning_rate
     groups = [{"params": unet, "lr": options.learning_rate}, {"params": rest, "lr": fuser_learning_rate}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-
-
-def _report(options: Namespace, model: FastComposer, accelerator) -> Callable[[int], dict[str, float]]:
-    """A report that draws a sheet of samples and returns no values."""
-    sheet = open_sheet(options.data, model, options.object_types)
-
-    def report(step: int) -> dict[str, float]:
-        with accelerator.autocast():
-            sheet(options.out / f"samples_{step:07d}.png")
-        return {}
-
-    return report

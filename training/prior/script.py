@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +12,13 @@ from safetensors.torch import save_file
 
 from ...encoders.caption_prior import HEADS
 from ...encoders.files import whole_file
-from ..accelerator import accelerator_of
 from ..base import Vocabulary, open_base
 from ..data.dataset import item_generator
 from ..data.pictures import find_pictures
-from ..draws import Shares, shares_of
-from ..loop import Run
-from ..optimizers import warmup
-from ..options import RUN_LEAST, check_average, check_least, check_workers
+from ..draws import Shares, load_batches
+from ..on_pictures import accelerator_of, train_on_pictures
+from ..options import RUN_LEAST, check_run
 from ..promptnet.pictures import read_square
-from ..signals import Stopped, ignore_stop_requests
 from .model import UNCONDITIONAL, PriorTraining
 
 MEASURED = 1024
@@ -66,31 +63,13 @@ def collate(items: Sequence[dict], vocabulary: Vocabulary) -> dict[str, torch.Te
     return {**batch, "tokens": torch.tensor([vocabulary.row(item["caption"]) for item in items])}
 
 
-def read_batches(
-    data: Captioned, vocabulary: Vocabulary, shares: Shares, workers: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Each batch of `collate`, on a device."""
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_sampler=shares,
-        collate_fn=partial(collate, vocabulary=vocabulary),
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_stop_requests,
-    )
-    for batch in loader:
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def train(options: Namespace, file: Path) -> None:
     """Runs the training of `options` (see the package) and writes its result to `file`.
 
     Raises:
         ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
-    check_least(options, _LEAST)
-    check_average(options.average)
-    check_workers(options.workers)
+    check_run(options, _LEAST)
     if options.inner % (2 * options.heads):
         raise ValueError(f"--inner: expected a multiple of twice the heads ({2 * options.heads}), got {options.inner}")
     base = open_base(options.base, options.vision, options.resolution)
@@ -101,30 +80,16 @@ def train(options: Namespace, file: Path) -> None:
     rows = range(0, len(data), max(1, len(data) // MEASURED))
     pictures = (torch.stack([data[row, 0]["target"] for row in rows[i : i + 64]]) for i in range(0, len(rows), 64))
     model.measure(torch.cat([model.see(some) for some in pictures]))
-    pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
-    kind = {"base": options.base, "inner": options.inner, "heads": options.heads, "layers": options.layers}
-    kind |= {"pictures": len(data), "seed": options.seed, "pictures a step": pictures_a_step}
+    kind = {"inner": options.inner, "heads": options.heads, "layers": options.layers}
     weights = [p for p in model.prior.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, options.learning_rate, weight_decay=1e-2)
-    schedule = warmup(options.warmup)
-    run = Run(options.out, model, optimizer, options.steps, options.seed, schedule, options.average, accelerator, kind)
 
-    def loader(step: int):
-        processes = accelerator.num_processes, accelerator.process_index
-        shares = shares_of(len(data), options, pictures_a_step, step, processes)
-        return read_batches(data, model.vocabulary, shares, options.workers, accelerator.device)
+    def batches(shares: Shares):
+        for batch in load_batches(data, shares, options.workers, partial(collate, vocabulary=model.vocabulary)):
+            yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
-    try:
-        run.train(
-            lambda batch, _generator: run.module(batch),
-            options.log_every,
-            loader,
-            save_seconds=60 * options.save_minutes,
-        )
-    except Stopped as stopped:
-        accelerator.print(stopped)
-        return
-    if accelerator.is_main_process:
+    run = train_on_pictures(options, accelerator, model, optimizer, len(data), batches, kind)
+    if run:
         state = {key.removeprefix(_PREFIX): v for key, v in run.best_state().items() if key.startswith(_PREFIX)}
         with whole_file(file) as part:
             save_file(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from ...subjects.pictures import middle_square
-from ..base import LENGTH, Base, Vocabulary
+from ..base import LENGTH, Vocabulary
 from ..data.dataset import item_generator
 from ..data.pictures import find_pictures
-from ..draws import Shares, draw
-from ..signals import ignore_stop_requests
 
 PLACE = "{}"
 """Where the thing is in a caption."""
@@ -103,22 +101,3 @@ def collate(items: Sequence[dict], vocabulary: Vocabulary) -> dict[str, torch.Te
         "tokens": torch.tensor([tokens for tokens, _ in rows]),
         "place": torch.tensor([place for _, place in rows]),
     }
-
-
-def read_batches(
-    data: Things, base: Base, shares: Shares, workers: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Each batch of `collate` with its random draws `noise`, `latent` and `t`, on a device; see
-    `training.draws.draw`."""
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_sampler=shares,
-        collate_fn=lambda items: collate(items, base.vocabularies[0]),
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_stop_requests,
-    )
-    for first, batch in zip(shares.numbers(), loader, strict=True):
-        draws = draw(data.seed, range(first, first + shares.batch), base.latent_shape, base.times)
-        batch |= {"noise": draws.noise, "latent": draws.latent, "t": draws.t}
-        yield {name: tensor.to(device) for name, tensor in batch.items()}

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ...encoders.files import read_state
 from ...encoders.promptnet import PREFIX, PromptNet, PromptNetConfig, save
-from ..accelerator import accelerator_of
 from ..base import Base, open_base
-from ..draws import shares_of
-from ..loop import Run
-from ..optimizers import warmup
-from ..options import UNET_LEAST, check_average, check_least, check_workers
+from ..draws import Shares, drawn_batches
+from ..on_pictures import accelerator_of, spread, train_on_pictures
+from ..options import UNET_LEAST, check_run
 from ..sampling import States
 from ..shapeland.common import save_sheet
-from ..signals import Stopped
 from .model import PromptNetTraining
-from .pictures import Things, collate, read_batches
+from .pictures import Things, collate
 
 SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 5.0
 _SCALED_TO = 128
@@ -33,9 +30,7 @@ def train(options: Namespace, file: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an option cannot be used; the message says which and why.
     """
-    check_least(options, _LEAST)
-    check_average(options.average)
-    check_workers(options.workers)
+    check_run(options, _LEAST)
     base = open_base(options.base, options.vision, options.resolution)
     data = Things(options.data, options.caption, base.resolution, options.seed)
     accelerator = accelerator_of(options)
@@ -46,33 +41,19 @@ def train(options: Namespace, file: Path) -> None:
     if options.checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.unet.train()
-    pictures_a_step = options.batch_size * accelerator.num_processes * options.accumulate
-    kind = {"base": options.base, "channels": list(config.channels), "pictures": len(data), "caption": options.caption}
-    kind |= {"seed": options.seed, "pictures a step": pictures_a_step}
+    kind = {"channels": list(config.channels), "caption": options.caption}
     weights = list(model.promptnet.parameters())
     optimizer = torch.optim.AdamW(weights, options.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-    schedule = warmup(options.warmup)
-    run = Run(options.out, model, optimizer, options.steps, options.seed, schedule, options.average, accelerator, kind)
+    read = partial(collate, vocabulary=base.vocabularies[0])
 
-    def loader(step: int):
-        shares = shares_of(
-            len(data), options, pictures_a_step, step, (accelerator.num_processes, accelerator.process_index)
-        )
-        return read_batches(data, base, shares, options.workers, accelerator.device)
+    def batches(shares: Shares):
+        return drawn_batches(data, base, shares, options.workers, read, accelerator.device)
 
-    try:
-        run.train(
-            lambda batch, _generator: run.module(batch),
-            options.log_every,
-            loader,
-            _report(options, model, data, accelerator) if options.sheet_every else None,
-            options.sheet_every,
-            save_seconds=60 * options.save_minutes,
-        )
-    except Stopped as stopped:
-        accelerator.print(stopped)
-        return
-    if accelerator.is_main_process:
+    sheet = None
+    if options.sheet_every:
+        sheet = partial(draw_sheet, model, read([data[row, 0] for row in spread(len(data), SHOWN)]))
+    run = train_on_pictures(options, accelerator, model, optimizer, len(data), batches, kind, sheet)
+    if run:
         export(model.promptnet, run.best_state(), file)
         print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
 
@@ -127,20 +108,6 @@ def start_from(net: PromptNet, path: Path) -> None:
 def export(net: PromptNet, state: dict[str, torch.Tensor], file: Path) -> None:
     """Writes the PromptNet of a training's weights in fp16, as Load PromptNet reads it."""
     save(net, file, {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)})
-
-
-def _report(
-    options: Namespace, model: PromptNetTraining, data: Things, accelerator
-) -> Callable[[int], dict[str, float]]:
-    rows = range(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
-    batch = collate([data[row, 0] for row in rows], model.base.vocabularies[0])
-
-    def report(step: int) -> dict[str, float]:
-        with accelerator.autocast():
-            draw_sheet(model, batch, options.out / f"samples_{step:07d}.png")
-        return {}
-
-    return report
 
 
 @torch.no_grad()
