@@ -7,6 +7,10 @@ concatenates to the input is added behind the first convolution here, which is t
 inputs is the sum of two convolutions), and at every level of the encoder, because a UNet that is not trained follows a
 sum at its input alone too little.
 
+A sum at the levels says where it is light and dark, but hardly how light a picture is as a whole when only noise is
+seen; what is added to the timestep embedding does, as the palette shows. So the intensity, and what a mask leaves of a
+picture, enter there too, by the shares of their tones.
+
 One that is absent adds exactly nothing, and its tokens are not there: attention is changed by tokens of zeros.
 """
 
@@ -28,8 +32,8 @@ from torch import nn
 from ..subjects.pictures import resized_strokes
 from .files import load_exactly, read, state_of, whole_file
 
-SKETCH = "sketch"
-LOCAL_CHANNELS = {SKETCH: 1, "instances": 3, "depth": 1, "intensity": 1, "mask": 4}
+SKETCH, INTENSITY, MASK = "sketch", "intensity", "mask"
+LOCAL_CHANNELS = {SKETCH: 1, "instances": 3, "depth": 1, INTENSITY: 1, MASK: 4}
 """Local representations, and the channels of their maps."""
 SENTENCE, SEMANTICS, PALETTE = "caption", "semantics", "palette"
 WITH_TOKENS = (SEMANTICS, PALETTE)
@@ -61,6 +65,8 @@ class ComposerAdapterConfig:
         vision_tokens: of the vision tower that embeds pictures, by which towers of one width are told apart; 0 if that
             is not known.
         prediction: what the model predicts, EPSILON or VELOCITY, in diffusers' names; empty if that is not known.
+        tones: of which the intensity, and each color of a masked picture, have shares that are added to the timestep
+            embedding; 0 if these are maps alone, as in the paper.
 
     Raises:
         ValueError: the mode is unknown.
@@ -80,6 +86,7 @@ class ComposerAdapterConfig:
     base: str = ""
     vision_tokens: int = 0
     prediction: str = ""
+    tones: int = 16
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -161,7 +168,9 @@ class ComposerAdapter(nn.Module):
             return operations.Conv2d(channels, out, kernel, stride, kernel // 2, bias=bias, **settings)
 
         widths = {SENTENCE: config.sentence_width, SEMANTICS: config.semantics_width, PALETTE: config.colors}
-        widths = {name: width for name, width in widths.items() if width}
+        widths = {
+            name: width for name, width in {**widths, INTENSITY: config.tones, MASK: 3 * config.tones}.items() if width
+        }
         time = config.time_width
         self.add = nn.ModuleDict({name: perceptron(width, time, time, zero=True) for name, width in widths.items()})
         self.tokens = nn.ModuleDict(
@@ -192,12 +201,22 @@ class ComposerAdapter(nn.Module):
             given: see `Conditions`.
             size: (h, w) of the latents.
         """
-        return Features(self._time(given), *self._tokens(given), self._levels(given, size))
+        # Before anything else, so that strokes are as wide, and memory as small, whatever the size of the picture.
+        target = _SUPPORT * size[0], _SUPPORT * size[1]
+        maps = {name: _resized(name, torch.nan_to_num(value), target) for name, value in given.maps.items()}
+        return Features(self._time(given, maps), *self._tokens(given), self._levels(given, maps))
 
-    def _time(self, given: Conditions) -> torch.Tensor | None:
+    def _time(self, given: Conditions, maps: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        found = dict(given.globals)
+        if INTENSITY in maps:
+            found[INTENSITY] = tone_shares(maps[INTENSITY], self.config.tones)
+        if MASK in maps:
+            picture, kept = maps[MASK].split((3, 1), 1)
+            # Where a cell is half a hole, its color is half of what it was.
+            found[MASK] = tone_shares((picture / kept.clamp(min=1e-6) + 1) / 2, self.config.tones, kept)
         parts = [
             self.add[name](value) * given.strength(name, value)[:, None]
-            for name, value in given.globals.items()
+            for name, value in found.items()
             if name in self.add
         ]
         return sum(parts[1:], parts[0]) if parts else None
@@ -216,20 +235,10 @@ class ComposerAdapter(nn.Module):
         there = torch.cat(kept, 1)
         return torch.cat(parts, 1), None if there.all() else there
 
-    def _levels(self, given: Conditions, size: tuple[int, int]) -> dict[int, torch.Tensor]:
-        parts = []
-        for name, value in given.maps.items():
-            strength = given.strength(name, value)[:, None, None, None]
-            value = torch.nan_to_num(value)
-            # Before any convolution, so that strokes are as wide, and memory as small, whatever the size of the
-            # picture.
-            target = _SUPPORT * size[0], _SUPPORT * size[1]
-            if tuple(value.shape[-2:]) != target:
-                if name == SKETCH:
-                    value = resized_strokes(value, target)
-                else:
-                    value = F.interpolate(value, target, mode="bilinear", antialias=True)
-            parts.append(self.stacks[name](value) * strength)
+    def _levels(self, given: Conditions, maps: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        parts = [
+            self.stacks[name](value) * given.strength(name, value)[:, None, None, None] for name, value in maps.items()
+        ]
         if not parts:
             return {}
         h = sum(parts[1:], parts[0])
@@ -253,6 +262,30 @@ class ComposerAdapter(nn.Module):
             ValueError: weights are missing, unknown, or do not fit the architecture.
         """
         return load_exactly(partial(cls, config), state, "a Composer adapter", operations, **settings)
+
+
+def tone_shares(picture: torch.Tensor, tones: int, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """The shares (n, c tones) of evenly spaced tones from black to white in each channel of pictures (n, c, H, W),
+    values 0..1; one between two tones counts for both, the nearer more. They are scaled by the root of `tones`, so that
+    the squares of a channel of one tone have the mean 1.
+
+    Args:
+        kept: (n, 1, H, W), weights of the pixels; all alike if None. Where none has any, the shares are 0.
+    """
+    values = picture.float().flatten(2)[..., None]  # half precision cannot count the cells
+    spaced = torch.linspace(0, 1, tones, device=values.device, dtype=values.dtype)
+    near = (1 - (values - spaced).abs() * (tones - 1)).clamp(min=0)
+    weights = torch.ones_like(values) if kept is None else kept.float().flatten(2)[..., None]
+    shares = (near * weights).sum(2) / weights.sum(2).clamp(min=1e-6)
+    return (tones**0.5 * shares.flatten(1)).to(picture)
+
+
+def _resized(name: str, value: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if tuple(value.shape[-2:]) == size:
+        return value
+    if name == SKETCH:
+        return resized_strokes(value, size)
+    return F.interpolate(value, size, mode="bilinear", antialias=True)
 
 
 class _Stack(nn.Module):

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from conceptloom.encoders.composer_adapter import (
     FORMAT,
     INPUT,
+    INTENSITY,
     LEVELS,
     LOCAL_CHANNELS,
+    MASK,
     PALETTE,
     SEMANTICS,
     SENTENCE,
@@ -19,6 +21,7 @@ from conceptloom.encoders.composer_adapter import (
     Conditions,
     load,
     save,
+    tone_shares,
 )
 
 TINY = ComposerAdapterConfig((32, 64, 64, 64), 24, 20, 16, 12, local_width=8, body=(8, 16, 16, 16))
@@ -120,6 +123,47 @@ class TestFeatures:
         broken.maps["depth"][0, 0, 0, 0] = float("nan")
         assert all(torch.isfinite(f).all() for f in adapter()(broken, SIZE).levels.values())
 
+    def test_tones_are_the_shares_of_a_histogram(self):
+        picture = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.5, 0.25, 0.35, 1.0]])[None, None]
+        # Tones at 0, .25, .5, .75 and 1; .35 is for 6 tenths the second and for 4 tenths the third.
+        expected = torch.tensor([[3.0, 1.6, 1.4, 0.0, 2.0]]) / 8 * 5**0.5
+        torch.testing.assert_close(tone_shares(picture, 5), expected)
+        random = torch.rand(3, 1, 9, 7, generator=torch.Generator().manual_seed(0))
+        mean = tone_shares(random, 16) @ torch.linspace(0, 1, 16) / 4
+        torch.testing.assert_close(mean, random.mean((1, 2, 3)))
+
+    def test_tones_of_a_masked_picture_are_those_of_what_is_left(self):
+        """Each channel has its own, whatever lies in the hole."""
+        picture, kept = torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 1, 6, 8)
+        kept[0, 0, :, :5] = 1
+        left = tone_shares(picture[:1, :, :, :5], 7).unflatten(1, (3, 7))
+        each = [tone_shares(picture[:1, i : i + 1, :, :5], 7) for i in range(3)]
+        assert torch.equal(left, torch.stack(each, 1))
+        found = tone_shares(picture, 7, kept)
+        torch.testing.assert_close(found[:1].unflatten(1, (3, 7)), left)
+        assert not found[1].any()
+
+    def test_intensity_and_mask_enter_the_timestep_embedding_by_their_tones(self):
+        net, strengths = adapter(tones=5), {INTENSITY: torch.tensor([1.0, 0.5])}
+        one = given(names=(INTENSITY,), strengths=strengths)
+        expected = net.add[INTENSITY](tone_shares(one.maps[INTENSITY], 5)) * torch.tensor([[1.0], [0.5]])
+        torch.testing.assert_close(net(one, SIZE).time, expected)
+        both = given(names=(INTENSITY, PALETTE, "depth"), strengths=strengths)
+        torch.testing.assert_close(net(both, SIZE).time, expected + net.add[PALETTE](both.globals[PALETTE]))
+        assert net(given(names=("depth",)), SIZE).time is None
+        hole = given(names=(MASK,))
+        picture, kept = hole.maps[MASK][:, :3], hole.maps[MASK][:, 3:]
+        shares = tone_shares((picture / kept + 1) / 2, 5, kept)
+        torch.testing.assert_close(net(hole, SIZE).time, net.add[MASK](shares))
+        # One color, whose map is made smaller at the edge of a hole.
+        kept = torch.ones(1, 1, 75, 99)
+        kept[..., 13:38] = 0
+        picture = torch.tensor([0.2, -0.6, 0.4])[None, :, None, None] * kept
+        shares = tone_shares((picture[:, :, :1, :1] + 1) / 2, 5)
+        seen = net(Conditions({}, {MASK: torch.cat([picture, kept], 1)}), SIZE).time
+        torch.testing.assert_close(seen, net.add[MASK](shares), rtol=1e-4, atol=1e-4)
+        assert adapter(tones=0)(one, SIZE).time is None
+
     def test_adding_behind_the_first_convolution_is_a_convolution_of_both(self):
         """conv(cat[x, l]; [W, V], b) = conv(x; W, b) + conv(l; V): what the paper concatenates."""
         net = adapter(mode=INPUT, body=()).double()
@@ -148,7 +192,8 @@ class TestFiles:
     def test_the_size_for_stable_diffusion(self):
         """The published widths of the added part: 7.09 million weights for SD 1.5, 7.42 for SD 2.1."""
         for width, sentence, semantics, expected in ((768, 768, 768, 7.09), (1024, 1024, 768, 7.42)):
-            config = ComposerAdapterConfig(context_width=width, sentence_width=sentence, semantics_width=semantics)
+            widths = {"context_width": width, "sentence_width": sentence, "semantics_width": semantics}
+            config = ComposerAdapterConfig(**widths, tones=0)
             with torch.device("meta"):
                 net = ComposerAdapter(config)
             assert sum(p.numel() for p in net.add.parameters()) / 1e6 == pytest.approx(expected, abs=0.01)

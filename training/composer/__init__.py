@@ -27,9 +27,10 @@ noise prediction, and here that of whatever the base predicts.
 
 A picture with the most noise that Stable Diffusion's schedule has still shows its mean color, and the noise from
 which sampling begins shows none (Lin et al., arXiv 2305.08891). So an adapter learns to leave light and dark to the
-noise. With --from-noise 0.1 a tenth of the pictures are trained from noise alone, for bases that predict v. Few of
-these have only their intensity to tell light from dark; with --alone intensity half of all pictures keep nothing
-but it and the caption.
+noise. With --from-noise 0.1 a tenth of the pictures are trained from noise alone, for bases that predict v.
+
+With --only intensity the adapter that --start names learns more of that representation: its other weights do not
+change, and all pictures that have an intensity keep it, half of them beside nothing but the caption.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the pictures, trained from noise alone (default: %(default)s)",
     )
-    add("--alone", default="", metavar="NAME", help="a representation that half of the pictures keep by itself")
+    add("--only", default="", metavar="NAME", help="train only the weights of this representation, of --start's file")
     add("--learning-rate", type=float, default=1e-4, help="constant after --warmup (default: %(default)s)")
     add("--average", type=float, default=0.9999, help="of the weights, per step; 0 for none (default: %(default)s)")
     add_run(parser, "composer.safetensors", 100_000, 8)

@@ -57,6 +57,8 @@ def config_of(base: Base, name: str, mode: str, local_width: int, body_share: in
         mode=mode,
         base=name,
         prediction=EPSILON if base.predicts_noise else VELOCITY,
+        # An adapter of the paper's mode has the paper's paths alone.
+        **({"tones": 0} if mode == INPUT else {}),
     )
 
 

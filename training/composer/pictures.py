@@ -18,7 +18,7 @@ from ...compositions.intensity import WEIGHTS, intensity
 from ...compositions.palette import palette_of_picture
 from ...compositions.region import Region, grown
 from ...compositions.sketch import as_sketch, contours
-from ...encoders.composer_adapter import LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
+from ...encoders.composer_adapter import INTENSITY, LOCAL_CHANNELS, PALETTE, SEMANTICS, SENTENCE
 from ...subjects.pictures import middle_square, resized_strokes
 from ..base import Base, Vocabulary
 from ..data.dataset import item_generator
@@ -30,18 +30,18 @@ KEEP_ALL, DROP_ALL, DROP, DROP_INTENSITY, ALONE = 0.1, 0.1, 0.5, 0.7, 0.5
 _ONE_CHANNEL = ("L", "I", "I;16", "F")
 
 
-def draw_kept(generator: torch.Generator, alone: str = "") -> dict[str, bool]:
-    """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself. With
-    the name of one, half of the pictures keep that one and the caption alone."""
-    if alone and float(torch.rand((), generator=generator)) < ALONE:
-        return {name: name in (alone, SENTENCE) for name in NAMES}
+def draw_kept(generator: torch.Generator, only: str = "") -> dict[str, bool]:
+    """Which representations of a picture are kept: all with probability 0.1, none with 0.1, else each by itself. `only`
+    names one that all pictures keep, half of them with the caption alone."""
+    if only and float(torch.rand((), generator=generator)) < ALONE:
+        return {name: name in (only, SENTENCE) for name in NAMES}
     case, *each = torch.rand(1 + len(NAMES), generator=generator).tolist()
     if case < KEEP_ALL + DROP_ALL:
-        return dict.fromkeys(NAMES, case < KEEP_ALL)
-    return {
-        name: chance >= (DROP_INTENSITY if name == "intensity" else DROP)
-        for name, chance in zip(NAMES, each, strict=True)
-    }
+        kept = dict.fromkeys(NAMES, case < KEEP_ALL)
+    else:
+        dropped = {name: DROP_INTENSITY if name == INTENSITY else DROP for name in NAMES}
+        kept = {name: chance >= dropped[name] for name, chance in zip(NAMES, each, strict=True)}
+    return {name: keep or name == only for name, keep in kept.items()}
 
 
 def draw_mask(side: int, generator: torch.Generator) -> torch.Tensor:
@@ -86,15 +86,15 @@ class Composed(torch.utils.data.Dataset):
         root: the folder.
         resolution: R, in pixels.
         seed: of all that is drawn.
-        alone: see `draw_kept`.
+        only: see `draw_kept`.
 
     Raises:
         FileNotFoundError: there is no picture.
     """
 
-    def __init__(self, root: Path, resolution: int, seed: int = 0, alone: str = ""):
+    def __init__(self, root: Path, resolution: int, seed: int = 0, only: str = ""):
         self.files = find_pictures(root)
-        self.resolution, self.seed, self.alone = resolution, seed, alone
+        self.resolution, self.seed, self.only = resolution, seed, only
 
     def __len__(self) -> int:
         return len(self.files)
@@ -102,7 +102,7 @@ class Composed(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, str | torch.Tensor]:
         row, epoch = key
         generator = item_generator(self.seed, epoch, row)
-        file, kept = self.files[row], draw_kept(generator, self.alone)
+        file, kept = self.files[row], draw_kept(generator, self.only)
         image = self._square(file, "RGB") / 255
         caption = caption_of(file)
         weights = list(WEIGHTS.values())[int(torch.randint(len(WEIGHTS), (), generator=generator))]
@@ -196,7 +196,8 @@ def read_batches(
     `cubic`: timesteps are mostly high. `from_noise`: the share of pictures of which only the noise is seen, at the
     timestep at which sampling begins; `alone` (n,) says of which.
     """
+    later = toward_noise(torch.arange(base.times), base.times).to(device)
     for batch in drawn_batches(data, base, shares, workers, partial(collate, vocabularies=base.vocabularies), device):
         t, alone = batch["t"], batch["coin"] < from_noise
-        t = toward_noise(t, base.times) if cubic else t
+        t = later[t] if cubic else t
         yield {**batch, "t": torch.where(alone, base.times - 1, t), "alone": alone}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -20,8 +21,6 @@ from .model import ComposerTraining, config_of
 from .pictures import NAMES, Composed, caption_of, collate, read_batches
 
 SHOWN, SHEET_STEPS, GUIDANCE = 8, 25, 3.0
-ALONE = ("palette", "semantics", "sketch", "instances", "depth")
-"""Representations that a sheet shows by themselves, beside the caption and all together."""
 _LEAST = {**UNET_LEAST, "learning_rate": 0, "local_width": 1, "body_share": 1}
 _PREFIX = "adapter."
 _SCALED_TO = 128
@@ -37,25 +36,35 @@ def train(options: Namespace, file: Path) -> None:
     base = open_base(options.base, options.vision, options.resolution)
     if not 0 <= options.from_noise <= 1:
         raise ValueError(f"--from-noise: expected a share from 0 to 1, got {options.from_noise:g}")
-    if options.alone not in ("", *NAMES[1:]):
-        raise ValueError(f"--alone: expected one of {', '.join(NAMES[1:])}, got {options.alone}")
+    if options.only not in ("", *NAMES):
+        raise ValueError(f"--only: expected one of {', '.join(NAMES)}, got {options.only}")
+    if options.only and not options.start:
+        raise ValueError("--only: expected an adapter whose other weights stay, got none; name it with --start")
     if options.from_noise and base.predicts_noise:
         raise ValueError(
             f"--from-noise: expected 0 for a base that predicts epsilon, which is all that it sees then, got "
             f"{options.from_noise:g}"
         )
-    data = Composed(options.data, base.resolution, options.seed, options.alone)
+    data = Composed(options.data, base.resolution, options.seed, options.only)
     accelerator = accelerator_of(options)
     config = config_of(base, Path(options.base).name, options.mode, options.local_width, options.body_share)
     model = ComposerTraining(base, config, options.seed)
     if options.start:
         start_from(model.adapter, options.start)
+    if options.only:
+        keep_all_but(model.adapter, options.only)
     if options.checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.unet.train()
     kind = {"mode": options.mode, "local width": options.local_width, "body share": options.body_share}
-    kind |= {"timesteps": options.timesteps, "from noise": options.from_noise, "alone": options.alone}
-    optimizer = torch.optim.AdamW(model.adapter.parameters(), options.learning_rate, weight_decay=1e-2)
+    kind |= {"timesteps": options.timesteps, "from noise": options.from_noise, "only": options.only}
+    trained = [weight for weight in model.adapter.parameters() if weight.requires_grad]
+    if not trained:
+        raise ValueError(f"--only: expected a representation that this adapter has weights for, got {options.only}")
+    if options.only:
+        # A checkpoint holds what is trained; the rest is of that file whenever the run continues.
+        kind["start"] = f"{options.start.name} ({hashlib.sha256(options.start.read_bytes()).hexdigest()[:8]})"
+    optimizer = torch.optim.AdamW(trained, options.learning_rate, weight_decay=1e-2)
 
     def batches(shares: Shares):
         cubic, device = options.timesteps == "cubic", accelerator.device
@@ -85,10 +94,17 @@ def start_from(adapter: ComposerAdapter, path: Path) -> None:
     adapter.load_state_dict(found.state_dict())
 
 
+def keep_all_but(adapter: ComposerAdapter, name: str) -> None:
+    """Freezes an adapter's weights but those of one representation: what it adds to the timestep embedding, its tokens
+    and the convolutions of its map."""
+    for key, weight in adapter.named_parameters():
+        weight.requires_grad_(name in key.split("."))
+
+
 @torch.no_grad()
 def draw_sheet(model: ComposerTraining, data: Composed, rows, path: Path) -> None:
-    """Draws a row for each of some pictures: the picture, one drawn from its caption, one from each of ALONE with the
-    caption, and one from all of its representations."""
+    """Draws a row for each of some pictures: the picture, one drawn from its caption, one from the caption and
+    each other representation, and one from all of them."""
     device, base = next(model.parameters()).device, model.base
     batch = collate([data[row, 0] for row in rows], base.vocabularies)
     # Whatever this epoch drops, a sheet shows.
@@ -102,7 +118,7 @@ def draw_sheet(model: ComposerTraining, data: Composed, rows, path: Path) -> Non
     empty = torch.tensor([[vocabulary.row("") for vocabulary in base.vocabularies]] * len(rows), device=device)
     nothing = model.read(empty)[0]
     shown = [batch["target"]]
-    for names in ((), *((name,) for name in ALONE), NAMES):
+    for names in ((), *((name,) for name in NAMES[1:]), NAMES):
         chosen = torch.tensor([float(name in (*names, NAMES[0])) for name in NAMES])
         kept = {**batch, "kept": (there * chosen).to(device)}
         features = model.adapter(model.conditions(kept, sentences), tuple(base.latent_shape[-2:]))
