@@ -168,9 +168,8 @@ class ComposerAdapter(nn.Module):
             return operations.Conv2d(channels, out, kernel, stride, kernel // 2, bias=bias, **settings)
 
         widths = {SENTENCE: config.sentence_width, SEMANTICS: config.semantics_width, PALETTE: config.colors}
-        widths = {
-            name: width for name, width in {**widths, INTENSITY: config.tones, MASK: 3 * config.tones}.items() if width
-        }
+        widths |= {INTENSITY: config.tones, MASK: 3 * config.tones}
+        widths = {name: width for name, width in widths.items() if width}
         time = config.time_width
         self.add = nn.ModuleDict({name: perceptron(width, time, time, zero=True) for name, width in widths.items()})
         self.tokens = nn.ModuleDict(
@@ -208,9 +207,9 @@ class ComposerAdapter(nn.Module):
 
     def _time(self, given: Conditions, maps: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         found = dict(given.globals)
-        if INTENSITY in maps:
+        if INTENSITY in maps and INTENSITY in self.add:
             found[INTENSITY] = tone_shares(maps[INTENSITY], self.config.tones)
-        if MASK in maps:
+        if MASK in maps and MASK in self.add:
             picture, kept = maps[MASK].split((3, 1), 1)
             # Where a cell is half a hole, its color is half of what it was.
             found[MASK] = tone_shares((picture / kept.clamp(min=1e-6) + 1) / 2, self.config.tones, kept)
