@@ -2,11 +2,14 @@
 
 Autograd cannot use parameters that ComfyUI created in inference mode. Therefore the diffusion model and the text
 encoder are loaded a second time, and released when the training ends, whether or not it succeeds.
+
+ComfyUI's own models may only move between devices in inference mode: a parameter that was created in it and moves
+outside of it cannot be computed with again, in either mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -17,6 +20,8 @@ import torch
 
 from .families import network_of
 from .sites import CROSS
+
+_SPARE = 1.1  # by how much more than a model's size ComfyUI frees before it loads it
 
 
 @contextmanager
@@ -40,6 +45,9 @@ def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
             f"model: expected one whose layers are its checkpoint's, got one with another node's patch of {patched}, "
             "which would not be of the copy that is trained on; connect the model ahead of that node"
         )
+    with torch.inference_mode():
+        # A loader may put a model onto its device at once.
+        _make_room([model, clip.patcher], [])
     # The fresh patchers are kept too: without a model's first patcher, ComfyUI reports a memory leak at every load.
     (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
     if patcher.model.get_dtype_inference() == torch.float16:
@@ -65,6 +73,33 @@ def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
             layer.__dict__.pop("forward", None)
         for one in (patcher, text.patcher):
             comfy.model_management.unload_model_and_clones(one)
+
+
+def load_copies(patchers: Sequence) -> None:
+    """Loads patchers of `trainable_copies` onto their devices, for which ComfyUI may unload other models."""
+    with torch.inference_mode():
+        _make_room(patchers, patchers)
+    comfy.model_management.load_models_gpu(patchers)
+
+
+def encoded(vae, pictures: torch.Tensor) -> torch.Tensor:
+    """Latents (n, C, h, w) of pictures (n, H, W, 3) by ComfyUI's VAE, which autograd can use."""
+    with torch.inference_mode():
+        latents = vae.encode(pictures)
+    return latents.clone()
+
+
+def _make_room(patchers: Sequence, kept: Sequence) -> None:
+    """Unloads what ComfyUI would unload to load models of these patchers' sizes, but none of those that are `kept`."""
+    loaded = [comfy.model_management.LoadedModel(one) for one in kept]
+    needed: dict[torch.device, float] = {}
+    for one in patchers:
+        there = one.loaded_size() if one in kept else 0
+        needed[one.load_device] = needed.get(one.load_device, 0.0) + one.model_size() - there
+    for device, size in needed.items():
+        if device.type != "cpu":
+            spare = comfy.model_management.minimum_inference_memory()
+            comfy.model_management.free_memory(_SPARE * size + spare, device, loaded)
 
 
 def _copy(patcher) -> tuple:

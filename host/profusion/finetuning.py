@@ -28,7 +28,7 @@ from ...training.concepts.pictures import Pictures
 from ...training.loop import Run
 from ...training.promptnet.finetuning import FineTuning, Tuned, draw_step, lora_state
 from ..model import passes
-from ..model.copies import trainable_copies
+from ..model.copies import encoded, load_copies, trainable_copies
 from ..model.families import family_of, network_of
 from ..model.patching import POSITIVE
 from ..model.sampling import sample
@@ -156,7 +156,7 @@ class _Trainer:
             self.tokens = torch.stack([one.tokens for one in seen]).clone().to(self.device, torch.float32)
             for i, view in enumerate(views):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                (latent,) = self.model.process_latent_in(vae.encode(view.image[None]).clone())
+                (latent,) = self.model.process_latent_in(encoded(vae, view.image[None]))
                 mask = latent_mask(view.mask, tuple(latent.shape[-2:])).to(self.device)
                 self.examples.append(Example(latent.to(self.device), mask, captions[i % len(captions)]))
         if not all(torch.isfinite(example.latent).all() for example in self.examples):
@@ -167,12 +167,13 @@ class _Trainer:
         run = Run(folder, self.tuned, self.tuned.optimizer(self.recipe), self.recipe.steps, self.recipe.seed)
         # Gradients and the two moments of every weight.
         room = 3 * sum(p.numel() * p.element_size() for p in self.tuned.parameters())
-        comfy.model_management.free_memory(room, self.device)
+        with torch.inference_mode():
+            comfy.model_management.free_memory(room, self.device)
 
         def loss_of(_step, generator):
             comfy.model_management.throw_exception_if_processing_interrupted()
             # A preview may have made ComfyUI unload the models.
-            comfy.model_management.load_models_gpu(self.patchers)
+            load_copies(self.patchers)
             return {"noise": self._loss(generator)}
 
         half = self.model.get_dtype_inference() != torch.float32

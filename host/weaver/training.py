@@ -33,7 +33,7 @@ from ...training.concepts.learner import (
 from ...training.concepts.pictures import Pictures, called, name_of
 from ...training.loop import Run
 from ..model import passes
-from ..model.copies import trainable_copies
+from ..model.copies import encoded, load_copies, trainable_copies
 from ..model.families import family_of, network_of
 from ..model.patching import POSITIVE
 from ..model.sites import CROSS, AttentionCall
@@ -137,7 +137,7 @@ class _Trainer:
             for start in range(0, len(views), 8):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 chunk = views[start : start + 8]
-                latents = vae.encode(torch.stack([view.image for view, _ in chunk])).clone()
+                latents = encoded(vae, torch.stack([view.image for view, _ in chunk]))
                 for latent, (view, caption) in zip(self.model.process_latent_in(latents), chunk, strict=True):
                     mask = latent_mask(view.mask, tuple(latent.shape[-2:]))
                     self.examples.append(Example(latent, mask, caption))
@@ -152,7 +152,7 @@ class _Trainer:
         def loss_of(_step, generator):
             comfy.model_management.throw_exception_if_processing_interrupted()
             # A report may sample a preview, for which ComfyUI may have unloaded the models.
-            comfy.model_management.load_models_gpu(self.patchers)
+            load_copies(self.patchers)
             return self._losses(generator)
 
         def after(step, losses):

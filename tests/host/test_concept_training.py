@@ -29,6 +29,22 @@ def train(parts, steps=2, report=lambda *_: None, prior=None, pictures=None, fol
         return train(*parts, pictures, "star", "<new1>", Recipe(steps=steps, **recipe), 64, prior, report, folder)
 
 
+def load_moving_vae():
+    """A VAE made in inference mode, whose weights are replaced each time that it encodes, as a GPU's loading does."""
+    from conceptloom.host.shapeland import load_vae
+
+    with torch.inference_mode():
+        vae = load_vae()
+    encode = vae.encode
+
+    def moved(pictures):
+        vae.first_stage_model.double().float()
+        return encode(pictures)
+
+    vae.encode = moved
+    return vae
+
+
 @pytest.fixture(scope="module")
 def learned(parts):
     """A concept as `train` makes it without a word more."""
@@ -122,6 +138,43 @@ class TestConcept:
         with torch.inference_mode(False), copies.trainable_copies(model, clip) as (patcher, _):
             comfy.model_management.load_models_gpu([patcher])
             assert patcher.model.get_dtype_inference() in (torch.bfloat16, torch.float32)
+
+    def test_the_vae_still_computes_after_it_was_moved(self, parts):
+        """A parameter that is created in inference mode and moves outside of it never computes again. On a CPU nothing
+        moves, so another precision stands in for another device."""
+        vae = load_moving_vae()
+        train((*parts[:2], vae))
+        for mode in (True, False):
+            with torch.inference_mode(mode), torch.no_grad():
+                assert vae.decode(torch.zeros(1, 8, 4, 4)).isfinite().all()
+
+    def test_room_is_made_in_inference_mode(self, monkeypatch):
+        import comfy.model_management
+        from conceptloom.host.model.copies import load_copies
+
+        class Patcher:
+            parent, load_device = None, torch.device("cuda:0")
+
+            def model_size(self):
+                return 1000
+
+            def loaded_size(self):
+                return 400
+
+        copies, calls = [Patcher(), Patcher()], []
+
+        def called(name):
+            return lambda *given: calls.append((name, given, torch.is_inference_mode_enabled()))
+
+        monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: 50)
+        monkeypatch.setattr(comfy.model_management, "free_memory", called("free"))
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", called("load"))
+        with torch.inference_mode(False):
+            load_copies(copies)
+        (freed, (size, device, kept), mode), loaded = calls
+        assert (freed, size, device, mode) == ("free", pytest.approx(1.1 * 1200 + 50), copies[0].load_device, True)
+        assert [one.model for one in kept] == copies
+        assert loaded == ("load", (copies,), False)
 
     def test_a_checkpoint_belongs_to_the_patches_too(self, parts, tmp_path):
         from conceptloom.host.progress import training_folder

@@ -48,9 +48,18 @@ def states_of(parts):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_promptnet_and_attention_learn_and_nothing_else(parts, rank):
-    before = states_of(parts)
+def test_promptnet_and_attention_learn_and_nothing_else(parts, rank, monkeypatch):
+    before, vae, modes = states_of(parts), parts[-1], set()
+    encode = vae.encode
+
+    def encoded(pictures):
+        modes.add(torch.is_inference_mode_enabled())
+        return encode(pictures)
+
+    monkeypatch.setattr(vae, "encode", encoded)
     found = fine_tune(parts, rank=rank)
+    # Parameters of the host's that move outside of inference mode never compute again.
+    assert modes == {True}
     assert all(
         torch.equal(value, then[key])
         for now, then in zip(states_of(parts), before, strict=True)
