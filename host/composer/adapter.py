@@ -338,8 +338,7 @@ def _rows(values: Sequence[torch.Tensor | None], every: Sequence[FeaturesCond]) 
 
 
 def _tokens(every: Sequence[FeaturesCond]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The tokens of several conditionings in one tensor, and which rows have which (see `Features`). The latter stays
-    on the CPU, where it is read."""
+    """The tokens of several conditionings in one tensor, and which rows have which (see `Features`)."""
     most = max(one.count for one in every)
     like = next((one.cond.tokens for one in every if one.count), None)
     if like is None:
@@ -352,8 +351,12 @@ def _tokens(every: Sequence[FeaturesCond]) -> tuple[torch.Tensor | None, torch.T
     ]
     if all(one.count == most for one in every):
         return torch.cat(padded), None
-    counts = torch.tensor([one.count for one in every for _ in range(one.rows)])
-    return torch.cat(padded), torch.arange(most) < counts[:, None]
+    # Made where the tokens are, for a copy from the CPU would wait for the GPU in every step.
+    kept = [
+        torch.nn.functional.pad(like.new_ones(one.rows, one.count, dtype=torch.bool), (0, most - one.count))
+        for one in every
+    ]
+    return torch.cat(padded), torch.cat(kept)
 
 
 def _joinable(conds: list[list[dict] | None], options: dict) -> list[list[dict] | None]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -200,8 +199,9 @@ class UNetFamily:
             text = context.shape[1]
             context = torch.cat([context, features.tokens.to(context)], 1)
             if features.kept is not None:
-                seen = [text + count for count in features.kept.sum(1).tolist()]
-                options = self.install(network, options, dict.fromkeys(cross, partial(_own_tokens, seen)))
+                unseen = torch.nn.functional.pad(~features.kept, (text, 0))[:, None]
+                bias = context.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
+                options = self.install(network, options, dict.fromkeys(cross, partial(_own_tokens, bias)))
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
     def sees_places(self, network: torch.nn.Module, layer: str) -> bool:
@@ -255,15 +255,9 @@ def _branches(block: torch.nn.Module) -> list[ResBlock]:
     return [module for module in block.modules() if isinstance(module, ResBlock) and not module.updown]
 
 
-def _own_tokens(seen: Sequence[int], call: AttentionCall) -> torch.Tensor:
-    """Cross-attention in which each row of the batch sees so many of the keys, its first."""
-    found, start = [], 0
-    for length, rows in groupby(seen):
-        end = start + len(list(rows))
-        part = slice(start, end)
-        found.append(call.attend(call.q[part], call.k[part, :length], call.v[part, :length]))
-        start = end
-    return torch.cat(found)
+def _own_tokens(bias: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """Cross-attention with a bias (B, 1, Lk), minus infinity for keys that a row does not see."""
+    return call.attend(call.q, call.k, call.v, bias.to(call.q))
 
 
 def _as_host_patch(handler: Handler, previous: Callable | None) -> Callable:
