@@ -39,12 +39,16 @@ Encoding prompts and references is not counted.
 
 UNet evaluations are rows of whole passes; a pass that ends early counts as the part of a row's floating-point
 operations that it ran. Peak memory on the CPU is the growth of resident memory over the loaded model, at its peak,
-in a process of its own per number of subjects; on CUDA it is the most that torch had allocated, the model included."""
+in a process of its own per number of subjects; on CUDA it is the most that torch had allocated, the model included.
+
+*GPU ratio* is that of the seconds in which the GPU computed. A fast one waits for the CPU with a single small picture,
+for it starts every operation, and then the ratio is that of the numbers of operations more than of the work in them."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One row of the benchmark; `subjects` is 0 for plain sampling. `peak_mib` as in PREFACE."""
+    """One row of the benchmark; `subjects` is 0 for plain sampling. `peak_mib` and `gpu_ratio`, which only
+    CUDA has, as in PREFACE."""
 
     system: str
     variant: str
@@ -54,6 +58,7 @@ class Cost:
     seconds: float
     peak_mib: float
     unet_evaluations: float
+    gpu_ratio: float | None = None
 
     def as_json(self) -> dict:
         """The row as a dict."""
@@ -130,7 +135,7 @@ def measure_costs(rig: Rig, names: list[str], arch: str) -> list[Cost]:
         names: names of the systems.
         arch: name of the architecture, for the processes that measure memory.
     """
-    from .meters import counted_calls, seconds_of
+    from .meters import counted_calls, gpu_seconds_of, seconds_of
 
     device = rig.model.load_device
     plan = rig.plan
@@ -154,11 +159,16 @@ def measure_costs(rig: Rig, names: list[str], arch: str) -> list[Cost]:
                 for variant, sample in session.begin().items():
                     seconds.setdefault(variant, []).append(seconds_of(sample, device))
                     ratios.setdefault(variant, []).append(seconds[variant][-1] / plain)
+            of_gpu: dict[str, float] = {}
+            if device.type == "cuda":
+                plain = gpu_seconds_of(sample_plain, device)
+                of_gpu = {one: gpu_seconds_of(sample, device) / plain for one, sample in session.begin().items()}
             peaks = peak_memory(name, session, arch, device)
             rows += [
                 Cost(
                     name, variant, plan.label, session.subjects,
                     median(ratios[variant]), median(seconds[variant]), peaks[variant], counts[variant],
+                    of_gpu.get(variant),
                 )
                 for variant in counts
             ]  # fmt: skip
@@ -169,7 +179,7 @@ def measure_costs(rig: Rig, names: list[str], arch: str) -> list[Cost]:
 
 def cost_table(rows: list[Cost], budgets: dict[tuple[str, str, int], float]) -> str:
     """A table of the rows with their budgets; a ratio over its budget is marked."""
-    lines = []
+    on_gpu, lines = any(row.gpu_ratio is not None for row in rows), []
     for row in rows:
         budget = budgets.get((row.system, row.variant, row.subjects))
         # Compared as printed, because further digits are not shown.
@@ -181,12 +191,14 @@ def cost_table(rows: list[Cost], budgets: dict[tuple[str, str, int], float]) -> 
                 str(row.subjects),
                 f"{row.ratio:.2f}{over}",
                 "" if budget is None else f"{budget:.2f}",
+                *(["1.00" if row.gpu_ratio is None else f"{row.gpu_ratio:.2f}"] if on_gpu else []),
                 f"{row.seconds:.3g}",
                 f"{row.peak_mib:.1f}",
                 f"{row.unet_evaluations:.1f}",
             ]
         )
-    header = ["system", "variant", "subjects", "ratio", "budget", "seconds", "peak MiB", "UNet evaluations"]
+    header = ["system", "variant", "subjects", "ratio", "budget", *(["GPU ratio"] if on_gpu else [])]
+    header += ["seconds", "peak MiB", "UNet evaluations"]
     return markdown(header, lines)
 
 

@@ -21,6 +21,14 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def gpu_seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds in which a CUDA GPU computed for a call, without those in which it waited for the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        _finish(device)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

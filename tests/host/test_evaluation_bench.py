@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-ROW = {"system", "variant", "arch", "subjects", "ratio", "seconds", "peak_mib", "unet_evaluations"}
+ROW = {"system", "variant", "arch", "subjects", "ratio", "seconds", "peak_mib", "unet_evaluations", "gpu_ratio"}
 
 
 @pytest.fixture
@@ -85,7 +85,20 @@ def test_over_budget_is_marked(host):
     assert "1.30 over" in banked
     rows = [Cost("freecustom", "default", "tiny", 1, ratio, 1.0, 5.0, 4.0) for ratio in (1.5549, 1.5551)]
     at, above = cost_table(rows, {("freecustom", "default", 1): 1.55}).splitlines()[2:]
+    assert "GPU ratio" not in cost_table(rows, {})
     assert "1.55 " in at and "over" not in at and "1.56 over" in above
+
+
+def test_the_gpu_s_own_ratio_is_beside_that_of_the_clock(host):
+    from conceptloom.evaluation.bench import HOST, Cost, cost_table
+
+    rows = [Cost(HOST, "plain", "sd15", 0, 1.0, 1.0, 5.0, 4.0)]
+    rows.append(Cost("freecustom", "default", "sd15", 1, 2.0, 1.0, 5.0, 6.0, 1.48))
+    header, _, plain, freecustom = (
+        [cell.strip() for cell in line.split("|")] for line in cost_table(rows, {}).splitlines()
+    )
+    column = header.index("GPU ratio")
+    assert plain[column] == "1.00" and freecustom[column] == "1.48" and freecustom[header.index("ratio")] == "2.00"
 
 
 @pytest.mark.parametrize("arch", ["tiny", "sd15", "sdxl"])
