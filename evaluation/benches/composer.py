@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache, partial
 
 import torch
 
@@ -41,9 +42,11 @@ MEGAPIXEL = 1000
 
 def sessions(rig: Rig) -> list[Session]:
     """One session: representations are no subjects, so their number is 0."""
+    # Once, as its node loads it: to load it into a GPU's memory is no part of a sampling.
+    loaded = cache(partial(_adapter, rig))
 
     def begin():
-        adapter, model = _adapter(rig), prepared(rig.model)
+        adapter, model = loaded(), prepared(rig.model)
 
         def composed(names: tuple[str, ...]):
             positive = encode(adapter, rig.clip, _composition(rig, names), rig.positive)

@@ -199,7 +199,7 @@ class UNetFamily:
             text = context.shape[1]
             context = torch.cat([context, features.tokens.to(context)], 1)
             if features.kept is not None:
-                unseen = torch.nn.functional.pad(~features.kept, (text, 0))[:, None]
+                unseen = torch.nn.functional.pad(~features.kept.to(context.device), (text, 0))[:, None]
                 bias = context.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
                 options = self.install(network, options, dict.fromkeys(cross, partial(_own_tokens, bias)))
         return executor(x, timesteps, context, y, control, options, **kwargs)
