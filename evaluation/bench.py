@@ -41,8 +41,8 @@ UNet evaluations are rows of whole passes; a pass that ends early counts as the 
 operations that it ran. Peak memory on the CPU is the growth of resident memory over the loaded model, at its peak,
 in a process of its own per number of subjects; on CUDA it is the most that torch had allocated, the model included.
 
-*GPU ratio* is that of the seconds in which the GPU computed. A fast one waits for the CPU with a single small picture,
-for it starts every operation, and then the ratio is that of the numbers of operations more than of the work in them."""
+*GPU ratio* compares the seconds that the GPU spent computing, measured once. With one small picture a fast GPU mostly
+waits for the CPU to start operations; *ratio* then reflects their number rather than the work in them."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 def gpu_seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds in which a CUDA GPU computed for a call, without those in which it waited for the CPU."""
+    _finish(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         _finish(device)

@@ -42,7 +42,7 @@ MEGAPIXEL = 1000
 
 def sessions(rig: Rig) -> list[Session]:
     """One session: representations are no subjects, so their number is 0."""
-    # Once, as its node loads it: to load it into a GPU's memory is no part of a sampling.
+    # Loaded once, as by its node: loading it onto the GPU is not part of sampling.
     loaded = cache(partial(_adapter, rig))
 
     def begin():

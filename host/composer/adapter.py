@@ -25,6 +25,7 @@ from ..model import carried
 from ..model.carried import carried_by, carry
 from ..model.families import family_of, network_of
 from ..model.networks import compute_dtype, in_patcher
+from ..model.passes import KERNEL_OVERRIDE
 from ..model.patching import RUNS, is_compiled
 from ..model.sites import CROSS
 from ..model.window import Window
@@ -351,7 +352,7 @@ def _tokens(every: Sequence[FeaturesCond]) -> tuple[torch.Tensor | None, torch.T
     ]
     if all(one.count == most for one in every):
         return torch.cat(padded), None
-    # Made where the tokens are, for a copy from the CPU would wait for the GPU in every step.
+    # Made on the tokens' device: a copy from the CPU would wait for the GPU at every step.
     kept = [
         torch.nn.functional.pad(like.new_ones(one.rows, one.count, dtype=torch.bool), (0, most - one.count))
         for one in every
@@ -368,6 +369,8 @@ def _joinable(conds: list[list[dict] | None], options: dict) -> list[list[dict] 
         "attn2" in told.get("patches_replace", {})
         or "attn2_patch" in told.get("patches", {})
         or bool(told.get(RUNS))
+        # Kernels of other packs reject or ignore the bias that hides a row's missing tokens.
+        or KERNEL_OVERRIDE in told
         or is_compiled(told)
     )
     every = [entry.get("model_conds", {}) for entries in conds if entries for entry in entries]

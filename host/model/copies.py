@@ -9,6 +9,7 @@ outside of it cannot be computed with again, in either mode.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -21,7 +22,7 @@ import torch
 from .families import network_of
 from .sites import CROSS
 
-_SPARE = 1.1  # by how much more than a model's size ComfyUI frees before it loads it
+_SPARE = 1.1  # ComfyUI frees this multiple of a model's size before it loads the model
 
 
 @contextmanager
@@ -46,8 +47,8 @@ def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
             "which would not be of the copy that is trained on; connect the model ahead of that node"
         )
     with torch.inference_mode():
-        # A loader may put a model onto its device at once.
-        _make_room([model, clip.patcher], [])
+        # A loader may put a model onto its device at once, and makes room for it a second time.
+        _make_room([model, clip.patcher] * 2, [])
     # The fresh patchers are kept too: without a model's first patcher, ComfyUI reports a memory leak at every load.
     (patcher, _fresh_unet), (text_patcher, _fresh_text) = _copy(model), _copy(clip.patcher)
     if patcher.model.get_dtype_inference() == torch.float16:
@@ -57,6 +58,8 @@ def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
     text = clip.clone()
     text.patcher = text_patcher
     text.cond_stage_model = text.patcher.model
+    # `load_copies` loads it: to encode a text must not make ComfyUI unload anything in the middle of a step.
+    text.load_model = lambda *_: text_patcher
     training = comfy.model_management.in_training
     comfy.model_management.in_training = True
     try:
@@ -71,8 +74,9 @@ def trainable_copies(model, clip) -> Iterator[tuple[Any, Any]]:
         for layer in text.cond_stage_model.modules():
             # A bound method on its layer is a reference cycle, which would keep the copy until garbage collection.
             layer.__dict__.pop("forward", None)
-        for one in (patcher, text.patcher):
-            comfy.model_management.unload_model_and_clones(one)
+        with torch.inference_mode():
+            for one in (patcher, text.patcher):
+                comfy.model_management.unload_model_and_clones(one)
 
 
 def load_copies(patchers: Sequence) -> None:
@@ -83,7 +87,7 @@ def load_copies(patchers: Sequence) -> None:
 
 
 def encoded(vae, pictures: torch.Tensor) -> torch.Tensor:
-    """Latents (n, C, h, w) of pictures (n, H, W, 3) by ComfyUI's VAE, which autograd can use."""
+    """Latents (n, C, h, w) of pictures (n, H, W, 3) from ComfyUI's VAE; autograd can use them."""
     with torch.inference_mode():
         latents = vae.encode(pictures)
     return latents.clone()
@@ -103,11 +107,16 @@ def _make_room(patchers: Sequence, kept: Sequence) -> None:
 
 
 def _copy(patcher) -> tuple:
-    """Copies a patcher onto a newly loaded model; returns the copy, and the patcher that the new model came with."""
+    """Copies a patcher and its patches of weights onto a newly loaded model; returns the copy, and the patcher that the
+    new model came with."""
     factory, arguments, *index = patcher.cached_patcher_init
     fresh = factory(*arguments, disable_dynamic=True)
     fresh = fresh[index[0]] if index else fresh
-    return patcher.clone(force_deepcopy=True, model_override=fresh.get_clone_model_override()), fresh
+    made = patcher.clone(force_deepcopy=True, model_override=fresh.get_clone_model_override())
+    # ComfyUI unloads together what has one such id, and loads what the options name, such as another node's model.
+    made.clone_base_uuid = uuid.uuid4()
+    made.model_options = {"transformer_options": {}}
+    return made, fresh
 
 
 def _out_of_place(layer, x, mask=None, optimized_attention=None):

@@ -133,14 +133,17 @@ def check_sums(toy, adapter, ends):
 
 class TestEffect:
     @pytest.mark.parametrize("names", [LOCALS, ("sketch", "palette")])
-    @pytest.mark.parametrize("patched", [False, True])
+    @pytest.mark.parametrize("patched", ["", "attention", "kernel"])
     def test_the_negative_prompt_shares_a_call(self, toy, adapter, model, names, patched):
         """Zeros for the prompt without maps change nothing in its row, and tokens are seen by their rows alone; but not
-        where cross-attention is another node's."""
+        where cross-attention or its kernel is another node's."""
         from comfy.patcher_extension import WrappersMP
 
-        if patched:
+        if patched == "attention":
             model.set_model_attn2_patch(lambda q, k, v, _: (q, k, v))
+        elif patched:
+            options = model.model_options["transformer_options"]
+            options["optimized_attention_override"] = lambda kernel, *args, **more: kernel(*args, **more)
         rows, seen = {1 if patched and "palette" in names else 2}, []
 
         def watch(executor, x, *args, **kwargs):

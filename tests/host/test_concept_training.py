@@ -30,7 +30,7 @@ def train(parts, steps=2, report=lambda *_: None, prior=None, pictures=None, fol
 
 
 def load_moving_vae():
-    """A VAE made in inference mode, whose weights are replaced each time that it encodes, as a GPU's loading does."""
+    """A VAE made in inference mode, whose weights are replaced whenever it encodes, as loading onto a GPU does."""
     from conceptloom.host.shapeland import load_vae
 
     with torch.inference_mode():
@@ -147,6 +147,41 @@ class TestConcept:
         for mode in (True, False):
             with torch.inference_mode(mode), torch.no_grad():
                 assert vae.decode(torch.zeros(1, 8, 4, 4)).isfinite().all()
+
+    def test_the_hosts_models_stay_where_they_are(self, parts, monkeypatch):
+        """What is unloaded afterwards is the copies alone, and in inference mode."""
+        import comfy.model_management
+
+        unloaded = []
+        free = comfy.model_management.free_memory
+
+        def spy(size, device, keep_loaded=(), **more):
+            if size == 1e30:
+                kept = [one.model for one in keep_loaded]
+                unloaded.append((parts[0] in kept, parts[1].patcher in kept, torch.is_inference_mode_enabled()))
+            return free(size, device, list(keep_loaded), **more)
+
+        with torch.inference_mode():
+            comfy.model_management.load_models_gpu([parts[0], parts[1].patcher])
+        monkeypatch.setattr(comfy.model_management, "free_memory", spy)
+        train(parts)
+        assert unloaded == [(True, True, True)] * 2
+        loaded = [one.model for one in comfy.model_management.current_loaded_models]
+        assert parts[0] in loaded and parts[1].patcher in loaded
+
+    def test_no_text_loads_a_model_within_a_step(self, parts, monkeypatch):
+        import comfy.model_management
+
+        calls, load = [], comfy.model_management.load_models_gpu
+
+        def spy(models, **more):
+            calls.append(list(models))
+            return load(models, **more)
+
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", spy)
+        train(parts)
+        encoded = calls.index([parts[2].patcher])
+        assert [len(models) for models in calls[encoded + 1 :]] == [2, 2], "both copies in each of two steps"
 
     def test_room_is_made_in_inference_mode(self, monkeypatch):
         import comfy.model_management

@@ -58,7 +58,7 @@ def test_promptnet_and_attention_learn_and_nothing_else(parts, rank, monkeypatch
 
     monkeypatch.setattr(vae, "encode", encoded)
     found = fine_tune(parts, rank=rank)
-    # Parameters of the host's that move outside of inference mode never compute again.
+    # The host's parameters that move outside of inference mode never compute again.
     assert modes == {True}
     assert all(
         torch.equal(value, then[key])
